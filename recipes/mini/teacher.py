@@ -1,0 +1,226 @@
+"""Step 3: the text-to-image teacher, a `StableDiffusionPipeline` of 7.3M UNet parameters.
+
+`python recipes/mini/teacher.py --run run --steps 16000` trains UNet and text encoder together on
+the latents of the training pictures (ε-prediction, Min-SNR γ = 5, EMA) and writes the EMA weights
+as `run/teacher` in diffusers' layout, with a grid of samples each `--sample-every` steps. It
+resumes from `run/teacher.pt`; with a larger `--steps` it goes on. `--init FOLDER` starts from the
+weights of a pipeline instead, with a fresh optimiser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from common import caption, load_pictures, load_state, save_state
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.utils import make_image_grid
+from torch.optim.swa_utils import AveragedModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+WIDTH = 192  # of the text encoder
+DROP_CAPTION, DROP_DESIGN = 0.1, 0.2
+SNR_GAMMA = 5.0
+
+
+def make_unet() -> UNet2DConditionModel:
+    """Seven self-attention sites: three on 16×16 tokens, three on 8×8, one on 4×4."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(64, 128, 160),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # the number of heads: diffusers' old name for it
+        norm_num_groups=16,
+    )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_factor=1.0,
+    )
+    return CLIPTextModel(config)
+
+
+def make_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: torch.Tensor, device: str) -> torch.Tensor:
+    """Scaled posterior means of uint8 pictures, [P, 4, 16, 16]."""
+    parts = [part.to(device).float().div(127.5).sub(1) for part in images.split(64)]
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
+    return latents * vae.config.scaling_factor
+
+
+def picture_weights(rows: list[dict]) -> torch.Tensor:
+    """Each (name, design) counts once for its plain picture and once for all its skin tones."""
+    toned = Counter((row["name"], row["design"]) for row in rows if row["tone"])
+    return torch.tensor(
+        [1 / toned[row["name"], row["design"]] if row["tone"] else 1.0 for row in rows]
+    )
+
+
+def min_snr(scheduler: DDIMScheduler) -> torch.Tensor:
+    """min(SNR, γ)/SNR per timestep: Min-SNR weighting for ε-prediction."""
+    signal = scheduler.alphas_cumprod
+    snr = signal / (1 - signal)
+    return snr.clamp(max=SNR_GAMMA) / snr
+
+
+def pipeline(vae, text_encoder, tokenizer, unet, scheduler) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sample(pipe: StableDiffusionPipeline, prompts: list[str], path: Path, columns: int) -> None:
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        prompts,
+        num_inference_steps=25,
+        guidance_scale=3.0,
+        height=64,
+        width=64,
+        generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+    ).images
+    make_image_grid(images, rows=-(-len(images) // columns), cols=columns).save(path)
+
+
+def grid_prompts(run: Path) -> list[str]:
+    """24 training names and 8 held-out ones, evenly spread, designs in turn."""
+    prompts = []
+    for side, count in (("train", 24), ("held_out", 8)):
+        plain = [r for r in load_pictures(run, side).rows if not r["tone"]]
+        plain = [r for r in plain if r["design"] == "noto"]
+        picks = [dict(plain[(2 * i + 1) * len(plain) // (2 * count)]) for i in range(count)]
+        for i, row in enumerate(picks):
+            row["design"] = ("noto", "twemoji")[i % 2]
+            prompts.append(caption(row))
+    return prompts
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("run"))
+    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--decay-steps", type=int, default=2_000, help="linear to 0 at the end")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sample-every", type=int, default=500)
+    parser.add_argument("--init", type=Path, help="a pipeline folder to start from")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(args.seed)
+    run: Path = args.run
+    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(run / "vae").to(device)
+    scheduler = make_scheduler()
+    parts = torch.nn.ModuleDict({"unet": make_unet(), "text": make_text_encoder(tokenizer)})
+    if args.init:
+        start = StableDiffusionPipeline.from_pretrained(args.init)
+        parts["unet"].load_state_dict(start.unet.state_dict())
+        parts["text"].load_state_dict(start.text_encoder.state_dict())
+    parts.to(device)
+    parts["unet"].set_attn_processor(AttnProcessor())  # on CPU faster to train than the fused one
+
+    pictures = load_pictures(run, "train")
+    latents = encode(vae, pictures.images, device)
+    weights = picture_weights(pictures.rows)
+    captions = [[caption(row, design=keep) for keep in (False, True)] for row in pictures.rows]
+    loss_weight = min_snr(scheduler).to(device)
+
+    ema = AveragedModel(
+        parts, avg_fn=lambda old, new, n: old.lerp(new, 1 - min(0.9995, (1 + int(n)) / (10 + int(n))))
+    )
+    optimizer = torch.optim.AdamW(parts.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    state = {"parts": parts, "ema": ema, "optimizer": optimizer}
+    step = load_state(run / "teacher.pt", state)
+    prompts = grid_prompts(run)
+    started, first = time.time(), step
+
+    def finish(folder: Path | None) -> None:
+        ema.eval()
+        pipe = pipeline(vae, ema.module["text"], tokenizer, ema.module["unet"], scheduler)
+        sample(pipe, prompts, run / f"samples-{step:06d}.png", columns=8)
+        if folder:
+            pipe.save_pretrained(folder)
+
+    while step < args.steps:
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        picks = torch.multinomial(weights, args.batch, replacement=True, generator=generator)
+        chance = torch.rand(args.batch, 2, generator=generator)
+        texts = [
+            "" if drop < DROP_CAPTION else captions[pick][int(keep > DROP_DESIGN)]
+            for pick, (drop, keep) in zip(picks.tolist(), chance.tolist())
+        ]
+        ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.to(device)
+        noise = torch.randn(args.batch, 4, 16, 16, generator=generator).to(device)
+        t = torch.randint(0, 1000, (args.batch,), generator=generator).to(device)
+        noisy = scheduler.add_noise(latents[picks.to(device)], noise, t)
+        with torch.autocast(device, torch.bfloat16):
+            text = parts["text"](ids)[0]
+            prediction = parts["unet"](noisy, t, text, return_dict=False)[0]
+        error = (prediction.float() - noise).square().mean(dim=(1, 2, 3))
+        loss = (loss_weight[t] * error).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 300, (args.steps - step) / args.decay_steps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
+        optimizer.step()
+        ema.update_parameters(parts)
+        step += 1
+        if step % 50 == 0:
+            rate = (step - first) * args.batch / (time.time() - started)
+            print(f"{step} loss {loss.item():.4f} {rate:.1f} pictures/s", flush=True)
+        if step % 250 == 0:
+            save_state(run / "teacher.pt", state, step)
+        if step % args.sample_every == 0:
+            finish(None)
+    finish(run / "teacher")
+
+
+if __name__ == "__main__":
+    main()

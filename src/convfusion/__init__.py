@@ -1,0 +1,56 @@
+"""ConvFusion: diffusion models without self-attention.
+
+    import convfusion
+
+    convfusion.convert(pipe)                    # ΔConvBlocks in place of every self-attention
+    convfusion.load(pipe, "my-blocks")          # trained ones, from disk
+    convfusion.revert(pipe)                     # the original, bit for bit
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from convfusion.block import DeltaConv, DeltaConvBlock
+    from convfusion.checkpoint import load, load_pipeline, save, save_pipeline
+    from convfusion.config import ConvertConfig, uniform, with_kernel_sizes
+    from convfusion.errors import CheckpointError, ConvFusionError, UnsupportedModelError
+    from convfusion.mixers import MeanOnly, Removed
+    from convfusion.surgery import convert, drop_attention, revert, status
+
+# Loaded at first use, so that `convfusion --help` does not wait for torch and diffusers.
+_HOME = {
+    "DeltaConv": "block",
+    "DeltaConvBlock": "block",
+    "load": "checkpoint",
+    "load_pipeline": "checkpoint",
+    "save": "checkpoint",
+    "save_pipeline": "checkpoint",
+    "ConvertConfig": "config",
+    "uniform": "config",
+    "with_kernel_sizes": "config",
+    "CheckpointError": "errors",
+    "ConvFusionError": "errors",
+    "UnsupportedModelError": "errors",
+    "MeanOnly": "mixers",
+    "Removed": "mixers",
+    "convert": "surgery",
+    "drop_attention": "surgery",
+    "revert": "surgery",
+    "status": "surgery",
+}
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'convfusion' has no attribute {name!r}")
+    return getattr(import_module(f"convfusion.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

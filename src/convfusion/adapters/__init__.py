@@ -1,0 +1,24 @@
+"""Model families: what each one's self-attention sites are and how they learn their grid."""
+
+from convfusion.adapters import dit, unet
+from convfusion.adapters.base import (
+    Adapter,
+    Site,
+    adapter_for,
+    denoiser_of,
+    list_sites,
+    register,
+    supported,
+)
+
+__all__ = [
+    "Adapter",
+    "Site",
+    "adapter_for",
+    "denoiser_of",
+    "dit",
+    "list_sites",
+    "register",
+    "supported",
+    "unet",
+]

@@ -1,0 +1,197 @@
+"""The ΔConvBlock: pyramid depthwise convolutions, a gate and a mean, in place of self-attention.
+
+Source: Dong et al., "Can We Achieve Efficient Diffusion without Self-Attention? Distilling
+Self-Attention into Convolutions", ICCV 2025. For tokens x of a grid H×W:
+
+    y   = proj_in(x)                                        C → C' = C·ratio
+    z_i = upsample(gate(depthwise_K(pool_i(y))))            C' → C'/2, at scale 1/2^i, i < stages
+    out = proj_out(concat_i z_i) + mean_proj(mean over tokens of x)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convfusion.errors import ConvFusionError
+
+Gate = Literal["scaled", "reference", "sigmoid"]
+Pooling = Literal["ceil", "adaptive"]
+Init = Literal["mean", "mean_zero", "random"]
+Grid = tuple[int, int]
+
+SMALL = 0.1  # of `proj_out` under the `mean` initialisation, relative to PyTorch's default
+
+
+@dataclass(frozen=True)
+class DeltaConv:
+    """Settings of a ΔConvBlock.
+
+    Attributes:
+        kernel_size: odd side K of every depthwise kernel, in tokens of its own stage.
+        stages: number n of pyramid stages, at scales 1, 1/2, …, 1/2^(n-1).
+        ratio: C'/C, the channels that the stages work on; C·ratio must be an even integer.
+        gate: how the two halves f1, f2 of the C' channels meet. `scaled`: f1·f2/√C' (the paper);
+            `reference`: f1·f2·√(C'/2) (the authors' SD1.5 and SDXL weights); `sigmoid`:
+            f1·σ(f2) (their PixArt weights).
+        pooling: `ceil` halves by 2×2 means (ceil mode: border windows average what they hold),
+            stage by stage; `adaptive` pools to ⌊H/2^i⌋×⌊W/2^i⌋ at once (the authors' weights).
+            Both agree on grids that 2^(n-1) divides.
+        mean_branch: add a projection of the mean over all tokens at every token.
+        init: `mean` sets the mean branch to what the replaced attention does when it is uniform,
+            W_o·W_v and W_o·b_v + b_o, and starts `proj_out` small; `mean_zero` starts it at
+            zero; `random` is PyTorch's default for every tensor.
+    """
+
+    kernel_size: int = 7
+    stages: int = 2
+    ratio: float = 0.5
+    gate: Gate = "scaled"
+    pooling: Pooling = "ceil"
+    mean_branch: bool = True
+    init: Init = "mean"
+
+    def __post_init__(self) -> None:
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ConvFusionError(f"kernel_size must be odd and positive, not {self.kernel_size}")
+        if self.stages < 1:
+            raise ConvFusionError(f"stages must be at least 1, not {self.stages}")
+        for field, kinds in (("gate", Gate), ("pooling", Pooling), ("init", Init)):
+            if getattr(self, field) not in get_args(kinds):
+                known = ", ".join(get_args(kinds))
+                raise ConvFusionError(f"{field} must be one of {known}, not {getattr(self, field)!r}")
+
+    def build(self, channels: int) -> DeltaConvBlock:
+        """A block for tokens of `channels` channels."""
+        return DeltaConvBlock(channels, self)
+
+
+class DeltaConvBlock(nn.Module):
+    """A token mixer made of convolutions; see the module's equations.
+
+    Raises:
+        ConvFusionError: C·ratio is not an even integer.
+    """
+
+    def __init__(self, channels: int, config: DeltaConv = DeltaConv()) -> None:
+        super().__init__()
+        inner = round(channels * config.ratio)
+        if inner < 2 or inner % 2 or inner != channels * config.ratio:
+            raise ConvFusionError(
+                f"channels·ratio must be an even integer, not {channels}·{config.ratio}"
+            )
+        self.config = config
+        self.proj_in = nn.Linear(channels, inner)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(
+                inner,
+                inner,
+                config.kernel_size,
+                padding=config.kernel_size // 2,
+                groups=inner,
+                bias=False,
+            )
+            for _ in range(config.stages)
+        )
+        self.proj_out = nn.Linear(inner // 2 * config.stages, channels)
+        self.mean_proj = nn.Linear(channels, channels) if config.mean_branch else None
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Mix tokens [B, N, C] that lie row by row on a grid (H, W); same shape and dtype out.
+
+        Raises:
+            ValueError: N ≠ H·W.
+        """
+        height, width = check_grid(tokens, grid)
+        maps = self.proj_in(tokens).transpose(1, 2).unflatten(2, (height, width))
+        mixed = self.proj_out(self.pyramid(maps).flatten(2).transpose(1, 2))
+        if self.mean_proj is not None:
+            mixed = mixed + self.mean_proj(tokens.mean(dim=1, keepdim=True))
+        return mixed
+
+    def pyramid(self, maps: Tensor) -> Tensor:
+        """All stages of maps [B, C', H, W], concatenated: [B, stages·C'/2, H, W]."""
+        size = maps.shape[-2:]
+        stages, pooled = [], maps
+        for i, conv in enumerate(self.convs):
+            if i:
+                pooled = halve(pooled) if self.config.pooling == "ceil" else shrink(maps, 2**i)
+            mixed = apply_gate(conv(pooled), self.config.gate)
+            if i:
+                mixed = F.interpolate(mixed, size=size, mode="bilinear", align_corners=False)
+            stages.append(mixed)
+        return torch.cat(stages, dim=1)
+
+    @torch.no_grad()
+    def init_from(self, attention: nn.Module) -> None:
+        """Start from the attention being replaced, as `config.init` says."""
+        if self.config.init == "random":
+            return
+        if self.mean_proj is not None:
+            set_to_uniform_attention(self.mean_proj, attention)
+        scale = 0.0 if self.config.init == "mean_zero" else SMALL
+        self.proj_out.weight.mul_(scale)
+        self.proj_out.bias.zero_()
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.config.kernel_size}, gate={self.config.gate}"
+
+
+def check_grid(tokens: Tensor, grid: Grid) -> Grid:
+    """Return the grid (H, W) if H·W tokens are there, else raise a ValueError naming both."""
+    height, width = grid
+    if tokens.shape[1] != height * width:
+        raise ConvFusionError(
+            f"there are N = {tokens.shape[1]} tokens, but the grid {height}×{width} "
+            f"has {height * width}"
+        )
+    return height, width
+
+
+def halve(maps: Tensor) -> Tensor:
+    """2×2 means of maps [B, C, H, W]: [B, C, ⌈H/2⌉, ⌈W/2⌉], borders averaged over what they hold."""
+    return F.avg_pool2d(maps, 2, ceil_mode=True, count_include_pad=False)
+
+
+def shrink(maps: Tensor, factor: int) -> Tensor:
+    """Adaptive means of maps [B, C, H, W]: [B, C, ⌊H/factor⌋, ⌊W/factor⌋], each at least 1."""
+    height, width = maps.shape[-2:]
+    return F.adaptive_avg_pool2d(maps, (max(1, height // factor), max(1, width // factor)))
+
+
+def apply_gate(maps: Tensor, kind: Gate) -> Tensor:
+    """Let the two halves of the channels meet: [B, C', H, W] → [B, C'/2, H, W].
+
+    The second half is scaled before the product, so that `scaled` stays within float16 where
+    the product itself would not.
+    """
+    first, second = maps.chunk(2, dim=1)
+    channels = maps.shape[1]
+    if kind == "sigmoid":
+        return first * second.sigmoid()
+    scale = channels**-0.5 if kind == "scaled" else (channels / 2) ** 0.5
+    return first * (second * scale)
+
+
+@torch.no_grad()
+def set_to_uniform_attention(linear: nn.Linear, attention: nn.Module) -> None:
+    """Set a layer C → C to what uniform attention does to the mean token.
+
+    softmax → 1/N makes W_o·(mean_k W_v·x_k + b_v) + b_o = (W_o·W_v)·mean(x) + W_o·b_v + b_o.
+
+    Args:
+        linear: the layer to set, with a bias.
+        attention: a diffusers `Attention` with `to_v` and `to_out[0]`.
+    """
+    value, out = attention.to_v, attention.to_out[0]
+    weight = out.weight.float()
+    linear.weight.copy_(weight @ value.weight.float())
+    linear.bias.zero_()
+    if value.bias is not None:
+        linear.bias.add_(weight @ value.bias.float())
+    if out.bias is not None:
+        linear.bias.add_(out.bias.float())

@@ -1,0 +1,275 @@
+"""Checkpoints: the mixers of a model alone, or a whole pipeline with them in place.
+
+A checkpoint is a folder with `blocks.safetensors`, the mixers' tensors under
+`<site path>.mixer.<name>`, and `convfusion.json`, the manifest:
+
+    {"format": 1, "version": "<of convfusion>", "family": "unet", "base_model": "<name or path>",
+     "sites": {"<site path>": {"channels": 64, "mixer": {"kind": "delta_conv", …}}}}
+
+Only safetensors and JSON are read, so a file from outside cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from convfusion.adapters import adapter_for, denoiser_of, list_sites
+from convfusion.config import ConvertConfig
+from convfusion.errors import CheckpointError, ConvFusionError
+from convfusion.mixers import mixer_from_dict, mixer_to_dict
+from convfusion.surgery import Status, build_mixers, install, mixers_of, status
+
+FORMAT = 1
+BLOCKS, MANIFEST = "blocks.safetensors", "convfusion.json"
+BARE = "model_without_attention.safetensors"  # a name that no stock loader looks for
+
+
+def save(pipe_or_model: Any, folder: str | Path) -> None:
+    """Write the mixers of a converted pipeline or denoiser to a folder.
+
+    Each file is written aside and renamed, the manifest last.
+
+    Raises:
+        ConvFusionError: the model is not converted.
+    """
+    model = denoiser_of(pipe_or_model)
+    mixers = mixers_of(model)
+    if not mixers:
+        raise ConvFusionError("this model is not converted: there are no blocks to save")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{path}.mixer.{name}": tensor.contiguous()
+        for path, mixer in mixers.items()
+        for name, tensor in mixer.state_dict().items()
+    }
+    write_tensors(folder / BLOCKS, tensors)
+    write_text(folder / MANIFEST, json.dumps(_manifest(model, mixers), indent=2) + "\n")
+
+
+def load(pipe_or_model: Any, folder: str | Path, *, keep_attention: bool = True) -> Status:
+    """Convert a pipeline or denoiser to what a checkpoint holds, or update a converted one.
+
+    Everything is checked before the model is touched. Blocks take the model's dtype and device.
+
+    Args:
+        pipe_or_model: the base model as it was converted, or converted already at the same sites
+            with the same settings.
+        folder: written by `save`.
+        keep_attention: as in `ConvertConfig`.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not fit this model, which is unchanged.
+    """
+    model = denoiser_of(pipe_or_model)
+    folder = Path(folder)
+    manifest = _read_manifest(folder / MANIFEST)
+    _check_family(model, manifest)
+    wanted = {path: mixer_from_dict(site["mixer"]) for path, site in manifest["sites"].items()}
+    present = mixers_of(model)
+    if present:
+        if {path: mixer.config for path, mixer in present.items()} != wanted:
+            raise CheckpointError(
+                "the model is converted otherwise than this checkpoint: revert it first"
+            )
+        mixers = present
+    else:
+        mixers = build_mixers(model, list_sites(model), ConvertConfig(sites=wanted))
+    states = _read_blocks(folder / BLOCKS, mixers)
+    for path, mixer in mixers.items():
+        # Assigning to a mixer on the meta device gives it the checkpoint's own tensors.
+        on_meta = any(p.is_meta for p in mixer.parameters())
+        mixer.load_state_dict(states[path], assign=on_meta)
+    if not present:
+        install(model, mixers, keep_attention=keep_attention)
+    return status(model)
+
+
+def save_pipeline(pipe: Any, folder: str | Path) -> None:
+    """Write a whole converted pipeline, to be read back with `load_pipeline`.
+
+    The folder has diffusers' layout, and the blocks in `convfusion/`. Where the attention was
+    kept, diffusers' own `from_pretrained` reads it as the base model; where it was dropped, that
+    fails with a missing file instead of drawing with attention that was never trained.
+    """
+    model = denoiser_of(pipe)
+    name = _component(pipe, model)
+    folder = Path(folder)
+    bare = any(not site.attention_kept for site in status(model).sites)
+    save(model, folder / "convfusion")
+    pipe.save_pretrained(folder, safe_serialization=True)
+    stock = {key: value for key, value in model.state_dict().items() if ".attn1.mixer." not in key}
+    for file in (folder / name).glob("*.safetensors*"):
+        file.unlink()  # what diffusers wrote has the blocks among the stock weights
+    stock = {key: value.contiguous() for key, value in stock.items()}
+    write_tensors(folder / name / (BARE if bare else "diffusion_pytorch_model.safetensors"), stock)
+
+
+def load_pipeline(folder: str | Path, **options: Any) -> Any:
+    """Read back what `save_pipeline` wrote: a pipeline that draws the same images bit for bit.
+
+    Args:
+        folder: on disk.
+        options: for diffusers' `DiffusionPipeline.from_pretrained`, such as `torch_dtype`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = Path(folder)
+    if not (folder / "convfusion" / MANIFEST).is_file():
+        raise CheckpointError(f"{folder} holds no converted pipeline: convfusion/{MANIFEST} is missing")
+    bare = next(iter(sorted(folder.glob(f"*/{BARE}"))), None)
+    if bare is None:
+        pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **options)
+        load(pipe, folder / "convfusion")
+        return pipe
+    model = _load_bare(bare, folder / "convfusion")
+    if "torch_dtype" in options:
+        model.to(options["torch_dtype"])
+    parts = {bare.parent.name: model}
+    return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **parts, **options)
+
+
+def _load_bare(weights: Path, blocks: Path) -> nn.Module:
+    """A converted denoiser without attention, from its config and the two weight files."""
+    import diffusers
+
+    config = json.loads((weights.parent / "config.json").read_text())
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise CheckpointError(f"{weights.parent}/config.json names no diffusers model")
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    load(model, blocks, keep_attention=False)
+    tensors = read_tensors(weights)
+    tensors |= {k: v for k, v in model.state_dict().items() if ".attn1.mixer." in k}
+    missing = model.state_dict().keys() ^ tensors.keys()
+    if missing:
+        raise CheckpointError(f"{weights} does not fit its config: {_few(missing)}")
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file aside, flush it to disk and rename it into place."""
+    aside = path.with_name(path.name + ".tmp")
+    save_file(tensors, aside, metadata={"format": "pt"})
+    _into_place(aside, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_tensors`, for text."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    _into_place(aside, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _into_place(aside: Path, path: Path) -> None:
+    with open(aside, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _manifest(model: nn.Module, mixers: dict[str, nn.Module]) -> dict[str, Any]:
+    from convfusion import __version__
+
+    channels = {site.path: site.channels for site in list_sites(model)}
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "family": adapter_for(model).family,
+        "base_model": str(getattr(model.config, "_name_or_path", "") or ""),
+        "sites": {
+            path: {"channels": channels[path], "mixer": mixer_to_dict(mixer.config)}
+            for path, mixer in mixers.items()
+        },
+    }
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a manifest of format {FORMAT}")
+    sites = manifest.get("sites")
+    if not isinstance(sites, dict) or not all(
+        isinstance(site, dict) and {"channels", "mixer"} <= site.keys() for site in sites.values()
+    ):
+        raise CheckpointError(f"{path}: `sites` must map paths to channels and mixers")
+    return manifest
+
+
+def _check_family(model: nn.Module, manifest: dict[str, Any]) -> None:
+    family = adapter_for(model).family
+    if manifest.get("family") != family:
+        raise CheckpointError(
+            f"the checkpoint is for a {manifest.get('family')} model, and this is a {family}"
+        )
+    here = {site.path: site.channels for site in list_sites(model)}
+    for path, site in manifest["sites"].items():
+        if path not in here:
+            raise CheckpointError(f"the checkpoint has a site that this model lacks: {path}")
+        if here[path] != site["channels"]:
+            raise CheckpointError(
+                f"{path} has {here[path]} channels here and {site['channels']} in the checkpoint: "
+                "it belongs to another model"
+            )
+
+
+def _read_blocks(path: Path, mixers: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """The state of every mixer, checked to be complete, without extras and of the right shapes."""
+    tensors = read_tensors(path)
+    expected = {
+        f"{site}.mixer.{name}": (site, name, tensor.shape)
+        for site, mixer in mixers.items()
+        for name, tensor in mixer.state_dict().items()
+    }
+    if missing := expected.keys() - tensors.keys():
+        raise CheckpointError(f"{path} lacks {_few(missing)}")
+    if extra := tensors.keys() - expected.keys():
+        raise CheckpointError(f"{path} has tensors of no site in its manifest: {_few(extra)}")
+    states: dict[str, dict[str, Tensor]] = {site: {} for site in mixers}
+    for key, (site, name, shape) in expected.items():
+        if tensors[key].shape != shape:
+            found = tuple(tensors[key].shape)
+            raise CheckpointError(f"{path}: {key} has shape {found}, expected {tuple(shape)}")
+        states[site][name] = tensors[key]
+    return states
+
+
+def _component(pipe: Any, model: nn.Module) -> str:
+    for name in ("unet", "transformer"):
+        if getattr(pipe, name, None) is model:
+            return name
+    raise ConvFusionError("save_pipeline takes a pipeline; for a denoiser alone use save")
+
+
+def _few(names: Any) -> str:
+    ordered = sorted(names)
+    rest = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return ", ".join(ordered[:3]) + rest

@@ -1,0 +1,97 @@
+"""What `convert` is asked to do, as plain frozen data that round-trips through JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from convfusion.block import DeltaConv
+from convfusion.errors import ConvFusionError
+from convfusion.mixers import Mixer, mixer_from_dict, mixer_to_dict
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Which token mixer goes to which self-attention site.
+
+    Attributes:
+        sites: from a pattern over site paths (`*`, `?`, `[…]` as in shell patterns) to the
+            settings of a mixer. The first pattern that matches a path decides; a site that no
+            pattern matches keeps its attention.
+        keep_attention: keep the replaced attention beside the mixer, so that `revert` works and
+            every stock weight and name stays. False frees its memory.
+        seed: of the mixers' random numbers; the global random state is left alone.
+    """
+
+    sites: Mapping[str, Mixer] = field(default_factory=lambda: {"*": DeltaConv()})
+    keep_attention: bool = True
+    seed: int = 0
+
+    def mixers_for(self, paths: Iterable[str]) -> dict[str, Mixer]:
+        """The mixer of every path that a pattern matches, in the order of the paths.
+
+        Raises:
+            ConvFusionError: a pattern matches no path at all.
+        """
+        paths = list(paths)
+        for pattern in self.sites:
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                raise ConvFusionError(
+                    f"the pattern {pattern!r} matches no self-attention site; "
+                    f"there are {len(paths)}, such as {paths[0]!r}"
+                )
+        chosen: dict[str, Mixer] = {}
+        for path in paths:
+            for pattern, mixer in self.sites.items():
+                if fnmatchcase(path, pattern):
+                    chosen[path] = mixer
+                    break
+        return chosen
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "sites": {pattern: mixer_to_dict(mixer) for pattern, mixer in self.sites.items()},
+            "keep_attention": self.keep_attention,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ConvertConfig:
+        unknown = set(values) - {"sites", "keep_attention", "seed"}
+        if unknown:
+            raise ConvFusionError(f"unknown in a convert config: {', '.join(sorted(unknown))}")
+        config = dict(values)
+        if "sites" in config:
+            if not isinstance(config["sites"], Mapping) or not config["sites"]:
+                raise ConvFusionError("`sites` must map at least one pattern to a mixer")
+            config["sites"] = {p: mixer_from_dict(m) for p, m in config["sites"].items()}
+        return cls(**config)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ConvertConfig:
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except json.JSONDecodeError as error:
+            raise ConvFusionError(f"{path} is not JSON: {error}") from None
+
+
+def uniform(mixer: Mixer, **options: Any) -> ConvertConfig:
+    """One mixer for every site: `uniform(DeltaConv(kernel_size=9))`."""
+    return ConvertConfig(sites={"*": mixer}, **options)
+
+
+def with_kernel_sizes(
+    sizes: int | Mapping[str, int], base: DeltaConv = DeltaConv(), **options: Any
+) -> ConvertConfig:
+    """ΔConvBlocks whose kernel is one number, or given by site pattern."""
+    by_site = {"*": sizes} if isinstance(sizes, int) else sizes
+    return ConvertConfig(
+        sites={site: replace(base, kernel_size=size) for site, size in by_site.items()}, **options
+    )

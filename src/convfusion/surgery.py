@@ -1,0 +1,279 @@
+"""Replace self-attention in place, and put it back.
+
+A site's `Attention` becomes a `MixedAttention`, a subclass of itself with the mixer as its child
+`mixer`. So the module tree, every stock name and every stock weight stay where they were, and
+reverting is a change of class. No diffusers forward code is copied: the grid of the tokens comes
+with the cross-attention keywords, put there by a hook of the module that knows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from convfusion import presets
+from convfusion.adapters import Site, adapter_for, denoiser_of, list_sites
+from convfusion.adapters.base import drop_grid
+from convfusion.config import ConvertConfig
+from convfusion.errors import ConvFusionError, UnsupportedModelError
+from convfusion.mixers import Mixer
+
+LOST_WITHOUT_ATTENTION = (
+    "revert",
+    "distillation (the attention is the teacher)",
+    "IP-Adapter and other processors that read to_q, to_k or to_v of a self-attention",
+    "LoRA weights for a self-attention",
+    "fuse_qkv_projections",
+    "ControlNetModel.from_unet",
+)
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+
+
+class MixedAttention(Attention):
+    """A self-attention whose forward is its child `mixer`; its weights wait for `revert`."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        grid: Tensor | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """Mix tokens [B, N, C] on the grid that `grid` [H, W, 0] has as its shape."""
+        if grid is None:
+            raise ConvFusionError(
+                "no grid reached a converted self-attention: call the denoiser itself, "
+                "model(…), since model.forward(…) skips the hooks that pass the grid on"
+            )
+        if attention_mask is not None:
+            raise ConvFusionError("a converted self-attention takes no attention mask")
+        return self.mixer(hidden_states, (grid.shape[0], grid.shape[1]))
+
+
+class DroppedAttention(MixedAttention):
+    """A converted self-attention without its stock weights."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _PROJECTIONS:
+            raise AttributeError(
+                f"{name}: the self-attention weights of this site were dropped; what needs them "
+                "works on a model converted with keep_attention=True"
+            )
+        return super().__getattr__(name)
+
+
+@dataclass(frozen=True)
+class SiteStatus:
+    """What stands at a site: its mixer's settings (None: its attention) and what it weighs."""
+
+    site: Site
+    mixer: Mixer | None
+    attention_kept: bool
+    attention_parameters: int
+    mixer_parameters: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """The sites of a denoiser; `str(status)` is a table."""
+
+    model: str
+    family: str
+    sites: tuple[SiteStatus, ...]
+
+    @property
+    def converted(self) -> int:
+        return sum(site.mixer is not None for site in self.sites)
+
+    def __str__(self) -> str:
+        dropped = sum(not site.attention_kept for site in self.sites)
+        lines = [
+            f"{self.model}: {self.converted} of {len(self.sites)} self-attention sites converted"
+            + (f", {dropped} without their attention" if dropped else "")
+        ]
+        for row in self.sites:
+            mixer = "attention" if row.mixer is None else str(row.mixer)
+            lines.append(f"  {row.site.path}  {row.site.channels} channels  {mixer}")
+        if dropped:
+            lines.append("Not available any more: " + "; ".join(LOST_WITHOUT_ATTENTION) + ".")
+        return "\n".join(lines)
+
+
+def convert(pipe_or_model: Any, config: ConvertConfig | str | None = None) -> Status:
+    """Replace self-attention by token mixers, in place.
+
+    Args:
+        pipe_or_model: a diffusers pipeline, or its UNet or transformer; on any device, `meta` too.
+        config: which mixer goes where; the name of a preset; or None for the preset whose layout
+            the model has (see `convfusion.presets`).
+
+    Returns:
+        What now stands at each site.
+
+    Raises:
+        UnsupportedModelError: no adapter for this class, or a site that is no plain attention.
+        ConvFusionError: it is converted already, or the config does not fit. Nothing is changed.
+    """
+    model = denoiser_of(pipe_or_model)
+    sites = list_sites(model)
+    if any(_is_converted(model, site) for site in sites):
+        raise ConvFusionError("this model is converted already: revert it first")
+    if config is None:
+        config = presets.preset_for(model)
+    if isinstance(config, str):
+        config = presets.by_name(config)
+    mixers = build_mixers(model, sites, config)
+    install(model, mixers, keep_attention=config.keep_attention)
+    return status(model)
+
+
+def build_mixers(
+    model: nn.Module, sites: list[Site], config: ConvertConfig
+) -> dict[str, nn.Module]:
+    """A mixer for every chosen site, initialised from its attention, with its dtype and device."""
+    chosen = config.mixers_for(site.path for site in sites)
+    built: dict[str, nn.Module] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        for site in sites:
+            if site.path not in chosen:
+                continue
+            attention = _plain_attention(model, site)
+            weight = attention.to_v.weight
+            with torch.device("meta" if weight.is_meta else "cpu"):
+                mixer = chosen[site.path].build(site.channels)
+            mixer = mixer.to(weight.device)
+            if not weight.is_meta:
+                mixer.init_from(attention)
+            built[site.path] = mixer.to(weight.dtype)
+    return built
+
+
+def install(model: nn.Module, mixers: dict[str, nn.Module], *, keep_attention: bool) -> None:
+    """Put ready mixers, by site path, into an unconverted denoiser."""
+    for site in list_sites(model):
+        if site.path in mixers:
+            attention = model.get_submodule(site.path)
+            attention.__class__ = MixedAttention
+            attention.mixer = mixers[site.path].train(attention.training)
+            if not keep_attention:
+                _drop(attention)
+    _connect(model)
+
+
+def drop_attention(pipe_or_model: Any) -> Status:
+    """Free the replaced attention weights of a converted model, for deployment.
+
+    What stops working is `LOST_WITHOUT_ATTENTION`; it says so when tried.
+    """
+    model = denoiser_of(pipe_or_model)
+    mixed = [site for site in list_sites(model) if _is_converted(model, site)]
+    if not mixed:
+        raise ConvFusionError("this model is not converted: there is no attention to drop")
+    for site in mixed:
+        _drop(model.get_submodule(site.path))
+    return status(model)
+
+
+def revert(pipe_or_model: Any) -> Status:
+    """Undo `convert`, bit for bit: the attention takes its place again, the mixers are gone.
+
+    Raises:
+        ConvFusionError: the model is not converted, or its attention was dropped. Nothing is
+            changed.
+    """
+    model = denoiser_of(pipe_or_model)
+    mixed = [
+        model.get_submodule(site.path) for site in list_sites(model) if _is_converted(model, site)
+    ]
+    if not mixed:
+        raise ConvFusionError("this model is not converted: there is nothing to revert")
+    if any(isinstance(attention, DroppedAttention) for attention in mixed):
+        raise ConvFusionError(
+            "the attention weights of this model were dropped: load the original model again"
+        )
+    _disconnect(model)
+    for attention in mixed:
+        del attention.mixer
+        attention.__class__ = Attention
+    return status(model)
+
+
+def status(pipe_or_model: Any) -> Status:
+    """What stands at each self-attention site of a pipeline or denoiser."""
+    model = denoiser_of(pipe_or_model)
+    rows = []
+    for site in list_sites(model):
+        attention = model.get_submodule(site.path)
+        mixer = attention.mixer if _is_converted(model, site) else None
+        mixer_weights = sum(p.numel() for p in mixer.parameters()) if mixer is not None else 0
+        weights = sum(p.numel() for p in attention.parameters()) - mixer_weights
+        rows.append(
+            SiteStatus(
+                site=site,
+                mixer=mixer.config if mixer is not None else None,
+                attention_kept=not isinstance(attention, DroppedAttention),
+                attention_parameters=weights,
+                mixer_parameters=mixer_weights,
+            )
+        )
+    return Status(type(model).__name__, adapter_for(model).family, tuple(rows))
+
+
+def mixers_of(pipe_or_model: Any) -> dict[str, nn.Module]:
+    """The mixers of a converted denoiser by site path; empty if it is not converted."""
+    model = denoiser_of(pipe_or_model)
+    return {
+        site.path: model.get_submodule(site.path).mixer
+        for site in list_sites(model)
+        if _is_converted(model, site)
+    }
+
+
+def _is_converted(model: nn.Module, site: Site) -> bool:
+    return isinstance(model.get_submodule(site.path), MixedAttention)
+
+
+def _plain_attention(model: nn.Module, site: Site) -> Attention:
+    attention = model.get_submodule(site.path)
+    if type(attention) is not Attention or attention.residual_connection:
+        raise UnsupportedModelError(
+            f"{site.path} is a {type(attention).__name__}, not a plain diffusers Attention"
+        )
+    return attention
+
+
+def _drop(attention: nn.Module) -> None:
+    for name in _PROJECTIONS:
+        attention._modules.pop(name, None)
+    attention.__class__ = DroppedAttention
+
+
+def _hooked(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """The modules that need a hook while the model is converted, each with its hook."""
+    hook = adapter_for(model).grid_hook(model)
+    sites = list_sites(model)
+    reached = sorted({site.owner for site in sites if _is_converted(model, site)})
+    for path in reached:
+        owner = model.get_submodule(path)
+        yield owner, hook
+        for module in owner.modules():
+            if isinstance(module, Attention) and not isinstance(module, MixedAttention):
+                yield module, drop_grid
+
+
+def _connect(model: nn.Module) -> None:
+    for module, hook in _hooked(model):
+        module._convfusion_hook = module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _disconnect(model: nn.Module) -> None:
+    for module, _ in _hooked(model):
+        module._convfusion_hook.remove()
+        del module._convfusion_hook

@@ -1,0 +1,366 @@
+"""Converting and reverting, for every family in one table."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from tiny_models import CASES, Case, randomise, run, sd15
+from torch import nn
+
+import convfusion
+from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, Removed, uniform
+from convfusion.adapters import list_sites
+from convfusion.mixers import MIXERS
+from convfusion.surgery import mixers_of
+
+EVERY_MIXER = [settings() for settings in MIXERS.values()]
+table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def converted(case: Case, config: ConvertConfig | None = None) -> nn.Module:
+    model = case.model()
+    convfusion.convert(model, config)
+    randomise(mixers_of(model))
+    return model
+
+
+def naive_output(model: nn.Module, case: Case, height: int, width: int) -> torch.Tensor:
+    """The output when each mixer is told its grid by hand, from the size of the latents alone."""
+    stock = copy.deepcopy(model)
+    mixers = mixers_of(stock)
+    levels = {site.path: site.level for site in list_sites(stock)}
+    patch = 2 if case.name in ("pixart", "dit") else 1
+    convfusion.revert(stock)
+    for path, mixer in mixers.items():
+        factor = patch * 2 ** levels[path]
+        grid = (-(-height // factor), -(-width // factor))
+
+        def forward(tokens, *args, mixer=mixer, grid=grid, **kwargs):
+            return mixer(tokens, grid)
+
+        stock.get_submodule(path).forward = forward
+    return run(stock, case, height, width)
+
+
+@table
+@torch.no_grad()
+def test_forward_at_two_sizes_in_a_row(case):
+    model = converted(case)
+    original = case.model()
+    for height, width in case.sizes:
+        output = run(model, case, height, width)
+        assert torch.equal(output, naive_output(model, case, height, width))
+        assert not torch.allclose(output, run(original, case, height, width), rtol=0.01)
+
+
+@table
+def test_sites_and_preset(case):
+    status = convfusion.convert(case.model())
+    assert len(status.sites) == status.converted == case.sites
+    preset = convfusion.presets.by_name(case.preset)
+    assert {s.site.path: s.mixer for s in status.sites} == preset.mixers_for(
+        s.site.path for s in status.sites
+    )
+
+
+@table
+@torch.no_grad()
+def test_save_load_revert(case, tmp_path):
+    original = case.model()
+    before = {key: value.clone() for key, value in original.state_dict().items()}
+    expected = run(original, case, *case.sizes[0])
+    model = converted(case)
+    convfusion.save(model, tmp_path)
+    loaded = case.model()
+    convfusion.load(loaded, tmp_path)
+    for size in case.sizes:
+        assert torch.equal(run(loaded, case, *size), run(model, case, *size))
+    convfusion.revert(loaded)
+    after = loaded.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert torch.equal(run(loaded, case, *case.sizes[0]), expected)
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in original.modules()]
+    assert not any(m._forward_pre_hooks for m in loaded.modules())
+
+
+@table
+def test_checkpointing_with_two_sizes_in_flight(case):
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        model = converted(case)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        parameters = [p for mixer in mixers_of(model).values() for p in mixer.parameters()]
+        outputs = [run(model, case, *size) for size in case.sizes]
+        return torch.autograd.grad(sum(o.square().sum() for o in outputs), parameters)
+
+    for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@table
+@torch.no_grad()
+def test_deepcopy_stands_alone(case):
+    model = converted(case)
+    size = case.sizes[0]
+    expected = run(model, case, *size)
+    twin = copy.deepcopy(model)
+    assert torch.equal(run(twin, case, *size), expected)
+    convfusion.revert(twin)
+    assert torch.equal(run(twin, case, *size), run(case.model(), case, *size))
+    assert torch.equal(run(model, case, *size), expected)
+
+
+@table
+@pytest.mark.parametrize("mixer", EVERY_MIXER, ids=lambda m: type(m).__name__)
+@torch.no_grad()
+def test_every_mixer_goes_through_the_same_door(case, mixer, tmp_path):
+    model = converted(case, uniform(mixer))
+    convfusion.save(model, tmp_path)
+    loaded = case.model()
+    convfusion.load(loaded, tmp_path)
+    size = case.sizes[0]
+    assert torch.equal(run(loaded, case, *size), run(model, case, *size))
+
+
+@table
+@torch.no_grad()
+def test_dropping_attention_frees_it_and_draws_the_same(case):
+    model = converted(case)
+    expected = run(model, case, *case.sizes[0])
+    weights = sum(row.attention_parameters for row in convfusion.status(model).sites)
+    total = sum(p.numel() for p in model.parameters())
+    status = convfusion.drop_attention(model)
+    assert weights > 0
+    assert sum(p.numel() for p in model.parameters()) == total - weights
+    assert "IP-Adapter" in str(status)
+    assert torch.equal(run(model, case, *case.sizes[0]), expected)
+    with pytest.raises(AttributeError, match="keep_attention=True"):
+        _ = model.get_submodule(status.sites[0].site.path).to_q
+    with pytest.raises(ConvFusionError, match="were dropped"):
+        convfusion.revert(model)
+    assert torch.equal(run(model, case, *case.sizes[0]), expected)
+
+
+@table
+@torch.no_grad()
+def test_removed_equals_zeroed_attention(case):
+    model = case.model()
+    for site in list_sites(model):
+        for p in model.get_submodule(site.path).to_out.parameters():
+            p.zero_()
+    expected = run(model, case, *case.sizes[0])
+    removed = case.model()
+    convfusion.convert(removed, uniform(Removed()))
+    torch.testing.assert_close(run(removed, case, *case.sizes[0]), expected)
+
+
+@table
+@torch.no_grad()
+def test_mean_only_equals_uniform_attention(case):
+    model = case.model()
+    for site in list_sites(model):
+        for p in model.get_submodule(site.path).to_q.parameters():
+            p.zero_()
+    expected = run(model, case, *case.sizes[0])
+    mean = case.model()
+    convfusion.convert(mean, uniform(MeanOnly()))
+    torch.testing.assert_close(run(mean, case, *case.sizes[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+@table
+def test_half_precision_and_meta(case):
+    half = case.model().to(torch.bfloat16)
+    convfusion.convert(half)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    with torch.device("meta"):
+        model = case.make()
+    assert convfusion.convert(model).converted == case.sites
+    assert all(p.is_meta for p in model.parameters())
+
+
+FULL_SIZE = {
+    "sd15": (
+        UNet2DConditionModel,
+        {"cross_attention_dim": 768},
+        {0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)},
+        859_520_964,
+        49.6,
+    ),
+    "sdxl": (
+        UNet2DConditionModel,
+        {
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        {1: (10, 640), 2: (60, 1280)},
+        2_567_463_684,
+        409.7,
+    ),
+    "pixart": (
+        PixArtTransformer2DModel,
+        {"sample_size": 128, "caption_channels": 4096, "use_additional_conditions": False},
+        {0: (28, 1152)},
+        610_856_096,
+        148.8,
+    ),
+    "dit": (DiTTransformer2DModel, {"out_channels": 8}, {0: (28, 1152)}, None, None),
+}
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size_layouts_on_meta(name):
+    kind, config, levels, parameters, attention = FULL_SIZE[name]
+    with torch.device("meta"):
+        model = kind(**config)
+    if parameters is not None:
+        assert sum(p.numel() for p in model.parameters()) == parameters
+    status = convfusion.convert(model)
+    found = {}
+    for row in status.sites:
+        count = found.get(row.site.level, (0, 0))[0]
+        found[row.site.level] = (count + 1, row.site.channels)
+    assert found == levels
+    if attention is not None:
+        weights = sum(row.attention_parameters for row in status.sites)
+        assert round(weights / 1e6, 1) == attention
+    assert convfusion.presets.preset_for(model) == name
+
+
+def test_patterns_choose_sites():
+    model = sd15()
+    config = ConvertConfig(
+        sites={"*.attentions.0.*attn1": DeltaConv(kernel_size=3), "mid_block.*": MeanOnly()}
+    )
+    status = convfusion.convert(model, config)
+    kinds = {row.site.path: type(row.mixer) for row in status.sites}
+    assert status.converted == 7
+    assert kinds["up_blocks.1.attentions.1.transformer_blocks.0.attn1"] is type(None)
+    # The middle site matches both patterns: the first one decides.
+    assert kinds["mid_block.attentions.0.transformer_blocks.0.attn1"] is DeltaConv
+    convfusion.revert(model)
+    assert convfusion.status(model).converted == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: FluxTransformer2DModel(
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=8,
+                num_attention_heads=1,
+                axes_dims_rope=(2, 2, 4),
+                joint_attention_dim=8,
+                pooled_projection_dim=8,
+            ),
+            "FluxTransformer2DModel is not supported; supported are DiTTransformer2DModel",
+        ),
+        (lambda: UNet2DModel(block_out_channels=(8,) * 4, norm_num_groups=8), "UNet2DModel is not"),
+        (lambda: nn.Linear(2, 2), "Linear is not supported"),
+        (lambda: "a path", "str has no `unet` or `transformer`"),
+        (
+            lambda: UNet2DConditionModel(
+                block_out_channels=(8, 8),
+                down_block_types=("DownBlock2D",) * 2,
+                up_block_types=("UpBlock2D",) * 2,
+                mid_block_type=None,
+                norm_num_groups=8,
+            ),
+            "no self-attention",
+        ),
+    ],
+)
+def test_unsupported_models_raise_and_stay_as_they_are(make, message):
+    model = make()
+    modules = [type(m) for m in model.modules()] if isinstance(model, nn.Module) else None
+    with pytest.raises(convfusion.UnsupportedModelError, match=message):
+        convfusion.convert(model)
+    if modules:
+        assert [type(m) for m in model.modules()] == modules
+
+
+def test_mistakes_change_nothing():
+    model = sd15()
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(ConvFusionError, match="not converted"):
+        convfusion.revert(model)
+    with pytest.raises(ConvFusionError, match="matches no"):
+        convfusion.convert(model, ConvertConfig(sites={"up_blocks.9.*": DeltaConv()}))
+    with pytest.raises(ConvFusionError, match="even integer"):
+        convfusion.convert(model, uniform(DeltaConv(ratio=0.1)))
+    with pytest.raises(ConvFusionError, match="no preset 'sd3'"):
+        convfusion.convert(model, "sd3")
+    assert [type(m) for m in model.modules()] == before
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    convfusion.convert(model)
+    after = [type(m) for m in model.modules()]
+    with pytest.raises(ConvFusionError, match="converted already"):
+        convfusion.convert(model)
+    assert [type(m) for m in model.modules()] == after
+
+
+def test_calling_forward_directly_says_what_to_do():
+    case = CASES[3]
+    model = converted(case)
+    with pytest.raises(ConvFusionError, match=r"call the denoiser itself"):
+        model.forward(**case.inputs(16, 16))
+
+
+def test_random_state_is_left_alone_and_seed_decides():
+    model, twin, other = sd15(), sd15(), sd15()
+    state = torch.get_rng_state()
+    convfusion.convert(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    convfusion.convert(twin)
+    convfusion.convert(other, ConvertConfig(seed=1))
+    first, same, different = (
+        torch.cat([p.flatten() for mixer in mixers_of(m).values() for p in mixer.parameters()])
+        for m in (model, twin, other)
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, different)
+
+
+def test_config_round_trips_through_json(tmp_path):
+    config = ConvertConfig(
+        sites={"up*": DeltaConv(kernel_size=5, gate="sigmoid"), "*": Removed()}, seed=3
+    )
+    config.save(tmp_path / "config.json")
+    assert ConvertConfig.load(tmp_path / "config.json") == config
+    assert list(ConvertConfig.load(tmp_path / "config.json").sites) == ["up*", "*"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernel_size": 4}, "odd"),
+        ({"kernel_size": "5"}, "must be int"),
+        ({"kernel_size": True}, "must be int"),
+        ({"gate": "tanh"}, "one of scaled, reference, sigmoid"),
+        ({"stages": 0}, "at least 1"),
+        ({"colour": 1}, "no setting 'colour'"),
+        ({"kind": "attention"}, "one of delta_conv"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    mixer = {"kind": "delta_conv", "kernel_size": 5, **change}
+    with pytest.raises(ConvFusionError, match=message):
+        ConvertConfig.from_dict(json.loads(json.dumps({"sites": {"*": mixer}})))

@@ -1,0 +1,157 @@
+"""One table of tiny random models, in the layout of every family that can be converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+DOWN, UP = "DownBlock2D", "UpBlock2D"
+
+
+def _unet(**options: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16, norm_num_groups=8, cross_attention_dim=options.pop("cross", 16), **options
+    )
+
+
+def sd15() -> UNet2DConditionModel:
+    return _unet(
+        block_out_channels=(8, 16, 16, 16),
+        down_block_types=(CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, DOWN),
+        up_block_types=(UP, CROSS_UP, CROSS_UP, CROSS_UP),
+        layers_per_block=2,
+        attention_head_dim=2,
+    )
+
+
+def sd21() -> UNet2DConditionModel:
+    return _unet(
+        block_out_channels=(8, 16, 16, 16),
+        down_block_types=(CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, DOWN),
+        up_block_types=(UP, CROSS_UP, CROSS_UP, CROSS_UP),
+        layers_per_block=2,
+        attention_head_dim=(1, 2, 4, 4),
+        use_linear_projection=True,
+        cross=1024,
+    )
+
+
+def sdxl() -> UNet2DConditionModel:
+    return _unet(
+        block_out_channels=(8, 16, 16),
+        down_block_types=(DOWN, CROSS_DOWN, CROSS_DOWN),
+        up_block_types=(CROSS_UP, CROSS_UP, UP),
+        layers_per_block=2,
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(1, 2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+    )
+
+
+def pixart() -> PixArtTransformer2DModel:
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        cross_attention_dim=16,
+        sample_size=16,
+        patch_size=2,
+        caption_channels=12,
+    )
+    nn.init.normal_(model.proj_out.weight, std=0.2)
+    return model
+
+
+def dit() -> DiTTransformer2DModel:
+    return DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        sample_size=16,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model, what it needs beside latents and timestep, and how many sites it has."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    sites: int
+    preset: str
+    square: bool = False
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(1)
+        return self.make().eval()
+
+    def inputs(self, height: int, width: int, batch: int = 2) -> dict[str, Any]:
+        """Keyword arguments of one call on latents of this size."""
+        generator = torch.Generator().manual_seed(height * 1000 + width)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        inputs: dict[str, Any] = {
+            "hidden_states" if self.name in ("pixart", "dit") else "sample": randn(
+                batch, 4, height, width
+            ),
+            "timestep": torch.arange(1, batch + 1) * 300,
+            "return_dict": False,
+        }
+        if self.name == "dit":
+            inputs["class_labels"] = torch.arange(batch)
+        elif self.name == "pixart":
+            inputs["encoder_hidden_states"] = randn(batch, 5, 12)
+            inputs["encoder_attention_mask"] = torch.ones(batch, 5)
+            inputs["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+        else:
+            inputs["encoder_hidden_states"] = randn(batch, 5, 1024 if self.name == "sd21" else 16)
+        if self.name == "sdxl":
+            inputs["added_cond_kwargs"] = {
+                "text_embeds": randn(batch, 16),
+                "time_ids": randn(batch, 6),
+            }
+        return inputs
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Two sizes with as many tokens each, one the other's transpose where that is possible."""
+        return [(16, 16), (24, 24)] if self.square else [(24, 40), (40, 24)]
+
+
+CASES = [
+    Case("sd15", sd15, 16, "sd15"),
+    Case("sd21", sd21, 16, "sd21"),
+    Case("sdxl", sdxl, 70, "sdxl"),
+    Case("pixart", pixart, 3, "pixart"),
+    Case("dit", dit, 3, "dit", square=True),  # diffusers' DiT unpatchifies squares only
+]
+
+
+def run(model: nn.Module, case: Case, height: int, width: int, batch: int = 2) -> Tensor:
+    return model(**case.inputs(height, width, batch))[0]
+
+
+def randomise(mixers: dict[str, nn.Module], std: float = 0.3) -> None:
+    """Give every parameter of every mixer a value that matters."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for mixer in mixers.values():
+            for parameter in mixer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
