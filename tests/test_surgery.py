@@ -325,7 +325,8 @@ def test_calling_forward_directly_says_what_to_do():
 
 
 def test_random_state_is_left_alone_and_seed_decides():
-    model, twin, other = sd15(), sd15(), sd15()
+    model = sd15()
+    twin, other = copy.deepcopy(model), copy.deepcopy(model)
     state = torch.get_rng_state()
     convfusion.convert(model)
     assert torch.equal(torch.get_rng_state(), state)

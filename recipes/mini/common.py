@@ -1,4 +1,4 @@
-"""What the steps of the recipe share: the pictures, their captions, and states that survive a kill."""
+"""What the steps share: the pictures, their captions, and states that survive a kill."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_pictures(run: Path, side: str) -> Pictures:
     held = set(facts["held_out"])
     keep = [(row["name"] in held) == (side == "held_out") for row in facts["pictures"]]
     images = np.load(run / "emoji.npz")["images"][np.array(keep)]
-    rows = [row for row, k in zip(facts["pictures"], keep) if k]
+    rows = [row for row, k in zip(facts["pictures"], keep, strict=True) if k]
     return Pictures(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), rows)
 
 

@@ -76,7 +76,7 @@ def words_of(name: str) -> set[str]:
 
 
 def split_names(names: list[str], share: float = 0.1, seed: int = 0) -> list[str]:
-    """Choose about `share` of the names to hold out, so that every word of each stays in training."""
+    """Hold out about `share` of the names, so that every word of each stays in training."""
     counts: dict[str, int] = {}
     for name in names:
         for word in words_of(name):
@@ -106,9 +106,7 @@ def collect(archives: dict[str, Path]) -> tuple[np.ndarray, list[dict]]:
             for tone, file in variants.items():
                 if file in files:
                     images.append(on_white(files[file]))
-                    rows.append(
-                        {"name": name, "tone": tone, "design": design, "category": entry["category"]}
-                    )
+                    rows.append({"name": name, "tone": tone, "design": design})
     return np.stack(images), rows
 
 

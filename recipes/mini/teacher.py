@@ -136,6 +136,11 @@ def grid_prompts(run: Path) -> list[str]:
     return prompts
 
 
+def ema_step(old: torch.Tensor, new: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """A moving average that forgets the start fast and then keeps 0.9995 a step."""
+    return old.lerp(new, 1 - min(0.9995, (1 + int(count)) / (10 + int(count))))
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("run"))
@@ -171,9 +176,7 @@ def main() -> None:
     captions = [[caption(row, design=keep) for keep in (False, True)] for row in pictures.rows]
     loss_weight = min_snr(scheduler).to(device)
 
-    ema = AveragedModel(
-        parts, avg_fn=lambda old, new, n: old.lerp(new, 1 - min(0.9995, (1 + int(n)) / (10 + int(n))))
-    )
+    ema = AveragedModel(parts, avg_fn=ema_step)
     optimizer = torch.optim.AdamW(parts.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     state = {"parts": parts, "ema": ema, "optimizer": optimizer}
     step = load_state(run / "teacher.pt", state)
@@ -193,7 +196,7 @@ def main() -> None:
         chance = torch.rand(args.batch, 2, generator=generator)
         texts = [
             "" if drop < DROP_CAPTION else captions[pick][int(keep > DROP_DESIGN)]
-            for pick, (drop, keep) in zip(picks.tolist(), chance.tolist())
+            for pick, (drop, keep) in zip(picks.tolist(), chance.tolist(), strict=True)
         ]
         ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.to(device)
         noise = torch.randn(args.batch, 4, 16, 16, generator=generator).to(device)

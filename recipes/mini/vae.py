@@ -37,7 +37,7 @@ def gradients(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def loss_of(vae: AutoencoderKL, x: torch.Tensor, kl_weight: float) -> torch.Tensor:
     posterior = vae.encode(x).latent_dist
     y = vae.decode(posterior.sample()).sample.float()
-    edges = sum(F.l1_loss(a, b) for a, b in zip(gradients(y), gradients(x)))
+    edges = sum(F.l1_loss(a, b) for a, b in zip(gradients(y), gradients(x), strict=True))
     return F.l1_loss(y, x) + edges + kl_weight * posterior.kl().mean() / x[0].numel()
 
 

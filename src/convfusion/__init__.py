@@ -1,10 +1,10 @@
 """ConvFusion: diffusion models without self-attention.
 
-    import convfusion
+import convfusion
 
-    convfusion.convert(pipe)                    # ΔConvBlocks in place of every self-attention
-    convfusion.load(pipe, "my-blocks")          # trained ones, from disk
-    convfusion.revert(pipe)                     # the original, bit for bit
+convfusion.convert(pipe)                    # ΔConvBlocks in place of every self-attention
+convfusion.load(pipe, "my-blocks")          # trained ones, from disk
+convfusion.revert(pipe)                     # the original, bit for bit
 """
 
 from __future__ import annotations

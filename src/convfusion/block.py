@@ -62,8 +62,8 @@ class DeltaConv:
             raise ConvFusionError(f"stages must be at least 1, not {self.stages}")
         for field, kinds in (("gate", Gate), ("pooling", Pooling), ("init", Init)):
             if getattr(self, field) not in get_args(kinds):
-                known = ", ".join(get_args(kinds))
-                raise ConvFusionError(f"{field} must be one of {known}, not {getattr(self, field)!r}")
+                known, given = ", ".join(get_args(kinds)), getattr(self, field)
+                raise ConvFusionError(f"{field} must be one of {known}, not {given!r}")
 
     def build(self, channels: int) -> DeltaConvBlock:
         """A block for tokens of `channels` channels."""
@@ -153,7 +153,7 @@ def check_grid(tokens: Tensor, grid: Grid) -> Grid:
 
 
 def halve(maps: Tensor) -> Tensor:
-    """2×2 means of maps [B, C, H, W]: [B, C, ⌈H/2⌉, ⌈W/2⌉], borders averaged over what they hold."""
+    """2×2 means of maps [B, C, H, W]: [B, C, ⌈H/2⌉, ⌈W/2⌉], border windows over what they hold."""
     return F.avg_pool2d(maps, 2, ceil_mode=True, count_include_pad=False)
 
 

@@ -127,7 +127,7 @@ def load_pipeline(folder: str | Path, **options: Any) -> Any:
 
     folder = Path(folder)
     if not (folder / "convfusion" / MANIFEST).is_file():
-        raise CheckpointError(f"{folder} holds no converted pipeline: convfusion/{MANIFEST} is missing")
+        raise CheckpointError(f"{folder} is no converted pipeline: it has no convfusion/{MANIFEST}")
     bare = next(iter(sorted(folder.glob(f"*/{BARE}"))), None)
     if bare is None:
         pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **options)
