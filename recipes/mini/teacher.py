@@ -177,7 +177,9 @@ def main() -> None:
     loss_weight = min_snr(scheduler).to(device)
 
     ema = AveragedModel(parts, avg_fn=ema_step)
-    optimizer = torch.optim.AdamW(parts.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        parts.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     state = {"parts": parts, "ema": ema, "optimizer": optimizer}
     step = load_state(run / "teacher.pt", state)
     prompts = grid_prompts(run)

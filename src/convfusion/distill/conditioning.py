@@ -1,0 +1,61 @@
+"""What a denoiser is told beside latents and timestep, from prompts, for each kind of pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convfusion.adapters import adapter_for, denoiser_of
+from convfusion.errors import ConvFusionError
+
+
+@torch.no_grad()
+def encode_conditioning(pipe: Any, prompts: list[str], size: tuple[int, int]) -> dict[str, Any]:
+    """Keyword arguments of the denoiser for a batch of prompts, without guidance.
+
+    Args:
+        pipe: a Stable Diffusion (1, 2, XL), PixArt or DiT pipeline.
+        prompts: one per sample; class names or numbers for DiT.
+        size: (height, width) of the pictures in pixels (SDXL is told).
+    """
+    family = adapter_for(denoiser_of(pipe)).family
+    if family == "unet":
+        return _stable_diffusion(pipe, prompts, size)
+    return _pixart(pipe, prompts) if family == "pixart" else _dit(pipe, prompts)
+
+
+def _stable_diffusion(pipe: Any, prompts: list[str], size: tuple[int, int]) -> dict[str, Any]:
+    device = pipe.unet.device
+    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    if pipe.unet.config.addition_embed_type != "text_time":
+        return {"encoder_hidden_states": pipe.encode_prompt(prompts, device, **options)[0]}
+    embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=device, **options)
+    ids = torch.tensor([[*size, 0, 0, *size]], dtype=embeds.dtype, device=device)
+    added = {"text_embeds": pooled, "time_ids": ids.repeat(len(prompts), 1)}
+    return {"encoder_hidden_states": embeds, "added_cond_kwargs": added}
+
+
+def _pixart(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    if pipe.transformer.config.use_additional_conditions:
+        raise ConvFusionError(
+            "PixArt-α models with resolution conditions are not supported in distillation; "
+            "PixArt-Σ and PixArt-α at 256 and 512 are"
+        )
+    embeds, mask, _, _ = pipe.encode_prompt(
+        prompts, do_classifier_free_guidance=False, device=pipe.transformer.device
+    )
+    return {
+        "encoder_hidden_states": embeds,
+        "encoder_attention_mask": mask,
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def _dit(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
+    null = pipe.transformer.config.num_embeds_ada_norm  # the label that stands for "no class"
+    labels = [
+        null if not p else int(p) if p.isdigit() else pipe.get_label_ids(p)[0] for p in prompts
+    ]
+    return {"class_labels": torch.tensor(labels, device=pipe.transformer.device)}

@@ -1,0 +1,59 @@
+"""The losses of the distillation, as pure functions of tensors.
+
+L = L_z + β·L_f, with teacher output ε̃, student output ε̂ and true noise ε:
+
+    L_z = w(t)·(‖ε̃ − ε̂‖² + ‖ε − ε̂‖²)          w(t) = min(SNR, γ)/SNR  (Min-SNR, Hang et al. 2023)
+    L_f = Σ_l ‖h_l(student) − h_l(teacher)‖²     hidden states right after each site
+
+Every norm is a mean over elements, so that sizes compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from convfusion.errors import ConvFusionError
+
+
+def min_snr_weight(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float = 5.0) -> Tensor:
+    """min(SNR, γ)/SNR for an error in ε at timesteps [B], with SNR = ᾱ/(1 − ᾱ); [B] float32."""
+    signal = alphas_cumprod.to(timesteps.device)[timesteps].float()
+    snr = signal / (1 - signal)
+    return snr.clamp(max=gamma) / snr.clamp(min=1e-8)
+
+
+def as_epsilon(
+    output: Tensor, noisy: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: str
+) -> Tensor:
+    """The noise that a denoiser's output stands for, [B, C, H, W] float32.
+
+    A learned variance (twice as many channels as the latents) is dropped. A v-prediction is
+    turned by ε = √ᾱ·v + √(1−ᾱ)·x_t.
+
+    Raises:
+        ConvFusionError: the prediction type is neither `epsilon` nor `v_prediction`.
+    """
+    output = output[:, : noisy.shape[1]].float()
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type != "v_prediction":
+        raise ConvFusionError(
+            f"prediction type {prediction_type!r} is not supported: epsilon or v_prediction"
+        )
+    signal = alphas_cumprod.to(timesteps.device)[timesteps].float().view(-1, 1, 1, 1)
+    return signal.sqrt() * output + (1 - signal).sqrt() * noisy.float()
+
+
+def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean over the batch of w_b·mean((prediction_b − target_b)²), for weights [B]; a scalar."""
+    error = (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+    return (weight * error).mean()
+
+
+def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+    """Σ over sites of the mean squared difference of their hidden states [B, N, C]; a scalar."""
+    terms = [(student[name].float() - teacher[name].float()).square().mean() for name in teacher]
+    return torch.stack(terms).sum()

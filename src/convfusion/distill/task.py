@@ -1,0 +1,134 @@
+"""Teacher and student in one copy of the frozen weights, and the losses between them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convfusion.adapters import Site, list_sites
+from convfusion.distill.losses import as_epsilon, feature_loss, min_snr_weight, weighted_mse
+from convfusion.errors import ConvFusionError
+from convfusion.surgery import mixers_of, revert, status
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """L = distill·w‖ε̃−ε̂‖² + noise·w‖ε−ε̂‖² + feature·L_f, with Min-SNR weights w of γ."""
+
+    distill: float = 1.0
+    noise: float = 1.0
+    feature: float = 1e-3
+    snr_gamma: float = 5.0
+
+
+def attention_teacher(student: nn.Module) -> nn.Module:
+    """The model as it was before its conversion, sharing every weight with the student.
+
+    A copy of the module tree whose parameters and buffers are the student's own, then reverted:
+    it costs no memory for weights, and stays right while the student's graph is in flight.
+
+    Raises:
+        ConvFusionError: the student is not converted, or its attention was dropped.
+    """
+    if not mixers_of(student):
+        raise ConvFusionError("this model is not converted: convert it before distilling")
+    if not all(site.attention_kept for site in status(student).sites):
+        raise ConvFusionError(
+            "the attention of this model was dropped, and it is the teacher: "
+            "convert with keep_attention=True"
+        )
+    shared = {id(t): t for t in (*student.parameters(), *student.buffers())}
+    teacher = copy.deepcopy(student, shared)
+    revert(teacher)
+    return teacher.eval()
+
+
+@contextmanager
+def hidden_states(model: nn.Module, sites: list[Site]) -> Iterator[dict[str, Tensor]]:
+    """Collect the hidden state [B, N, C] right after each site while the block runs.
+
+    What is replayed later (gradient checkpointing, in backward) is not collected again.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple) -> None:
+            found[path] = args[0]
+
+        return hook
+
+    handles = [
+        model.get_submodule(site.tap).register_forward_pre_hook(keep(site.path)) for site in sites
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class DistillTask:
+    """Named losses of a student against its own attention.
+
+    Args:
+        student: a converted denoiser with its attention kept.
+        scheduler: the pipeline's; only its noise schedule and prediction type are read.
+        weights: of the terms. A term of weight 0 is not computed.
+    """
+
+    def __init__(
+        self, student: nn.Module, scheduler: Any, weights: LossWeights = LossWeights()
+    ) -> None:
+        self.student = student
+        self.teacher = attention_teacher(student)
+        self.weights = weights
+        self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
+        self.prediction_type: str = scheduler.config.prediction_type
+        self.sites = [site for site in list_sites(student) if site.path in mixers_of(student)]
+
+    def losses(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        conditioning: dict[str, Any],
+        model: nn.Module | None = None,
+    ) -> dict[str, Tensor]:
+        """The weighted terms of L, each a scalar; their sum is what to minimise.
+
+        Args:
+            latents: clean and scaled, [B, C, h, w].
+            noise: as the latents.
+            timesteps: [B], integers.
+            conditioning: further keyword arguments of the denoiser.
+            model: the student inside a wrapper (DDP), if it is in one.
+        """
+        signal = self.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
+        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+        noisy = noisy.to(self.student.dtype)
+        with torch.no_grad(), hidden_states(self.teacher, self.sites) as taught:
+            target = self._epsilon(self.teacher, noisy, timesteps, conditioning)
+        with hidden_states(self.student, self.sites) as learned:
+            output = self._epsilon(model or self.student, noisy, timesteps, conditioning)
+        weights = self.weights
+        snr = min_snr_weight(self.alphas_cumprod, timesteps, weights.snr_gamma)
+        terms: dict[str, Tensor] = {}
+        if weights.distill:
+            terms["distill"] = weights.distill * weighted_mse(output, target, snr)
+        if weights.noise:
+            terms["noise"] = weights.noise * weighted_mse(output, noise, snr)
+        if weights.feature:
+            terms["feature"] = weights.feature * feature_loss(learned, taught)
+        return terms
+
+    def _epsilon(
+        self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Any]
+    ) -> Tensor:
+        output = model(noisy, timestep=timesteps, return_dict=False, **conditioning)[0]
+        return as_epsilon(output, noisy, timesteps, self.alphas_cumprod, self.prediction_type)

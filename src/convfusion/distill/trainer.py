@@ -1,0 +1,359 @@
+"""The training loop: only the blocks move, everything else stays frozen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from convfusion import checkpoint
+from convfusion.adapters import denoiser_of
+from convfusion.distill.conditioning import encode_conditioning
+from convfusion.distill.data import LatentDataset, StepSampler
+from convfusion.distill.task import DistillTask, LossWeights
+from convfusion.errors import CheckpointError, ConvFusionError
+from convfusion.surgery import mixers_of
+
+OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Everything that decides what a distillation does to the blocks.
+
+    Attributes:
+        steps: optimiser steps in all.
+        batch_size: samples per step, over all processes and accumulated parts.
+        accumulation: parts that a batch is worked through in.
+        learning_rate: of AdamW, after `warmup` steps.
+        warmup: steps over which the rate rises from 0.
+        decay: share of the steps, at the end, over which the rate falls to 0 along a cosine.
+        caption_drop: share of captions replaced by '', for classifier-free guidance.
+        precision: `no`, `bf16` or `fp16` autocast. The blocks train in float32.
+        checkpointing: recompute activations in the backward pass.
+        save_every: steps between checkpoints, of which the last two are kept.
+        validate_every: steps between validation pictures; 0 draws none.
+        seed: of batches, noise, timesteps and dropped captions; a step's draws depend on it and
+            the step alone.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    accumulation: int = 1
+    learning_rate: float = 3e-4
+    warmup: int = 100
+    decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    caption_drop: float = 0.15
+    precision: str = "no"
+    checkpointing: bool = False
+    losses: LossWeights = field(default_factory=LossWeights)
+    save_every: int = 500
+    validate_every: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConvFusionError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch_size % self.accumulation:
+            raise ConvFusionError(
+                f"batch_size {self.batch_size} is not a multiple of accumulation "
+                f"{self.accumulation}"
+            )
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise ConvFusionError(f"precision must be no, bf16 or fp16, not {self.precision!r}")
+        if not 0 <= self.caption_drop <= 1 or not 0 <= self.decay <= 1:
+            raise ConvFusionError("caption_drop and decay must lie between 0 and 1")
+
+    def rate(self, step: int) -> float:
+        """The learning rate's factor at a step, counted from 0."""
+        rising = min(1.0, (step + 1) / max(1, self.warmup))
+        tail = self.decay * self.steps
+        left = self.steps - step
+        falling = 0.5 - 0.5 * torch.cos(torch.tensor(torch.pi * left / tail)).item()
+        return rising * (falling if left < tail else 1.0)
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """How a run ended.
+
+    Attributes:
+        steps: done in all, over every resumption.
+        stopped: whether Ctrl-C ended it before its last step.
+        seconds: of this call.
+        losses: the weighted terms of the last step.
+    """
+
+    steps: int
+    stopped: bool
+    seconds: float
+    losses: dict[str, float]
+
+
+def distill(
+    pipe: Any,
+    data: LatentDataset,
+    config: DistillConfig = DistillConfig(),
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+    validate: Callable[[Any, int], Any] | None = None,
+) -> DistillResult:
+    """Train the blocks of a converted pipeline, in place.
+
+    Args:
+        pipe: a pipeline whose denoiser is converted, with its attention kept.
+        data: what to train on.
+        config: see `DistillConfig`.
+        out: folder for checkpoints, TensorBoard logs and, at the end, the blocks themselves;
+            nothing is written without it.
+        resume: go on from the last checkpoint in `out`, if there is one.
+        on_step: called after each step with its number (from 1) and its loss terms.
+        validate: called with the pipeline and the step; returns a picture to keep.
+
+    Raises:
+        ConvFusionError: the model is not converted, or its attention was dropped.
+        CheckpointError: the checkpoint to resume from belongs to another config or is damaged.
+    """
+    folder = Path(out) if out is not None else None
+    run = _Run(pipe, data, config, folder)
+    if resume and folder is not None:
+        run.resume()
+    started = time.perf_counter()
+    with _frozen_but_blocks(run.student, config), _stop_on_interrupt() as interrupted:
+        terms = run.train(interrupted, on_step, validate)
+    if folder is not None and run.accelerator.is_main_process:
+        checkpoint.save(pipe, folder)
+    return DistillResult(run.step, run.step < config.steps, time.perf_counter() - started, terms)
+
+
+class _Run:
+    """The state of one run: what a checkpoint holds, and the objects around it."""
+
+    def __init__(
+        self, pipe: Any, data: LatentDataset, config: DistillConfig, out: Path | None
+    ) -> None:
+        self.pipe, self.data, self.config, self.out = pipe, data, config, out
+        self.student = denoiser_of(pipe)
+        self.task = DistillTask(self.student, pipe.scheduler, config.losses)
+        self.mixers = mixers_of(self.student)
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulation,
+            log_with="tensorboard" if out is not None else None,
+            project_dir=str(out) if out is not None else None,
+            cpu=self.student.device.type == "cpu",
+        )
+        if self.accelerator.num_processes > 1:
+            raise ConvFusionError("distillation runs in one process for now: launch it with python")
+        scale = getattr(pipe, "vae_scale_factor", 8)
+        height, width = data.latents.shape[-2:]
+        self.size = (height * scale, width * scale)
+        for mixer in self.mixers.values():
+            mixer.float()
+        self.named = {
+            f"{path}.{name}": parameter
+            for path, mixer in self.mixers.items()
+            for name, parameter in mixer.named_parameters()
+        }
+        self.optimizer = torch.optim.AdamW(
+            self.named.values(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
+        self.step = 0
+
+    def train(
+        self,
+        interrupted: list[bool],
+        on_step: Callable[[int, dict[str, float]], None] | None,
+        validate: Callable[[Any, int], Any] | None,
+    ) -> dict[str, float]:
+        """Run to the last step, or to the first Ctrl-C; returns the last step's loss terms."""
+        config, accelerator = self.config, self.accelerator
+        if self.out is not None:
+            accelerator.init_trackers("tensorboard")
+        model = accelerator.prepare(self.student)
+        self.optimizer = accelerator.prepare(self.optimizer)
+        terms: dict[str, float] = {}
+        for batch in self.batches():
+            self.set_rate()
+            terms = self.take_step(model, batch)
+            self.step += 1
+            if self.out is not None:
+                accelerator.log({f"loss/{k}": v for k, v in terms.items()}, step=self.step)
+            if on_step is not None:
+                on_step(self.step, terms)
+            last = self.step == config.steps or bool(interrupted)
+            if self.out is not None and (last or self.step % config.save_every == 0):
+                self.save()
+            if validate and config.validate_every and self.step % config.validate_every == 0:
+                self.keep_picture(validate(self.pipe, self.step))
+            if last:
+                break
+        accelerator.end_training()
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        return terms
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """The batches from this step on."""
+        config = self.config
+        sampler = StepSampler(
+            len(self.data), config.batch_size, config.seed, self.step, config.steps
+        )
+        yield from DataLoader(self.data, batch_sampler=sampler)
+
+    def take_step(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, float]:
+        """One optimiser step on one batch, in `accumulation` parts."""
+        config, accelerator = self.config, self.accelerator
+        drawn = self.draw(batch)
+        size = config.batch_size // config.accumulation
+        totals: dict[str, Tensor] = {}
+        for start in range(0, config.batch_size, size):
+            latents, noise, timesteps, captions = (part[start : start + size] for part in drawn)
+            conditioning = encode_conditioning(self.pipe, captions, self.size)
+            with accelerator.accumulate(model), accelerator.autocast():
+                terms = self.task.losses(latents, noise, timesteps, conditioning, model)
+                accelerator.backward(torch.stack(list(terms.values())).sum())
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.named.values(), config.clip_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, term in terms.items():
+                totals[name] = totals.get(name, 0) + term.detach() / config.accumulation
+        return {name: float(value) for name, value in totals.items()}
+
+    def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+        """Latents, noise, timesteps and captions of a step; all draws come from seed and step."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        latents = batch["latents"].float()
+        noise = torch.randn(latents.shape, generator=generator)
+        count = len(self.task.alphas_cumprod)
+        timesteps = torch.randint(0, count, (len(latents),), generator=generator)
+        chance = torch.rand(len(latents), generator=generator)
+        captions = [
+            "" if drop < self.config.caption_drop else caption
+            for drop, caption in zip(chance.tolist(), batch["caption"], strict=True)
+        ]
+        device = self.accelerator.device
+        return latents.to(device), noise.to(device), timesteps.to(device), captions
+
+    def set_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * self.config.rate(self.step)
+
+    def save(self) -> None:
+        """Write `checkpoints/step-NNNNNNN` aside, rename it, then forget all but the last two."""
+        if self.out is None or not self.accelerator.is_main_process:
+            return
+        root = self.out / "checkpoints"
+        aside, final = root / "writing", root / f"step-{self.step:07d}"
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.save(self.student, aside)
+        names = {id(parameter): name for name, parameter in self.named.items()}
+        moments = {
+            f"{names[id(parameter)]}/{key}": value.contiguous()
+            for parameter, state in self.optimizer.state.items()
+            for key, value in state.items()
+        }
+        checkpoint.write_tensors(aside / OPTIMIZER, moments)
+        state = {"step": self.step, "config": asdict(self.config)}
+        checkpoint.write_text(aside / STATE, json.dumps(state, indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        for old in sorted(root.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
+
+    def resume(self) -> None:
+        """Go back to the last checkpoint of this run; without one, start at step 0."""
+        found = sorted((self.out / "checkpoints").glob("step-*")) if self.out else []
+        if not found:
+            return
+        folder = found[-1]
+        state = json.loads((folder / STATE).read_text())
+        here = json.loads(json.dumps(asdict(self.config)))
+        changed = sorted(key for key in here if here[key] != state["config"].get(key))
+        if changed:
+            raise CheckpointError(
+                f"{folder} was written with another {', '.join(changed)}: resume with the same "
+                "config, or start in another folder"
+            )
+        checkpoint.load(self.student, folder)
+        for key, value in checkpoint.read_tensors(folder / OPTIMIZER).items():
+            name, moment = key.rsplit("/", 1)
+            self.optimizer.state[self.named[name]][moment] = value.to(
+                "cpu" if moment == "step" else self.named[name].device
+            )
+        self.step = state["step"]
+
+    def keep_picture(self, picture: Any) -> None:
+        """Write a validation picture, and show it in TensorBoard."""
+        if self.out is None:
+            return
+        folder = self.out / "validation"
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"step-{self.step:07d}.png")
+        tracker = self.accelerator.get_tracker("tensorboard")
+        pixels = np.asarray(picture.convert("RGB"))[None]
+        tracker.log_images({"validation": pixels}, step=self.step, dataformats="NHWC")
+
+
+@contextmanager
+def _frozen_but_blocks(model: nn.Module, config: DistillConfig) -> Iterator[None]:
+    """Let gradients reach the blocks alone, and put every switch back afterwards."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    dtype = model.dtype
+    model.requires_grad_(False)
+    for mixer in mixers_of(model).values():
+        mixer.requires_grad_(True)
+    if config.checkpointing:
+        model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if config.checkpointing:
+            model.disable_gradient_checkpointing()
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+        for mixer in mixers_of(model).values():
+            mixer.to(dtype)
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[list[bool]]:
+    """Turn the first Ctrl-C into a wish to stop after the step; a second one interrupts."""
+    wish: list[bool] = []
+
+    def ask(previous: Any, number: int, frame: Any) -> None:
+        wish.append(True)
+        signal.signal(number, previous)
+
+    try:
+        previous = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, partial(ask, previous))
+    except ValueError:  # only the main thread may listen for signals
+        yield wish
+        return
+    try:
+        yield wish
+    finally:
+        signal.signal(signal.SIGINT, previous)

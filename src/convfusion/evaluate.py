@@ -1,0 +1,78 @@
+"""How far a student is from its teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from convfusion.adapters import denoiser_of
+from convfusion.distill.conditioning import encode_conditioning
+from convfusion.distill.losses import as_epsilon
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """‖ε̂ − ε̃‖² / ‖ε̃‖² of each sample of [B, C, H, W]; [B] float64."""
+    difference = (student - teacher).double().square().flatten(1).sum(dim=1)
+    return difference / teacher.double().square().flatten(1).sum(dim=1)
+
+
+def psnr(image: Image.Image, reference: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB of two 8-bit pictures of one size; infinite if equal."""
+    error = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
+    mean = np.square(error).mean()
+    return float("inf") if mean == 0 else float(10 * np.log10(255**2 / mean))
+
+
+def mean_psnr(images: list[Image.Image], references: list[Image.Image]) -> float:
+    """Mean over pairs of pictures of their PSNR in dB."""
+    pairs = zip(images, references, strict=True)
+    return float(np.mean([psnr(image, reference) for image, reference in pairs]))
+
+
+@torch.no_grad()
+def epsilon_error(
+    pipe: Any,
+    teacher: nn.Module,
+    latents: Tensor,
+    prompts: list[str],
+    *,
+    timesteps: tuple[int, ...] = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950),
+    seed: int = 123_456,
+    batch_size: int = 64,
+) -> float:
+    """Mean of ‖ε̂ − ε̃‖²/‖ε̃‖² over latents and timesteps, each pair with noise of its own.
+
+    Args:
+        pipe: the student's pipeline.
+        teacher: the denoiser to compare with.
+        latents: clean and scaled, [P, C, h, w].
+        prompts: P prompts.
+        timesteps: all are tried for every latent.
+        seed: of the noises.
+        batch_size: latents per forward pass.
+    """
+    student = denoiser_of(pipe)
+    schedule, kind = pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type
+    scale = getattr(pipe, "vae_scale_factor", 8)
+    size = (latents.shape[-2] * scale, latents.shape[-1] * scale)
+    generator = torch.Generator().manual_seed(seed)
+    errors = []
+    for start in range(0, len(latents), batch_size):
+        clean = latents[start : start + batch_size].to(student.device, torch.float32)
+        conditioning = encode_conditioning(pipe, prompts[start : start + batch_size], size)
+        for t in timesteps:
+            noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+            signal = schedule[t].to(clean.device)
+            noisy = (signal.sqrt() * clean + (1 - signal).sqrt() * noise).to(student.dtype)
+            steps = torch.full((len(clean),), t, device=clean.device)
+            outputs = (
+                model(noisy, timestep=steps, return_dict=False, **conditioning)[0]
+                for model in (student, teacher)
+            )
+            learned, taught = (as_epsilon(o, noisy, steps, schedule, kind) for o in outputs)
+            errors.append(relative_error(learned, taught))
+    return torch.cat(errors).mean().item()

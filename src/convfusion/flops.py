@@ -1,0 +1,63 @@
+"""Operations of a self-attention and of what replaced it, counted on the meta device."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from convfusion.adapters import adapter_for, denoiser_of, list_sites
+from convfusion.errors import ConvFusionError
+from convfusion.surgery import MixedAttention
+
+
+def count(module: nn.Module, *args: Any, **kwargs: Any) -> int:
+    """Floating-point operations (two per multiply-add) of one call, by PyTorch's counter.
+
+    Matrix products, convolutions and attention count; additions, norms and gates do not.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+def site_flops(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """Operations at each converted site for latents of (height, width), one sample.
+
+    Returns:
+        By site path, those of the attention with its four projections and those of the mixer.
+
+    Raises:
+        ConvFusionError: the attention was dropped, or nothing is converted.
+    """
+    model = denoiser_of(pipe_or_model)
+    patch = adapter_for(model).grid_hook(model).patch
+    counts: dict[str, tuple[int, int]] = {}
+    for site in list_sites(model):
+        attention = model.get_submodule(site.path)
+        if not isinstance(attention, MixedAttention):
+            continue
+        if not hasattr(attention, "to_q"):
+            raise ConvFusionError("the attention was dropped: there is nothing to compare with")
+        factor = patch * 2**site.level
+        height, width = (-(-side // factor) for side in size)
+        mixed = copy.deepcopy(attention).to("meta")
+        tokens = torch.empty(
+            1, height * width, site.channels, device="meta", dtype=mixed.to_q.weight.dtype
+        )
+        block = count(mixed, tokens, grid=tokens.new_empty(height, width, 0))
+        mixed.__class__ = Attention
+        counts[site.path] = (count(mixed, tokens), block)
+    if not counts:
+        raise ConvFusionError("this model is not converted: there is nothing to compare")
+    return counts
+
+
+def flops_ratio(pipe_or_model: Any, size: tuple[int, int]) -> float:
+    """Operations of all replaced attentions over those of their mixers, latents (height, width)."""
+    counts = site_flops(pipe_or_model, size).values()
+    return sum(attention for attention, _ in counts) / max(1, sum(mixer for _, mixer in counts))

@@ -1,0 +1,84 @@
+"""Draw pictures with a pipeline, each from a seed of its own."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+
+from convfusion.adapters import denoiser_of
+from convfusion.errors import ConvFusionError
+
+
+def generate(
+    pipe: Any,
+    prompts: list[str],
+    *,
+    seeds: list[int] | None = None,
+    steps: int = 25,
+    guidance: float = 5.0,
+    size: tuple[int, int] | None = None,
+    batch_size: int = 8,
+    **options: Any,
+) -> list[Image.Image]:
+    """One picture per prompt; a picture depends on its prompt and seed, not on its batch.
+
+    Args:
+        pipe: a text-to-image pipeline, converted or not.
+        prompts: what to draw.
+        seeds: one per prompt, by default 0, 1, 2, …
+        steps: denoising steps.
+        guidance: classifier-free guidance scale; 1 is none.
+        size: (height, width) in pixels, by default the pipeline's own.
+        batch_size: prompts drawn at once.
+        options: further arguments of the pipeline's call.
+
+    Raises:
+        ConvFusionError: there are not as many seeds as prompts, or a number is out of range.
+    """
+    seeds = list(range(len(prompts))) if seeds is None else seeds
+    if len(seeds) != len(prompts):
+        raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
+    if steps < 1 or batch_size < 1:
+        raise ConvFusionError("steps and batch_size must be at least 1")
+    if size is not None:
+        check_size(pipe, size)
+        options |= {"height": size[0], "width": size[1]}
+    images: list[Image.Image] = []
+    with silent(pipe):
+        for start in range(0, len(prompts), batch_size):
+            stop = start + batch_size
+            images += pipe(
+                prompts[start:stop],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[start:stop]],
+                **options,
+            ).images
+    return images
+
+
+def check_size(pipe: Any, size: tuple[int, int]) -> None:
+    """Raise a ConvFusionError unless the denoiser can work on pictures of (height, width)."""
+    config = denoiser_of(pipe).config
+    halvings = len(config.block_out_channels) - 1 if "block_out_channels" in config else 0
+    unit = getattr(pipe, "vae_scale_factor", 8) * config.get("patch_size", 1) * 2**halvings
+    if any(side < unit or side % unit for side in size):
+        near = [max(unit, round(side / unit) * unit) for side in size]
+        raise ConvFusionError(
+            f"{size[1]}×{size[0]} cannot be drawn: both sides must be multiples of {unit}; "
+            f"the nearest size is {near[1]}×{near[0]}"
+        )
+
+
+@contextmanager
+def silent(pipe: Any) -> Any:
+    """Draw without the pipeline's own progress bar."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
