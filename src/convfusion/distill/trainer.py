@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -84,10 +85,9 @@ class DistillConfig:
     def rate(self, step: int) -> float:
         """The learning rate's factor at a step, counted from 0."""
         rising = min(1.0, (step + 1) / max(1, self.warmup))
-        tail = self.decay * self.steps
-        left = self.steps - step
-        falling = 0.5 - 0.5 * torch.cos(torch.tensor(torch.pi * left / tail)).item()
-        return rising * (falling if left < tail else 1.0)
+        tail, left = self.decay * self.steps, self.steps - step
+        falling = 0.5 - 0.5 * math.cos(math.pi * left / tail) if left < tail else 1.0
+        return rising * falling
 
 
 @dataclass(frozen=True)

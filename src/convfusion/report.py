@@ -1,0 +1,134 @@
+"""Pictures with labels, and self-contained HTML pages."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+SCALE = 2  # enlargement of the pictures, each pixel a square
+INK, PAPER = "#1b1f24", "white"
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 1150px;
+       margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
+table {{ border-collapse: collapse; }} th, td {{ padding: .35rem 1rem; text-align: right;
+       border-bottom: 1px solid #d8dee4; font-variant-numeric: tabular-nums; }}
+th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
+img {{ max-width: 100%; }} .note {{ color: #57606a; }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def labelled_grid(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str]) -> Image.Image:
+    """Pictures in rows, a name before each row and a prompt under each column."""
+    first = next(iter(rows.values()))[0]
+    side, gap, left, below = first.width * SCALE, 6, 150, 74
+    step = side + gap
+    sheet = Image.new("RGB", (left + step * len(prompts), step * len(rows) + below), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    large, small = ImageFont.load_default(16), ImageFont.load_default(13)
+    for r, (name, images) in enumerate(rows.items()):
+        text = textwrap.fill(name, 17)
+        box = (left - 12, r * step + side // 2)
+        draw.multiline_text(box, text, fill=INK, font=large, anchor="rm", align="right")
+        for c, image in enumerate(images):
+            enlarged = image.resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left + c * step, r * step))
+    for c, prompt in enumerate(prompts):
+        text = textwrap.fill(prompt, 19)
+        box = (left + c * step + side // 2, len(rows) * step + 2)
+        draw.multiline_text(box, text, fill=INK, font=small, anchor="ma", align="center")
+    return sheet
+
+
+def demo_page(results: Mapping[str, Any], grid: Image.Image, losses: list[dict[str, float]]) -> str:
+    """The demo's results as a page that needs no other file."""
+    distilled = results["distilled"]
+    body = f"""<h1>A diffusion model without self-attention</h1>
+<p>All {results["sites"]} self-attention layers of a pretrained text-to-image model were replaced by
+ΔConvBlocks and distilled for {distilled["steps"]} steps ({distilled["seconds"]:.0f} s).
+The prompts below, and the pictures and noises behind the numbers, were seen by no training.</p>
+<p><img alt="Pictures by prompt and model" src="{data_uri(grid)}"></p>
+<h2>Distance to the teacher</h2>
+{_table(results)}
+<p class="note">ε-error: mean of ‖ε̂ − ε̃‖² / ‖ε̃‖² over held-out pictures, timesteps and noises.
+PSNR: of pictures drawn from equal seeds in {results["image_steps"]} steps at guidance
+{results["guidance"]}. Teacher {results["teacher_sha256"][:12]}.</p>
+<h2>Cost</h2>
+<p>Self-attention takes {results["flops_ratio"]:.2f} times the operations of the blocks at the
+16×16 tokens of this small model; the ratio grows with the number of tokens.
+Parameters of the denoiser: {results["parameters"]["before"]:,} before,
+{results["parameters"]["after"]:,} after.</p>
+<h2>Distillation loss by step</h2>
+{loss_curve([sum(terms.values()) - terms.get("noise", 0.0) for terms in losses])}
+<p class="note">The terms that compare with the teacher: its output and its hidden states.
+Logarithmic scale.</p>"""
+    return PAGE.format(title="ConvFusion demo", body=body)
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    names = {
+        "removed": "self-attention removed",
+        "initial": "blocks, before distillation",
+        "distilled": "blocks, distilled just now",
+        "shipped": "blocks, shipped",
+    }
+    worst = results["removed"]["epsilon_error"]
+    rows = []
+    for key, name in names.items():
+        if key == "initial":
+            value, psnr = results["distilled"]["initial_error"], "–"
+        else:
+            value, psnr = results[key]["epsilon_error"], f"{results[key]['image_psnr']:.1f} dB"
+        cells = (html.escape(name), f"{value:.2e}", f"1/{worst / value:.1f}", psnr)
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    heads = ("", "ε-error", "of removed", "picture PSNR")
+    head = "".join(f"<th>{cell}</th>" for cell in heads)
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def loss_curve(values: Sequence[float], width: int = 700, height: int = 220) -> str:
+    """A line of positive values over steps, on a logarithmic axis with labelled decades, as SVG."""
+    logs = [math.log10(max(value, 1e-12)) for value in values]
+    low, high = math.floor(min(logs)), math.ceil(max(logs))
+    high = max(high, low + 1)
+    left, bottom = 60, 28
+
+    def x(i: int) -> float:
+        return left + i / max(1, len(logs) - 1) * (width - left - 10)
+
+    def y(log: float) -> float:
+        return 8 + (high - log) / (high - low) * (height - bottom - 8)
+
+    lines = "".join(
+        f'<line x1="{left}" x2="{width - 10}" y1="{y(d):.1f}" y2="{y(d):.1f}" stroke="#d8dee4"/>'
+        f'<text x="{left - 8}" y="{y(d) + 4:.1f}" text-anchor="end">{10.0**d:.0e}</text>'
+        for d in range(low, high + 1)
+    )
+    points = " ".join(f"{x(i):.1f},{y(log):.1f}" for i, log in enumerate(logs))
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" style="max-width:100%" '
+        f'font-size="12" fill="#57606a">{lines}'
+        f'<text x="{left}" y="{height - 6}">step 1</text>'
+        f'<text x="{width - 10}" y="{height - 6}" text-anchor="end">step {len(logs)}</text>'
+        f'<polyline points="{points}" fill="none" stroke="#0072b2" stroke-width="2"/></svg>'
+    )
+
+
+def data_uri(image: Image.Image) -> str:
+    """A picture as a PNG inside an address."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,356 @@
+"""Losses, their gradients, and the loop: what moves, what stays, and what comes back."""
+
+import copy
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from tiny_models import CASES, randomise
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import convfusion
+from convfusion import CheckpointError, ConvFusionError, DeltaConv, mini, uniform
+from convfusion.distill import (
+    DistillConfig,
+    DistillTask,
+    LatentDataset,
+    attention_teacher,
+    distill,
+    read_image_folder,
+)
+from convfusion.distill.data import StepSampler, encode_pictures, load_picture
+from convfusion.distill.losses import as_epsilon, feature_loss, min_snr_weight, weighted_mse
+from convfusion.distill.task import LossWeights
+from convfusion.surgery import mixers_of
+
+table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+TERMS = {
+    "distill": LossWeights(distill=1, noise=0, feature=0),
+    "noise": LossWeights(distill=0, noise=1, feature=0),
+    "feature": LossWeights(distill=0, noise=0, feature=1),
+}
+
+
+def tiny_pipeline() -> StableDiffusionPipeline:
+    """A random Stable Diffusion pipeline for 16×16 pictures, with two sites on each of 8×8, 4×4."""
+    torch.manual_seed(3)
+    tokenizer = CLIPTokenizer.from_pretrained(mini.TEACHER / "tokenizer")
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    scheduler = DDIMScheduler(clip_sample=False)
+    return StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture
+def pipe() -> StableDiffusionPipeline:
+    pipe = tiny_pipeline()
+    convfusion.convert(pipe, uniform(DeltaConv(kernel_size=3)))
+    return pipe
+
+
+@pytest.fixture
+def data() -> LatentDataset:
+    latents = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    return LatentDataset(latents, ["red apple", "green apple", "red", "green", "apple", ""])
+
+
+def blocks(pipe) -> dict[str, torch.Tensor]:
+    return {
+        f"{path}.{name}": tensor.clone()
+        for path, mixer in mixers_of(pipe).items()
+        for name, tensor in mixer.state_dict().items()
+    }
+
+
+def frozen(pipe) -> dict[str, torch.Tensor]:
+    parts = {"unet": pipe.unet, "vae": pipe.vae, "text": pipe.text_encoder}
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part, model in parts.items()
+        for name, tensor in model.state_dict().items()
+        if ".mixer." not in name
+    }
+
+
+@table
+@pytest.mark.parametrize("term", TERMS)
+def test_every_term_alone_reaches_every_tensor_of_every_block(case, term):
+    model = case.model()
+    convfusion.convert(model)  # as a user has it: freshly initialised
+    size = case.sizes[0]
+    inputs = case.inputs(*size)
+    latents = inputs.pop("sample" if "sample" in inputs else "hidden_states")
+    timesteps = inputs.pop("timestep")
+    inputs.pop("return_dict")
+    task = DistillTask(model, DDIMScheduler(), TERMS[term])
+    model.requires_grad_(False)
+    for mixer in mixers_of(model).values():
+        mixer.requires_grad_(True)
+    terms = task.losses(latents, torch.randn_like(latents), timesteps, inputs)
+    assert list(terms) == [term]
+    terms[term].backward()
+    for path, mixer in mixers_of(model).items():
+        for name, parameter in mixer.named_parameters():
+            assert parameter.grad is not None, (path, name)
+            assert parameter.grad.abs().max() > 0, (path, name)
+    assert all(p.grad is None for n, p in model.named_parameters() if ".mixer." not in n)
+
+
+@table
+@torch.no_grad()
+def test_teacher_shares_the_weights_and_keeps_its_attention(case):
+    original = case.model()
+    model = copy.deepcopy(original)
+    convfusion.convert(model)
+    randomise(mixers_of(model))
+    teacher = attention_teacher(model)
+    owned = {p.data_ptr() for p in model.parameters()}
+    assert all(p.data_ptr() in owned for p in teacher.parameters())
+    size = case.sizes[0]
+    inputs = case.inputs(*size)
+    assert torch.equal(teacher(**inputs)[0], original(**inputs)[0])
+    assert convfusion.status(model).converted == case.sites
+
+
+def test_a_perfect_student_has_no_loss_but_the_noise():
+    """A student whose blocks are its attention again: the terms that compare vanish."""
+    case = CASES[0]
+    model = case.model()
+    convfusion.convert(model, uniform(DeltaConv()))
+    task = DistillTask(model, DDIMScheduler(), LossWeights(feature=1))
+    task.student = task.teacher
+    inputs = case.inputs(24, 40)
+    latents, timesteps = inputs["sample"], inputs["timestep"]
+    conditioning = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
+    terms = task.losses(latents, torch.randn_like(latents), timesteps, conditioning)
+    assert terms["distill"] == 0
+    assert terms["feature"] == 0
+    assert terms["noise"] > 0
+
+
+def test_losses_equal_their_formulas():
+    schedule = torch.linspace(0.999, 0.01, 1000)
+    steps = torch.tensor([0, 500, 999])
+    snr = schedule[steps] / (1 - schedule[steps])
+    expected = torch.minimum(snr, torch.tensor(5.0)) / snr
+    torch.testing.assert_close(min_snr_weight(schedule, steps, 5.0), expected)
+    one, other = torch.randn(2, 3, 4, 5, 5).unbind()
+    by_hand = sum(w * (a - b).pow(2).mean() for w, a, b in zip(expected, one, other, strict=True))
+    torch.testing.assert_close(weighted_mse(one, other, expected), by_hand / 3)
+    features = feature_loss({"a": one, "b": other}, {"a": other, "b": other + 1})
+    torch.testing.assert_close(features, (one - other).pow(2).mean() + 1)
+
+
+def test_velocity_and_learned_variance_become_epsilon():
+    schedule = torch.linspace(0.99, 0.01, 1000)
+    steps = torch.tensor([10, 700])
+    signal = schedule[steps].view(-1, 1, 1, 1)
+    clean, noise = torch.randn(2, 2, 4, 6, 6).unbind()
+    noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+    velocity = signal.sqrt() * noise - (1 - signal).sqrt() * clean
+    found = as_epsilon(velocity, noisy, steps, schedule, "v_prediction")
+    torch.testing.assert_close(found, noise, rtol=1e-4, atol=1e-5)
+    with_variance = torch.cat([noise, torch.randn_like(noise)], dim=1)
+    assert torch.equal(as_epsilon(with_variance, noisy, steps, schedule, "epsilon"), noise)
+    with pytest.raises(ConvFusionError, match="'sample' is not supported"):
+        as_epsilon(noise, noisy, steps, schedule, "sample")
+
+
+def test_only_the_blocks_move(pipe, data):
+    before, moving = frozen(pipe), blocks(pipe)
+    wanted = {name: p.requires_grad for name, p in pipe.unet.named_parameters()}
+    result = distill(pipe, data, DistillConfig(steps=3, batch_size=4))
+    assert result.steps == 3 and not result.stopped
+    assert set(result.losses) == {"distill", "noise", "feature"}
+    after = frozen(pipe)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(not torch.equal(moving[name], now) for name, now in blocks(pipe).items())
+    assert {name: p.requires_grad for name, p in pipe.unet.named_parameters()} == wanted
+
+
+def test_distillation_brings_the_student_closer(pipe, data):
+    losses = []
+    config = DistillConfig(
+        steps=40,
+        batch_size=6,
+        learning_rate=1e-2,
+        warmup=1,
+        caption_drop=0,
+        losses=LossWeights(noise=0, feature=0.1),  # the noise of a random teacher is no guide
+    )
+    distill(pipe, data, config, on_step=lambda step, terms: losses.append(terms["distill"]))
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_accumulation_and_checkpointing_do_not_change_the_step(pipe, data):
+    def trained(**options):
+        torch.manual_seed(0)
+        twin = tiny_pipeline()
+        convfusion.convert(twin, uniform(DeltaConv(kernel_size=3)))
+        distill(twin, data, DistillConfig(steps=2, batch_size=4, warmup=1, **options))
+        return blocks(twin)
+
+    plain = trained()
+    for options in ({"accumulation": 2}, {"checkpointing": True}):
+        for name, tensor in trained(**options).items():
+            torch.testing.assert_close(tensor, plain[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_resumed_run_ends_in_the_same_bits(pipe, data, tmp_path):
+    config = DistillConfig(steps=6, batch_size=4, save_every=2, validate_every=2)
+    torch.manual_seed(0)
+
+    def picture(pipe, step):
+        return Image.new("RGB", (8, 8))
+
+    straight, stopped, resumed = tiny_pipeline(), tiny_pipeline(), tiny_pipeline()
+    for each in (straight, stopped, resumed):
+        convfusion.convert(each, uniform(DeltaConv(kernel_size=3)))
+    distill(straight, data, config, tmp_path / "straight", validate=picture)
+
+    def interrupt(step, terms):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = distill(stopped, data, config, tmp_path / "run", on_step=interrupt)
+    assert result.stopped and result.steps == 3
+    result = distill(resumed, data, config, tmp_path / "run", resume=True)
+    assert result.steps == 6 and not result.stopped
+    expected = blocks(straight)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in blocks(resumed).items())
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-0000004", "step-0000006"]
+    assert (tmp_path / "straight" / "validation" / "step-0000002.png").is_file()
+    assert list((tmp_path / "straight").rglob("events.out.tfevents*"))
+    loaded = tiny_pipeline()
+    convfusion.load(loaded, tmp_path / "run")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in blocks(loaded).items())
+
+
+def test_resuming_with_another_config_is_refused(pipe, data, tmp_path):
+    distill(pipe, data, DistillConfig(steps=1, batch_size=2), tmp_path)
+    with pytest.raises(CheckpointError, match="another batch_size, seed"):
+        distill(pipe, data, DistillConfig(steps=1, batch_size=3, seed=1), tmp_path, resume=True)
+
+
+def test_distilling_without_a_teacher_is_refused(data):
+    with pytest.raises(ConvFusionError, match="not converted"):
+        distill(tiny_pipeline(), data)
+    pipe = tiny_pipeline()
+    convfusion.convert(pipe)
+    convfusion.drop_attention(pipe)
+    with pytest.raises(ConvFusionError, match="attention of this model was dropped"):
+        distill(pipe, data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch_size": 5, "accumulation": 2}, "multiple of accumulation"),
+        ({"precision": "int8"}, "no, bf16 or fp16"),
+        ({"caption_drop": 2.0}, "between 0 and 1"),
+    ],
+)
+def test_bad_configs_are_named(options, message):
+    with pytest.raises(ConvFusionError, match=message):
+        DistillConfig(**options)
+
+
+def test_rate_rises_holds_and_falls():
+    config = DistillConfig(steps=100, warmup=10, decay=0.5)
+    rates = [config.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[49] == 1
+    assert rates[75] == pytest.approx(0.5)
+    assert 0 < rates[99] < 0.01
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    straight = list(StepSampler(10, 4, 0, 0, 10))
+    assert list(StepSampler(10, 4, 0, 6, 10)) == straight[6:]
+    assert sorted(i for batch in straight[:5] for i in batch) == sorted([*range(10)] * 2)
+    assert list(StepSampler(10, 4, 1, 0, 10)) != straight
+
+
+def test_image_folder(tmp_path):
+    pipe = tiny_pipeline()
+    for name, size in (("a.png", (20, 40)), ("b.jpg", (64, 16))):
+        Image.new("RGB", size, "red").save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(f"red {name[0]}\n")
+    samples = read_image_folder(tmp_path)
+    assert [caption for _, caption in samples] == ["red a", "red b"]
+    picture = load_picture(samples[0][0], (16, 24))
+    assert picture.shape == (3, 16, 24)
+    assert torch.equal(picture[:, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
+    latents = encode_pictures(pipe.vae, [path for path, _ in samples], (16, 24))
+    assert latents.shape == (2, 4, 8, 12)
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(ConvFusionError, match=r"b.jpg has no caption: b.txt"):
+        read_image_folder(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ConvFusionError, match="cannot be read as a picture"):
+        load_picture(tmp_path / "a.png", (16, 16))
+    with pytest.raises(ConvFusionError, match="is not a folder"):
+        read_image_folder(tmp_path / "nowhere")
+
+
+def test_state_of_a_run_is_plain_data(pipe, data, tmp_path):
+    """Nothing in a checkpoint needs unpickling."""
+    distill(pipe, data, DistillConfig(steps=1, batch_size=2), tmp_path)
+    folder = next((tmp_path / "checkpoints").iterdir())
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "blocks.safetensors",
+        "convfusion.json",
+        "optimizer.safetensors",
+        "trainer.json",
+    }
+    assert json.loads((folder / "trainer.json").read_text())["step"] == 1
