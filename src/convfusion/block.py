@@ -11,7 +11,7 @@ Self-Attention into Convolutions", ICCV 2025. For tokens x of a grid H×W:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,24 @@ class DeltaConv:
         return DeltaConvBlock(channels, self)
 
 
-class DeltaConvBlock(nn.Module):
+class TokenMixer(nn.Module):
+    """What stands in place of a self-attention: the contract of `convfusion.mixers`.
+
+    Attributes:
+        config: the settings that it was built from.
+    """
+
+    config: Any
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Mix tokens [B, N, C] that lie row by row on a grid (H, W); same shape and dtype out."""
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+    def init_from(self, attention: Any) -> None:
+        """Start from the diffusers `Attention` that is replaced; by default, do nothing."""
+
+
+class DeltaConvBlock(TokenMixer):
     """A token mixer made of convolutions; see the module's equations.
 
     Raises:
@@ -127,7 +144,7 @@ class DeltaConvBlock(nn.Module):
         return torch.cat(stages, dim=1)
 
     @torch.no_grad()
-    def init_from(self, attention: nn.Module) -> None:
+    def init_from(self, attention: Any) -> None:
         """Start from the attention being replaced, as `config.init` says."""
         if self.config.init == "random":
             return
@@ -178,7 +195,7 @@ def apply_gate(maps: Tensor, kind: Gate) -> Tensor:
 
 
 @torch.no_grad()
-def set_to_uniform_attention(linear: nn.Linear, attention: nn.Module) -> None:
+def set_to_uniform_attention(linear: nn.Linear, attention: Any) -> None:
     """Set a layer C → C to what uniform attention does to the mean token.
 
     softmax → 1/N makes W_o·(mean_k W_v·x_k + b_v) + b_o = (W_o·W_v)·mean(x) + W_o·b_v + b_o.

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from convfusion.adapters import adapter_for, denoiser_of, list_sites
+from convfusion.adapters import Denoiser, adapter_for, denoiser_of, list_sites
+from convfusion.block import TokenMixer
 from convfusion.config import ConvertConfig
 from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.mixers import mixer_from_dict, mixer_to_dict
@@ -193,7 +194,7 @@ def _into_place(aside: Path, path: Path) -> None:
     os.replace(aside, path)
 
 
-def _manifest(model: nn.Module, mixers: dict[str, nn.Module]) -> dict[str, Any]:
+def _manifest(model: Denoiser, mixers: dict[str, TokenMixer]) -> dict[str, Any]:
     from convfusion import __version__
 
     channels = {site.path: site.channels for site in list_sites(model)}
@@ -224,7 +225,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_family(model: nn.Module, manifest: dict[str, Any]) -> None:
+def _check_family(model: Denoiser, manifest: dict[str, Any]) -> None:
     family = adapter_for(model).family
     if manifest.get("family") != family:
         raise CheckpointError(
@@ -241,7 +242,7 @@ def _check_family(model: nn.Module, manifest: dict[str, Any]) -> None:
             )
 
 
-def _read_blocks(path: Path, mixers: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+def _read_blocks(path: Path, mixers: dict[str, TokenMixer]) -> dict[str, dict[str, Tensor]]:
     """The state of every mixer, checked to be complete, without extras and of the right shapes."""
     tensors = read_tensors(path)
     expected = {
@@ -262,7 +263,7 @@ def _read_blocks(path: Path, mixers: dict[str, nn.Module]) -> dict[str, dict[str
     return states
 
 
-def _component(pipe: Any, model: nn.Module) -> str:
+def _component(pipe: Any, model: Denoiser) -> str:
     for name in ("unet", "transformer"):
         if getattr(pipe, name, None) is model:
             return name

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from convfusion.adapters import denoiser_of
+from convfusion.adapters import Denoiser, denoiser_of
 from convfusion.distill.conditioning import encode_conditioning
 from convfusion.distill.losses import as_epsilon
 
@@ -36,7 +36,7 @@ def mean_psnr(images: list[Image.Image], references: list[Image.Image]) -> float
 @torch.no_grad()
 def epsilon_error(
     pipe: Any,
-    teacher: nn.Module,
+    teacher: Denoiser,
     latents: Tensor,
     prompts: list[str],
     *,

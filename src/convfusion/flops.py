@@ -45,7 +45,7 @@ def site_flops(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tuple[int
             raise ConvFusionError("the attention was dropped: there is nothing to compare with")
         factor = patch * 2**site.level
         height, width = (-(-side // factor) for side in size)
-        mixed = copy.deepcopy(attention).to("meta")
+        mixed: Any = copy.deepcopy(attention).to("meta")
         tokens = torch.empty(
             1, height * width, site.channels, device="meta", dtype=mixed.to_q.weight.dtype
         )

@@ -1,7 +1,6 @@
 """Token mixers: everything that can stand where a self-attention stood.
 
-The contract: settings are a frozen dataclass with `build(channels) -> nn.Module`; the module has
-`config`, `forward(tokens[B, N, C], grid=(H, W)) -> tokens[B, N, C]` and `init_from(attention)`.
+The contract: settings are a frozen dataclass with `build(channels)`, which returns a `TokenMixer`.
 Register the settings in `MIXERS` and the mixer works with every adapter, checkpoint and trainer.
 """
 
@@ -13,21 +12,27 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from convfusion.block import DeltaConv, Grid, check_grid, set_to_uniform_attention
+from convfusion.block import (
+    DeltaConv,
+    Grid,
+    TokenMixer,
+    check_grid,
+    set_to_uniform_attention,
+)
 from convfusion.errors import ConvFusionError
 
 
 class Mixer(Protocol):
     """Settings of a token mixer."""
 
-    def build(self, channels: int) -> nn.Module: ...
+    def build(self, channels: int) -> TokenMixer: ...
 
 
 @dataclass(frozen=True)
 class Removed:
     """No mixing at all: the site adds nothing."""
 
-    def build(self, channels: int) -> nn.Module:
+    def build(self, channels: int) -> TokenMixer:
         return RemovedMixer(self)
 
 
@@ -35,11 +40,11 @@ class Removed:
 class MeanOnly:
     """Uniform attention: every token receives the same projection of the mean token."""
 
-    def build(self, channels: int) -> nn.Module:
+    def build(self, channels: int) -> TokenMixer:
         return MeanOnlyMixer(channels, self)
 
 
-class RemovedMixer(nn.Module):
+class RemovedMixer(TokenMixer):
     """Zeros in the shape of the tokens."""
 
     def __init__(self, config: Removed) -> None:
@@ -50,11 +55,8 @@ class RemovedMixer(nn.Module):
         check_grid(tokens, grid)
         return torch.zeros_like(tokens)
 
-    def init_from(self, attention: nn.Module) -> None:
-        """There is nothing to set."""
 
-
-class MeanOnlyMixer(nn.Module):
+class MeanOnlyMixer(TokenMixer):
     """proj(mean over tokens), at every token."""
 
     def __init__(self, channels: int, config: MeanOnly) -> None:
@@ -66,7 +68,7 @@ class MeanOnlyMixer(nn.Module):
         check_grid(tokens, grid)
         return self.proj(tokens.mean(dim=1, keepdim=True)).expand_as(tokens)
 
-    def init_from(self, attention: nn.Module) -> None:
+    def init_from(self, attention: Any) -> None:
         """Exactly uniform attention: W_o·W_v and W_o·b_v + b_o."""
         set_to_uniform_attention(self.proj, attention)
 
@@ -76,9 +78,9 @@ MIXERS: dict[str, type] = {"delta_conv": DeltaConv, "removed": Removed, "mean_on
 
 def mixer_to_dict(mixer: Any) -> dict[str, Any]:
     """Settings as JSON-ready values, with their registered name under `kind`."""
-    for kind, settings in MIXERS.items():
-        if type(mixer) is settings:
-            return {"kind": kind, **asdict(mixer)}
+    kinds = {settings: kind for kind, settings in MIXERS.items()}
+    if type(mixer) in kinds:
+        return {"kind": kinds[type(mixer)], **asdict(mixer)}
     raise ConvFusionError(f"{type(mixer).__name__} is not a registered mixer: {', '.join(MIXERS)}")
 
 

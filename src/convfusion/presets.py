@@ -10,9 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from torch import nn
-
-from convfusion.adapters import adapter_for, list_sites
+from convfusion.adapters import Denoiser, adapter_for, list_sites
 from convfusion.block import DeltaConv
 from convfusion.config import ConvertConfig, with_kernel_sizes
 from convfusion.errors import ConvFusionError
@@ -99,7 +97,7 @@ def by_name(name: str) -> ConvertConfig:
     return PRESETS[name]()
 
 
-def preset_for(model: nn.Module) -> str:
+def preset_for(model: Denoiser) -> str:
     """The name of the preset whose layout of sites the model has, else `default`."""
     family = adapter_for(model).family
     if family in ("pixart", "dit"):

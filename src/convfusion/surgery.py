@@ -17,8 +17,9 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from convfusion import presets
-from convfusion.adapters import Site, adapter_for, denoiser_of, list_sites
+from convfusion.adapters import Denoiser, Site, adapter_for, denoiser_of, list_sites
 from convfusion.adapters.base import drop_grid
+from convfusion.block import TokenMixer
 from convfusion.config import ConvertConfig
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.mixers import Mixer
@@ -36,6 +37,8 @@ _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 
 class MixedAttention(Attention):
     """A self-attention whose forward is its child `mixer`; its weights wait for `revert`."""
+
+    mixer: TokenMixer
 
     def forward(
         self,
@@ -134,11 +137,11 @@ def convert(pipe_or_model: Any, config: ConvertConfig | str | None = None) -> St
 
 
 def build_mixers(
-    model: nn.Module, sites: list[Site], config: ConvertConfig
-) -> dict[str, nn.Module]:
+    model: Denoiser, sites: list[Site], config: ConvertConfig
+) -> dict[str, TokenMixer]:
     """A mixer for every chosen site, initialised from its attention, with its dtype and device."""
     chosen = config.mixers_for(site.path for site in sites)
-    built: dict[str, nn.Module] = {}
+    built: dict[str, TokenMixer] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         for site in sites:
@@ -155,7 +158,7 @@ def build_mixers(
     return built
 
 
-def install(model: nn.Module, mixers: dict[str, nn.Module], *, keep_attention: bool) -> None:
+def install(model: Denoiser, mixers: dict[str, TokenMixer], *, keep_attention: bool) -> None:
     """Put ready mixers, by site path, into an unconverted denoiser."""
     for site in list_sites(model):
         if site.path in mixers:
@@ -226,7 +229,7 @@ def status(pipe_or_model: Any) -> Status:
     return Status(type(model).__name__, adapter_for(model).family, tuple(rows))
 
 
-def mixers_of(pipe_or_model: Any) -> dict[str, nn.Module]:
+def mixers_of(pipe_or_model: Any) -> dict[str, TokenMixer]:
     """The mixers of a converted denoiser by site path; empty if it is not converted."""
     model = denoiser_of(pipe_or_model)
     return {
@@ -236,11 +239,11 @@ def mixers_of(pipe_or_model: Any) -> dict[str, nn.Module]:
     }
 
 
-def _is_converted(model: nn.Module, site: Site) -> bool:
+def _is_converted(model: Denoiser, site: Site) -> bool:
     return isinstance(model.get_submodule(site.path), MixedAttention)
 
 
-def _plain_attention(model: nn.Module, site: Site) -> Attention:
+def _plain_attention(model: Denoiser, site: Site) -> Attention:
     attention = model.get_submodule(site.path)
     if type(attention) is not Attention or attention.residual_connection:
         raise UnsupportedModelError(
@@ -255,7 +258,7 @@ def _drop(attention: nn.Module) -> None:
     attention.__class__ = DroppedAttention
 
 
-def _hooked(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+def _hooked(model: Denoiser) -> Iterator[tuple[Any, Any]]:
     """The modules that need a hook while the model is converted, each with its hook."""
     hook = adapter_for(model).grid_hook(model)
     sites = list_sites(model)
@@ -268,12 +271,12 @@ def _hooked(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
                 yield module, drop_grid
 
 
-def _connect(model: nn.Module) -> None:
+def _connect(model: Denoiser) -> None:
     for module, hook in _hooked(model):
         module._convfusion_hook = module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _disconnect(model: nn.Module) -> None:
+def _disconnect(model: Denoiser) -> None:
     for module, _ in _hooked(model):
         module._convfusion_hook.remove()
         del module._convfusion_hook

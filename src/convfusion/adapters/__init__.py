@@ -3,6 +3,7 @@
 from convfusion.adapters import dit, unet
 from convfusion.adapters.base import (
     Adapter,
+    Denoiser,
     Site,
     adapter_for,
     denoiser_of,
@@ -13,6 +14,7 @@ from convfusion.adapters.base import (
 
 __all__ = [
     "Adapter",
+    "Denoiser",
     "Site",
     "adapter_for",
     "denoiser_of",

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from convfusion.errors import UnsupportedModelError
+
+Denoiser: TypeAlias = Any  # a diffusers ModelMixin and ConfigMixin; no type can say both
 
 GRID = "grid"  # the keyword under which a grid travels to a self-attention
 
@@ -85,8 +87,8 @@ class Adapter:
 
     family: str
     class_name: str
-    sites: Callable[[nn.Module], list[Site]]
-    grid_hook: Callable[[nn.Module], GridHook]
+    sites: Callable[[Denoiser], list[Site]]
+    grid_hook: Callable[[Denoiser], GridHook]
 
 
 _ADAPTERS: dict[str, Adapter] = {}
@@ -109,7 +111,7 @@ def supported() -> list[str]:
     return sorted(_ADAPTERS)
 
 
-def adapter_for(model: nn.Module) -> Adapter:
+def adapter_for(model: Denoiser) -> Adapter:
     """The adapter of a denoiser, found by the name of its class or of one it derives from.
 
     Raises:
@@ -123,7 +125,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     )
 
 
-def denoiser_of(pipe_or_model: Any) -> nn.Module:
+def denoiser_of(pipe_or_model: Any) -> Denoiser:
     """The denoiser of a pipeline (its `unet` or `transformer`), or the model itself.
 
     Raises:
@@ -142,7 +144,7 @@ def denoiser_of(pipe_or_model: Any) -> nn.Module:
     return model
 
 
-def list_sites(model: nn.Module) -> list[Site]:
+def list_sites(model: Denoiser) -> list[Site]:
     """All self-attention sites of a denoiser.
 
     Raises:
@@ -156,7 +158,7 @@ def list_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
-def transformer_blocks(model: nn.Module) -> list[tuple[str, BasicTransformerBlock]]:
+def transformer_blocks(model: Denoiser) -> list[tuple[str, BasicTransformerBlock]]:
     """All transformer blocks with their paths, in module order."""
     return [(n, m) for n, m in model.named_modules() if isinstance(m, BasicTransformerBlock)]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from convfusion.adapters.base import (
     Adapter,
+    Denoiser,
     GridHook,
     Site,
     is_self_attention,
@@ -14,7 +13,7 @@ from convfusion.adapters.base import (
 )
 
 
-def _sites(model: nn.Module) -> list[Site]:
+def _sites(model: Denoiser) -> list[Site]:
     return [
         Site(
             path=f"{path}.attn1",
@@ -30,11 +29,11 @@ def _sites(model: nn.Module) -> list[Site]:
     ]
 
 
-def _pixart_hook(model: nn.Module) -> GridHook:
+def _pixart_hook(model: Denoiser) -> GridHook:
     return GridHook(patch=model.config.patch_size, position=4)
 
 
-def _dit_hook(model: nn.Module) -> GridHook:
+def _dit_hook(model: Denoiser) -> GridHook:
     return GridHook(patch=model.config.patch_size, position=3)
 
 

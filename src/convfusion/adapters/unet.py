@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
-from torch import nn
-
 from convfusion.adapters.base import (
     Adapter,
+    Denoiser,
     GridHook,
     Site,
     is_self_attention,
@@ -26,7 +25,7 @@ def _level(path: str, levels: int) -> int:
     return {"down_blocks": index, "mid_block": levels - 1, "up_blocks": levels - 1 - index}[kind]
 
 
-def _sites(model: nn.Module) -> list[Site]:
+def _sites(model: Denoiser) -> list[Site]:
     levels = len(model.config.block_out_channels)
     return [
         Site(
@@ -42,7 +41,7 @@ def _sites(model: nn.Module) -> list[Site]:
     ]
 
 
-def _grid_hook(model: nn.Module) -> GridHook:
+def _grid_hook(model: Denoiser) -> GridHook:
     return GridHook(patch=1, position=5)  # the owner is a Transformer2DModel on feature maps
 
 

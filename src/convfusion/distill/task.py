@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convfusion.adapters import Site, list_sites
+from convfusion.adapters import Denoiser, Site, list_sites
 from convfusion.distill.losses import as_epsilon, feature_loss, min_snr_weight, weighted_mse
 from convfusion.errors import ConvFusionError
 from convfusion.surgery import mixers_of, revert, status
@@ -27,7 +27,7 @@ class LossWeights:
     snr_gamma: float = 5.0
 
 
-def attention_teacher(student: nn.Module) -> nn.Module:
+def attention_teacher(student: Denoiser) -> Denoiser:
     """The model as it was before its conversion, sharing every weight with the student.
 
     A copy of the module tree whose parameters and buffers are the student's own, then reverted:
@@ -50,7 +50,7 @@ def attention_teacher(student: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def hidden_states(model: nn.Module, sites: list[Site]) -> Iterator[dict[str, Tensor]]:
+def hidden_states(model: Denoiser, sites: list[Site]) -> Iterator[dict[str, Tensor]]:
     """Collect the hidden state [B, N, C] right after each site while the block runs.
 
     What is replayed later (gradient checkpointing, in backward) is not collected again.
@@ -83,7 +83,7 @@ class DistillTask:
     """
 
     def __init__(
-        self, student: nn.Module, scheduler: Any, weights: LossWeights = LossWeights()
+        self, student: Denoiser, scheduler: Any, weights: LossWeights = LossWeights()
     ) -> None:
         self.student = student
         self.teacher = attention_teacher(student)
@@ -98,7 +98,7 @@ class DistillTask:
         noise: Tensor,
         timesteps: Tensor,
         conditioning: dict[str, Any],
-        model: nn.Module | None = None,
+        model: Denoiser | None = None,
     ) -> dict[str, Tensor]:
         """The weighted terms of L, each a scalar; their sum is what to minimise.
 
@@ -128,7 +128,7 @@ class DistillTask:
         return terms
 
     def _epsilon(
-        self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Any]
+        self, model: Denoiser, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Any]
     ) -> Tensor:
         output = model(noisy, timestep=timesteps, return_dict=False, **conditioning)[0]
         return as_epsilon(output, noisy, timesteps, self.alphas_cumprod, self.prediction_type)

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from convfusion import checkpoint
-from convfusion.adapters import denoiser_of
+from convfusion.adapters import Denoiser, denoiser_of
 from convfusion.distill.conditioning import encode_conditioning
 from convfusion.distill.data import LatentDataset, StepSampler
 from convfusion.distill.task import DistillTask, LossWeights
@@ -222,25 +222,27 @@ class _Run:
         )
         yield from DataLoader(self.data, batch_sampler=sampler)
 
-    def take_step(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, float]:
+    def take_step(self, model: Denoiser, batch: dict[str, Any]) -> dict[str, float]:
         """One optimiser step on one batch, in `accumulation` parts."""
         config, accelerator = self.config, self.accelerator
-        drawn = self.draw(batch)
+        latents, noise, timesteps, captions = self.draw(batch)
         size = config.batch_size // config.accumulation
-        totals: dict[str, Tensor] = {}
+        totals: dict[str, float] = {}
         for start in range(0, config.batch_size, size):
-            latents, noise, timesteps, captions = (part[start : start + size] for part in drawn)
-            conditioning = encode_conditioning(self.pipe, captions, self.size)
+            part = slice(start, start + size)
+            conditioning = encode_conditioning(self.pipe, captions[part], self.size)
             with accelerator.accumulate(model), accelerator.autocast():
-                terms = self.task.losses(latents, noise, timesteps, conditioning, model)
+                terms = self.task.losses(
+                    latents[part], noise[part], timesteps[part], conditioning, model
+                )
                 accelerator.backward(torch.stack(list(terms.values())).sum())
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(self.named.values(), config.clip_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             for name, term in terms.items():
-                totals[name] = totals.get(name, 0) + term.detach() / config.accumulation
-        return {name: float(value) for name, value in totals.items()}
+                totals[name] = totals.get(name, 0.0) + term.item() / config.accumulation
+        return totals
 
     def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
         """Latents, noise, timesteps and captions of a step; all draws come from seed and step."""
@@ -318,7 +320,7 @@ class _Run:
 
 
 @contextmanager
-def _frozen_but_blocks(model: nn.Module, config: DistillConfig) -> Iterator[None]:
+def _frozen_but_blocks(model: Denoiser, config: DistillConfig) -> Iterator[None]:
     """Let gradients reach the blocks alone, and put every switch back afterwards."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     dtype = model.dtype

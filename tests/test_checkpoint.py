@@ -1,0 +1,182 @@
+"""Checkpoints: what comes back, and what damaged or foreign files do not do."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from test_distill import tiny_pipeline
+from tiny_models import CASES, randomise, run, sd15
+
+import convfusion
+from convfusion import CheckpointError, ConvFusionError, DeltaConv, Removed, uniform
+from convfusion.checkpoint import BARE, BLOCKS, MANIFEST, read_tensors, write_tensors
+from convfusion.surgery import mixers_of
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = sd15()
+    convfusion.convert(model, uniform(DeltaConv(kernel_size=3)))
+    randomise(mixers_of(model))
+    convfusion.save(model, tmp_path / "blocks")
+    return tmp_path / "blocks"
+
+
+def edit_manifest(folder, change):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def edit_tensors(folder, change):
+    tensors = read_tensors(folder / BLOCKS)
+    change(tensors)
+    write_tensors(folder / BLOCKS, tensors)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+SITE = "mid_block.attentions.0.transformer_blocks.0.attn1"
+NAME = f"{SITE}.mixer.proj_in.weight"
+
+DAMAGE = {
+    "truncated blocks": (lambda f: truncate(f / BLOCKS), "cannot be read"),
+    "truncated manifest": (lambda f: truncate(f / MANIFEST), "cannot be read"),
+    "no blocks": (lambda f: (f / BLOCKS).unlink(), "cannot be read"),
+    "no manifest": (lambda f: (f / MANIFEST).unlink(), "cannot be read"),
+    "no safetensors": (lambda f: (f / BLOCKS).write_bytes(b"\x80\x04pickle"), "cannot be read"),
+    "a list": (lambda f: (f / MANIFEST).write_text("[]"), "not a manifest of format 1"),
+    "another format": (
+        lambda f: edit_manifest(f, lambda m: m.update(format=2)),
+        "not a manifest of format 1",
+    ),
+    "no sites": (lambda f: edit_manifest(f, lambda m: m.pop("sites")), "`sites` must map"),
+    "another family": (
+        lambda f: edit_manifest(f, lambda m: m.update(family="dit")),
+        "for a dit model, and this is a unet",
+    ),
+    "an unknown mixer": (
+        lambda f: edit_manifest(f, lambda m: m["sites"][SITE]["mixer"].update(kind="os.system")),
+        "needs a kind",
+    ),
+    "a site too many": (
+        lambda f: edit_manifest(f, lambda m: m["sites"].update({"x.attn1": m["sites"][SITE]})),
+        "a site that this model lacks: x.attn1",
+    ),
+    "other channels": (
+        lambda f: edit_manifest(f, lambda m: m["sites"][SITE].update(channels=320)),
+        "16 channels here and 320 in the checkpoint",
+    ),
+    "a site without blocks": (
+        lambda f: edit_tensors(f, lambda t: t.pop(NAME)),
+        f"lacks {NAME}",
+    ),
+    "blocks without a site": (
+        lambda f: edit_manifest(f, lambda m: m["sites"].pop(SITE)),
+        "tensors of no site",
+    ),
+    "another shape": (
+        lambda f: edit_tensors(f, lambda t: t.update({NAME: torch.zeros(3, 3)})),
+        r"shape \(3, 3\), expected \(8, 16\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@torch.no_grad()
+def test_damage_is_named_and_leaves_the_model_alone(folder, damage):
+    inflict, message = DAMAGE[damage]
+    inflict(folder)
+    case = CASES[0]
+    model = case.model()
+    expected = run(model, case, 24, 40)
+    with pytest.raises(ConvFusionError, match=message):
+        convfusion.load(model, folder)
+    assert convfusion.status(model).converted == 0
+    assert torch.equal(run(model, case, 24, 40), expected)
+    convfusion.convert(model, uniform(DeltaConv(kernel_size=3)))
+    mixers = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ConvFusionError):
+        convfusion.load(model, folder)
+    assert all(torch.equal(mixers[k], v) for k, v in model.state_dict().items())
+
+
+def test_loading_over_another_conversion_is_refused(folder):
+    model = sd15()
+    convfusion.convert(model, uniform(Removed()))
+    with pytest.raises(CheckpointError, match="converted otherwise"):
+        convfusion.load(model, folder)
+
+
+def test_saving_an_unconverted_model_is_refused(tmp_path):
+    with pytest.raises(ConvFusionError, match="not converted"):
+        convfusion.save(sd15(), tmp_path / "blocks")
+    assert not (tmp_path / "blocks").exists()
+
+
+def test_blocks_take_the_models_dtype(folder):
+    model = sd15().to(torch.bfloat16)
+    convfusion.load(model, folder)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_load_can_drop_the_attention(folder):
+    model = sd15()
+    convfusion.load(model, folder, keep_attention=False)
+    assert not any(row.attention_kept for row in convfusion.status(model).sites)
+
+
+def draw(pipe):
+    return pipe(
+        "green apple",
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        height=16,
+        width=16,
+        output_type="np",
+    ).images
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_whole_pipeline_draws_the_same_from_disk(tmp_path, keep):
+    pipe = tiny_pipeline()
+    base = draw(pipe)
+    convfusion.convert(pipe)
+    randomise(mixers_of(pipe))
+    if not keep:
+        convfusion.drop_attention(pipe)
+    expected = draw(pipe)
+    assert abs(expected - base).max() > 1e-3
+    convfusion.save_pipeline(pipe, tmp_path / "pipe")
+    loaded = convfusion.load_pipeline(tmp_path / "pipe")
+    assert (draw(loaded) == expected).all()
+    assert convfusion.status(loaded) == convfusion.status(pipe)
+    if keep:
+        convfusion.revert(loaded)
+        assert (draw(loaded) == base).all()
+        stock = StableDiffusionPipeline.from_pretrained(tmp_path / "pipe")
+        assert (draw(stock) == base).all()
+    else:
+        with pytest.raises(OSError, match="diffusion_pytorch_model"):
+            StableDiffusionPipeline.from_pretrained(tmp_path / "pipe")
+        half = convfusion.load_pipeline(tmp_path / "pipe", torch_dtype=torch.bfloat16)
+        assert {p.dtype for p in half.unet.parameters()} == {torch.bfloat16}
+
+
+def test_a_damaged_pipeline_is_named(tmp_path):
+    pipe = tiny_pipeline()
+    convfusion.convert(pipe)
+    convfusion.drop_attention(pipe)
+    convfusion.save_pipeline(pipe, tmp_path / "pipe")
+    truncate(tmp_path / "pipe" / "unet" / BARE)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        convfusion.load_pipeline(tmp_path / "pipe")
+    shutil.rmtree(tmp_path / "pipe" / "convfusion")
+    with pytest.raises(CheckpointError, match="no converted pipeline"):
+        convfusion.load_pipeline(tmp_path / "pipe")
+    with pytest.raises(ConvFusionError, match="takes a pipeline"):
+        convfusion.save_pipeline(pipe.unet, tmp_path / "unet")
