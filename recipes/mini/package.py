@@ -45,8 +45,11 @@ def main() -> None:
     held, held_captions = latents_of(run, "held_out", pipe, None)
     DATA.mkdir(exist_ok=True)
     save_file({"train": train, "held_out": held}, DATA / "latents.safetensors")
+    split = json.loads((run / "names.json").read_text())
+    names = {row["name"] for row in split["pictures"]}
     facts = {
-        "held_out_names": json.loads((run / "names.json").read_text())["held_out"],
+        "held_out_names": split["held_out"],
+        "training_names": sorted(names - set(split["held_out"])),
         "train": train_captions,
         "held_out": held_captions,
     }

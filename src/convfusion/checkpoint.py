@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,7 +26,14 @@ from convfusion.block import TokenMixer
 from convfusion.config import ConvertConfig
 from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.mixers import mixer_from_dict, mixer_to_dict
-from convfusion.surgery import Status, build_mixers, install, mixers_of, status
+from convfusion.surgery import (
+    Status,
+    build_mixers,
+    drop_attention,
+    install,
+    mixers_of,
+    status,
+)
 
 FORMAT = 1
 BLOCKS, MANIFEST = "blocks.safetensors", "convfusion.json"
@@ -91,6 +98,8 @@ def load(pipe_or_model: Any, folder: str | Path, *, keep_attention: bool = True)
         mixer.load_state_dict(states[path], assign=on_meta)
     if not present:
         install(model, mixers, keep_attention=keep_attention)
+    elif not keep_attention:
+        drop_attention(model)
     return status(model)
 
 
@@ -107,10 +116,9 @@ def save_pipeline(pipe: Any, folder: str | Path) -> None:
     bare = any(not site.attention_kept for site in status(model).sites)
     save(model, folder / "convfusion")
     pipe.save_pretrained(folder, safe_serialization=True)
-    stock = {key: value for key, value in model.state_dict().items() if ".attn1.mixer." not in key}
+    stock = {k: v.contiguous() for k, v in model.state_dict().items() if not is_block(model, k)}
     for file in (folder / name).glob("*.safetensors*"):
         file.unlink()  # what diffusers wrote has the blocks among the stock weights
-    stock = {key: value.contiguous() for key, value in stock.items()}
     write_tensors(folder / name / (BARE if bare else "diffusion_pytorch_model.safetensors"), stock)
 
 
@@ -135,8 +143,9 @@ def load_pipeline(folder: str | Path, **options: Any) -> Any:
         load(pipe, folder / "convfusion")
         return pipe
     model = _load_bare(bare, folder / "convfusion")
-    if "torch_dtype" in options:
-        model.to(options["torch_dtype"])
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    if dtype is not None:
+        model.to(dtype)
     parts = {bare.parent.name: model}
     return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **parts, **options)
 
@@ -149,16 +158,21 @@ def _load_bare(weights: Path, blocks: Path) -> nn.Module:
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         raise CheckpointError(f"{weights.parent}/config.json names no diffusers model")
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):  # buffers that no file holds stay real
         model = kind.from_config(config)
     load(model, blocks, keep_attention=False)
     tensors = read_tensors(weights)
-    tensors |= {k: v for k, v in model.state_dict().items() if ".attn1.mixer." in k}
+    tensors |= {k: v for k, v in model.state_dict().items() if is_block(model, k)}
     missing = model.state_dict().keys() ^ tensors.keys()
     if missing:
         raise CheckpointError(f"{weights} does not fit its config: {_few(missing)}")
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def is_block(model: Denoiser, key: str) -> bool:
+    """Whether a key of a converted model's state belongs to a mixer."""
+    return key.startswith(tuple(f"{path}.mixer." for path in mixers_of(model)))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -202,12 +216,17 @@ def _manifest(model: Denoiser, mixers: dict[str, TokenMixer]) -> dict[str, Any]:
         "format": FORMAT,
         "version": __version__,
         "family": adapter_for(model).family,
-        "base_model": str(getattr(model.config, "_name_or_path", "") or ""),
+        "base_model": _public_name(str(getattr(model.config, "_name_or_path", "") or "")),
         "sites": {
             path: {"channels": channels[path], "mixer": mixer_to_dict(mixer.config)}
             for path, mixer in mixers.items()
         },
     }
+
+
+def _public_name(name: str) -> str:
+    """A Hub name as it is, of a local path only its last part."""
+    return Path(name).resolve().name if name and Path(name).exists() else name
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

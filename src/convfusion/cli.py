@@ -61,8 +61,9 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the distillation.")] = 0,
 ) -> None:
     """Take the embedded model's self-attention away and distil its replacement, live."""
-    from convfusion.demo import DemoConfig, run_demo
+    from convfusion.demo import distillation, run_demo
 
+    hide_loading_bars()
     progress = progress_bar()
     bar = progress.add_task("distilling", total=steps, visible=False)
 
@@ -72,7 +73,7 @@ def demo(
 
     with progress:
         results = run_demo(
-            out, DemoConfig(steps=steps, seed=seed), say=progress.console.print, on_step=on_step
+            out, distillation(steps, seed), say=progress.console.print, on_step=on_step
         )
     print_results(results)
     typer.echo(f"Written: {out}/demo.json, {out}/grid.png, {out}/report.html")
@@ -225,6 +226,7 @@ def load_pipeline(model: str, precision: str, device: str | None) -> Any:
 
     from convfusion import checkpoint, mini
 
+    hide_loading_bars()
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if precision not in dtypes:
         raise ConvFusionError(f"precision must be one of {', '.join(dtypes)}, not {precision!r}")
@@ -254,9 +256,9 @@ def equip(pipe: Any, blocks: Path | None, config: str | None) -> Any:
         surgery.revert(pipe)
     if blocks is not None:
         return checkpoint.load(pipe, blocks)
-    if config is None or config in PRESETS:
-        return surgery.convert(pipe, config)
-    return surgery.convert(pipe, ConvertConfig.load(config))
+    if config is not None and config not in PRESETS and Path(config).suffix == ".json":
+        return surgery.convert(pipe, ConvertConfig.load(config))
+    return surgery.convert(pipe, config)
 
 
 def find_data(model: str, folder: Path | None) -> Any:
@@ -274,11 +276,12 @@ def find_data(model: str, folder: Path | None) -> Any:
 def encode(pipe: Any, samples: list[tuple[Path, str]], size: str | None) -> Any:
     """The latents of pictures with captions, at a size or the pipeline's own."""
     from convfusion.adapters import denoiser_of
+    from convfusion.conditioning import latent_scale
     from convfusion.distill import LatentDataset
     from convfusion.distill.data import encode_pictures
     from convfusion.generate import check_size
 
-    native = denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor
+    native = denoiser_of(pipe).config.sample_size * latent_scale(pipe)
     wanted = parse_size(size) if size else (native, native)
     check_size(pipe, wanted)
     latents = encode_pictures(pipe.vae, [path for path, _ in samples], wanted)
@@ -356,6 +359,15 @@ def print_results(results: dict[str, Any]) -> None:
         ratio = f"1/{worst / row['epsilon_error']:.1f}"
         table.add_row(name, f"{row['epsilon_error']:.2e}", ratio, f"{row['image_psnr']:.1f} dB")
     Console().print(table)
+
+
+def hide_loading_bars() -> None:
+    """Keep the bars that flash by while files load off the terminal."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def quiet_libraries() -> None:

@@ -31,6 +31,10 @@ class ConvertConfig:
     keep_attention: bool = True
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise ConvFusionError("`sites` must map at least one pattern to a mixer")
+
     def mixers_for(self, paths: Iterable[str]) -> dict[str, Mixer]:
         """The mixer of every path that a pattern matches, in the order of the paths.
 
@@ -66,8 +70,8 @@ class ConvertConfig:
             raise ConvFusionError(f"unknown in a convert config: {', '.join(sorted(unknown))}")
         config = dict(values)
         if "sites" in config:
-            if not isinstance(config["sites"], Mapping) or not config["sites"]:
-                raise ConvFusionError("`sites` must map at least one pattern to a mixer")
+            if not isinstance(config["sites"], Mapping):
+                raise ConvFusionError("`sites` must map patterns to mixers")
             config["sites"] = {p: mixer_from_dict(m) for p, m in config["sites"].items()}
         return cls(**config)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,30 +35,22 @@ ROWS = {
 }
 
 
-@dataclass(frozen=True)
-class DemoConfig:
-    """What the demo does; the defaults take minutes on two cores."""
-
-    steps: int = 200
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    seed: int = 0
-
-    def distillation(self) -> DistillConfig:
-        return DistillConfig(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            warmup=10,
-            decay=0.7,
-            weight_decay=0.0,
-            seed=self.seed,
-        )
+def distillation(steps: int, seed: int = 0) -> DistillConfig:
+    """How the embedded model is distilled, live in the demo and for longer in its recipe."""
+    return DistillConfig(
+        steps=steps,
+        batch_size=32,
+        learning_rate=6e-3,
+        warmup=20,
+        decay=0.8,
+        weight_decay=0.0,
+        seed=seed,
+    )
 
 
 def run_demo(
     out: str | Path,
-    config: DemoConfig = DemoConfig(),
+    config: DistillConfig = distillation(steps=200),
     *,
     say: Callable[[str], None] = print,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -71,7 +62,6 @@ def run_demo(
     Returns:
         What `demo.json` holds.
     """
-    settings = config.distillation()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     held_out = spread(mini.held_out_data(), EVALUATED)
@@ -100,7 +90,7 @@ def run_demo(
             on_step(step, terms)
 
     started = time.perf_counter()
-    run = distill(student, mini.training_data(), settings, on_step=keep)
+    run = distill(student, mini.training_data(), config, on_step=keep)
     seconds = time.perf_counter() - started
     pictures["distilled"] = draw(student, prompts)
     results["distilled"] = {

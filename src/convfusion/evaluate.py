@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from convfusion.adapters import Denoiser, denoiser_of
-from convfusion.distill.conditioning import encode_conditioning
+from convfusion.conditioning import encode_conditioning, latent_scale
 from convfusion.distill.losses import as_epsilon
 
 
@@ -57,7 +57,7 @@ def epsilon_error(
     """
     student = denoiser_of(pipe)
     schedule, kind = pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type
-    scale = getattr(pipe, "vae_scale_factor", 8)
+    scale = latent_scale(pipe)
     size = (latents.shape[-2] * scale, latents.shape[-1] * scale)
     generator = torch.Generator().manual_seed(seed)
     errors = []

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from convfusion.adapters import denoiser_of
+from convfusion.adapters import adapter_for, denoiser_of
+from convfusion.conditioning import class_labels, latent_scale
 from convfusion.errors import ConvFusionError
 
 
@@ -26,8 +27,8 @@ def generate(
     """One picture per prompt; a picture depends on its prompt and seed, not on its batch.
 
     Args:
-        pipe: a text-to-image pipeline, converted or not.
-        prompts: what to draw.
+        pipe: a text-to-image or DiT pipeline, converted or not.
+        prompts: what to draw; for DiT class names or numbers.
         seeds: one per prompt, by default 0, 1, 2, …
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 is none.
@@ -46,12 +47,16 @@ def generate(
     if size is not None:
         check_size(pipe, size)
         options |= {"height": size[0], "width": size[1]}
+    of_classes = adapter_for(denoiser_of(pipe)).family == "dit"
+    if of_classes and size is not None:
+        raise ConvFusionError("a DiT pipeline draws at its own size only: leave the size out")
     images: list[Image.Image] = []
     with silent(pipe):
         for start in range(0, len(prompts), batch_size):
             stop = start + batch_size
+            part = prompts[start:stop]
             images += pipe(
-                prompts[start:stop],
+                class_labels(pipe, part) if of_classes else part,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[start:stop]],
@@ -64,7 +69,7 @@ def check_size(pipe: Any, size: tuple[int, int]) -> None:
     """Raise a ConvFusionError unless the denoiser can work on pictures of (height, width)."""
     config = denoiser_of(pipe).config
     halvings = len(config.block_out_channels) - 1 if "block_out_channels" in config else 0
-    unit = getattr(pipe, "vae_scale_factor", 8) * config.get("patch_size", 1) * 2**halvings
+    unit = latent_scale(pipe) * config.get("patch_size", 1) * 2**halvings
     if any(side < unit or side % unit for side in size):
         near = [max(unit, round(side / unit) * unit) for side in size]
         raise ConvFusionError(

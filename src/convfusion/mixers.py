@@ -6,8 +6,8 @@ Register the settings in `MIXERS` and the mixer works with every adapter, checkp
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -91,16 +91,17 @@ def mixer_from_dict(values: dict[str, Any]) -> Any:
         raise ConvFusionError(f"a mixer needs a kind, one of {known}; got {values!r}")
     settings = MIXERS[values["kind"]]
     options = {key: value for key, value in values.items() if key != "kind"}
-    types = {field.name: field.type for field in fields(settings)}
+    types = get_type_hints(settings)
     for key, value in options.items():
         if key not in types:
             raise ConvFusionError(f"{values['kind']} has no setting {key!r}: {', '.join(types)}")
-        _check_type(key, value, str(types[key]))
+        _check_type(key, value, types[key])
     return settings(**options)
 
 
-def _check_type(key: str, value: Any, declared: str) -> None:
-    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
-    allowed = kinds.get(declared, (str,))
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise ConvFusionError(f"{key} must be {declared}, not {value!r}")
+def _check_type(key: str, value: Any, declared: Any) -> None:
+    if declared is float and type(value) is int:
+        return
+    wanted = declared if isinstance(declared, type) else str  # a Literal's values are words
+    if type(value) is not wanted:
+        raise ConvFusionError(f"{key} must be {wanted.__name__}, not {value!r}")

@@ -32,7 +32,7 @@ LOST_WITHOUT_ATTENTION = (
     "fuse_qkv_projections",
     "ControlNetModel.from_unet",
 )
-_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out", "to_qkv", "to_kv")
 
 
 class MixedAttention(Attention):

@@ -1,7 +1,7 @@
 """Distillation: train the blocks of a converted model to do what its own attention did."""
 
 from convfusion.distill.data import LatentDataset, read_image_folder
-from convfusion.distill.task import DistillTask, attention_teacher
+from convfusion.distill.task import DistillTask, LossWeights, attention_teacher
 from convfusion.distill.trainer import DistillConfig, DistillResult, distill
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "DistillResult",
     "DistillTask",
     "LatentDataset",
+    "LossWeights",
     "attention_teacher",
     "distill",
     "read_image_folder",

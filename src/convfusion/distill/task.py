@@ -26,6 +26,11 @@ class LossWeights:
     feature: float = 1e-3
     snr_gamma: float = 5.0
 
+    def __post_init__(self) -> None:
+        weights = (self.distill, self.noise, self.feature)
+        if min(weights) < 0 or not any(weights):
+            raise ConvFusionError("loss weights must not be negative, nor all of them 0")
+
 
 def attention_teacher(student: Denoiser) -> Denoiser:
     """The model as it was before its conversion, sharing every weight with the student.
@@ -98,7 +103,6 @@ class DistillTask:
         noise: Tensor,
         timesteps: Tensor,
         conditioning: dict[str, Any],
-        model: Denoiser | None = None,
     ) -> dict[str, Tensor]:
         """The weighted terms of L, each a scalar; their sum is what to minimise.
 
@@ -107,7 +111,6 @@ class DistillTask:
             noise: as the latents.
             timesteps: [B], integers.
             conditioning: further keyword arguments of the denoiser.
-            model: the student inside a wrapper (DDP), if it is in one.
         """
         signal = self.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
@@ -115,7 +118,7 @@ class DistillTask:
         with torch.no_grad(), hidden_states(self.teacher, self.sites) as taught:
             target = self._epsilon(self.teacher, noisy, timesteps, conditioning)
         with hidden_states(self.student, self.sites) as learned:
-            output = self._epsilon(model or self.student, noisy, timesteps, conditioning)
+            output = self._epsilon(self.student, noisy, timesteps, conditioning)
         weights = self.weights
         snr = min_snr_weight(self.alphas_cumprod, timesteps, weights.snr_gamma)
         terms: dict[str, Tensor] = {}

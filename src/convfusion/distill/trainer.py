@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from convfusion import checkpoint
 from convfusion.adapters import Denoiser, denoiser_of
-from convfusion.distill.conditioning import encode_conditioning
+from convfusion.conditioning import encode_conditioning, latent_scale
 from convfusion.distill.data import LatentDataset, StepSampler
 from convfusion.distill.task import DistillTask, LossWeights
 from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.surgery import mixers_of
 
+FREE = ("steps", "save_every", "validate_every")  # may change when a run goes on
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
 
 
@@ -135,8 +137,10 @@ def distill(
     """
     folder = Path(out) if out is not None else None
     run = _Run(pipe, data, config, folder)
-    if resume and folder is not None:
+    if folder is not None and resume:
         run.resume()
+    elif folder is not None:
+        check_unused(folder)
     started = time.perf_counter()
     with _frozen_but_blocks(run.student, config), _stop_on_interrupt() as interrupted:
         terms = run.train(interrupted, on_step, validate)
@@ -158,13 +162,14 @@ class _Run:
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulation,
-            log_with="tensorboard" if out is not None else None,
+            log_with="tensorboard" if out is not None and is_tensorboard_available() else None,
             project_dir=str(out) if out is not None else None,
             cpu=self.student.device.type == "cpu",
         )
+        check_precision(self.student, config.precision)
         if self.accelerator.num_processes > 1:
             raise ConvFusionError("distillation runs in one process for now: launch it with python")
-        scale = getattr(pipe, "vae_scale_factor", 8)
+        scale = latent_scale(pipe)
         height, width = data.latents.shape[-2:]
         self.size = (height * scale, width * scale)
         for mixer in self.mixers.values():
@@ -192,12 +197,11 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         if self.out is not None:
             accelerator.init_trackers("tensorboard")
-        model = accelerator.prepare(self.student)
         self.optimizer = accelerator.prepare(self.optimizer)
         terms: dict[str, float] = {}
         for batch in self.batches():
             self.set_rate()
-            terms = self.take_step(model, batch)
+            terms = self.take_step(batch)
             self.step += 1
             if self.out is not None:
                 accelerator.log({f"loss/{k}": v for k, v in terms.items()}, step=self.step)
@@ -207,11 +211,12 @@ class _Run:
             if self.out is not None and (last or self.step % config.save_every == 0):
                 self.save()
             if validate and config.validate_every and self.step % config.validate_every == 0:
-                self.keep_picture(validate(self.pipe, self.step))
+                with accelerator.autocast():  # the blocks are in float32, whatever the base is
+                    picture = validate(self.pipe, self.step)
+                self.keep_picture(picture)
             if last:
                 break
         accelerator.end_training()
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         return terms
 
     def batches(self) -> Iterator[dict[str, Any]]:
@@ -222,7 +227,7 @@ class _Run:
         )
         yield from DataLoader(self.data, batch_sampler=sampler)
 
-    def take_step(self, model: Denoiser, batch: dict[str, Any]) -> dict[str, float]:
+    def take_step(self, batch: dict[str, Any]) -> dict[str, float]:
         """One optimiser step on one batch, in `accumulation` parts."""
         config, accelerator = self.config, self.accelerator
         latents, noise, timesteps, captions = self.draw(batch)
@@ -231,10 +236,8 @@ class _Run:
         for start in range(0, config.batch_size, size):
             part = slice(start, start + size)
             conditioning = encode_conditioning(self.pipe, captions[part], self.size)
-            with accelerator.accumulate(model), accelerator.autocast():
-                terms = self.task.losses(
-                    latents[part], noise[part], timesteps[part], conditioning, model
-                )
+            with accelerator.accumulate(self.student), accelerator.autocast():
+                terms = self.task.losses(latents[part], noise[part], timesteps[part], conditioning)
                 accelerator.backward(torch.stack(list(terms.values())).sum())
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(self.named.values(), config.clip_norm)
@@ -293,7 +296,7 @@ class _Run:
         folder = found[-1]
         state = json.loads((folder / STATE).read_text())
         here = json.loads(json.dumps(asdict(self.config)))
-        changed = sorted(key for key in here if here[key] != state["config"].get(key))
+        changed = sorted(k for k in here if here[k] != state["config"].get(k) and k not in FREE)
         if changed:
             raise CheckpointError(
                 f"{folder} was written with another {', '.join(changed)}: resume with the same "
@@ -312,11 +315,31 @@ class _Run:
         if self.out is None:
             return
         folder = self.out / "validation"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"step-{self.step:07d}.png")
-        tracker = self.accelerator.get_tracker("tensorboard")
         pixels = np.asarray(picture.convert("RGB"))[None]
-        tracker.log_images({"validation": pixels}, step=self.step, dataformats="NHWC")
+        for tracker in self.accelerator.trackers:
+            tracker.log_images({"validation": pixels}, step=self.step, dataformats="NHWC")
+
+
+def check_precision(model: Denoiser, precision: str) -> None:
+    """Raise a ConvFusionError unless blocks in float32 can train inside this model."""
+    fitting = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
+    if fitting not in ("no", precision):
+        raise ConvFusionError(
+            f"the model is in {str(model.dtype).removeprefix('torch.')}: distil it with "
+            f"precision {fitting!r}, or load it in float32"
+        )
+    if precision == "fp16" and model.device.type == "cpu":
+        raise ConvFusionError("fp16 trains on a GPU only: on a CPU take precision bf16 or no")
+
+
+def check_unused(folder: Path) -> None:
+    """Raise a ConvFusionError if a folder holds another run's checkpoints."""
+    if any((folder / "checkpoints").glob("step-*")):
+        raise ConvFusionError(
+            f"{folder} holds the checkpoints of a run: resume it, or choose another folder"
+        )
 
 
 @contextmanager

@@ -54,8 +54,19 @@ def _pixart(pipe: Any, prompts: list[str]) -> dict[str, Any]:
 
 
 def _dit(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    null = pipe.transformer.config.num_embeds_ada_norm  # the label that stands for "no class"
-    labels = [
-        null if not p else int(p) if p.isdigit() else pipe.get_label_ids(p)[0] for p in prompts
-    ]
-    return {"class_labels": torch.tensor(labels, device=pipe.transformer.device)}
+    return {"class_labels": torch.tensor(class_labels(pipe, prompts), device=pipe.device)}
+
+
+def class_labels(pipe: Any, prompts: list[str]) -> list[int]:
+    """Labels of a DiT pipeline's classes, from names or numbers; '' is the label of no class."""
+    none = pipe.transformer.config.num_embeds_ada_norm
+    known = getattr(pipe, "labels", {})
+    for prompt in prompts:
+        if prompt and not prompt.isdigit() and prompt not in known:
+            raise ConvFusionError(f"{prompt!r} is no class of this model: give a name or a number")
+    return [known[p] if p in known else int(p) if p else none for p in prompts]
+
+
+def latent_scale(pipe: Any) -> int:
+    """Pixels per latent, along a side."""
+    return 2 ** (len(pipe.vae.config.block_out_channels) - 1)

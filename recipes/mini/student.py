@@ -1,0 +1,48 @@
+"""Step 5: the shipped student, distilled from the packaged teacher on all training pictures.
+
+`python recipes/mini/student.py --run run` converts the teacher, trains the blocks with
+`convfusion.distill` (checkpoints under `run/student`, resumed by running it again) and writes them
+to `src/convfusion/mini/student`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common import caption, load_pictures
+from diffusers.models.attention_processor import AttnProcessor
+from rich.progress import track
+from teacher import encode
+
+import convfusion
+from convfusion import mini
+from convfusion.demo import distillation
+from convfusion.distill import LatentDataset, distill
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("run"))
+    parser.add_argument("--steps", type=int, default=2000)
+    args = parser.parse_args()
+    pipe = mini.load_teacher()
+    pipe.unet.set_attn_processor(AttnProcessor())  # on CPU faster to train than the fused one
+    pictures = load_pictures(args.run, "train")
+    latents = encode(pipe.vae, pictures.images, "cpu")
+    data = LatentDataset(latents, [caption(row) for row in pictures.rows])
+    convfusion.convert(pipe)
+    progress = iter(track(range(args.steps), "distilling"))
+    distill(
+        pipe,
+        data,
+        distillation(args.steps),
+        args.run / "student",
+        resume=True,
+        on_step=lambda step, terms: next(progress, None),
+    )
+    convfusion.save(pipe, mini.STUDENT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The command line: what it writes, and how it answers a mistake."""
+
+import sys
+
+import pytest
+from PIL import Image
+from test_distill import tiny_pipeline
+
+import convfusion
+from convfusion import cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process: exit status, standard output and error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["convfusion", *map(str, arguments)])
+        capsys.readouterr()  # what fixtures have printed
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def model(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("red", "green"):
+        Image.new("RGB", (20, 16), name).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"{name} apple")
+    return folder
+
+
+def test_help(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(command in out for command in ("demo", "convert", "distill", "generate"))
+
+
+def test_convert_distil_generate(run, model, pictures, tmp_path):
+    code, out, _ = run("convert", model, "--out", tmp_path / "converted", "--config", "default")
+    assert code == 0
+    assert "7 of 7 self-attention sites converted" in out
+
+    options = ("--data", pictures, "--batch-size", 2, "--validate-every", 2, "--size", "16x16")
+    code, _, err = run(
+        "distill", tmp_path / "converted", "--out", tmp_path / "blocks", "--steps", 2, *options
+    )
+    assert code == 0, err
+    assert (tmp_path / "blocks" / "validation" / "step-0000002.png").is_file()
+
+    code, out, err = run(
+        "generate", model, "--blocks", tmp_path / "blocks", "--out", tmp_path / "drawn",
+        "--prompt", "red apple", "--prompt", "green apple", "--steps", 2, "--size", "24x16",
+    )  # fmt: skip
+    assert code == 0, err
+    drawn = sorted((tmp_path / "drawn").glob("*.png"))
+    assert [Image.open(path).size for path in drawn] == [(24, 16)] * 2
+
+    code, _, err = run(
+        "convert", model, "--out", tmp_path / "deployed", "--blocks", tmp_path / "blocks",
+        "--drop-attention",
+    )  # fmt: skip
+    assert code == 0, err
+    status = convfusion.status(convfusion.load_pipeline(tmp_path / "deployed"))
+    assert not any(row.attention_kept for row in status.sites)
+
+
+MISTAKES = {
+    "unknown model": (["generate", "no/such", "--prompt", "x"], "no/such"),
+    "unknown preset": (
+        ["convert", "MODEL", "--out", "OUT", "--config", "sd3"],
+        "no preset 'sd3'; there are sd15",
+    ),
+    "no config": (["convert", "MODEL", "--out", "OUT", "--config", "x.json"], "x.json"),
+    "bad size": (["generate", "MODEL", "--prompt", "x", "--size", "12"], "512x768"),
+    "odd size": (["generate", "MODEL", "--prompt", "x", "--size", "17x16"], "multiples of 4"),
+    "no data": (["distill", "MODEL", "--out", "OUT"], "--data is needed"),
+    "no folder": (["distill", "MODEL", "--out", "OUT", "--data", "nowhere"], "is not a folder"),
+    "bad batch": (
+        ["distill", "MODEL", "--out", "OUT", "--batch-size", "3", "--accumulation", "2"],
+        "multiple of accumulation",
+    ),
+    "bad precision": (["generate", "MODEL", "--prompt", "x", "--precision", "int4"], "float32"),
+    "full folder": (["convert", "MODEL", "--out", "MODEL"], "not empty"),
+    "no blocks": (["generate", "MODEL", "--prompt", "x", "--blocks", "OUT"], "cannot be read"),
+    "no such option": (["generate", "MODEL", "--prompt", "x", "--speed", "9"], "No such option"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line(run, model, tmp_path, mistake):
+    arguments, message = MISTAKES[mistake]
+    places = {"MODEL": model, "OUT": tmp_path / "out"}
+    code, _, err = run(*[places.get(argument, argument) for argument in arguments])
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    if mistake != "no such option":
+        assert err.startswith("convfusion: ") and err.count("\n") == 1

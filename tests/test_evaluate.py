@@ -1,0 +1,93 @@
+"""Distances, operation counts and drawing, against closed forms."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_distill import tiny_pipeline
+
+import convfusion
+from convfusion import ConvFusionError, DeltaConv, uniform
+from convfusion.distill import attention_teacher
+from convfusion.evaluate import epsilon_error, psnr, relative_error
+from convfusion.flops import flops_ratio, site_flops
+from convfusion.generate import check_size, generate
+
+
+def test_psnr_of_a_constant_difference():
+    one = Image.new("RGB", (4, 4), (10, 20, 30))
+    other = Image.new("RGB", (4, 4), (15, 25, 35))
+    assert psnr(one, other) == pytest.approx(20 * np.log10(255 / 5))
+    assert psnr(one, one) == float("inf")
+
+
+def test_relative_error_of_a_scaled_output():
+    teacher = torch.randn(3, 4, 5, 6)
+    scales = torch.tensor([1.0, 1.5, 0.0]).view(-1, 1, 1, 1)
+    expected = torch.tensor([0.0, 0.25, 1.0], dtype=torch.double)
+    torch.testing.assert_close(relative_error(teacher * scales, teacher), expected)
+
+
+@torch.no_grad()
+def test_epsilon_error_is_zero_against_itself_and_grows_with_the_change():
+    pipe = tiny_pipeline()
+    convfusion.convert(pipe)
+    latents, prompts = torch.randn(3, 4, 8, 8), ["red", "green", ""]
+    assert epsilon_error(pipe, pipe.unet, latents, prompts, timesteps=(10, 900)) == 0
+    teacher = attention_teacher(pipe.unet)
+    small = epsilon_error(pipe, teacher, latents, prompts, timesteps=(10, 900))
+    assert small > 0
+    split = epsilon_error(pipe, teacher, latents, prompts, timesteps=(10, 900), batch_size=3)
+    assert split == pytest.approx(small)
+    for mixer in convfusion.surgery.mixers_of(pipe).values():
+        mixer.proj_out.bias.add_(1.0)
+    assert epsilon_error(pipe, teacher, latents, prompts, timesteps=(10, 900)) > small
+
+
+def test_operation_counts_equal_formulas_worked_out_by_hand():
+    pipe = tiny_pipeline()
+    kernel, stages = 5, 2
+    convfusion.convert(pipe, uniform(DeltaConv(kernel_size=kernel, stages=stages)))
+    counts = site_flops(pipe, (8, 12))
+    for row in convfusion.status(pipe).sites:
+        c, level = row.site.channels, row.site.level
+        height, width = 8 // 2**level, 12 // 2**level
+        n, inner = height * width, c // 2
+        attention = 2 * n * c * c * 4 + 2 * 2 * n * n * c
+        block = 2 * n * c * inner  # proj_in
+        block += 2 * kernel**2 * inner * (n + n // 4)  # depthwise, at both scales
+        block += 2 * n * (inner // 2 * stages) * c  # proj_out
+        block += 2 * c * c  # the mean branch
+        assert counts[row.site.path] == (attention, block)
+    total = [sum(column) for column in zip(*counts.values(), strict=True)]
+    assert flops_ratio(pipe, (8, 12)) == pytest.approx(total[0] / total[1])
+
+
+def test_operation_counts_need_both_sides():
+    pipe = tiny_pipeline()
+    with pytest.raises(ConvFusionError, match="not converted"):
+        flops_ratio(pipe, (8, 8))
+    convfusion.convert(pipe)
+    convfusion.drop_attention(pipe)
+    with pytest.raises(ConvFusionError, match="dropped"):
+        flops_ratio(pipe, (8, 8))
+
+
+def test_a_picture_depends_on_prompt_and_seed_alone():
+    pipe = tiny_pipeline()
+    prompts = ["red apple", "green", "apple"]
+    together = generate(pipe, prompts, steps=2, size=(16, 16))
+    alone = generate(pipe, ["green"], seeds=[1], steps=2, size=(16, 16))[0]
+    difference = np.abs(np.asarray(together[1], int) - np.asarray(alone, int))
+    assert difference.max() <= 1  # rounding to 8 bits
+    assert generate(pipe, prompts, steps=2, size=(16, 16), batch_size=1)[2].size == (16, 16)
+
+
+def test_bad_requests_are_named():
+    pipe = tiny_pipeline()
+    with pytest.raises(ConvFusionError, match="2 prompts and 1 seeds"):
+        generate(pipe, ["a", "b"], seeds=[1])
+    with pytest.raises(ConvFusionError, match=r"multiples of 4; the nearest size is 20×16"):
+        check_size(pipe, (15, 21))
+    with pytest.raises(ConvFusionError, match="nearest size is 4×4"):
+        check_size(pipe, (-8, 0))

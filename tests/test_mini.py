@@ -1,0 +1,97 @@
+"""The embedded model, its data, and the demo on it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import convfusion
+from convfusion import demo, mini
+from convfusion.adapters import list_sites
+from convfusion.demo import run_demo
+from convfusion.distill import DistillConfig
+from convfusion.surgery import mixers_of
+
+
+def words(name: str) -> set[str]:
+    return set("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def test_the_teacher_is_a_plain_pipeline_of_the_promised_size():
+    pipe = mini.load_teacher()
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    assert type(pipe.unet).__name__ == "UNet2DConditionModel"
+    sites = list_sites(pipe.unet)
+    assert len(sites) >= 6
+    assert len({site.level for site in sites}) >= 2
+    assert sum(p.numel() for p in pipe.unet.parameters()) <= 8e6
+    size = sum(f.stat().st_size for f in mini.FOLDER.rglob("*") if f.is_file())
+    assert size <= 25e6
+
+
+def test_the_student_is_the_teacher_with_trained_blocks():
+    teacher, student = mini.load_teacher(), mini.load_student()
+    assert convfusion.status(student).converted == len(list_sites(teacher.unet))
+    assert all(p.isfinite().all() for m in mixers_of(student).values() for p in m.parameters())
+    convfusion.revert(student)
+    expected = teacher.unet.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in student.unet.state_dict().items())
+
+
+def test_held_out_names_are_apart_and_made_of_training_words():
+    facts = json.loads((mini.DATA / "captions.json").read_text())
+    held, training = set(facts["held_out_names"]), set(facts["training_names"])
+    assert not held & training
+    assert 0.09 < len(held) / (len(held) + len(training)) < 0.11
+    known = set().union(*map(words, training))
+    assert all(words(name) <= known for name in held)
+    name = lambda text: text.rsplit(", ", 1)[0]  # noqa: E731
+    assert {name(c) for c in mini.held_out_data().captions} <= held
+    assert {name(c) for c in mini.training_data().captions} <= training
+
+
+def test_latents_are_scaled():
+    for data in (mini.training_data(), mini.held_out_data()):
+        assert data.latents.shape[1:] == (4, 16, 16)
+        assert 0.8 < data.latents.std() < 1.2
+
+
+def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "EVALUATED", 4)
+    monkeypatch.setattr(demo, "DRAWN", 2)
+    monkeypatch.setattr(demo, "SHOWN", 2)
+    monkeypatch.setattr(demo, "IMAGE_STEPS", 2)
+    said = []
+    results = run_demo(tmp_path, DistillConfig(steps=2, batch_size=2), say=said.append)
+    assert results == json.loads((tmp_path / "demo.json").read_text())
+    for name in ("removed", "distilled", "shipped"):
+        assert results[name]["epsilon_error"] > 0
+        assert np.isfinite(results[name]["image_psnr"])
+    assert results["distilled"].keys() >= {"initial_error", "steps", "seconds"}
+    assert results["sites"] == 7
+    assert results["flops_ratio"] > 1
+    assert results["parameters"]["after"] < results["parameters"]["before"]
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+    page = (tmp_path / "report.html").read_text()
+    assert "<img" in page and 'src="data:image/png;base64,' in page
+    assert "http://" not in page and "https://" not in page
+    assert len(said) == 4
+
+
+def test_the_shipped_student_is_far_closer_than_removal():
+    """The promise of the README, on a sample small enough for a test."""
+    data = demo.spread(mini.held_out_data(), 8)
+    student = mini.load_student()
+    shipped = demo.error(student, data)
+    convfusion.revert(student)
+    convfusion.convert(student, convfusion.uniform(convfusion.Removed()))
+    assert shipped < demo.error(student, data) / 50
+
+
+@pytest.mark.parametrize("module", ["convfusion", "convfusion.cli"])
+def test_importing_is_light(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
