@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from PIL import Image
-from test_distill import tiny_pipeline
+from tiny_pipelines import stable_diffusion
 
 import convfusion
 from convfusion import cli
@@ -27,7 +27,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def model(tmp_path):
-    tiny_pipeline().save_pretrained(tmp_path / "model")
+    stable_diffusion().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -8,18 +8,13 @@ import signal
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from tiny_models import CASES, randomise
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from tiny_pipelines import PIPELINES, stable_diffusion
 
 import convfusion
-from convfusion import CheckpointError, ConvFusionError, DeltaConv, mini, uniform
+from convfusion import CheckpointError, ConvFusionError, DeltaConv, uniform
 from convfusion.distill import (
     DistillConfig,
     DistillTask,
@@ -41,56 +36,9 @@ TERMS = {
 }
 
 
-def tiny_pipeline() -> StableDiffusionPipeline:
-    """A random Stable Diffusion pipeline for 16×16 pictures, with two sites on each of 8×8, 4×4."""
-    torch.manual_seed(3)
-    tokenizer = CLIPTokenizer.from_pretrained(mini.TEACHER / "tokenizer")
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    scheduler = DDIMScheduler(clip_sample=False)
-    return StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
 @pytest.fixture
 def pipe() -> StableDiffusionPipeline:
-    pipe = tiny_pipeline()
+    pipe = stable_diffusion()
     convfusion.convert(pipe, uniform(DeltaConv(kernel_size=3)))
     return pipe
 
@@ -232,7 +180,7 @@ def test_distillation_brings_the_student_closer(pipe, data):
 def test_accumulation_and_checkpointing_do_not_change_the_step(pipe, data):
     def trained(**options):
         torch.manual_seed(0)
-        twin = tiny_pipeline()
+        twin = stable_diffusion()
         convfusion.convert(twin, uniform(DeltaConv(kernel_size=3)))
         distill(twin, data, DistillConfig(steps=2, batch_size=4, warmup=1, **options))
         return blocks(twin)
@@ -250,7 +198,7 @@ def test_resumed_run_ends_in_the_same_bits(pipe, data, tmp_path):
     def picture(pipe, step):
         return Image.new("RGB", (8, 8))
 
-    straight, stopped, resumed = tiny_pipeline(), tiny_pipeline(), tiny_pipeline()
+    straight, stopped, resumed = stable_diffusion(), stable_diffusion(), stable_diffusion()
     for each in (straight, stopped, resumed):
         convfusion.convert(each, uniform(DeltaConv(kernel_size=3)))
     distill(straight, data, config, tmp_path / "straight", validate=picture)
@@ -269,7 +217,7 @@ def test_resumed_run_ends_in_the_same_bits(pipe, data, tmp_path):
     assert kept == ["step-0000004", "step-0000006"]
     assert (tmp_path / "straight" / "validation" / "step-0000002.png").is_file()
     assert list((tmp_path / "straight").rglob("events.out.tfevents*"))
-    loaded = tiny_pipeline()
+    loaded = stable_diffusion()
     convfusion.load(loaded, tmp_path / "run")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in blocks(loaded).items())
 
@@ -282,8 +230,8 @@ def test_resuming_with_another_config_is_refused(pipe, data, tmp_path):
 
 def test_distilling_without_a_teacher_is_refused(data):
     with pytest.raises(ConvFusionError, match="not converted"):
-        distill(tiny_pipeline(), data)
-    pipe = tiny_pipeline()
+        distill(stable_diffusion(), data)
+    pipe = stable_diffusion()
     convfusion.convert(pipe)
     convfusion.drop_attention(pipe)
     with pytest.raises(ConvFusionError, match="attention of this model was dropped"):
@@ -321,7 +269,7 @@ def test_batches_depend_on_seed_and_step_alone():
 
 
 def test_image_folder(tmp_path):
-    pipe = tiny_pipeline()
+    pipe = stable_diffusion()
     for name, size in (("a.png", (20, 40)), ("b.jpg", (64, 16))):
         Image.new("RGB", size, "red").save(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text(f"red {name[0]}\n")
@@ -354,3 +302,44 @@ def test_state_of_a_run_is_plain_data(pipe, data, tmp_path):
         "trainer.json",
     }
     assert json.loads((folder / "trainer.json").read_text())["step"] == 1
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_every_family_distils_from_captions(family):
+    pipe = PIPELINES[family]()
+    convfusion.convert(pipe)
+    before = blocks(pipe)
+    side = 8 if family == "sd" else 16
+    data = LatentDataset(torch.randn(2, 4, side, side), ["red", "green"])
+    result = distill(pipe, data, DistillConfig(steps=1, batch_size=2, warmup=1))
+    assert all(np.isfinite(value) for value in result.losses.values())
+    assert all(not torch.equal(before[name], now) for name, now in blocks(pipe).items())
+
+
+def test_half_precision_base_trains_blocks_in_full(data, tmp_path):
+    pipe = stable_diffusion().to(torch.bfloat16)
+    convfusion.convert(pipe)
+    with pytest.raises(ConvFusionError, match="precision 'bf16', or load it in float32"):
+        distill(pipe, data, DistillConfig(steps=1))
+    with pytest.raises(ConvFusionError, match="on a CPU take precision bf16"):
+        distill(stable_diffusion_converted(), data, DistillConfig(steps=1, precision="fp16"))
+
+
+def stable_diffusion_converted() -> StableDiffusionPipeline:
+    pipe = stable_diffusion()
+    convfusion.convert(pipe)
+    return pipe
+
+
+def test_a_used_folder_is_refused_and_a_run_can_be_extended(pipe, data, tmp_path):
+    distill(pipe, data, DistillConfig(steps=1, batch_size=2), tmp_path)
+    with pytest.raises(ConvFusionError, match="holds the checkpoints of a run"):
+        distill(pipe, data, DistillConfig(steps=2, batch_size=2), tmp_path)
+    longer = DistillConfig(steps=2, batch_size=2, save_every=1)
+    assert distill(pipe, data, longer, tmp_path, resume=True).steps == 2
+
+
+@pytest.mark.parametrize("weights", [(0, 0, 0), (1, -1, 0)])
+def test_loss_weights_must_leave_something_to_do(weights):
+    with pytest.raises(ConvFusionError, match="must not be negative, nor all"):
+        LossWeights(*weights)

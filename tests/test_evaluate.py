@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_distill import tiny_pipeline
+from tiny_pipelines import stable_diffusion
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
@@ -30,7 +30,7 @@ def test_relative_error_of_a_scaled_output():
 
 @torch.no_grad()
 def test_epsilon_error_is_zero_against_itself_and_grows_with_the_change():
-    pipe = tiny_pipeline()
+    pipe = stable_diffusion()
     convfusion.convert(pipe)
     latents, prompts = torch.randn(3, 4, 8, 8), ["red", "green", ""]
     assert epsilon_error(pipe, pipe.unet, latents, prompts, timesteps=(10, 900)) == 0
@@ -45,7 +45,7 @@ def test_epsilon_error_is_zero_against_itself_and_grows_with_the_change():
 
 
 def test_operation_counts_equal_formulas_worked_out_by_hand():
-    pipe = tiny_pipeline()
+    pipe = stable_diffusion()
     kernel, stages = 5, 2
     convfusion.convert(pipe, uniform(DeltaConv(kernel_size=kernel, stages=stages)))
     counts = site_flops(pipe, (8, 12))
@@ -64,7 +64,7 @@ def test_operation_counts_equal_formulas_worked_out_by_hand():
 
 
 def test_operation_counts_need_both_sides():
-    pipe = tiny_pipeline()
+    pipe = stable_diffusion()
     with pytest.raises(ConvFusionError, match="not converted"):
         flops_ratio(pipe, (8, 8))
     convfusion.convert(pipe)
@@ -74,7 +74,7 @@ def test_operation_counts_need_both_sides():
 
 
 def test_a_picture_depends_on_prompt_and_seed_alone():
-    pipe = tiny_pipeline()
+    pipe = stable_diffusion()
     prompts = ["red apple", "green", "apple"]
     together = generate(pipe, prompts, steps=2, size=(16, 16))
     alone = generate(pipe, ["green"], seeds=[1], steps=2, size=(16, 16))[0]
@@ -84,7 +84,7 @@ def test_a_picture_depends_on_prompt_and_seed_alone():
 
 
 def test_bad_requests_are_named():
-    pipe = tiny_pipeline()
+    pipe = stable_diffusion()
     with pytest.raises(ConvFusionError, match="2 prompts and 1 seeds"):
         generate(pipe, ["a", "b"], seeds=[1])
     with pytest.raises(ConvFusionError, match=r"multiples of 4; the nearest size is 20×16"):

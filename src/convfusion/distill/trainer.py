@@ -159,6 +159,7 @@ class _Run:
         self.student = denoiser_of(pipe)
         self.task = DistillTask(self.student, pipe.scheduler, config.losses)
         self.mixers = mixers_of(self.student)
+        check_precision(self.student, config.precision)
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulation,
@@ -166,7 +167,6 @@ class _Run:
             project_dir=str(out) if out is not None else None,
             cpu=self.student.device.type == "cpu",
         )
-        check_precision(self.student, config.precision)
         if self.accelerator.num_processes > 1:
             raise ConvFusionError("distillation runs in one process for now: launch it with python")
         scale = latent_scale(pipe)

@@ -1,0 +1,136 @@
+"""Tiny random pipelines, one per family, for what needs more than a denoiser."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tiny_models import dit, pixart, sdxl
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from convfusion import mini
+
+
+def tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(mini.TEACHER / "tokenizer")
+
+
+def text_config(width: int) -> CLIPTextConfig:
+    words = tokenizer()
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=16,
+        max_position_embeddings=words.model_max_length,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+    )
+
+
+def autoencoder() -> AutoencoderKL:
+    """Two pixels per latent along a side."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+    ).eval()
+
+
+def stable_diffusion() -> StableDiffusionPipeline:
+    """For 16×16 pictures, with sites on 8×8 and 4×4 tokens."""
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    return StableDiffusionPipeline(
+        vae=autoencoder(),
+        text_encoder=CLIPTextModel(text_config(16)).eval(),
+        tokenizer=tokenizer(),
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl() -> StableDiffusionXLPipeline:
+    torch.manual_seed(3)
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(),
+        text_encoder=CLIPTextModel(text_config(8)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(8)).eval(),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=sdxl().eval(),
+        scheduler=DDIMScheduler(clip_sample=False),
+        add_watermarker=False,
+    )
+
+
+def pixart_sigma() -> PixArtSigmaPipeline:
+    torch.manual_seed(3)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(piece, -1.0) for piece in ("▁red", "▁green", "▁apple")]
+    text = T5Config(
+        vocab_size=8,
+        d_model=12,
+        d_kv=6,
+        d_ff=12,
+        num_layers=1,
+        num_heads=2,
+        tie_word_embeddings=False,
+    )
+    return PixArtSigmaPipeline(
+        tokenizer=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16),
+        text_encoder=T5EncoderModel(text).eval(),
+        vae=autoencoder(),
+        transformer=pixart().eval(),
+        scheduler=DDIMScheduler(clip_sample=False),
+    )
+
+
+def dit_pipeline() -> DiTPipeline:
+    torch.manual_seed(3)
+    return DiTPipeline(
+        transformer=dit().eval(),
+        vae=autoencoder(),
+        scheduler=DDIMScheduler(clip_sample=False),
+        id2label={0: "red", 1: "green", 2: "apple"},
+    )
+
+
+PIPELINES = {
+    "sd": stable_diffusion,
+    "sdxl": stable_diffusion_xl,
+    "pixart": pixart_sigma,
+    "dit": dit_pipeline,
+}
