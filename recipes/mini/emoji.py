@@ -1,6 +1,6 @@
-"""The pictures and captions of the mini model: two emoji designs from npm, and the held-out names.
+"""Step 1: the pictures and captions of the mini model, two emoji designs from npm, and the held-out names.
 
-`python recipes/mini/emoji.py --out run` fetches both packages with `npm pack`, composes the
+`python emoji.py` fetches both packages with `npm pack`, composes the
 64×64 pictures on white and writes `emoji.npz` (images uint8 [P, 64, 64, 3], and per picture the
 index of its name, its tone and its design) and `names.json` (names, split). Pictures: Noto Emoji
 (Apache-2.0) and Twemoji (CC-BY 4.0, © Twitter and contributors).

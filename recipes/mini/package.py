@@ -1,6 +1,6 @@
-"""Step 4: put the teacher, and the latents that the demo needs, into the package.
+"""Step 5: put the teacher, and the latents that the demo needs, into the package.
 
-`python recipes/mini/package.py --run run` writes float16 weights to
+`python package.py --run run` writes float16 weights to
 `src/convfusion/mini/teacher`, and to `src/convfusion/mini/data` the latents of 1 024 training
 pictures and of every held-out name in both designs.
 """

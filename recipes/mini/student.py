@@ -1,6 +1,6 @@
-"""Step 5: the shipped student, distilled from the packaged teacher on all training pictures.
+"""Step 6: the shipped student, distilled from the packaged teacher on all training pictures.
 
-`python recipes/mini/student.py --run run` converts the teacher, trains the blocks with
+`python student.py --run run` converts the teacher, trains the blocks with
 `convfusion.distill` (checkpoints under `run/student`, resumed by running it again) and writes them
 to `src/convfusion/mini/student`.
 """

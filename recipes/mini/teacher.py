@@ -1,6 +1,6 @@
-"""Step 3: the text-to-image teacher, a `StableDiffusionPipeline` of 7.3M UNet parameters.
+"""Step 4: the text-to-image teacher, a `StableDiffusionPipeline` of 7.3M UNet parameters.
 
-`python recipes/mini/teacher.py --run run --steps 16000` trains UNet and text encoder together on
+`python teacher.py --run run --steps 16000` trains UNet and text encoder together on
 the latents of the training pictures (ε-prediction, Min-SNR γ = 5, EMA) and writes the EMA weights
 as `run/teacher` in diffusers' layout, with a grid of samples each `--sample-every` steps. It
 resumes from `run/teacher.pt`; with a larger `--steps` it goes on. `--init FOLDER` starts from the

@@ -1,4 +1,4 @@
-"""Step 1b: the tokenizer, a byte-level BPE that knows every training word whole."""
+"""Step 2: the tokenizer, a byte-level BPE that knows every training word whole."""
 
 from __future__ import annotations
 
