@@ -1,4 +1,4 @@
-"""Step 1: the pictures and captions of the mini model, two emoji designs from npm, and the held-out names.
+"""Step 1: pictures and captions, two emoji designs from npm, and the held-out names.
 
 `python emoji.py` fetches both packages with `npm pack`, composes the
 64×64 pictures on white and writes `emoji.npz` (images uint8 [P, 64, 64, 3], and per picture the
