@@ -87,7 +87,7 @@ def test_bad_requests_are_named():
     pipe = stable_diffusion()
     with pytest.raises(ConvFusionError, match="2 prompts and 1 seeds"):
         generate(pipe, ["a", "b"], seeds=[1])
-    with pytest.raises(ConvFusionError, match=r"multiples of 4; the nearest size is 20×16"):
+    with pytest.raises(ConvFusionError, match=r"multiples of 2; the nearest size is 20×16"):
         check_size(pipe, (15, 21))
-    with pytest.raises(ConvFusionError, match="nearest size is 4×4"):
+    with pytest.raises(ConvFusionError, match="nearest size is 2×2"):
         check_size(pipe, (-8, 0))

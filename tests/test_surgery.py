@@ -61,6 +61,13 @@ def test_forward_at_two_sizes_in_a_row(case):
         assert not torch.allclose(output, run(original, case, height, width), rtol=0.01)
 
 
+@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.name)
+@torch.no_grad()
+def test_odd_latents_of_a_unet(case):
+    model = converted(case)
+    assert torch.equal(run(model, case, 17, 23), naive_output(model, case, 17, 23))
+
+
 @table
 def test_sites_and_preset(case):
     status = convfusion.convert(case.model())

@@ -67,9 +67,7 @@ def generate(
 
 def check_size(pipe: Any, size: tuple[int, int]) -> None:
     """Raise a ConvFusionError unless the denoiser can work on pictures of (height, width)."""
-    config = denoiser_of(pipe).config
-    halvings = len(config.block_out_channels) - 1 if "block_out_channels" in config else 0
-    unit = latent_scale(pipe) * config.get("patch_size", 1) * 2**halvings
+    unit = latent_scale(pipe) * denoiser_of(pipe).config.get("patch_size", 1)
     if any(side < unit or side % unit for side in size):
         near = [max(unit, round(side / unit) * unit) for side in size]
         raise ConvFusionError(
