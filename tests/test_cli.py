@@ -84,7 +84,7 @@ MISTAKES = {
     ),
     "no config": (["convert", "MODEL", "--out", "OUT", "--config", "x.json"], "x.json"),
     "bad size": (["generate", "MODEL", "--prompt", "x", "--size", "12"], "512x768"),
-    "odd size": (["generate", "MODEL", "--prompt", "x", "--size", "17x16"], "multiples of 2"),
+    "odd size": (["generate", "MODEL", "--prompt", "x", "--size", "17x16"], "multiples of 8"),
     "no data": (["distill", "MODEL", "--out", "OUT"], "--data is needed"),
     "no folder": (["distill", "MODEL", "--out", "OUT", "--data", "nowhere"], "is not a folder"),
     "bad batch": (

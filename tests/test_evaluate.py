@@ -37,8 +37,8 @@ def test_epsilon_error_is_zero_against_itself_and_grows_with_the_change():
     teacher = attention_teacher(pipe.unet)
     small = epsilon_error(pipe, teacher, latents, prompts, timesteps=(10, 900))
     assert small > 0
-    split = epsilon_error(pipe, teacher, latents, prompts, timesteps=(10, 900), batch_size=3)
-    assert split == pytest.approx(small)
+    split = epsilon_error(pipe, teacher, latents, prompts, timesteps=(10, 900), batch_size=2)
+    assert split == pytest.approx(small, rel=1e-4)
     for mixer in convfusion.surgery.mixers_of(pipe).values():
         mixer.proj_out.bias.add_(1.0)
     assert epsilon_error(pipe, teacher, latents, prompts, timesteps=(10, 900)) > small
@@ -87,7 +87,7 @@ def test_bad_requests_are_named():
     pipe = stable_diffusion()
     with pytest.raises(ConvFusionError, match="2 prompts and 1 seeds"):
         generate(pipe, ["a", "b"], seeds=[1])
-    with pytest.raises(ConvFusionError, match=r"multiples of 2; the nearest size is 20×16"):
+    with pytest.raises(ConvFusionError, match=r"multiples of 8; the nearest size is 24×16"):
         check_size(pipe, (15, 21))
-    with pytest.raises(ConvFusionError, match="nearest size is 2×2"):
+    with pytest.raises(ConvFusionError, match="nearest size is 8×8"):
         check_size(pipe, (-8, 0))

@@ -24,7 +24,7 @@ from convfusion.distill import LatentDataset, distill
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("run"))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2400)
     args = parser.parse_args()
     pipe = mini.load_teacher()
     pipe.unet.set_attn_processor(AttnProcessor())  # on CPU faster to train than the fused one
@@ -33,7 +33,7 @@ def main() -> None:
     data = LatentDataset(latents, [caption(row) for row in pictures.rows])
     convfusion.convert(pipe)
     progress = iter(track(range(args.steps), "distilling"))
-    distill(
+    result = distill(
         pipe,
         data,
         distillation(args.steps),
@@ -41,7 +41,8 @@ def main() -> None:
         resume=True,
         on_step=lambda step, terms: next(progress, None),
     )
-    convfusion.save(pipe, mini.STUDENT)
+    if not result.stopped:
+        convfusion.save(pipe, mini.STUDENT)
 
 
 if __name__ == "__main__":

@@ -43,10 +43,13 @@ _HOME = {
     "revert": "surgery",
     "status": "surgery",
 }
+_MODULES = ("adapters", "distill", "evaluate", "flops", "generate", "mini", "presets", "surgery")
 __all__ = [*sorted(_HOME), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"convfusion.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'convfusion' has no attribute {name!r}")
     return getattr(import_module(f"convfusion.{_HOME[name]}"), name)

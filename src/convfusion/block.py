@@ -58,6 +58,8 @@ class DeltaConv:
     def __post_init__(self) -> None:
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ConvFusionError(f"kernel_size must be odd and positive, not {self.kernel_size}")
+        if not 0 < self.ratio <= 4:
+            raise ConvFusionError(f"ratio must lie between 0 and 4, not {self.ratio}")
         if self.stages < 1:
             raise ConvFusionError(f"stages must be at least 1, not {self.stages}")
         for field, kinds in (("gate", Gate), ("pooling", Pooling), ("init", Init)):

@@ -57,7 +57,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.json, grid.png, report.html.")] = Path(
         "out"
     ),
-    steps: Annotated[int, typer.Option(help="Distillation steps.", min=1)] = 200,
+    steps: Annotated[int, typer.Option(help="Distillation steps.", min=1)] = 400,
     seed: Annotated[int, typer.Option(help="Of the distillation.")] = 0,
 ) -> None:
     """Take the embedded model's self-attention away and distil its replacement, live."""

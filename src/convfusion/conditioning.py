@@ -32,6 +32,9 @@ def _stable_diffusion(pipe: Any, prompts: list[str], size: tuple[int, int]) -> d
     if pipe.unet.config.addition_embed_type != "text_time":
         return {"encoder_hidden_states": pipe.encode_prompt(prompts, device, **options)[0]}
     embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=device, **options)
+    if pipe.config.force_zeros_for_empty_prompt:  # as SDXL draws where no negative prompt is given
+        given = torch.tensor([bool(p) for p in prompts], device=device).to(embeds.dtype)
+        embeds, pooled = embeds * given[:, None, None], pooled * given[:, None]
     ids = torch.tensor([[*size, 0, 0, *size]], dtype=embeds.dtype, device=device)
     added = {"text_embeds": pooled, "time_ids": ids.repeat(len(prompts), 1)}
     return {"encoder_hidden_states": embeds, "added_cond_kwargs": added}
@@ -62,11 +65,15 @@ def class_labels(pipe: Any, prompts: list[str]) -> list[int]:
     none = pipe.transformer.config.num_embeds_ada_norm
     known = getattr(pipe, "labels", {})
     for prompt in prompts:
-        if prompt and not prompt.isdigit() and prompt not in known:
-            raise ConvFusionError(f"{prompt!r} is no class of this model: give a name or a number")
+        number = prompt.isascii() and prompt.isdigit() and int(prompt) <= none
+        if prompt and prompt not in known and not number:
+            raise ConvFusionError(
+                f"{prompt!r} is no class of this model: give a name or a number up to {none - 1}"
+            )
     return [known[p] if p in known else int(p) if p else none for p in prompts]
 
 
 def latent_scale(pipe: Any) -> int:
     """Pixels per latent, along a side."""
-    return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    told = getattr(pipe, "vae_scale_factor", None)  # DiT pipelines do not tell
+    return told or 2 ** (len(pipe.vae.config.block_out_channels) - 1)

@@ -32,6 +32,8 @@ class ConvertConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if type(self.keep_attention) is not bool or type(self.seed) is not int:
+            raise ConvFusionError("`keep_attention` must be true or false, and `seed` an integer")
         if not self.sites:
             raise ConvFusionError("`sites` must map at least one pattern to a mixer")
 
@@ -65,6 +67,8 @@ class ConvertConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ConvertConfig:
+        if not isinstance(values, Mapping):
+            raise ConvFusionError(f"a convert config is an object with `sites`, not {values!r}")
         unknown = set(values) - {"sites", "keep_attention", "seed"}
         if unknown:
             raise ConvFusionError(f"unknown in a convert config: {', '.join(sorted(unknown))}")

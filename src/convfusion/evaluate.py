@@ -60,14 +60,16 @@ def epsilon_error(
     scale = latent_scale(pipe)
     size = (latents.shape[-2] * scale, latents.shape[-1] * scale)
     generator = torch.Generator().manual_seed(seed)
+    noises = [torch.randn(latents.shape, generator=generator) for _ in timesteps]
     errors = []
     for start in range(0, len(latents), batch_size):
-        clean = latents[start : start + batch_size].to(student.device, torch.float32)
-        conditioning = encode_conditioning(pipe, prompts[start : start + batch_size], size)
-        for t in timesteps:
-            noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        part = slice(start, start + batch_size)
+        clean = latents[part].to(student.device, torch.float32)
+        conditioning = encode_conditioning(pipe, prompts[part], size)
+        for t, noise in zip(timesteps, noises, strict=True):
             signal = schedule[t].to(clean.device)
-            noisy = (signal.sqrt() * clean + (1 - signal).sqrt() * noise).to(student.dtype)
+            noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise[part].to(clean.device)
+            noisy = noisy.to(student.dtype)
             steps = torch.full((len(clean),), t, device=clean.device)
             outputs = (
                 model(noisy, timestep=steps, return_dict=False, **conditioning)[0]

@@ -43,8 +43,7 @@ def site_flops(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tuple[int
             continue
         if not hasattr(attention, "to_q"):
             raise ConvFusionError("the attention was dropped: there is nothing to compare with")
-        factor = patch * 2**site.level
-        height, width = (-(-side // factor) for side in size)
+        height, width = (-(-(side // patch) // 2**site.level) for side in size)
         mixed: Any = copy.deepcopy(attention).to("meta")
         tokens = torch.empty(
             1, height * width, site.channels, device="meta", dtype=mixed.to_q.weight.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +69,7 @@ def generate(
 def check_size(pipe: Any, size: tuple[int, int]) -> None:
     """Raise a ConvFusionError unless the denoiser can work on pictures of (height, width)."""
     unit = latent_scale(pipe) * denoiser_of(pipe).config.get("patch_size", 1)
+    unit = math.lcm(unit, 8)  # which stock pipelines insist on, whatever their VAE
     if any(side < unit or side % unit for side in size):
         near = [max(unit, round(side / unit) * unit) for side in size]
         raise ConvFusionError(

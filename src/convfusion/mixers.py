@@ -86,7 +86,7 @@ def mixer_to_dict(mixer: Any) -> dict[str, Any]:
 
 def mixer_from_dict(values: dict[str, Any]) -> Any:
     """The inverse of `mixer_to_dict`; every unknown name is an error."""
-    if not isinstance(values, dict) or values.get("kind") not in MIXERS:
+    if not isinstance(values, dict) or str(values.get("kind")) not in MIXERS:
         known = ", ".join(MIXERS)
         raise ConvFusionError(f"a mixer needs a kind, one of {known}; got {values!r}")
     settings = MIXERS[values["kind"]]

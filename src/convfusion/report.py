@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-SCALE = 2  # enlargement of the pictures, each pixel a square
+SHOWN_SIDE = 128  # smaller pictures are enlarged to about this, each pixel a square
 INK, PAPER = "#1b1f24", "white"
 
 PAGE = """<!doctype html>
@@ -34,21 +34,24 @@ img {{ max-width: 100%; }} .note {{ color: #57606a; }}
 def labelled_grid(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str]) -> Image.Image:
     """Pictures in rows, a name before each row and a prompt under each column."""
     first = next(iter(rows.values()))[0]
-    side, gap, left, below = first.width * SCALE, 6, 150, 74
-    step = side + gap
-    sheet = Image.new("RGB", (left + step * len(prompts), step * len(rows) + below), PAPER)
+    scale = max(1, SHOWN_SIDE // first.width)
+    width, height = first.width * scale, first.height * scale
+    gap, left, below = 6, 150, 74
+    size = (left + (width + gap) * len(prompts), (height + gap) * len(rows) + below)
+    sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     large, small = ImageFont.load_default(16), ImageFont.load_default(13)
     for r, (name, images) in enumerate(rows.items()):
         text = textwrap.fill(name, 17)
-        box = (left - 12, r * step + side // 2)
+        top = r * (height + gap)
+        box = (left - 12, top + height // 2)
         draw.multiline_text(box, text, fill=INK, font=large, anchor="rm", align="right")
         for c, image in enumerate(images):
-            enlarged = image.resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (left + c * step, r * step))
+            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left + c * (width + gap), top))
     for c, prompt in enumerate(prompts):
-        text = textwrap.fill(prompt, 19)
-        box = (left + c * step + side // 2, len(rows) * step + 2)
+        text = textwrap.fill(prompt, max(19, width // 7))
+        box = (left + c * (width + gap) + width // 2, len(rows) * (height + gap) + 2)
         draw.multiline_text(box, text, fill=INK, font=small, anchor="ma", align="center")
     return sheet
 

@@ -143,7 +143,7 @@ def build_mixers(
     chosen = config.mixers_for(site.path for site in sites)
     built: dict[str, TokenMixer] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # of the CPU alone
         for site in sites:
             if site.path not in chosen:
                 continue

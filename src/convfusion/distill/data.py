@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -36,6 +36,8 @@ class LatentDataset(Dataset):
                 f"there are {len(self.latents)} latents and {len(self.captions)} captions; "
                 "as many of each are needed, and at least one"
             )
+        if not self.latents.isfinite().all():
+            raise ConvFusionError("some latents are not finite: was the VAE run in float16?")
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -101,16 +103,20 @@ def encode_pictures(
         [P, C, h, w] float32 on the CPU, posterior means times the VAE's scaling factor.
     """
     shift = getattr(vae.config, "shift_factor", None) or 0.0
+    dtype = vae.dtype
+    if getattr(vae.config, "force_upcast", False):
+        vae.to(torch.float32)  # such a VAE overflows in float16
     parts = []
     for start in range(0, len(pictures), batch_size):
         batch = torch.stack([load_picture(p, size) for p in pictures[start : start + batch_size]])
         latents = vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mean
         parts.append(((latents - shift) * vae.config.scaling_factor).float().cpu())
+    vae.to(dtype)
     return torch.cat(parts)
 
 
 def load_picture(path: Path, size: tuple[int, int]) -> Tensor:
-    """One picture as [3, height, width] in −1…1.
+    """One picture as [3, height, width] in −1…1, upright, transparency on white.
 
     Raises:
         ConvFusionError: the file is no picture.
@@ -118,7 +124,10 @@ def load_picture(path: Path, size: tuple[int, int]) -> Tensor:
     height, width = size
     try:
         with Image.open(path) as file:
-            picture = file.convert("RGB")
+            upright = ImageOps.exif_transpose(file).convert("RGBA")
+            picture = Image.new("RGBA", upright.size, "white")
+            picture.alpha_composite(upright)
+            picture = picture.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise ConvFusionError(f"{path} cannot be read as a picture: {error}") from None
     scale = max(height / picture.height, width / picture.width)

@@ -22,7 +22,7 @@ def min_snr_weight(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float = 5.0
     """min(SNR, γ)/SNR for an error in ε at timesteps [B], with SNR = ᾱ/(1 − ᾱ); [B] float32."""
     signal = alphas_cumprod.to(timesteps.device)[timesteps].float()
     snr = signal / (1 - signal)
-    return snr.clamp(max=gamma) / snr.clamp(min=1e-8)
+    return (gamma / snr.clamp(min=1e-20)).clamp(max=1)  # 1 where there is no signal at all
 
 
 def as_epsilon(

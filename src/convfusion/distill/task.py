@@ -27,6 +27,8 @@ class LossWeights:
     snr_gamma: float = 5.0
 
     def __post_init__(self) -> None:
+        if self.snr_gamma <= 0:
+            raise ConvFusionError(f"snr_gamma must be positive, not {self.snr_gamma}")
         weights = (self.distill, self.noise, self.feature)
         if min(weights) < 0 or not any(weights):
             raise ConvFusionError("loss weights must not be negative, nor all of them 0")

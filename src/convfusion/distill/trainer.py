@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -25,12 +23,10 @@ from convfusion import checkpoint
 from convfusion.adapters import Denoiser, denoiser_of
 from convfusion.conditioning import encode_conditioning, latent_scale
 from convfusion.distill.data import LatentDataset, StepSampler
+from convfusion.distill.state import MOMENTS, SavedRun, check_unused, read_run, write_run
 from convfusion.distill.task import DistillTask, LossWeights
-from convfusion.errors import CheckpointError, ConvFusionError
+from convfusion.errors import ConvFusionError
 from convfusion.surgery import mixers_of
-
-FREE = ("steps", "save_every", "validate_every")  # may change when a run goes on
-OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
 
 
 @dataclass(frozen=True)
@@ -81,6 +77,10 @@ class DistillConfig:
             )
         if self.precision not in ("no", "bf16", "fp16"):
             raise ConvFusionError(f"precision must be no, bf16 or fp16, not {self.precision!r}")
+        if self.learning_rate <= 0 or self.warmup < 0 or self.weight_decay < 0:
+            raise ConvFusionError(
+                "learning_rate must be positive, warmup and weight_decay not negative"
+            )
         if not 0 <= self.caption_drop <= 1 or not 0 <= self.decay <= 1:
             raise ConvFusionError("caption_drop and decay must lie between 0 and 1")
 
@@ -136,15 +136,16 @@ def distill(
         CheckpointError: the checkpoint to resume from belongs to another config or is damaged.
     """
     folder = Path(out) if out is not None else None
-    run = _Run(pipe, data, config, folder)
-    if folder is not None and resume:
-        run.resume()
-    elif folder is not None:
+    if folder is not None and not resume:
         check_unused(folder)
+    run = _Run(pipe, data, config, folder)
+    saved = read_run(folder, run.named, asdict(config)) if folder is not None and resume else None
     started = time.perf_counter()
-    with _frozen_but_blocks(run.student, config), _stop_on_interrupt() as interrupted:
+    with _ready_to_train(run.student, config), _stop_on_interrupt() as interrupted:
+        if saved is not None:
+            run.restore(saved)
         terms = run.train(interrupted, on_step, validate)
-    if folder is not None and run.accelerator.is_main_process:
+    if folder is not None:
         checkpoint.save(pipe, folder)
     return DistillResult(run.step, run.step < config.steps, time.perf_counter() - started, terms)
 
@@ -160,25 +161,19 @@ class _Run:
         self.task = DistillTask(self.student, pipe.scheduler, config.losses)
         self.mixers = mixers_of(self.student)
         check_precision(self.student, config.precision)
-        self.accelerator = Accelerator(
-            mixed_precision=config.precision,
-            gradient_accumulation_steps=config.accumulation,
-            log_with="tensorboard" if out is not None and is_tensorboard_available() else None,
-            project_dir=str(out) if out is not None else None,
-            cpu=self.student.device.type == "cpu",
-        )
+        self.accelerator = make_accelerator(config, out, cpu=self.student.device.type == "cpu")
         if self.accelerator.num_processes > 1:
             raise ConvFusionError("distillation runs in one process for now: launch it with python")
         scale = latent_scale(pipe)
         height, width = data.latents.shape[-2:]
         self.size = (height * scale, width * scale)
-        for mixer in self.mixers.values():
-            mixer.float()
         self.named = {
             f"{path}.{name}": parameter
             for path, mixer in self.mixers.items()
             for name, parameter in mixer.named_parameters()
         }
+        if not self.named:
+            raise ConvFusionError("the mixers of this model have no parameters: nothing to train")
         self.optimizer = torch.optim.AdamW(
             self.named.values(),
             lr=config.learning_rate,
@@ -194,30 +189,36 @@ class _Run:
         validate: Callable[[Any, int], Any] | None,
     ) -> dict[str, float]:
         """Run to the last step, or to the first Ctrl-C; returns the last step's loss terms."""
-        config, accelerator = self.config, self.accelerator
         if self.out is not None:
-            accelerator.init_trackers("tensorboard")
-        self.optimizer = accelerator.prepare(self.optimizer)
+            self.accelerator.init_trackers("tensorboard")
+        self.optimizer = self.accelerator.prepare(self.optimizer)
         terms: dict[str, float] = {}
-        for batch in self.batches():
-            self.set_rate()
-            terms = self.take_step(batch)
-            self.step += 1
-            if self.out is not None:
-                accelerator.log({f"loss/{k}": v for k, v in terms.items()}, step=self.step)
-            if on_step is not None:
-                on_step(self.step, terms)
-            last = self.step == config.steps or bool(interrupted)
-            if self.out is not None and (last or self.step % config.save_every == 0):
-                self.save()
-            if validate and config.validate_every and self.step % config.validate_every == 0:
-                with accelerator.autocast():  # the blocks are in float32, whatever the base is
-                    picture = validate(self.pipe, self.step)
-                self.keep_picture(picture)
-            if last:
-                break
-        accelerator.end_training()
+        try:
+            for batch in self.batches():
+                self.set_rate()
+                terms = self.take_step(batch)
+                self.step += 1
+                self.accelerator.log({f"loss/{k}": v for k, v in terms.items()}, step=self.step)
+                if on_step is not None:
+                    on_step(self.step, terms)
+                last = self.step == self.config.steps or bool(interrupted)
+                if last or self.step % self.config.save_every == 0:
+                    self.save()
+                if validate and self.config.validate_every:
+                    self.validate(validate)
+                if last:
+                    break
+        finally:
+            self.optimizer.zero_grad()
+            self.accelerator.end_training()
         return terms
+
+    def validate(self, draw: Callable[[Any, int], Any]) -> None:
+        """Draw and keep a picture, if it is time for one."""
+        if self.step % self.config.validate_every == 0:
+            with self.accelerator.autocast():  # the blocks are in float32, whatever the base is
+                picture = draw(self.pipe, self.step)
+            self.keep_picture(picture)
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """The batches from this step on."""
@@ -225,7 +226,9 @@ class _Run:
         sampler = StepSampler(
             len(self.data), config.batch_size, config.seed, self.step, config.steps
         )
-        yield from DataLoader(self.data, batch_sampler=sampler)
+        # A generator of its own: the loader would draw a seed from the global one.
+        generator = torch.Generator()
+        yield from DataLoader(self.data, batch_sampler=sampler, generator=generator)
 
     def take_step(self, batch: dict[str, Any]) -> dict[str, float]:
         """One optimiser step on one batch, in `accumulation` parts."""
@@ -245,6 +248,11 @@ class _Run:
                 self.optimizer.zero_grad()
             for name, term in terms.items():
                 totals[name] = totals.get(name, 0.0) + term.item() / config.accumulation
+        if config.precision != "fp16" and not all(map(math.isfinite, totals.values())):
+            raise ConvFusionError(
+                f"the loss is not finite at step {self.step + 1} ({totals}): "
+                "try a lower learning rate or another precision; earlier checkpoints are intact"
+            )
         return totals
 
     def draw(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
@@ -259,7 +267,7 @@ class _Run:
             "" if drop < self.config.caption_drop else caption
             for drop, caption in zip(chance.tolist(), batch["caption"], strict=True)
         ]
-        device = self.accelerator.device
+        device = self.student.device
         return latents.to(device), noise.to(device), timesteps.to(device), captions
 
     def set_rate(self) -> None:
@@ -267,48 +275,19 @@ class _Run:
             group["lr"] = self.config.learning_rate * self.config.rate(self.step)
 
     def save(self) -> None:
-        """Write `checkpoints/step-NNNNNNN` aside, rename it, then forget all but the last two."""
-        if self.out is None or not self.accelerator.is_main_process:
-            return
-        root = self.out / "checkpoints"
-        aside, final = root / "writing", root / f"step-{self.step:07d}"
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.save(self.student, aside)
-        names = {id(parameter): name for name, parameter in self.named.items()}
-        moments = {
-            f"{names[id(parameter)]}/{key}": value.contiguous()
-            for parameter, state in self.optimizer.state.items()
-            for key, value in state.items()
-        }
-        checkpoint.write_tensors(aside / OPTIMIZER, moments)
-        state = {"step": self.step, "config": asdict(self.config)}
-        checkpoint.write_text(aside / STATE, json.dumps(state, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        for old in sorted(root.glob("step-*"))[:-2]:
-            shutil.rmtree(old)
+        if self.out is not None:
+            state = self.optimizer.state
+            write_run(self.out, self.student, self.named, state, self.step, asdict(self.config))
 
-    def resume(self) -> None:
-        """Go back to the last checkpoint of this run; without one, start at step 0."""
-        found = sorted((self.out / "checkpoints").glob("step-*")) if self.out else []
-        if not found:
-            return
-        folder = found[-1]
-        state = json.loads((folder / STATE).read_text())
-        here = json.loads(json.dumps(asdict(self.config)))
-        changed = sorted(k for k in here if here[k] != state["config"].get(k) and k not in FREE)
-        if changed:
-            raise CheckpointError(
-                f"{folder} was written with another {', '.join(changed)}: resume with the same "
-                "config, or start in another folder"
-            )
-        checkpoint.load(self.student, folder)
-        for key, value in checkpoint.read_tensors(folder / OPTIMIZER).items():
-            name, moment = key.rsplit("/", 1)
-            self.optimizer.state[self.named[name]][moment] = value.to(
-                "cpu" if moment == "step" else self.named[name].device
-            )
-        self.step = state["step"]
+    def restore(self, saved: SavedRun) -> None:
+        """Take over what a checkpoint of this run holds."""
+        checkpoint.load(self.student, saved.folder)
+        for name, parameter in self.named.items():
+            for moment in MOMENTS:
+                value = saved.moments[f"{name}/{moment}"]
+                device = "cpu" if moment == "step" else parameter.device
+                self.optimizer.state[parameter][moment] = value.to(device)
+        self.step = saved.step
 
     def keep_picture(self, picture: Any) -> None:
         """Write a validation picture, and show it in TensorBoard."""
@@ -334,31 +313,44 @@ def check_precision(model: Denoiser, precision: str) -> None:
         raise ConvFusionError("fp16 trains on a GPU only: on a CPU take precision bf16 or no")
 
 
-def check_unused(folder: Path) -> None:
-    """Raise a ConvFusionError if a folder holds another run's checkpoints."""
-    if any((folder / "checkpoints").glob("step-*")):
-        raise ConvFusionError(
-            f"{folder} holds the checkpoints of a run: resume it, or choose another folder"
+def make_accelerator(config: DistillConfig, out: Path | None, *, cpu: bool) -> Accelerator:
+    """The accelerator of a run, logging to TensorBoard where that is installed."""
+    logged = out is not None and is_tensorboard_available()
+    try:
+        return Accelerator(
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulation,
+            log_with="tensorboard" if logged else None,
+            project_dir=str(out) if out is not None else None,
+            cpu=cpu,
         )
+    except ValueError as error:  # its settings are fixed for the life of a process
+        raise ConvFusionError(
+            f"a distillation with another precision or device ran in this process before: {error}"
+        ) from None
 
 
 @contextmanager
-def _frozen_but_blocks(model: Denoiser, config: DistillConfig) -> Iterator[None]:
-    """Let gradients reach the blocks alone, and put every switch back afterwards."""
+def _ready_to_train(model: Denoiser, config: DistillConfig) -> Iterator[None]:
+    """Let gradients reach the blocks alone, in float32, and put every switch back afterwards."""
     before = [(p, p.requires_grad) for p in model.parameters()]
-    dtype = model.dtype
+    modes = [(module, module.training) for module in model.modules()]
+    dtype, checkpointed = model.dtype, model.is_gradient_checkpointing
     model.requires_grad_(False)
+    model.eval()  # a DiT in training mode drops labels, and the teacher would drop others
     for mixer in mixers_of(model).values():
-        mixer.requires_grad_(True)
+        mixer.float().requires_grad_(True)
     if config.checkpointing:
         model.enable_gradient_checkpointing()
     try:
         yield
     finally:
-        if config.checkpointing:
+        if config.checkpointing and not checkpointed:
             model.disable_gradient_checkpointing()
         for parameter, wanted in before:
             parameter.requires_grad_(wanted)
+        for module, mode in modes:
+            module.training = mode
         for mixer in mixers_of(model).values():
             mixer.to(dtype)
 
