@@ -95,6 +95,8 @@ MISTAKES = {
     "full folder": (["convert", "MODEL", "--out", "MODEL"], "not empty"),
     "no blocks": (["generate", "MODEL", "--prompt", "x", "--blocks", "OUT"], "cannot be read"),
     "no such option": (["generate", "MODEL", "--prompt", "x", "--speed", "9"], "No such option"),
+    "negative rate": (["distill", "mini", "--out", "OUT", "--learning-rate", "-1"], "positive"),
+    "no such device": (["generate", "MODEL", "--prompt", "x", "--device", "abacus"], "abacus"),
 }
 
 
@@ -107,5 +109,4 @@ def test_a_mistake_is_one_clear_line(run, model, tmp_path, mistake):
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
-    if mistake != "no such option":
-        assert err.startswith("convfusion: ") and err.count("\n") == 1
+    assert err.startswith("convfusion: ") and err.count("\n") == 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from common import caption, load_pictures
 from diffusers.models.attention_processor import AttnProcessor
 from rich.progress import track
@@ -26,10 +27,11 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("run"))
     parser.add_argument("--steps", type=int, default=2400)
     args = parser.parse_args()
-    pipe = mini.load_teacher()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = mini.load_teacher().to(device)
     pipe.unet.set_attn_processor(AttnProcessor())  # on CPU faster to train than the fused one
     pictures = load_pictures(args.run, "train")
-    latents = encode(pipe.vae, pictures.images, "cpu")
+    latents = encode(pipe.vae, pictures.images, device).cpu()
     data = LatentDataset(latents, [caption(row) for row in pictures.rows])
     convfusion.convert(pipe)
     progress = iter(track(range(args.steps), "distilling"))

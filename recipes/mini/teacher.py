@@ -156,6 +156,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.init and (args.run / "teacher.pt").exists():
+        raise SystemExit(f"{args.run}/teacher.pt goes on by itself: move it away to use --init")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     run: Path = args.run

@@ -1,7 +1,7 @@
 """Step 3: the autoencoder of the mini model, 64×64×3 ↔ 16×16×4.
 
 `python vae.py --run run` trains a small `AutoencoderKL` on the training pictures
-(L1 + gradient L1 + 1e-4·KL) and writes `run/vae` in diffusers' layout.
+(L1 + gradient L1 + 1e-2·KL) and writes `run/vae` in diffusers' layout.
 """
 
 from __future__ import annotations
@@ -49,16 +49,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--kl-weight", type=float, default=1e-2)
     args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    images = load_pictures(args.run, "train").images
-    vae = make_vae().to(memory_format=torch.channels_last)
+    images = load_pictures(args.run, "train").images.to(device)
+    vae = make_vae().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     state = {"model": vae, "optimizer": optimizer}
     step = load_state(args.run / "vae.pt", state)
     start = time.time()
     while step < args.steps:
         generator = torch.Generator().manual_seed(step)
-        picks = torch.randint(len(images), (args.batch,), generator=generator)
+        picks = torch.randint(len(images), (args.batch,), generator=generator).to(device)
         x = images[picks].float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16):
             loss = loss_of(vae, x, args.kl_weight)
@@ -84,7 +85,10 @@ def finish(vae: AutoencoderKL, images: torch.Tensor, folder: Path) -> None:
     y = torch.cat([vae.decode(part).sample for part in latents.split(64)]).clamp(-1, 1)
     psnr = -10 * ((y - x) / 2).square().mean(dim=(1, 2, 3)).log10()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    print(f"scaling {vae.config.scaling_factor}, PSNR {psnr.mean():.2f} dB", latents.std((0, 2, 3)))
+    print(
+        f"scaling {vae.config.scaling_factor}, PSNR {psnr.mean():.2f} dB",
+        latents.std((0, 2, 3)).tolist(),
+    )
     vae.save_pretrained(folder)
 
 

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -52,6 +55,8 @@ def save(pipe_or_model: Any, folder: str | Path) -> None:
     mixers = mixers_of(model)
     if not mixers:
         raise ConvFusionError("this model is not converted: there are no blocks to save")
+    if any(p.is_meta for mixer in mixers.values() for p in mixer.parameters()):
+        raise ConvFusionError("this model is on the meta device: it has no values to save")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -60,7 +65,7 @@ def save(pipe_or_model: Any, folder: str | Path) -> None:
         for name, tensor in mixer.state_dict().items()
     }
     write_tensors(folder / BLOCKS, tensors)
-    write_text(folder / MANIFEST, json.dumps(_manifest(model, mixers), indent=2) + "\n")
+    write_text(folder / MANIFEST, json.dumps(_manifest(pipe_or_model, mixers), indent=2) + "\n")
 
 
 def load(pipe_or_model: Any, folder: str | Path, *, keep_attention: bool = True) -> Status:
@@ -93,9 +98,7 @@ def load(pipe_or_model: Any, folder: str | Path, *, keep_attention: bool = True)
         mixers = build_mixers(model, list_sites(model), ConvertConfig(sites=wanted))
     states = _read_blocks(folder / BLOCKS, mixers)
     for path, mixer in mixers.items():
-        # Assigning to a mixer on the meta device gives it the checkpoint's own tensors.
-        on_meta = any(p.is_meta for p in mixer.parameters())
-        mixer.load_state_dict(states[path], assign=on_meta)
+        fill(mixer, states[path])
     if not present:
         install(model, mixers, keep_attention=keep_attention)
     elif not keep_attention:
@@ -112,14 +115,18 @@ def save_pipeline(pipe: Any, folder: str | Path) -> None:
     """
     model = denoiser_of(pipe)
     name = _component(pipe, model)
-    folder = Path(folder)
     bare = any(not site.attention_kept for site in status(model).sites)
-    save(model, folder / "convfusion")
-    pipe.save_pretrained(folder, safe_serialization=True)
-    stock = {k: v.contiguous() for k, v in model.state_dict().items() if not is_block(model, k)}
-    for file in (folder / name).glob("*.safetensors*"):
+    weights = BARE if bare else "diffusion_pytorch_model.safetensors"
+    folder = Path(folder)
+    aside = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    save(pipe, aside / "convfusion")
+    pipe.save_pretrained(aside, safe_serialization=True)
+    for file in (aside / name).glob("*.safetensors*"):
         file.unlink()  # what diffusers wrote has the blocks among the stock weights
-    write_tensors(folder / name / (BARE if bare else "diffusion_pytorch_model.safetensors"), stock)
+    stock, _ = _parted(model)
+    write_tensors(aside / name / weights, {k: v.contiguous() for k, v in stock.items()})
+    _replace_folder(aside, folder)
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> Any:
@@ -127,7 +134,8 @@ def load_pipeline(folder: str | Path, **options: Any) -> Any:
 
     Args:
         folder: on disk.
-        options: for diffusers' `DiffusionPipeline.from_pretrained`, such as `torch_dtype`.
+        options: for diffusers' `DiffusionPipeline.from_pretrained`, such as `torch_dtype`. Without
+            that, everything is loaded in float32, as diffusers does.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -138,23 +146,30 @@ def load_pipeline(folder: str | Path, **options: Any) -> Any:
     if not (folder / "convfusion" / MANIFEST).is_file():
         raise CheckpointError(f"{folder} is no converted pipeline: it has no convfusion/{MANIFEST}")
     bare = next(iter(sorted(folder.glob(f"*/{BARE}"))), None)
+    parts: dict[str, Any] = {}
+    if bare is not None:
+        name = bare.parent.name
+        dtype = options.get("dtype", options.get("torch_dtype"))
+        if isinstance(dtype, dict):
+            dtype = dtype.get(name, dtype.get("default"))
+        parts[name] = _load_bare(bare, folder / "convfusion").to(dtype or torch.float32)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **parts, **options)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from None
     if bare is None:
-        pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **options)
         load(pipe, folder / "convfusion")
-        return pipe
-    model = _load_bare(bare, folder / "convfusion")
-    dtype = options.get("dtype", options.get("torch_dtype"))
-    if dtype is not None:
-        model.to(dtype)
-    parts = {bare.parent.name: model}
-    return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **parts, **options)
+    return pipe
 
 
 def _load_bare(weights: Path, blocks: Path) -> nn.Module:
     """A converted denoiser without attention, from its config and the two weight files."""
     import diffusers
 
-    config = json.loads((weights.parent / "config.json").read_text())
+    try:
+        config = json.loads((weights.parent / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{weights.parent}/config.json cannot be read: {error}") from None
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         raise CheckpointError(f"{weights.parent}/config.json names no diffusers model")
@@ -162,17 +177,38 @@ def _load_bare(weights: Path, blocks: Path) -> nn.Module:
         model = kind.from_config(config)
     load(model, blocks, keep_attention=False)
     tensors = read_tensors(weights)
-    tensors |= {k: v for k, v in model.state_dict().items() if is_block(model, k)}
-    missing = model.state_dict().keys() ^ tensors.keys()
-    if missing:
-        raise CheckpointError(f"{weights} does not fit its config: {_few(missing)}")
-    model.load_state_dict(tensors, assign=True)
+    stock, trained = _parted(model)
+    wrong = {k for k in stock.keys() & tensors.keys() if stock[k].shape != tensors[k].shape}
+    wrong |= stock.keys() ^ tensors.keys()
+    if wrong:
+        raise CheckpointError(f"{weights} does not fit its config: {_few(wrong)}")
+    model.load_state_dict({**tensors, **trained}, assign=True)
     return model.eval()
 
 
-def is_block(model: Denoiser, key: str) -> bool:
-    """Whether a key of a converted model's state belongs to a mixer."""
-    return key.startswith(tuple(f"{path}.mixer." for path in mixers_of(model)))
+def fill(mixer: TokenMixer, state: dict[str, Tensor]) -> None:
+    """Give a mixer its values in its own dtype; one on the meta device takes the tensors over."""
+    own = mixer.state_dict()
+    cast = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
+    mixer.load_state_dict(cast, assign=any(tensor.is_meta for tensor in own.values()))
+
+
+def _parted(model: Denoiser) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state of a converted model: its stock weights, and those of its mixers."""
+    mixers = tuple(f"{path}.mixer." for path in mixers_of(model))
+    state = model.state_dict()
+    trained = {key: value for key, value in state.items() if key.startswith(mixers)}
+    return {key: value for key, value in state.items() if key not in trained}, trained
+
+
+def _replace_folder(aside: Path, folder: Path) -> None:
+    """Put a finished folder in the place of another one, or of none."""
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -209,15 +245,17 @@ def _into_place(aside: Path, path: Path) -> None:
     os.replace(aside, path)
 
 
-def _manifest(model: Denoiser, mixers: dict[str, TokenMixer]) -> dict[str, Any]:
+def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer]) -> dict[str, Any]:
     from convfusion import __version__
 
+    model = denoiser_of(pipe_or_model)
+    named = str(getattr(pipe_or_model.config, "_name_or_path", "") or "")
     channels = {site.path: site.channels for site in list_sites(model)}
     return {
         "format": FORMAT,
         "version": __version__,
         "family": adapter_for(model).family,
-        "base_model": _public_name(str(getattr(model.config, "_name_or_path", "") or "")),
+        "base_model": _public_name(named),
         "sites": {
             path: {"channels": channels[path], "mixer": mixer_to_dict(mixer.config)}
             for path, mixer in mixers.items()
@@ -226,8 +264,13 @@ def _manifest(model: Denoiser, mixers: dict[str, TokenMixer]) -> dict[str, Any]:
 
 
 def _public_name(name: str) -> str:
-    """A Hub name as it is, of a local path only its last part."""
-    return Path(name).resolve().name if name and Path(name).exists() else name
+    """A Hub name, also out of a cache path; of any other path only its last part."""
+    cached = re.search(r"models--(.+?)--([^/\\\\]+)", name)
+    if cached:
+        return "/".join(cached.groups())
+    path = Path(name)
+    local = path.is_absolute() or name.startswith(".") or path.exists() or len(path.parts) > 2
+    return path.name if local else name
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

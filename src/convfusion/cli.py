@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -42,14 +42,22 @@ def main() -> None:
     """Run the command line; a user's mistake is one line and exit status 2."""
     quiet_libraries()
     try:
-        app()
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (ConvFusionError, OSError) as error:
-        text = " ".join(str(error).split())
-        print(f"convfusion: {text}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except KeyboardInterrupt:
-        print("convfusion: interrupted", file=sys.stderr)
-        sys.exit(130)
+        fail("interrupted", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer says of wrong usage
+            raise
+        fail(f"{error.format_message()} Try --help.")
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Say what is wrong in one line, and leave."""
+    print(f"convfusion: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
 
 
 @app.command()
@@ -179,7 +187,7 @@ def distill(
             on_step=lambda step, terms: progress.update(
                 bar, completed=step, description=describe(terms)
             ),
-            validate=lambda pipe, step: validation_grid(pipe, prompts),
+            validate=lambda pipe, step: validation_grid(pipe, prompts, guidance_for(model)),
         )
     if result.stopped:
         typer.echo(f"Stopped after step {result.steps}. Go on with the same command and --resume.")
@@ -194,7 +202,9 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
-    guidance: float = 5.0,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 5, and 3 for `mini`.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count on.")] = 0,
     precision: Precision = "float32",
     device: Device = None,
@@ -212,9 +222,11 @@ def generate(
         check_size(pipe, wanted)
     seeds = [seed + i for i in range(len(prompt))]
     out.mkdir(parents=True, exist_ok=True)
+    guidance = guidance_for(model) if guidance is None else guidance
     images = run(pipe, prompt, seeds=seeds, steps=steps, guidance=guidance, size=wanted)
-    for image, number in zip(images, seeds, strict=True):
-        path = out / f"{number:05d}.png"
+    first = len(list(out.glob("*.png")))
+    for i, (image, number) in enumerate(zip(images, seeds, strict=True)):
+        path = out / f"{first + i:05d}-seed{number}.png"
         image.save(path)
         typer.echo(str(path))
 
@@ -233,13 +245,24 @@ def load_pipeline(model: str, precision: str, device: str | None) -> Any:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if model in ("mini", "mini-teacher"):
         pipe = mini.load_student() if model == "mini" else mini.load_teacher()
-        return pipe.to(device, dtypes[precision])
-    if (Path(model) / "convfusion").is_dir():
-        return checkpoint.load_pipeline(model, torch_dtype=dtypes[precision]).to(device)
-    pipe = DiffusionPipeline.from_pretrained(
-        model, torch_dtype=dtypes[precision], use_safetensors=True
-    )
-    return pipe.to(device)
+        pipe.to(dtypes[precision])
+    elif (Path(model) / "convfusion").is_dir():
+        pipe = checkpoint.load_pipeline(model, torch_dtype=dtypes[precision])
+    else:
+        pipe = DiffusionPipeline.from_pretrained(
+            model, torch_dtype=dtypes[precision], use_safetensors=True
+        )
+    try:
+        return pipe.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConvFusionError(f"the device {device!r} cannot be used: {error}") from None
+
+
+def guidance_for(model: str) -> float:
+    """The guidance that a model draws with unless told otherwise."""
+    from convfusion import mini
+
+    return mini.GUIDANCE if model.startswith("mini") else 5.0
 
 
 def equip(pipe: Any, blocks: Path | None, config: str | None) -> Any:
@@ -288,7 +311,7 @@ def encode(pipe: Any, samples: list[tuple[Path, str]], size: str | None) -> Any:
     return LatentDataset(latents, [caption for _, caption in samples])
 
 
-def validation_grid(pipe: Any, prompts: list[str]) -> Any:
+def validation_grid(pipe: Any, prompts: list[str], guidance: float) -> Any:
     """The prompts drawn by teacher and student from equal seeds."""
     import torch
 
@@ -301,10 +324,10 @@ def validation_grid(pipe: Any, prompts: list[str]) -> Any:
     name = "unet" if getattr(pipe, "unet", None) is student else "transformer"
     rows = {}
     with torch.no_grad():
-        rows["student"] = generate(pipe, prompts)
+        rows["student"] = generate(pipe, prompts, guidance=guidance)
         setattr(pipe, name, attention_teacher(student))
         try:
-            rows["teacher"] = generate(pipe, prompts)
+            rows["teacher"] = generate(pipe, prompts, guidance=guidance)
         finally:
             setattr(pipe, name, student)
     return labelled_grid(rows, prompts)
