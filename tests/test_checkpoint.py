@@ -13,7 +13,14 @@ from tiny_pipelines import PIPELINES, stable_diffusion
 import convfusion
 from convfusion import CheckpointError, ConvFusionError, DeltaConv, Removed, uniform
 from convfusion.adapters import denoiser_of
-from convfusion.checkpoint import BARE, BLOCKS, MANIFEST, read_tensors, write_tensors
+from convfusion.checkpoint import (
+    BARE,
+    BLOCKS,
+    MANIFEST,
+    _public_name,
+    read_tensors,
+    write_tensors,
+)
 from convfusion.generate import generate
 from convfusion.surgery import mixers_of
 
@@ -172,6 +179,8 @@ def test_a_whole_pipeline_draws_the_same_from_disk(tmp_path, family, keep):
         with pytest.raises(OSError, match="diffusion_pytorch_model"):
             type(pipe).from_pretrained(tmp_path / "pipe")
         half = convfusion.load_pipeline(tmp_path / "pipe", torch_dtype=torch.bfloat16)
+        convfusion.save_pipeline(half, tmp_path / "pipe")  # over itself, in half precision
+        assert np.isfinite(draw(convfusion.load_pipeline(tmp_path / "pipe"))).all()
         assert {p.dtype for p in denoiser_of(half).parameters()} == {torch.bfloat16}
 
 
@@ -180,7 +189,29 @@ def test_a_manifest_tells_nothing_of_local_folders(tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "secret" / "base")
     convfusion.convert(pipe)
     convfusion.save(pipe, tmp_path / "blocks")
-    assert "secret" not in (tmp_path / "blocks" / MANIFEST).read_text()
+    manifest = (tmp_path / "blocks" / MANIFEST).read_text()
+    assert "secret" not in manifest
+    assert json.loads(manifest)["base_model"] == "base"
+
+
+def test_names_of_base_models():
+    cached = "/home/me/.cache/huggingface/hub/models--stabilityai--sdxl-turbo/snapshots/1/unet"
+    assert _public_name(cached) == "stabilityai/sdxl-turbo"
+    assert _public_name("org/model") == "org/model"
+    assert _public_name("/gone/secret/base") == "base"
+    assert _public_name("") == ""
+
+
+def test_a_meta_model_takes_its_own_dtype_and_has_nothing_to_save(folder, tmp_path):
+    with torch.device("meta"):
+        model = sd15().to(torch.bfloat16)
+    convfusion.load(model, folder)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with torch.device("meta"):
+        empty = sd15()
+    convfusion.convert(empty)
+    with pytest.raises(ConvFusionError, match="no values to save"):
+        convfusion.save(empty, tmp_path / "empty")
 
 
 def test_a_damaged_pipeline_is_named(tmp_path):
@@ -190,6 +221,9 @@ def test_a_damaged_pipeline_is_named(tmp_path):
     convfusion.save_pipeline(pipe, tmp_path / "pipe")
     truncate(tmp_path / "pipe" / "unet" / BARE)
     with pytest.raises(CheckpointError, match="cannot be read"):
+        convfusion.load_pipeline(tmp_path / "pipe")
+    (tmp_path / "pipe" / "unet" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         convfusion.load_pipeline(tmp_path / "pipe")
     shutil.rmtree(tmp_path / "pipe" / "convfusion")
     with pytest.raises(CheckpointError, match="no converted pipeline"):

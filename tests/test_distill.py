@@ -8,13 +8,16 @@ import signal
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_models import CASES, randomise
 from tiny_pipelines import PIPELINES, stable_diffusion
 
 import convfusion
 from convfusion import CheckpointError, ConvFusionError, DeltaConv, uniform
+from convfusion.conditioning import class_labels, encode_conditioning
 from convfusion.distill import (
     DistillConfig,
     DistillTask,
@@ -26,6 +29,7 @@ from convfusion.distill import (
 from convfusion.distill.data import StepSampler, encode_pictures, load_picture
 from convfusion.distill.losses import as_epsilon, feature_loss, min_snr_weight, weighted_mse
 from convfusion.distill.task import LossWeights
+from convfusion.generate import generate
 from convfusion.surgery import mixers_of
 
 table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -316,13 +320,39 @@ def test_every_family_distils_from_captions(family):
     assert all(not torch.equal(before[name], now) for name, now in blocks(pipe).items())
 
 
-def test_half_precision_base_trains_blocks_in_full(data, tmp_path):
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate fixes its precision for the life of a process; a test may need another one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_half_precision_base_trains_blocks_in_full(data, tmp_path, fresh_accelerate):
     pipe = stable_diffusion().to(torch.bfloat16)
     convfusion.convert(pipe)
+    seen = []
+
+    def picture(pipe, step):
+        seen.append({p.dtype for m in mixers_of(pipe).values() for p in m.parameters()})
+        return generate(pipe, ["red"], steps=1)[0]
+
+    config = DistillConfig(steps=1, batch_size=2, precision="bf16", validate_every=1)
+    distill(pipe, data, config, tmp_path, validate=picture)
+    assert seen == [{torch.float32}]
+    assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
+    with pytest.raises(ConvFusionError, match="holds blocks or the checkpoints"):
+        distill(pipe, data, config, tmp_path)
+    assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
+
+
+def test_unfitting_precision_is_refused(data):
+    pipe = stable_diffusion_converted()
+    with pytest.raises(ConvFusionError, match="on a CPU take precision bf16"):
+        distill(pipe, data, DistillConfig(steps=1, precision="fp16"))
+    pipe.to(torch.bfloat16)
     with pytest.raises(ConvFusionError, match="precision 'bf16', or load it in float32"):
         distill(pipe, data, DistillConfig(steps=1))
-    with pytest.raises(ConvFusionError, match="on a CPU take precision bf16"):
-        distill(stable_diffusion_converted(), data, DistillConfig(steps=1, precision="fp16"))
 
 
 def stable_diffusion_converted() -> StableDiffusionPipeline:
@@ -333,7 +363,7 @@ def stable_diffusion_converted() -> StableDiffusionPipeline:
 
 def test_a_used_folder_is_refused_and_a_run_can_be_extended(pipe, data, tmp_path):
     distill(pipe, data, DistillConfig(steps=1, batch_size=2), tmp_path)
-    with pytest.raises(ConvFusionError, match="holds the checkpoints of a run"):
+    with pytest.raises(ConvFusionError, match="holds blocks or the checkpoints of a run"):
         distill(pipe, data, DistillConfig(steps=2, batch_size=2), tmp_path)
     longer = DistillConfig(steps=2, batch_size=2, save_every=1)
     assert distill(pipe, data, longer, tmp_path, resume=True).steps == 2
@@ -343,3 +373,82 @@ def test_a_used_folder_is_refused_and_a_run_can_be_extended(pipe, data, tmp_path
 def test_loss_weights_must_leave_something_to_do(weights):
     with pytest.raises(ConvFusionError, match="must not be negative, nor all"):
         LossWeights(*weights)
+
+
+RUN_DAMAGE = {
+    "trainer.json": lambda path: path.write_text("{"),
+    "optimizer.safetensors": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    "blocks.safetensors": lambda path: path.write_bytes(b""),
+    "no moments": lambda path: save_file({}, path.with_name("optimizer.safetensors")),
+}
+
+
+@pytest.mark.parametrize("name", RUN_DAMAGE)
+def test_a_damaged_run_is_named_and_changes_nothing(data, tmp_path, name):
+    config = DistillConfig(steps=1, batch_size=2)
+    distill(stable_diffusion_converted(), data, config, tmp_path)
+    RUN_DAMAGE[name](tmp_path / "checkpoints" / "step-0000001" / name)
+    pipe = stable_diffusion_converted()
+    before = blocks(pipe)
+    with pytest.raises(CheckpointError):
+        distill(pipe, data, config, tmp_path, resume=True)
+    assert all(torch.equal(before[key], value) for key, value in blocks(pipe).items())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    pipe = stable_diffusion_converted()
+    next(iter(mixers_of(pipe).values())).proj_in.weight.data.fill_(float("nan"))
+    with pytest.raises(ConvFusionError, match="not finite at step 1"):
+        distill(pipe, data, DistillConfig(steps=1, batch_size=2), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    with pytest.raises(ConvFusionError, match="latents are not finite"):
+        LatentDataset(torch.full((1, 4, 8, 8), torch.inf), ["red"])
+
+
+def test_every_switch_is_put_back(pipe, data):
+    pipe.unet.enable_gradient_checkpointing()
+    pipe.unet.train()
+    state = torch.get_rng_state()
+    distill(pipe, data, DistillConfig(steps=1, batch_size=2, checkpointing=True))
+    assert pipe.unet.is_gradient_checkpointing
+    assert all(module.training for module in pipe.unet.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in pipe.unet.parameters())
+
+
+def test_a_dropped_caption_is_what_sdxl_sees_without_a_negative_prompt():
+    pipe = PIPELINES["sdxl"]()
+    found = encode_conditioning(pipe, ["red", ""], (32, 32))
+    embeds, negative, pooled, negative_pooled = pipe.encode_prompt("red", device="cpu")
+    torch.testing.assert_close(
+        found["encoder_hidden_states"], torch.cat([embeds, negative]), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        found["added_cond_kwargs"]["text_embeds"],
+        torch.cat([pooled, negative_pooled]),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_class_labels_are_checked():
+    pipe = PIPELINES["dit"]()
+    assert class_labels(pipe, ["green", "7", ""]) == [1, 7, 10]
+    for wrong in ("blue", "11", "²"):
+        with pytest.raises(ConvFusionError, match="no class of this model"):
+            class_labels(pipe, [wrong])
+
+
+def test_pictures_are_upright_and_on_white(tmp_path):
+    turned = Image.new("RGBA", (8, 16), (255, 0, 0, 0))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    turned.save(tmp_path / "a.png", exif=exif)
+    assert torch.equal(load_picture(tmp_path / "a.png", (8, 16)), torch.ones(3, 8, 16))
+
+
+def test_nothing_to_train_is_refused(data):
+    pipe = stable_diffusion()
+    convfusion.convert(pipe, uniform(convfusion.Removed()))
+    with pytest.raises(ConvFusionError, match="nothing to train"):
+        distill(pipe, data)

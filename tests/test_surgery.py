@@ -331,7 +331,11 @@ def test_calling_forward_directly_says_what_to_do():
         model.forward(**case.inputs(16, 16))
 
 
-def test_random_state_is_left_alone_and_seed_decides():
+def test_random_state_is_left_alone_and_seed_decides(monkeypatch):
+    def refuse(seed):
+        raise AssertionError("the random state of the GPUs is touched")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
     model = sd15()
     twin, other = copy.deepcopy(model), copy.deepcopy(model)
     state = torch.get_rng_state()
@@ -356,6 +360,27 @@ def test_config_round_trips_through_json(tmp_path):
     assert list(ConvertConfig.load(tmp_path / "config.json").sites) == ["up*", "*"]
 
 
+@table
+@torch.no_grad()
+def test_a_converted_model_compiles_whole(case):
+    if case.name == "sdxl":
+        pytest.skip("as sd15, at five times the cost")
+    model = converted(case)
+    expected = [run(model, case, *size) for size in case.sizes]
+    torch._dynamo.reset()
+    model.compile(fullgraph=True, backend="eager")
+    for size, output in zip(case.sizes, expected, strict=True):
+        torch.testing.assert_close(run(model, case, *size), output, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "values", [None, [], {"sites": []}, {"sites": {}}, {"seed": "x"}, {"keep_attention": "no"}]
+)
+def test_a_config_of_the_wrong_form_is_refused(values):
+    with pytest.raises(ConvFusionError):
+        ConvertConfig.from_dict(values)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -364,6 +389,8 @@ def test_config_round_trips_through_json(tmp_path):
         ({"kernel_size": True}, "must be int"),
         ({"gate": "tanh"}, "one of scaled, reference, sigmoid"),
         ({"stages": 0}, "at least 1"),
+        ({"ratio": float("nan")}, "between 0 and 4"),
+        ({"kind": []}, "needs a kind"),
         ({"colour": 1}, "no setting 'colour'"),
         ({"kind": "attention"}, "one of delta_conv"),
     ],

@@ -135,7 +135,7 @@ def load_pipeline(folder: str | Path, **options: Any) -> Any:
     Args:
         folder: on disk.
         options: for diffusers' `DiffusionPipeline.from_pretrained`, such as `torch_dtype`. Without
-            that, everything is loaded in float32, as diffusers does.
+            that, everything is loaded in float32.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -146,13 +146,15 @@ def load_pipeline(folder: str | Path, **options: Any) -> Any:
     if not (folder / "convfusion" / MANIFEST).is_file():
         raise CheckpointError(f"{folder} is no converted pipeline: it has no convfusion/{MANIFEST}")
     bare = next(iter(sorted(folder.glob(f"*/{BARE}"))), None)
+    if "dtype" not in options:
+        options.setdefault("torch_dtype", torch.float32)
     parts: dict[str, Any] = {}
     if bare is not None:
         name = bare.parent.name
-        dtype = options.get("dtype", options.get("torch_dtype"))
+        dtype = options.get("dtype") or options["torch_dtype"]
         if isinstance(dtype, dict):
-            dtype = dtype.get(name, dtype.get("default"))
-        parts[name] = _load_bare(bare, folder / "convfusion").to(dtype or torch.float32)
+            dtype = dtype.get(name, dtype.get("default", torch.float32))
+        parts[name] = _load_bare(bare, folder / "convfusion").to(dtype)
     try:
         pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **parts, **options)
     except (OSError, SafetensorError) as error:
