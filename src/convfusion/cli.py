@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
+from convfusion.console import (
+    describe,
+    fail,
+    hide_loading_bars,
+    print_results,
+    progress_bar,
+    quiet_libraries,
+)
 from convfusion.errors import ConvFusionError
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 app = typer.Typer(
     name="convfusion",
@@ -52,12 +57,6 @@ def main() -> None:
             raise
         fail(f"{error.format_message()} Try --help.")
     sys.exit(status if isinstance(status, int) else 0)
-
-
-def fail(message: str, status: int = 2) -> NoReturn:
-    """Say what is wrong in one line, and leave."""
-    print(f"convfusion: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(status)
 
 
 @app.command()
@@ -345,63 +344,6 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (width.isdigit() and height.isdigit()):
         raise ConvFusionError(f"a size looks like 512x768 (width x height), not {text!r}")
     return int(height), int(width)
-
-
-def progress_bar() -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-
-
-def describe(terms: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.2e}" for name, value in terms.items())
-
-
-def print_results(results: dict[str, Any]) -> None:
-    """The demo's table on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Distance to the teacher, on prompts that no training saw")
-    for column in ("", "ε-error", "of removed", "picture PSNR"):
-        table.add_column(column, justify="left" if not column else "right")
-    worst = results["removed"]["epsilon_error"]
-    for name in ("removed", "distilled", "shipped"):
-        row = results[name]
-        ratio = f"1/{worst / row['epsilon_error']:.1f}"
-        table.add_row(name, f"{row['epsilon_error']:.2e}", ratio, f"{row['image_psnr']:.1f} dB")
-    Console().print(table)
-
-
-def hide_loading_bars() -> None:
-    """Keep the bars that flash by while files load off the terminal."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-
-
-def quiet_libraries() -> None:
-    """Keep the advice that libraries give to programmers off the terminal."""
-    import os
-    import warnings
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,14 @@ from convfusion import mini, presets, report
 from convfusion.adapters import denoiser_of
 from convfusion.checkpoint import write_text
 from convfusion.config import uniform
-from convfusion.distill import DistillConfig, LatentDataset, LossWeights, attention_teacher, distill
+from convfusion.distill import (
+    DistillConfig,
+    DistillResult,
+    LatentDataset,
+    LossWeights,
+    attention_teacher,
+    distill,
+)
 from convfusion.evaluate import epsilon_error, mean_psnr
 from convfusion.flops import flops_ratio
 from convfusion.generate import generate
@@ -72,22 +78,58 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
     held_out = spread(mini.held_out_data(), EVALUATED)
     prompts = spread(mini.held_out_data(), DRAWN, offset=0.5).captions
-
-    say("1/4  The pretrained teacher draws the held-out prompts.")
-    pictures = {"teacher": draw(mini.load_teacher(), prompts)}
+    pictures: dict[str, list[Image.Image]] = {}
     results: dict[str, Any] = {}
 
+    def judge(name: str, pipe: Any) -> None:
+        pictures[name] = draw(pipe, prompts)
+        psnr = mean_psnr(pictures[name], pictures["teacher"])
+        results[name] = {"epsilon_error": error(pipe, held_out), "image_psnr": psnr}
+
+    say("1/4  The pretrained teacher draws the held-out prompts.")
+    pictures["teacher"] = draw(mini.load_teacher(), prompts)
+
     say("2/4  Every self-attention is removed, and the teacher's pictures fall apart.")
-    pipe = mini.load_teacher()
-    convert(pipe, uniform(Removed()))
-    pictures["removed"] = draw(pipe, prompts)
-    results["removed"] = measure(pipe, held_out, pictures["removed"], pictures["teacher"])
+    removed = mini.load_teacher()
+    convert(removed, uniform(Removed()))
+    judge("removed", removed)
 
     say(f"3/4  ΔConvBlocks take its place and are distilled for {config.steps} steps.")
     student = mini.load_teacher()
     before = parameters(student)
     sites = convert(student, presets.default()).converted
     initial = error(student, held_out)
+    run, losses = distil_live(student, config, on_step)
+    judge("distilled", student)
+    results["distilled"] |= {
+        "initial_error": initial,
+        "steps": run.steps,
+        "seconds": round(run.seconds, 1),
+    }
+
+    say("4/4  The shipped student, distilled for longer by the same code.")
+    judge("shipped", mini.load_student())
+
+    results |= {"sites": sites, "flops_ratio": flops_ratio(student, (16, 16))}
+    drop_attention(student)
+    results |= {
+        "parameters": {"before": before, "after": parameters(student)},
+        "guidance": mini.GUIDANCE,
+        "image_steps": IMAGE_STEPS,
+        "teacher_sha256": mini.teacher_hash(),
+    }
+    shown = {ROWS[name]: images[:SHOWN] for name, images in pictures.items()}
+    grid = report.labelled_grid(shown, prompts[:SHOWN])
+    grid.save(folder / "grid.png")
+    write_text(folder / "report.html", report.demo_page(results, grid, losses))
+    write_text(folder / "demo.json", json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def distil_live(
+    student: Any, config: DistillConfig, on_step: Callable[[int, dict[str, float]], None] | None
+) -> tuple[DistillResult, list[dict[str, float]]]:
+    """Distil on the embedded training latents; returns the result and the terms of each step."""
     losses: list[dict[str, float]] = []
 
     def keep(step: int, terms: dict[str, float]) -> None:
@@ -95,40 +137,10 @@ def run_demo(
         if on_step is not None:
             on_step(step, terms)
 
-    started = time.perf_counter()
     run = distill(student, mini.training_data(), config, on_step=keep)
     if run.stopped:
         raise KeyboardInterrupt
-    seconds = time.perf_counter() - started
-    pictures["distilled"] = draw(student, prompts)
-    results["distilled"] = {
-        **measure(student, held_out, pictures["distilled"], pictures["teacher"]),
-        "initial_error": initial,
-        "steps": run.steps,
-        "seconds": round(seconds, 1),
-    }
-    ratio = flops_ratio(student, (16, 16))
-    drop_attention(student)
-
-    say("4/4  The shipped student, distilled for longer by the same code.")
-    shipped = mini.load_student()
-    pictures["shipped"] = draw(shipped, prompts)
-    results["shipped"] = measure(shipped, held_out, pictures["shipped"], pictures["teacher"])
-
-    results |= {
-        "sites": sites,
-        "parameters": {"before": before, "after": parameters(student)},
-        "flops_ratio": ratio,
-        "guidance": mini.GUIDANCE,
-        "image_steps": IMAGE_STEPS,
-        "teacher_sha256": mini.teacher_hash(),
-    }
-    write_text(folder / "demo.json", json.dumps(results, indent=2) + "\n")
-    shown = {ROWS[name]: images[:SHOWN] for name, images in pictures.items()}
-    grid = report.labelled_grid(shown, prompts[:SHOWN])
-    grid.save(folder / "grid.png")
-    write_text(folder / "report.html", report.demo_page(results, grid, losses))
-    return results
+    return run, losses
 
 
 def spread(data: LatentDataset, most: int, offset: float = 0.0) -> LatentDataset:
@@ -148,12 +160,6 @@ def error(pipe: Any, data: LatentDataset) -> float:
     """ε-error of a converted pipeline against its own attention, on held-out latents."""
     teacher = attention_teacher(denoiser_of(pipe))
     return epsilon_error(pipe, teacher, data.latents, data.captions)
-
-
-def measure(
-    pipe: Any, data: LatentDataset, images: list[Image.Image], references: list[Image.Image]
-) -> dict[str, float]:
-    return {"epsilon_error": error(pipe, data), "image_psnr": mean_psnr(images, references)}
 
 
 def parameters(pipe: Any) -> int:

@@ -1,0 +1,71 @@
+"""What the command line shows on a terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Say what is wrong in one line, and leave."""
+    print(f"convfusion: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def progress_bar() -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+
+
+def describe(terms: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.2e}" for name, value in terms.items())
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """The demo's table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Distance to the teacher, on prompts that no training saw")
+    for column in ("", "ε-error", "of removed", "picture PSNR"):
+        table.add_column(column, justify="left" if not column else "right")
+    worst = results["removed"]["epsilon_error"]
+    for name in ("removed", "distilled", "shipped"):
+        row = results[name]
+        ratio = f"1/{worst / row['epsilon_error']:.1f}"
+        table.add_row(name, f"{row['epsilon_error']:.2e}", ratio, f"{row['image_psnr']:.1f} dB")
+    Console().print(table)
+
+
+def hide_loading_bars() -> None:
+    """Keep the bars that flash by while files load off the terminal."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def quiet_libraries() -> None:
+    """Keep the advice that libraries give to programmers off the terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
