@@ -3,8 +3,8 @@
 `python teacher.py --run run --steps 16000` trains UNet and text encoder together on
 the latents of the training pictures (ε-prediction, Min-SNR γ = 5, EMA) and writes the EMA weights
 as `run/teacher` in diffusers' layout, with a grid of samples each `--sample-every` steps. It
-resumes from `run/teacher.pt`; with a larger `--steps` it goes on. `--init FOLDER` starts from the
-weights of a pipeline instead, with a fresh optimiser.
+resumes from `run/teacher.pt`; with a larger `--steps` it goes on. `--init FOLDER` starts from a
+pipeline's weights, autoencoder and tokenizer instead, with a fresh optimiser.
 """
 
 from __future__ import annotations
@@ -154,60 +154,76 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def start_from(
+    args: argparse.Namespace,
+) -> tuple[AutoencoderKL, CLIPTokenizer, torch.nn.ModuleDict]:
+    """Autoencoder, tokenizer and the two models to train: fresh ones, or those of a pipeline."""
+    if args.init is None:
+        tokenizer = CLIPTokenizer.from_pretrained(args.run / "tokenizer")
+        vae = AutoencoderKL.from_pretrained(args.run / "vae")
+        parts = {"unet": make_unet(), "text": make_text_encoder(tokenizer)}
+    else:
+        if (args.run / "teacher.pt").exists():
+            raise SystemExit(f"{args.run}/teacher.pt goes on by itself: move it away to use --init")
+        pipe = StableDiffusionPipeline.from_pretrained(args.init, torch_dtype=torch.float32)
+        vae, tokenizer = pipe.vae, pipe.tokenizer
+        parts = {"unet": pipe.unet, "text": pipe.text_encoder}
+    parts["unet"].set_attn_processor(AttnProcessor())  # on CPU faster to train than the fused one
+    return vae, tokenizer, torch.nn.ModuleDict(parts)
+
+
+class Batches:
+    """The batch of each step: a function of the seed and the step alone."""
+
+    def __init__(self, args: argparse.Namespace, vae: AutoencoderKL, device: str) -> None:
+        pictures = load_pictures(args.run, "train")
+        self.args, self.device = args, device
+        self.latents = encode(vae, pictures.images, device)
+        self.weights = picture_weights(pictures.rows)
+        self.captions = [
+            [caption(row, design=keep) for keep in (False, True)] for row in pictures.rows
+        ]
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+        """Latents, noise, timesteps and captions of a step."""
+        size = self.args.batch
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
+        picks = torch.multinomial(self.weights, size, replacement=True, generator=generator)
+        chance = torch.rand(size, 2, generator=generator).tolist()
+        texts = [
+            "" if drop < DROP_CAPTION else self.captions[pick][int(keep > DROP_DESIGN)]
+            for pick, (drop, keep) in zip(picks.tolist(), chance, strict=True)
+        ]
+        noise = torch.randn(size, *self.latents.shape[1:], generator=generator)
+        t = torch.randint(0, 1000, (size,), generator=generator)
+        latents = self.latents[picks.to(self.device)]
+        return latents, noise.to(self.device), t.to(self.device), texts
+
+
 def main() -> None:
     args = parse_args()
-    if args.init and (args.run / "teacher.pt").exists():
-        raise SystemExit(f"{args.run}/teacher.pt goes on by itself: move it away to use --init")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     run: Path = args.run
-    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(run / "vae").to(device)
+    vae, tokenizer, parts = start_from(args)
+    vae.to(device)
+    parts.to(device).train()
     scheduler = make_scheduler()
-    parts = torch.nn.ModuleDict({"unet": make_unet(), "text": make_text_encoder(tokenizer)})
-    if args.init:
-        start = StableDiffusionPipeline.from_pretrained(args.init)
-        parts["unet"].load_state_dict(start.unet.state_dict())
-        parts["text"].load_state_dict(start.text_encoder.state_dict())
-    parts.to(device)
-    parts["unet"].set_attn_processor(AttnProcessor())  # on CPU faster to train than the fused one
-
-    pictures = load_pictures(run, "train")
-    latents = encode(vae, pictures.images, device)
-    weights = picture_weights(pictures.rows)
-    captions = [[caption(row, design=keep) for keep in (False, True)] for row in pictures.rows]
+    batches = Batches(args, vae, device)
     loss_weight = min_snr(scheduler).to(device)
-
     ema = AveragedModel(parts, avg_fn=ema_step)
     optimizer = torch.optim.AdamW(
         parts.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     state = {"parts": parts, "ema": ema, "optimizer": optimizer}
-    step = load_state(run / "teacher.pt", state)
-    prompts = grid_prompts(run)
-    started, first = time.time(), step
-
-    def finish(folder: Path | None) -> None:
-        ema.eval()
-        pipe = pipeline(vae, ema.module["text"], tokenizer, ema.module["unet"], scheduler)
-        sample(pipe, prompts, run / f"samples-{step:06d}.png", columns=8)
-        if folder:
-            pipe.save_pretrained(folder)
-
+    first = step = load_state(run / "teacher.pt", state)
+    started = time.time()
     while step < args.steps:
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        picks = torch.multinomial(weights, args.batch, replacement=True, generator=generator)
-        chance = torch.rand(args.batch, 2, generator=generator)
-        texts = [
-            "" if drop < DROP_CAPTION else captions[pick][int(keep > DROP_DESIGN)]
-            for pick, (drop, keep) in zip(picks.tolist(), chance.tolist(), strict=True)
-        ]
+        latents, noise, t, texts = batches(step)
         ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.to(device)
-        noise = torch.randn(args.batch, 4, 16, 16, generator=generator).to(device)
-        t = torch.randint(0, 1000, (args.batch,), generator=generator).to(device)
-        noisy = scheduler.add_noise(latents[picks.to(device)], noise, t)
         with torch.autocast(device, torch.bfloat16):
             text = parts["text"](ids)[0]
+            noisy = scheduler.add_noise(latents, noise, t)
             prediction = parts["unet"](noisy, t, text, return_dict=False)[0]
         error = (prediction.float() - noise).square().mean(dim=(1, 2, 3))
         loss = (loss_weight[t] * error).mean()
@@ -224,9 +240,11 @@ def main() -> None:
             print(f"{step} loss {loss.item():.4f} {rate:.1f} pictures/s", flush=True)
         if step % 250 == 0:
             save_state(run / "teacher.pt", state, step)
-        if step % args.sample_every == 0:
-            finish(None)
-    finish(run / "teacher")
+        if step % args.sample_every == 0 or step == args.steps:
+            ema.eval()
+            pipe = pipeline(vae, ema.module["text"], tokenizer, ema.module["unet"], scheduler)
+            sample(pipe, grid_prompts(run), run / f"samples-{step:06d}.png", columns=8)
+            pipe.save_pretrained(run / "teacher")
 
 
 if __name__ == "__main__":
