@@ -44,6 +44,7 @@ def main() -> None:
         on_step=lambda step, terms: next(progress, None),
     )
     if not result.stopped:
+        pipe.unet.half()  # as the packaged teacher is
         convfusion.save(pipe, mini.STUDENT)
 
 
