@@ -43,7 +43,7 @@ def print_results(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Distance to the teacher, on prompts that no training saw")
+    table = Table(title="Distance to the teacher, held-out names")
     for column in ("", "ε-error", "of removed", "picture PSNR"):
         table.add_column(column, justify="left" if not column else "right")
     worst = results["removed"]["epsilon_error"]
