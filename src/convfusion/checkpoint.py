@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from convfusion.adapters import Denoiser, adapter_for, denoiser_of, list_sites
@@ -234,9 +234,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: it is missing or damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            # Copies lie as aligned in memory as fresh tensors do: products round the same.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        # Copies lie as aligned in memory as fresh tensors do: products round the same.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 

@@ -119,11 +119,17 @@ def run_demo(
         "teacher_sha256": mini.teacher_hash(),
     }
     shown = {ROWS[name]: images[:SHOWN] for name, images in pictures.items()}
-    grid = report.labelled_grid(shown, prompts[:SHOWN])
+    write_results(folder, results, report.labelled_grid(shown, prompts[:SHOWN]), losses)
+    return results
+
+
+def write_results(
+    folder: Path, results: dict[str, Any], grid: Image.Image, losses: list[dict[str, float]]
+) -> None:
+    """Write `grid.png`, `report.html` and `demo.json`."""
     grid.save(folder / "grid.png")
     write_text(folder / "report.html", report.demo_page(results, grid, losses))
     write_text(folder / "demo.json", json.dumps(results, indent=2) + "\n")
-    return results
 
 
 def distil_live(
