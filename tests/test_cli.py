@@ -1,5 +1,6 @@
 """The command line: what it writes, and how it answers a mistake."""
 
+import json
 import sys
 
 import pytest
@@ -44,7 +45,10 @@ def pictures(tmp_path):
 def test_help(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert all(command in out for command in ("demo", "convert", "distill", "generate"))
+    assert all(
+        command in out
+        for command in ("demo", "analyze", "ablate", "convert", "distill", "generate")
+    )
 
 
 def test_convert_distil_generate(run, model, pictures, tmp_path):
@@ -76,6 +80,35 @@ def test_convert_distil_generate(run, model, pictures, tmp_path):
     assert not any(row.attention_kept for row in status.sites)
 
 
+def test_analyze_then_convert_with_its_kernels(run, model, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red apple\n\ngreen\n")
+    report = tmp_path / "report"
+    options = ("--prompts", prompts, "--steps", 2, "--queries", 20, "--control")
+    code, out, err = run("analyze", model, "--out", report, *options)
+    assert code == 0, err
+    assert "this model" in out and "untrained" in out
+    assert len(json.loads((report / "analysis.json").read_text())["prompts"]) == 2
+    code, out, err = run(
+        "convert", model, "--config", report / "kernels.json", "--out", tmp_path / "converted"
+    )
+    assert code == 0, err
+    assert "7 of 7 self-attention sites converted" in out
+
+
+def test_ablate(run, model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("red apple")
+    code, out, err = run(
+        "ablate", model, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out",
+        "--window", 3, "--site", "up_blocks.*", "--steps", 2,
+    )  # fmt: skip
+    assert code == 0, err
+    rows = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert list(rows) == ["self-attention", "window 3", "mean token only", "removed"]
+    assert rows["removed"]["epsilon_error"] > 0 and "window 3" in out
+    assert (tmp_path / "out" / "ablation.png").is_file()
+
+
 MISTAKES = {
     "unknown model": (["generate", "no/such", "--prompt", "x"], "no/such"),
     "unknown preset": (
@@ -96,6 +129,22 @@ MISTAKES = {
     "no blocks": (["generate", "MODEL", "--prompt", "x", "--blocks", "OUT"], "cannot be read"),
     "no such option": (["generate", "MODEL", "--prompt", "x", "--speed", "9"], "No such option"),
     "negative rate": (["distill", "mini", "--out", "OUT", "--learning-rate", "-1"], "positive"),
+    "no prompts": (["analyze", "MODEL", "--out", "OUT"], "--prompts is needed"),
+    "empty prompts": (
+        ["analyze", "MODEL", "--out", "OUT", "--prompts", "EMPTY"],
+        "should hold one per line",
+    ),
+    "no such timestep": (
+        ["analyze", "mini", "--out", "OUT", "--timesteps", "5"],
+        "5 is not among the timesteps of 25 sampling steps: 961",
+    ),
+    "bad timesteps": (["analyze", "mini", "--out", "OUT", "--timesteps", "x"], "881,481,81"),
+    "bad cut-off": (["analyze", "mini", "--out", "OUT", "--cutoff", "0"], "cut-off above 0"),
+    "large window": (
+        ["ablate", "mini", "--out", "OUT", "--window", "17"],
+        "larger than every grid of tokens here: the largest side is 16",
+    ),
+    "even window": (["ablate", "mini", "--out", "OUT", "--window", "4"], "must be odd"),
     "no such device": (["generate", "MODEL", "--prompt", "x", "--device", "abacus"], "abacus"),
 }
 
@@ -103,7 +152,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_clear_line(run, model, tmp_path, mistake):
     arguments, message = MISTAKES[mistake]
-    places = {"MODEL": model, "OUT": tmp_path / "out"}
+    (tmp_path / "empty.txt").write_text("\n")
+    places = {"MODEL": model, "OUT": tmp_path / "out", "EMPTY": tmp_path / "empty.txt"}
     code, _, err = run(*[places.get(argument, argument) for argument in arguments])
     assert code == 2
     assert message in err

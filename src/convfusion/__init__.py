@@ -43,7 +43,17 @@ _HOME = {
     "revert": "surgery",
     "status": "surgery",
 }
-_MODULES = ("adapters", "distill", "evaluate", "flops", "generate", "mini", "presets", "surgery")
+_MODULES = (
+    "adapters",
+    "analysis",
+    "distill",
+    "evaluate",
+    "flops",
+    "generate",
+    "mini",
+    "presets",
+    "surgery",
+)
 __all__ = [*sorted(_HOME), "__version__"]
 
 

@@ -67,8 +67,8 @@ class DeltaConv:
                 known, given = ", ".join(get_args(kinds)), getattr(self, field)
                 raise ConvFusionError(f"{field} must be one of {known}, not {given!r}")
 
-    def build(self, channels: int) -> DeltaConvBlock:
-        """A block for tokens of `channels` channels."""
+    def build(self, channels: int, heads: int = 1) -> DeltaConvBlock:
+        """A block for tokens of `channels` channels; heads mean nothing to it."""
         return DeltaConvBlock(channels, self)
 
 

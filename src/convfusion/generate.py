@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
 
-from convfusion.adapters import adapter_for, denoiser_of
+from convfusion.adapters import Denoiser, adapter_for, denoiser_of
 from convfusion.conditioning import class_labels, latent_scale
 from convfusion.errors import ConvFusionError
 
@@ -48,9 +49,12 @@ def generate(
     if size is not None:
         check_size(pipe, size)
         options |= {"height": size[0], "width": size[1]}
-    of_classes = adapter_for(denoiser_of(pipe)).family == "dit"
+    family = adapter_for(denoiser_of(pipe)).family
+    of_classes = family == "dit"
     if of_classes and size is not None:
         raise ConvFusionError("a DiT pipeline draws at its own size only: leave the size out")
+    if family == "pixart":  # else it draws at the nearest size of its training and resizes that
+        options.setdefault("use_resolution_binning", False)
     images: list[Image.Image] = []
     with silent(pipe):
         for start in range(0, len(prompts), batch_size):
@@ -79,7 +83,19 @@ def check_size(pipe: Any, size: tuple[int, int]) -> None:
 
 
 @contextmanager
-def silent(pipe: Any) -> Any:
+def swapped_denoiser(pipe: Any, denoiser: Denoiser) -> Iterator[Any]:
+    """Let a pipeline draw with another denoiser of the same family for a while."""
+    own = denoiser_of(pipe)
+    name = "unet" if getattr(pipe, "unet", None) is own else "transformer"
+    setattr(pipe, name, denoiser)
+    try:
+        yield pipe
+    finally:
+        setattr(pipe, name, own)
+
+
+@contextmanager
+def silent(pipe: Any) -> Iterator[None]:
     """Draw without the pipeline's own progress bar."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**before, "disable": True})

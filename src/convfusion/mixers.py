@@ -1,6 +1,7 @@
 """Token mixers: everything that can stand where a self-attention stood.
 
-The contract: settings are a frozen dataclass with `build(channels)`, which returns a `TokenMixer`.
+The contract: settings are a frozen dataclass with `build(channels, heads)` for a site of so many
+channels and attention heads, which returns a `TokenMixer`.
 Register the settings in `MIXERS` and the mixer works with every adapter, checkpoint and trainer.
 """
 
@@ -20,19 +21,20 @@ from convfusion.block import (
     set_to_uniform_attention,
 )
 from convfusion.errors import ConvFusionError
+from convfusion.neighbourhood import neighbourhood_attention
 
 
 class Mixer(Protocol):
     """Settings of a token mixer."""
 
-    def build(self, channels: int) -> TokenMixer: ...
+    def build(self, channels: int, heads: int) -> TokenMixer: ...
 
 
 @dataclass(frozen=True)
 class Removed:
     """No mixing at all: the site adds nothing."""
 
-    def build(self, channels: int) -> TokenMixer:
+    def build(self, channels: int, heads: int = 1) -> TokenMixer:
         return RemovedMixer(self)
 
 
@@ -40,8 +42,29 @@ class Removed:
 class MeanOnly:
     """Uniform attention: every token receives the same projection of the mean token."""
 
-    def build(self, channels: int) -> TokenMixer:
+    def build(self, channels: int, heads: int = 1) -> TokenMixer:
         return MeanOnlyMixer(channels, self)
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """The site's own attention, restricted to the nearest window × window tokens (NATTEN's rule).
+
+    Near the border the window moves inwards, so that every token attends to as many keys. On a
+    grid no larger than the window it is the full attention.
+
+    Attributes:
+        window: odd side K, in tokens.
+    """
+
+    window: int = 13
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.window % 2 == 0:
+            raise ConvFusionError(f"window must be odd and positive, not {self.window}")
+
+    def build(self, channels: int, heads: int = 1) -> TokenMixer:
+        return NeighbourhoodMixer(channels, heads, self)
 
 
 class RemovedMixer(TokenMixer):
@@ -73,7 +96,52 @@ class MeanOnlyMixer(TokenMixer):
         set_to_uniform_attention(self.proj, attention)
 
 
-MIXERS: dict[str, type] = {"delta_conv": DeltaConv, "removed": Removed, "mean_only": MeanOnly}
+class NeighbourhoodMixer(TokenMixer):
+    """softmax(q·kᵀ/√d)·v over the keys within the window of each query.
+
+    Raises:
+        ConvFusionError: the heads do not divide the channels.
+    """
+
+    def __init__(self, channels: int, heads: int, config: Neighbourhood) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ConvFusionError(f"{heads} heads do not divide {channels} channels")
+        self.config, self.heads = config, heads
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        check_grid(tokens, grid)
+        query, key, value = (
+            layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        mixed = neighbourhood_attention(query, key, value, grid, self.config.window)
+        return self.to_out(mixed.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def init_from(self, attention: Any) -> None:
+        """Take over its projections; a missing bias is zero."""
+        if attention.heads != self.heads or attention.to_q.weight.shape[0] != len(self.to_q.bias):
+            raise ConvFusionError("the attention's heads or inner channels are not the site's")
+        own = (self.to_q, self.to_k, self.to_v, self.to_out)
+        theirs = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+        for mine, stock in zip(own, theirs, strict=True):
+            mine.weight.copy_(stock.weight)
+            mine.bias.zero_()
+            if stock.bias is not None:
+                mine.bias.copy_(stock.bias)
+
+
+MIXERS: dict[str, type] = {
+    "delta_conv": DeltaConv,
+    "removed": Removed,
+    "mean_only": MeanOnly,
+    "neighbourhood": Neighbourhood,
+}
 
 
 def mixer_to_dict(mixer: Any) -> dict[str, Any]:

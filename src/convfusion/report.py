@@ -24,7 +24,9 @@ h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
 table {{ border-collapse: collapse; }} th, td {{ padding: .35rem 1rem; text-align: right;
        border-bottom: 1px solid #d8dee4; font-variant-numeric: tabular-nums; }}
 th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
-img {{ max-width: 100%; }} .note {{ color: #57606a; }}
+img {{ max-width: 100%; }} .wide {{ overflow-x: auto; }}
+.dense {{ font-size: .85rem; }} .dense th, .dense td {{ padding: .2rem .5rem; }}
+.note {{ color: #57606a; }}
 </style></head><body>
 {body}
 </body></html>

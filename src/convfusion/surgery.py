@@ -150,7 +150,7 @@ def build_mixers(
             attention = _plain_attention(model, site)
             weight = attention.to_v.weight
             with torch.device("meta" if weight.is_meta else "cpu"):
-                mixer = chosen[site.path].build(site.channels)
+                mixer = chosen[site.path].build(site.channels, site.heads)
             mixer = mixer.to(weight.device)
             if not weight.is_meta:
                 mixer.init_from(attention)

@@ -9,6 +9,7 @@ from convfusion.adapters.base import (
     denoiser_of,
     list_sites,
     register,
+    site_grid,
     supported,
 )
 
@@ -21,6 +22,7 @@ __all__ = [
     "dit",
     "list_sites",
     "register",
+    "site_grid",
     "supported",
     "unet",
 ]

@@ -58,10 +58,14 @@ class GridHook:
     patch: int
     position: int
 
+    def grid(self, args: tuple, kwargs: dict) -> tuple[int, int]:
+        """(H, W) of the tokens, from the arguments of a call of the owner."""
+        maps: Tensor = args[0] if args else kwargs["hidden_states"]
+        return maps.shape[-2] // self.patch, maps.shape[-1] // self.patch
+
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         maps: Tensor = args[0] if args else kwargs["hidden_states"]
-        height, width = maps.shape[-2] // self.patch, maps.shape[-1] // self.patch
-        grid = maps.new_empty((height, width, 0))
+        grid = maps.new_empty((*self.grid(args, kwargs), 0))
         if len(args) > self.position:
             extra = {**(args[self.position] or {}), GRID: grid}
             return (*args[: self.position], extra, *args[self.position + 1 :]), kwargs
@@ -156,6 +160,13 @@ def list_sites(model: Denoiser) -> list[Site]:
             f"this {type(model).__name__} has no self-attention in transformer blocks to replace"
         )
     return sites
+
+
+def site_grid(model: Denoiser, site: Site, latents: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of the tokens of a site for latents of (height, width)."""
+    patch = adapter_for(model).grid_hook(model).patch
+    height, width = (-(-side // 2**site.level) // patch for side in latents)
+    return height, width
 
 
 def transformer_blocks(model: Denoiser) -> list[tuple[str, BasicTransformerBlock]]:

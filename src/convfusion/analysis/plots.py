@@ -1,0 +1,240 @@
+"""Figures of an analysis, each a matplotlib `Figure` ready to be saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from convfusion.analysis.study import Analysis, SiteAnalysis
+
+# Okabe and Ito's colours, which tell apart under the common kinds of colour blindness.
+BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
+GREY, INK, FAINT = "#8c959f", "#1b1f24", "#d8dee4"
+COLUMNS = 4
+
+Panel = Callable[[Axes, SiteAnalysis], None]
+
+
+def short_name(path: str) -> str:
+    """A site's path as people say it: `down 0 · attention 1 · block 0`."""
+    names = {"down_blocks": "down", "up_blocks": "up", "mid_block": "mid"}
+    words = path.removesuffix(".attn1").replace("transformer_blocks", "block").split(".")
+    words = [names.get(word, word) for word in words if word != "attentions"]
+    if words[0] == "mid":
+        words = [words[0], *words[2:]]
+    text = " ".join(words)
+    return text.replace(" block 0", "") if "down" in text or "up" in text or "mid" in text else text
+
+
+def score_mass(analysis: Analysis) -> Figure:
+    """ASM over the window side: the attention, its high-frequency part, and uniform attention."""
+
+    def panel(axes: Axes, site: SiteAnalysis) -> None:
+        sides = _sides(site)
+        axes.plot(sides, site.uniform_score_mass, "--", color=GREY)
+        axes.plot(sides, site.mean.score_mass, color=BLUE)
+        if site.mean.score_mass_high:
+            axes.plot(sides, site.mean.score_mass_high, color=ORANGE)
+        axes.axhline(analysis.config.share, color=FAINT, zorder=0)
+        axes.set_ylim(0, 1.03)
+
+    lines = {"attention": BLUE, "high-frequency part, Λ⁺": ORANGE, "uniform attention": GREY}
+    return _panels(analysis, panel, "window side K in tokens", "share of mass in K×K", lines)
+
+
+def slopes(analysis: Analysis) -> Figure:
+    """What each further ring of the window adds: the slope of the curves of `score_mass`."""
+
+    def panel(axes: Axes, site: SiteAnalysis) -> None:
+        sides = _sides(site)
+        axes.plot(sides, _slope(site.uniform_score_mass), "--", color=GREY)
+        axes.plot(sides, _slope(site.mean.score_mass), color=BLUE)
+        if site.mean.score_mass_high:
+            axes.plot(sides, _slope(site.mean.score_mass_high), color=ORANGE)
+        axes.set_ylim(bottom=0)
+
+    lines = {"attention": BLUE, "high-frequency part, Λ⁺": ORANGE, "uniform attention": GREY}
+    return _panels(analysis, panel, "window side K in tokens", "slope, share per token", lines)
+
+
+def decay(analysis: Analysis) -> Figure:
+    """Mean Λ⁺ per key at each distance, with the laws that were fitted."""
+
+    def panel(axes: Axes, site: SiteAnalysis) -> None:
+        profile = np.array(site.profile_high or [math.nan])
+        distance = np.arange(1, len(profile))
+        axes.plot(distance, profile[1:], "o", color=ORANGE, markersize=3.5)
+        fit = site.mean.decay
+        if fit is None or len(profile) < 2:
+            axes.text(0.5, 0.5, "too few distances\nfor a fit", transform=axes.transAxes, **_NOTE)
+        else:
+            last = max(site.grid) // 2
+            near = np.arange(1, last + 1)
+            logs = np.log(profile[1 : last + 1])
+            for law, color, style in _LAWS:
+                axes.plot(near, np.exp(_fitted(law, near, logs)), style, color=color, linewidth=1.3)
+            axes.text(
+                0.04,
+                0.05,
+                f"best: {fit.best}, s = {fit.exponent:.2f}",
+                transform=axes.transAxes,
+                fontsize=8,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.minorticks_off()
+
+    lines = {"mean Λ⁺ per key": ORANGE, **{name: color for name, color, _ in _LAWS}}
+    return _panels(analysis, panel, "distance d in tokens", "mean Λ⁺", lines)
+
+
+def receptive_fields(analysis: Analysis, control: Analysis | None = None) -> Figure:
+    """ERF of every layer, beside its grid and beside the ERF of uniform attention there."""
+    rows = len(analysis.sites)
+    figure = Figure(figsize=(9, 1.3 + 0.3 * rows), layout="constrained")
+    axes = figure.subplots()
+    for y, site in enumerate(analysis.sites):
+        axes.plot([site.uniform_receptive_field] * 2, [y - 0.36, y + 0.36], color=INK, linewidth=2)
+        others = [f["receptive_field"] for f in site.filters if f["receptive_field"]]
+        if others:
+            axes.plot([min(others), max(others)], [y, y], color=SKY, linewidth=5, alpha=0.6)
+        heads = [h.receptive_field for h in site.heads if h.receptive_field]
+        axes.plot(heads, [y - 0.22] * len(heads), "|", color=GREEN, markersize=6)
+        for value, marker, color in (
+            (site.mean.receptive_field, "o", ORANGE),
+            (site.mean.receptive_field_magnitude, "D", PURPLE),
+        ):
+            if value:
+                axes.plot(value, y, marker, color=color, markersize=6)
+        found = control.sites[y].mean.receptive_field if control is not None else None
+        if found:
+            axes.plot(found, y + 0.25, "x", color=GREY)
+    grids = [f"{short_name(s.path)}  ({s.grid[0]}×{s.grid[1]})" for s in analysis.sites]
+    marks = [f"{g} *" if s.artefact else g for g, s in zip(grids, analysis.sites, strict=True)]
+    axes.set_yticks(range(rows), marks)
+    axes.set_ylim(rows - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("effective receptive field: window side in tokens")
+    handles = [
+        _handle("mean map", ORANGE, marker="o"),
+        _handle("mean map, by |Λ|", PURPLE, marker="D"),
+        _handle("single maps, each head", GREEN, marker="|"),
+        _handle("other cut-offs and orders", SKY, linewidth=5),
+        _handle("uniform attention: no locality", INK, marker="|"),
+    ]
+    if control is not None:
+        handles.append(_handle("untrained model", GREY, marker="x"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+    _clean(axes)
+    axes.grid(axis="x", color=FAINT)
+    return figure
+
+
+def timesteps(analysis: Analysis) -> Figure:
+    """How the maps change from noise to picture, one line per layer."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    kinds = {
+        "ERF / ERF of uniform": lambda s, m: (m.receptive_field or 0) / s.uniform_receptive_field,
+        "entropy": lambda s, m: m.entropy,
+        "common to all queries": lambda s, m: m.bias_share,
+        "high-frequency share": lambda s, m: m.high_share,
+    }
+    levels = sorted({site.grid for site in analysis.sites}, reverse=True)
+    colors = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
+    for axes, (name, value) in zip(figure.subplots(1, 4), kinds.items(), strict=True):
+        for site in analysis.sites:
+            points = sorted(site.timesteps.items())
+            color = colors[levels.index(site.grid) % len(colors)]
+            x, y = [t for t, _ in points], [value(site, m) for _, m in points]
+            axes.plot(x, y, ".-", color=color, linewidth=1.2, alpha=0.8)
+        axes.set_title(name, fontsize=10)
+        axes.set_ylim(0, 1.25)
+        axes.invert_xaxis()
+        axes.set_xlabel("timestep (noise → picture)", fontsize=9)
+        _clean(axes)
+    handles = [
+        _handle(f"{g[0]}×{g[1]} tokens", colors[i % len(colors)]) for i, g in enumerate(levels)
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
+    return figure
+
+
+def mean_maps(analysis: Analysis) -> Figure:
+    """The mean map of a few queries, marked, one row per layer; each map on its own scale."""
+    rows = len(analysis.sites)
+    columns = max(len(site.shown) for site in analysis.sites)
+    figure = Figure(figsize=(1.6 * columns + 1.6, 1.55 * rows + 0.3), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for row, site in zip(grid, analysis.sites, strict=True):
+        label = f"{short_name(site.path)}\n{site.grid[0]}×{site.grid[1]}"
+        row[0].text(-0.12, 0.5, label, transform=row[0].transAxes, **_ROW)
+        for axes, image, (y, x) in zip(row, site.shown, site.shown_at, strict=False):
+            axes.imshow(image, cmap="magma", vmin=0)
+            axes.plot(x, y, "o", markersize=7, markerfacecolor="none", markeredgecolor="white")
+            axes.plot(x, y, "o", markersize=9, markerfacecolor="none", markeredgecolor="black")
+    return figure
+
+
+_NOTE: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9, "color": GREY}
+_ROW: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 9}
+_LAWS = (("power", BLUE, "-"), ("quadratic", GREEN, "--"), ("exponential", PURPLE, ":"))
+
+
+def _fitted(law: str, distance: np.ndarray, logs: np.ndarray) -> np.ndarray:
+    """The logarithm of a law, fitted as `fit_decay` does."""
+    if law == "quadratic":
+        square = -2 * np.log(distance)
+        return square + (logs - square).mean()
+    x = np.log(distance) if law == "power" else distance
+    return np.polyval(np.polyfit(x, logs, 1), x)
+
+
+def _sides(site: SiteAnalysis) -> list[int]:
+    return [2 * d + 1 for d in range(len(site.uniform_score_mass))]
+
+
+def _slope(curve: list[float]) -> np.ndarray:
+    """Per token of window side: a ring further widens the window by two."""
+    return np.diff(curve, prepend=0.0) / np.array([1, *[2] * (len(curve) - 1)])
+
+
+def _panels(
+    analysis: Analysis, panel: Panel, xlabel: str, ylabel: str, lines: dict[str, str]
+) -> Figure:
+    """One small panel per site, with one legend above."""
+    rows = math.ceil(len(analysis.sites) / COLUMNS)
+    figure = Figure(figsize=(11, 0.7 + 2.3 * rows), layout="constrained")
+    every = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    for axes, site in zip(every, analysis.sites, strict=False):
+        panel(axes, site)
+        mark = "  * sinks" if site.artefact else ""
+        title = f"{short_name(site.path)}  ({site.grid[0]}×{site.grid[1]}){mark}"
+        axes.set_title(title, fontsize=9)
+        _clean(axes)
+    for axes in list(figure.axes)[len(analysis.sites) :]:
+        axes.set_axis_off()
+    figure.supxlabel(xlabel, fontsize=10)
+    figure.supylabel(ylabel, fontsize=10)
+    handles = [_handle(name, color) for name, color in lines.items()]
+    figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def _handle(label: str, color: str, marker: str = "", linewidth: float = 1.8) -> Line2D:
+    return Line2D(
+        [], [], label=label, color=color, marker=marker, linewidth=0 if marker else linewidth
+    )
+
+
+def _clean(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)

@@ -1,0 +1,244 @@
+"""What can be said about an attention map: pure functions, each with its equation.
+
+Maps are rows of attention, [..., Q, N]: Q queries that attend to N = H·W keys, which lie row by
+row on a grid (H, W). Rings are sums over keys by their Chebyshev distance from the query,
+d = max(|Δrow|, |Δcolumn|), so that a K×K window holds the rings 0 … (K−1)/2; near the border the
+window is clipped, since no keys lie outside. The definitions of score mass, high-frequency part
+and effective receptive field follow Dong et al., "Can We Achieve Efficient Diffusion without
+Self-Attention?", ICCV 2025.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convfusion.block import Grid
+from convfusion.errors import ConvFusionError
+
+SINK_FACTOR = 10.0  # a sink receives this many times what uniform attention gives a token,
+SINK_BREADTH = 0.25  # from at least this share of the queries,
+SINK_TOKENS = 0.01  # and sinks are few: at most this share of the tokens, but always one
+
+
+@dataclass(frozen=True)
+class HighPass:
+    """A Butterworth high-pass filter over a query's map.
+
+    Attributes:
+        cutoff: frequency that is halved, in cycles per side of the grid (of √(H·W) tokens).
+        order: steepness n.
+    """
+
+    cutoff: float = 1.0
+    order: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.cutoff > 0 or self.order < 1:
+            raise ConvFusionError(
+                f"a high-pass filter needs a cut-off above 0 and an order of at least 1, "
+                f"not {self.cutoff} and {self.order}"
+            )
+
+    def response(self, grid: Grid) -> Tensor:
+        """1 / (1 + (cutoff/f)^(2·order)), 0 at f = 0; [H, W//2 + 1] as `rfft2` orders it.
+
+        f = √(H·W)·hypot(u/H, v/W) for the wave of u cycles down and v cycles across.
+        """
+        height, width = grid
+        rows = torch.fft.fftfreq(height, dtype=torch.float64)
+        columns = torch.fft.rfftfreq(width, dtype=torch.float64)
+        frequency = math.sqrt(height * width) * torch.hypot(rows[:, None], columns[None])
+        # The constant wave has f = 0: (cutoff/0) is infinite, and its response 0.
+        return 1 / (1 + (self.cutoff / frequency) ** (2 * self.order))
+
+
+DEFAULT_HIGH_PASS = HighPass()
+
+
+@dataclass(frozen=True)
+class DecayFit:
+    """How values at distance d fall off, by least squares on their logarithms.
+
+    Attributes:
+        exponent: s of the power law p(d) ∝ d^(−s).
+        length: ℓ in tokens of the exponential p(d) ∝ exp(−d/ℓ); None where nothing falls.
+        r2: share of the variance of log p explained by each law; 'quadratic' is s = 2. It is
+            negative for a law that fits worse than a constant, which has 0.
+        best: 'power', 'quadratic', 'exponential' or 'none', by the Bayesian information
+            criterion, which charges a law for each number that it fits.
+    """
+
+    exponent: float
+    length: float | None
+    r2: dict[str, float]
+    best: str
+
+
+def chebyshev(queries: Tensor, grid: Grid) -> Tensor:
+    """max(|Δrow|, |Δcolumn|) from queries [Q], token indices, to every key: int64 [Q, N]."""
+    height, width = grid
+    keys = torch.arange(height * width, device=queries.device)
+    rows = (queries[:, None] // width - keys[None] // width).abs()
+    columns = (queries[:, None] % width - keys[None] % width).abs()
+    return torch.maximum(rows, columns)
+
+
+def rings(grid: Grid) -> int:
+    """D, the number of distances from 0 to the largest on a grid."""
+    return max(grid)
+
+
+def windows(grid: Grid) -> list[int]:
+    """The odd window sides K = 2·d + 1, one for each distance d on a grid."""
+    return [2 * d + 1 for d in range(rings(grid))]
+
+
+def ring_sums(maps: Tensor, distances: Tensor, count: int) -> Tensor:
+    """Σ over queries and the keys at distance d from them; [M, Q, N] → float64 [M, D].
+
+    Args:
+        maps: M maps.
+        distances: [Q, N], as from `chebyshev`.
+        count: D.
+    """
+    offsets = torch.arange(len(maps), device=maps.device)[:, None] * count
+    bins = (offsets + distances.flatten()[None]).flatten()
+    sums = torch.bincount(bins, weights=maps.double().flatten(), minlength=len(maps) * count)
+    return sums.view(len(maps), count)
+
+
+def attention_score_mass(ring_sums: Tensor) -> Tensor:
+    """ASM(K) = Σ_{d < K/2} ring(d) / Σ_d ring(d), at K = 1, 3, 5, …; [..., D] → [..., D].
+
+    Rings are summed over queries before they are normalised. The high-frequency part has both
+    signs and sums to 0: give the rings of Λ⁺ = max(Λ, 0), the attention above its surroundings.
+    """
+    return ring_sums.cumsum(-1) / ring_sums.sum(-1, keepdim=True)
+
+
+def mass_within(score_mass: Tensor, window: int, grid: Grid) -> float:
+    """ASM at one window side K. An even K holds what K − 1 does.
+
+    Raises:
+        ConvFusionError: K < 1, or the window is larger than the grid.
+    """
+    if not 1 <= window <= max(grid):
+        raise ConvFusionError(
+            f"a window of {window} does not fit a grid of {grid[0]}×{grid[1]}: "
+            f"its side must lie between 1 and {max(grid)}"
+        )
+    return score_mass[(window - 1) // 2].item()
+
+
+def growth_exponent(score_mass: Tensor, grid: Grid) -> float | None:
+    """s of ASM(K) ∝ K^s, by least squares on logarithms over K = 3, 5, … ≤ the shorter side.
+
+    Uniform attention over a large grid has s = 2 (somewhat less where windows are clipped), and
+    attention within the smallest window 0. None where the grid has fewer than two such K.
+    """
+    sides = [k for k in windows(grid) if 3 <= k <= min(grid)]
+    masses = [score_mass[(k - 1) // 2].item() for k in sides]
+    if len(sides) < 2 or min(masses) <= 0:
+        return None
+    return float(np.polyfit(np.log(sides), np.log(masses), 1)[0])
+
+
+def receptive_field(score_mass: Tensor, share: float = 0.8) -> int | None:
+    """ERF: the smallest odd K with ASM(K) ≥ share; None of a curve that is not finite.
+
+    The effective receptive field of a layer is this of the high-frequency part at 0.8.
+    """
+    if not score_mass.isfinite().all():
+        return None
+    # The last value is 1 up to rounding, which must not decide.
+    return 2 * int((score_mass >= share - 1e-9).int().argmax()) + 1
+
+
+def high_pass(maps: Tensor, grid: Grid, response: Tensor) -> Tensor:
+    """Λ = F⁻¹(response · F(A)) of each query's map: [..., N] → [..., N].
+
+    The map is taken as periodic, as a discrete Fourier transform does. A − Λ is the low-frequency
+    part; it keeps the sum of the map, 1.
+    """
+    spectrum = torch.fft.rfft2(maps.unflatten(-1, grid))
+    spectrum *= response.to(maps.device, maps.dtype)
+    return torch.fft.irfft2(spectrum, s=grid).flatten(-2)
+
+
+def entropy(maps: Tensor) -> Tensor:
+    """−Σ_k A_k·ln A_k / ln N of each query's map: 1 is uniform, 0 one-hot; [..., N] → [...]."""
+    return torch.special.entr(maps).sum(-1) / math.log(maps.shape[-1])
+
+
+def bias_share(squared_sum: Tensor, energy: Tensor, queries: int) -> Tensor:
+    """Mean ⟨A_q, A_q'⟩ over pairs q ≠ q', over the mean of ‖A_q‖²: what all queries share.
+
+    1 where every query has the same map (uniform attention, a sink): the map is a constant bias.
+    0 where maps do not overlap. Taking pairs leaves no floor of 1/Q behind.
+
+    Args:
+        squared_sum: ‖Σ_q A_q‖².
+        energy: Σ_q ‖A_q‖².
+        queries: Q ≥ 2.
+    """
+    return (squared_sum - energy) / ((queries - 1) * energy)
+
+
+def sink_tokens(column_sums: Tensor, column_squares: Tensor, queries: int) -> Tensor:
+    """Which keys are sinks: few tokens that a large part of all queries attends to; bool [..., N].
+
+    With a_k = Σ_q A_qk and e_k = Σ_q A_qk², a key is a sink if N·a_k/Q ≥ `SINK_FACTOR`, if the
+    number of queries that effectively attend to it, a_k²/e_k, is at least `SINK_BREADTH`·Q, and if
+    it is among the strongest `SINK_TOKENS`·N keys (at least one).
+    """
+    tokens = column_sums.shape[-1]
+    strong = column_sums * tokens / queries >= SINK_FACTOR
+    broad = column_sums.square() >= SINK_BREADTH * queries * column_squares
+    few = max(1, int(tokens * SINK_TOKENS))
+    least = column_sums.topk(few, dim=-1).values[..., -1:]
+    return strong & broad & (column_sums >= least)
+
+
+def fit_decay(profile: Tensor, grid: Grid) -> DecayFit | None:
+    """Fit the mean value at distance d = 1 … max(H, W)/2, where periodic waves do not yet return.
+
+    Args:
+        profile: [D], ring sums over the number of keys in each ring.
+
+    Returns:
+        The fit, or None with fewer than four distances or a value that is not positive.
+    """
+    last = min(max(grid) // 2, len(profile) - 1)
+    values = profile[1 : last + 1].double().cpu().numpy()
+    if len(values) < 4 or not np.isfinite(values).all() or values.min() <= 0:
+        return None
+    distance = np.arange(1, last + 1)
+    logs = np.log(values)
+    slope, level = np.polyfit(np.log(distance), logs, 1)
+    rate, start = np.polyfit(distance, logs, 1)
+    square = -2 * np.log(distance)
+    residuals = {
+        "power": logs - slope * np.log(distance) - level,
+        "quadratic": logs - square - (logs - square).mean(),
+        "exponential": logs - rate * distance - start,
+        "none": logs - logs.mean(),
+    }
+    fitted = {"power": 2, "quadratic": 1, "exponential": 2, "none": 1}
+    errors = {law: float(np.square(residual).sum()) for law, residual in residuals.items()}
+    flat = errors["none"] <= 1e-12 * len(logs)  # all values equal: any law would explain it
+    count = len(logs)
+    scores = {
+        law: count * math.log(max(error, 1e-300) / count) + fitted[law] * math.log(count)
+        for law, error in errors.items()
+    }
+    return DecayFit(
+        exponent=float(-slope),
+        length=float(-1 / rate) if rate < -1e-12 else None,
+        r2={law: 0.0 if flat else 1 - error / errors["none"] for law, error in errors.items()},
+        best="none" if flat else min(scores, key=lambda law: scores[law]),
+    )

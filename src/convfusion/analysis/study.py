@@ -1,0 +1,237 @@
+"""The analysis of a pipeline: sample, measure every layer, and put the numbers together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convfusion.adapters import Denoiser, Site, denoiser_of, list_sites
+from convfusion.analysis.capture import Captured, attention_capture, choose_timesteps
+from convfusion.analysis.statistics import HighPass, receptive_field
+from convfusion.analysis.streaming import (
+    MapStatistics,
+    Measure,
+    measure_map,
+    shown_queries,
+    summarise,
+    uniform_score_mass,
+)
+from convfusion.block import Grid
+from convfusion.checkpoint import write_text
+from convfusion.errors import ConvFusionError
+from convfusion.generate import generate
+
+SCHEMA = "convfusion-analysis-1"
+SINK_SHARE = 0.2  # a layer is flagged when sinks take this share of its attention
+OTHER_FILTERS = tuple(HighPass(cutoff, order) for order in (1, 2, 4) for cutoff in (0.5, 1.0, 2.0))
+
+
+@dataclass(frozen=True)
+class AnalysisConfig:
+    """How a pipeline is analysed.
+
+    Attributes:
+        steps: sampling steps.
+        timesteps: where to look, among those that the scheduler visits; by default five.
+        guidance: classifier-free guidance; both of its halves count.
+        size: (height, width) of the pictures, by default the pipeline's own.
+        share: of the high-frequency attention that the effective receptive field holds.
+        measure: filter, queries, memory and seed.
+        filters: further filters, tried on the mean map to show how far the ERF depends on them.
+        batch_size: pictures drawn at once.
+    """
+
+    steps: int = 25
+    timesteps: tuple[int, ...] | None = None
+    guidance: float = 5.0
+    size: tuple[int, int] | None = None
+    share: float = 0.8
+    measure: Measure = field(default_factory=Measure)
+    filters: tuple[HighPass, ...] = OTHER_FILTERS
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ConvFusionError(f"share must lie between 0 and 1, not {self.share}")
+
+
+@dataclass(frozen=True)
+class SiteAnalysis:
+    """What was found at one self-attention.
+
+    Attributes:
+        path: of the attention module.
+        level: how often the latents were halved before it.
+        grid: (H, W) of its tokens.
+        queries: measured per map.
+        uniform_receptive_field: ERF that uniform attention has on this grid: the K whose clipped
+            windows cover `share` of the keys. An ERF near it is no locality.
+        uniform_score_mass: the covered share itself at K = 1, 3, 5, …
+        profile_high: mean Λ⁺ of the mean map per key at distance 0, 1, 2, …; what `mean.decay` is
+            fitted to. None with no high-frequency part.
+        mean: statistics of the mean map, over heads, timesteps and pictures: the paper's A^l. It
+            is what attention does whatever the picture.
+        single: statistics of single maps (the mean over heads of one picture at one timestep),
+            averaged. What depends on the content of the picture shows here.
+        heads: as `single`, of each head.
+        timesteps: as `single`, at each timestep.
+        filters: ERF of the mean map under other filters.
+        sinks: (row, column) of tokens that are sinks in at least half of the single maps.
+        artefact: sinks take so much of the attention that the ERF says nothing about locality.
+        shown: the mean map [S][H][W] of a few queries, `shown_at` their (row, column).
+    """
+
+    path: str
+    level: int
+    grid: tuple[int, int]
+    queries: int
+    uniform_receptive_field: int
+    uniform_score_mass: list[float]
+    profile_high: list[float] | None
+    mean: MapStatistics
+    single: MapStatistics
+    heads: list[MapStatistics]
+    timesteps: dict[int, MapStatistics]
+    filters: list[dict[str, Any]]
+    sinks: list[tuple[int, int]]
+    artefact: bool
+    shown: list[list[list[float]]]
+    shown_at: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The analysis of one model, ready for `save`, plots and `recommend`."""
+
+    model: str
+    prompts: list[str]
+    timesteps: list[int]
+    config: AnalysisConfig
+    sites: list[SiteAnalysis]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values; `docs/analysis.md` describes them."""
+        return {"schema": SCHEMA, **_rounded(asdict(self))}
+
+    def save(self, path: str | Path) -> None:
+        write_text(Path(path), json.dumps(self.to_dict(), allow_nan=False) + "\n")
+
+
+def analyze(
+    pipe: Any,
+    prompts: list[str],
+    config: AnalysisConfig = AnalysisConfig(),
+    *,
+    on_call: Callable[[], None] | None = None,
+) -> Analysis:
+    """Analyse the self-attention of a pipeline while it draws the prompts.
+
+    Args:
+        pipe: a text-to-image or DiT pipeline that is not converted.
+        prompts: what to draw; for DiT class names or numbers. Seeds are 0, 1, 2, …
+        config: how.
+        on_call: called after each call of the denoiser, for a progress bar.
+
+    Raises:
+        ConvFusionError: no prompts, a timestep that the scheduler does not visit, a model without
+            self-attention or a converted one; or an attention map that is not finite.
+    """
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ConvFusionError("there are no prompts to draw: at least one is needed")
+    model = denoiser_of(pipe)
+    timesteps = choose_timesteps(pipe, config.steps, config.timesteps)
+    counter = model.register_forward_hook(lambda *_: on_call() if on_call else None)
+    try:
+        with attention_capture(pipe, timesteps, config.measure) as seen:
+            generate(
+                pipe,
+                prompts,
+                steps=config.steps,
+                guidance=config.guidance,
+                size=config.size,
+                batch_size=config.batch_size,
+            )
+    finally:
+        counter.remove()
+    return Analysis(
+        model=f"{type(pipe).__name__} with {type(model).__name__}",
+        prompts=list(prompts),
+        timesteps=timesteps,
+        config=config,
+        sites=site_analyses(model, seen, config),
+    )
+
+
+def site_analyses(
+    model: Denoiser, seen: dict[str, Captured], config: AnalysisConfig
+) -> list[SiteAnalysis]:
+    """The numbers of every site, from what was captured."""
+    return [_analyse_site(s, seen[s.path], config) for s in list_sites(model) if s.path in seen]
+
+
+def _analyse_site(site: Site, seen: Captured, config: AnalysisConfig) -> SiteAnalysis:
+    grid, measure = seen.grid, config.measure
+    parts = list(seen.by_timestep.values())
+    singles = sum(parts[1:], start=parts[0])
+    *heads, single = summarise(singles, config.share)
+    mean_map = seen.mean_map / seen.maps
+    sums = measure_map(mean_map, grid, measure)
+    mean = summarise(sums, config.share)[0]
+    profile = sums.high_rings[0] / sums.counts
+    uniform = uniform_score_mass(sums)
+    often = (singles.sinks[-1] >= singles.pictures / 2).nonzero().flatten().tolist()
+    shown = shown_queries(grid)
+    rows = torch.isin(measure.chosen_queries(grid), shown)
+    return SiteAnalysis(
+        path=site.path,
+        level=site.level,
+        grid=grid,
+        queries=sums.queries,
+        uniform_receptive_field=receptive_field(uniform, config.share) or 1,
+        uniform_score_mass=uniform.tolist(),
+        profile_high=profile.tolist() if mean.score_mass_high else None,
+        mean=mean,
+        single=single,
+        heads=heads,
+        timesteps={t: summarise(p, config.share)[-1] for t, p in seen.by_timestep.items()},
+        filters=[_with_filter(mean_map, grid, config, other) for other in config.filters],
+        sinks=[divmod(token, grid[1]) for token in often],
+        artefact=single.sink_mass >= SINK_SHARE,
+        shown=mean_map[rows.to(mean_map.device)].unflatten(1, grid).tolist(),
+        shown_at=[divmod(token, grid[1]) for token in sorted(shown.tolist())],
+    )
+
+
+def _with_filter(
+    mean_map: Tensor, grid: Grid, config: AnalysisConfig, other: HighPass
+) -> dict[str, Any]:
+    sums = measure_map(mean_map, grid, replace(config.measure, high_pass=other))
+    found = summarise(sums, config.share)[0].receptive_field
+    return {"cutoff": other.cutoff, "order": other.order, "receptive_field": found}
+
+
+def untrained(pipe: Any, seed: int = 0) -> Denoiser:
+    """A freshly initialised denoiser of the same shape, the control of an analysis.
+
+    Draw with it in place of the trained one: `with swapped_denoiser(pipe, untrained(pipe)): …`.
+    """
+    model = denoiser_of(pipe)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        fresh = type(model).from_config(model.config)
+    return fresh.to(model.device, model.dtype).eval()
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to six significant digits, all the way down: a report is no archive of rounding."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,41 @@
+"""The command line: thin, each command calls what a script would call."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from convfusion.cli.analyze import ablate, analyze
+from convfusion.cli.console import fail, quiet_libraries
+from convfusion.cli.convert import convert
+from convfusion.cli.demo import demo
+from convfusion.cli.distill import distill
+from convfusion.cli.generate import generate
+from convfusion.errors import ConvFusionError
+
+app = typer.Typer(
+    name="convfusion",
+    help="Diffusion models without self-attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (demo, analyze, ablate, convert, distill, generate):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit status 2."""
+    quiet_libraries()
+    try:
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except (ConvFusionError, OSError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer says of wrong usage
+            raise
+        fail(f"{error.format_message()} Try --help.")
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,5 @@
+"""`python -m convfusion.cli`."""
+
+from convfusion.cli import main
+
+main()

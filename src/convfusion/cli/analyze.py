@@ -1,0 +1,217 @@
+"""`convfusion analyze` and `convfusion ablate`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from convfusion.cli.console import progress_bar
+from convfusion.cli.models import guidance_for, load_pipeline
+from convfusion.cli.options import Device, Model, Precision, check_new, parse_size
+from convfusion.errors import ConvFusionError
+
+Prompts = Annotated[
+    Path | None, typer.Option(help="Text file with one prompt per line; `mini` has its own.")
+]
+Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
+Timesteps = Annotated[
+    str | None, typer.Option(help="Where to look, such as 881,481,81; by default five.")
+]
+Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")]
+MINI_PROMPTS = 16
+
+
+def analyze(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")],
+    prompts: Prompts = None,
+    steps: Steps = 25,
+    timesteps: Timesteps = None,
+    queries: Annotated[int, typer.Option(help="Queries measured per map.")] = 256,
+    memory: Annotated[int, typer.Option(help="MiB for the maps that are worked on.")] = 256,
+    cutoff: Annotated[float, typer.Option(help="High-pass, cycles per side of the grid.")] = 1.0,
+    order: Annotated[int, typer.Option(help="Order of the Butterworth high-pass.")] = 2,
+    share: Annotated[float, typer.Option(help="What a receptive field holds.")] = 0.8,
+    control: Annotated[
+        bool, typer.Option("--control", help="Analyse an untrained model beside it.")
+    ] = False,
+    size: Size = None,
+    guidance: Guidance = None,
+    batch_size: BatchSize = 4,
+    precision: Precision = "float32",
+    device: Device = None,
+) -> None:
+    """Look at the self-attention of a pipeline, layer by layer, while it draws.
+
+    Writes report.html, analysis.json, the figures, and kernels.json for `convert --config`.
+    """
+    needs_matplotlib()
+    from convfusion.analysis import AnalysisConfig, HighPass, Measure, untrained
+    from convfusion.analysis import analyze as run
+    from convfusion.analysis.page import claims, write_report
+    from convfusion.generate import swapped_denoiser
+
+    check_new(out)
+    config = AnalysisConfig(
+        steps=steps,
+        timesteps=parse_timesteps(timesteps),
+        guidance=guidance_for(model) if guidance is None else guidance,
+        size=parse_size(size) if size else None,
+        share=share,
+        measure=Measure(HighPass(cutoff, order), queries, memory),
+        batch_size=batch_size,
+    )
+    drawn = read_prompts(model, prompts)
+    pipe = stock_pipeline(model, precision, device)
+    calls = steps * math.ceil(len(drawn) / batch_size)
+    progress = progress_bar()
+    with progress:
+        bar = progress.add_task("analysing", total=calls)
+        found = run(pipe, drawn, config, on_call=lambda: progress.advance(bar))
+        other = None
+        if control:
+            bar = progress.add_task("untrained", total=calls)
+            with swapped_denoiser(pipe, untrained(pipe)):
+                other = run(pipe, drawn, config, on_call=lambda: progress.advance(bar))
+    write_report(found, out, other)
+    print_claims(claims(found), claims(other) if other else None)
+    typer.echo(f"Written: {out}/report.html, analysis.json, kernels.json and figures")
+
+
+def ablate(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for ablation.png and ablation.json.")],
+    prompts: Prompts = None,
+    window: Annotated[
+        list[int] | None, typer.Option(help="Neighbourhood attention of K×K; give it again.")
+    ] = None,
+    site: Annotated[
+        list[str] | None, typer.Option(help="Pattern of sites, such as 'up_blocks.*'.")
+    ] = None,
+    steps: Steps = 25,
+    timesteps: Timesteps = None,
+    size: Size = None,
+    guidance: Guidance = None,
+    batch_size: BatchSize = 4,
+    precision: Precision = "float32",
+    device: Device = None,
+) -> None:
+    """Draw with attention restricted to windows, to the mean token, or taken away: no training."""
+    from convfusion.analysis import ablate as run
+    from convfusion.analysis import variants
+    from convfusion.checkpoint import write_text
+    from convfusion.report import labelled_grid
+
+    check_new(out)
+    drawn = read_prompts(model, prompts)[:8]
+    pipe = stock_pipeline(model, precision, device)
+    tried = variants(window or [13, 7, 3], sites=site)
+    calls = steps * math.ceil(len(drawn) / batch_size) * (1 + len(tried))
+    progress = progress_bar()
+    with progress:
+        bar = progress.add_task("drawing", total=calls)
+        found = run(
+            pipe,
+            drawn,
+            tried,
+            steps=steps,
+            timesteps=parse_timesteps(timesteps),
+            guidance=guidance_for(model) if guidance is None else guidance,
+            size=parse_size(size) if size else None,
+            batch_size=batch_size,
+            on_call=lambda: progress.advance(bar),
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    labelled_grid({name: row.images for name, row in found.items()}, drawn).save(
+        out / "ablation.png"
+    )
+    table = {
+        name: {
+            "epsilon_error": row.epsilon_error,
+            "by_timestep": row.by_timestep,
+            "psnr": row.psnr if row.psnr is not None and math.isfinite(row.psnr) else None,
+        }
+        for name, row in found.items()
+    }
+    write_text(out / "ablation.json", json.dumps(table, indent=2, ensure_ascii=False) + "\n")
+    print_ablation(table)
+    typer.echo(f"Written: {out}/ablation.png, {out}/ablation.json")
+
+
+def needs_matplotlib() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise ConvFusionError(
+            "the report needs matplotlib: pip install 'convfusion[analysis]', or use "
+            "convfusion.analysis.analyze from Python for the numbers alone"
+        )
+
+
+def stock_pipeline(model: str, precision: str, device: str | None) -> Any:
+    """A pipeline with its self-attention in place: a converted one is reverted."""
+    from convfusion import surgery
+
+    pipe = load_pipeline(model, precision, device)
+    if surgery.mixers_of(pipe):
+        surgery.revert(pipe)
+    return pipe
+
+
+def read_prompts(model: str, path: Path | None) -> list[str]:
+    """One prompt per line; blank lines do not count."""
+    if path is None:
+        if not model.startswith("mini"):
+            raise ConvFusionError("--prompts is needed: a text file with one prompt per line")
+        from convfusion import mini
+        from convfusion.demo import spread
+
+        return spread(mini.training_data(), MINI_PROMPTS, offset=0.5).captions
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise ConvFusionError(f"{path} has no prompts: it should hold one per line")
+    return prompts
+
+
+def parse_timesteps(text: str | None) -> tuple[int, ...] | None:
+    """`881,481,81` → (881, 481, 81)."""
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() for word in words):
+        raise ConvFusionError(f"timesteps look like 881,481,81, not {text!r}")
+    return tuple(map(int, words))
+
+
+def print_claims(found: list[tuple[str, str]], other: list[tuple[str, str]] | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="The paper's claims, by layer")
+    table.add_column("")
+    table.add_column("this model")
+    if other:
+        table.add_column("untrained")
+    for i, (claim, count) in enumerate(found):
+        table.add_row(claim, count, *([other[i][1]] if other else []))
+    Console().print(table)
+
+
+def print_ablation(rows: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Without training, against the stock model")
+    for column in ("", "ε-error", "picture PSNR"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in list(rows.items())[1:]:
+        psnr = "equal" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
+        table.add_row(name, f"{row['epsilon_error']:.2e}", psnr)
+    Console().print(table)

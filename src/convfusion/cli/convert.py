@@ -1,0 +1,37 @@
+"""`convfusion convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convfusion.cli.models import equip, load_pipeline
+from convfusion.cli.options import Blocks, Config, Model, Precision, check_new
+
+
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the converted pipeline.")],
+    config: Config = None,
+    blocks: Blocks = None,
+    drop_attention: Annotated[
+        bool, typer.Option("--drop-attention", help="Leave the replaced weights out.")
+    ] = False,
+    precision: Precision = "float32",
+) -> None:
+    """Put ΔConvBlocks in place of self-attention and write the pipeline to a folder.
+
+    Without --blocks they are untrained: go on with `convfusion distill`.
+    """
+    from convfusion import checkpoint, surgery
+
+    check_new(out)
+    pipe = load_pipeline(model, precision, "cpu")
+    status = equip(pipe, blocks, config)
+    if drop_attention:
+        status = surgery.drop_attention(pipe)
+    checkpoint.save_pipeline(pipe, out)
+    typer.echo(str(status))
+    typer.echo(f"Written: {out}")

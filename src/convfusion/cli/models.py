@@ -1,0 +1,62 @@
+"""Pipelines by name, as the commands load them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from convfusion.cli.console import hide_loading_bars
+from convfusion.errors import ConvFusionError
+
+
+def load_pipeline(model: str, precision: str, device: str | None) -> Any:
+    """A pipeline by name: embedded, converted on disk, or diffusers' own."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from convfusion import checkpoint, mini
+
+    hide_loading_bars()
+    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+    if precision not in dtypes:
+        raise ConvFusionError(f"precision must be one of {', '.join(dtypes)}, not {precision!r}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model in ("mini", "mini-teacher"):
+        pipe = mini.load_student() if model == "mini" else mini.load_teacher()
+        pipe.to(dtypes[precision])
+    elif (Path(model) / "convfusion").is_dir():
+        pipe = checkpoint.load_pipeline(model, torch_dtype=dtypes[precision])
+    else:
+        pipe = DiffusionPipeline.from_pretrained(
+            model, torch_dtype=dtypes[precision], use_safetensors=True
+        )
+    try:
+        return pipe.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConvFusionError(f"the device {device!r} cannot be used: {error}") from None
+
+
+def guidance_for(model: str) -> float:
+    """The guidance that a model draws with unless told otherwise."""
+    from convfusion import mini
+
+    return mini.GUIDANCE if model.startswith("mini") else 5.0
+
+
+def equip(pipe: Any, blocks: Path | None, config: str | None) -> Any:
+    """Convert a pipeline by preset or config file, or with trained blocks."""
+    from convfusion import checkpoint, surgery
+    from convfusion.config import ConvertConfig
+    from convfusion.presets import PRESETS
+
+    if blocks is not None and config is not None:
+        raise ConvFusionError("give --blocks or --config: trained blocks bring their own config")
+    if surgery.status(pipe).converted:
+        if blocks is None and config is None:
+            return surgery.status(pipe)
+        surgery.revert(pipe)
+    if blocks is not None:
+        return checkpoint.load(pipe, blocks)
+    if config is not None and config not in PRESETS and Path(config).suffix == ".json":
+        return surgery.convert(pipe, ConvertConfig.load(config))
+    return surgery.convert(pipe, config)

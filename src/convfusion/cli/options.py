@@ -1,0 +1,40 @@
+"""What several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convfusion.errors import ConvFusionError
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A diffusers pipeline: folder or Hub name; `mini` is the embedded model."),
+]
+Blocks = Annotated[
+    Path | None, typer.Option(help="Trained blocks: a folder that `distill` or `save` wrote.")
+]
+Config = Annotated[
+    str | None,
+    typer.Option(help="Preset (sd15, sd21, sdxl, pixart, dit, default) or JSON file of a config."),
+]
+Precision = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, …; by default the GPU if there is one.")
+]
+
+
+def check_new(out: Path) -> None:
+    """Refuse to write into a folder that holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConvFusionError(f"{out} exists and is not empty: choose another folder")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`WIDTHxHEIGHT` → (height, width)."""
+    width, _, height = text.lower().replace("×", "x").partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise ConvFusionError(f"a size looks like 512x768 (width x height), not {text!r}")
+    return int(height), int(width)
