@@ -1,10 +1,11 @@
-"""Step 4: the text-to-image teacher, a `StableDiffusionPipeline` of 7.3M UNet parameters.
+"""Step 4: a text-to-image teacher, denoiser and text encoder trained together.
 
-`python teacher.py --run run --steps 16000` trains UNet and text encoder together on
-the latents of the training pictures (ε-prediction, Min-SNR γ = 5, EMA) and writes the EMA weights
-as `run/teacher` in diffusers' layout, with a grid of samples each `--sample-every` steps. It
-resumes from `run/teacher.pt`; with a larger `--steps` it goes on. `--init FOLDER` starts from a
-pipeline's weights, autoencoder and tokenizer instead, with a fresh optimiser.
+`python teacher.py --run run --steps 16000` trains a `StableDiffusionPipeline` (`--family pixart`: a
+`PixArtSigmaPipeline`) on the latents of the training pictures (ε-prediction, Min-SNR γ = 5, EMA)
+and writes the EMA weights as `run/teacher` (`run/teacher-pixart`) in diffusers' layout, with a grid
+of samples each `--sample-every` steps. It resumes from the state beside it; with a larger `--steps`
+it goes on. `--init FOLDER` starts from a pipeline's weights, autoencoder and tokenizer instead,
+with a fresh optimiser.
 """
 
 from __future__ import annotations
@@ -13,65 +14,19 @@ import argparse
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import caption, load_pictures, load_state, save_state
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.utils import make_image_grid
+from families import FAMILIES, make_scheduler
 from torch.optim.swa_utils import AveragedModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-WIDTH = 192  # of the text encoder
+from convfusion.generate import generate
+
 DROP_CAPTION, DROP_DESIGN = 0.1, 0.2
 SNR_GAMMA = 5.0
-
-
-def make_unet() -> UNet2DConditionModel:
-    """Seven self-attention sites: three on 16×16 tokens, three on 8×8, one on 4×4."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(64, 128, 160),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=WIDTH,
-        attention_head_dim=4,  # the number of heads: diffusers' old name for it
-        norm_num_groups=16,
-    )
-
-
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_factor=1.0,
-    )
-    return CLIPTextModel(config)
-
-
-def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
 
 
 @torch.no_grad()
@@ -97,29 +52,20 @@ def min_snr(scheduler: DDIMScheduler) -> torch.Tensor:
     return snr.clamp(max=SNR_GAMMA) / snr
 
 
-def pipeline(vae, text_encoder, tokenizer, unet, scheduler) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(
+def pipeline(family: Any, vae: AutoencoderKL, tokenizer: Any, parts: Any) -> Any:
+    """A diffusers pipeline of the trained parts."""
+    return family.pipeline(
         vae=vae,
-        text_encoder=text_encoder,
+        text_encoder=parts["text"],
         tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        scheduler=make_scheduler(),
+        **{family.denoiser_name: parts[family.denoiser_name]},
+        **family.extras(),
     )
 
 
-def sample(pipe: StableDiffusionPipeline, prompts: list[str], path: Path, columns: int) -> None:
-    pipe.set_progress_bar_config(disable=True)
-    images = pipe(
-        prompts,
-        num_inference_steps=25,
-        guidance_scale=3.0,
-        height=64,
-        width=64,
-        generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
-    ).images
+def sample(pipe: Any, prompts: list[str], path: Path, columns: int) -> None:
+    images = generate(pipe, prompts, guidance=3.0, batch_size=len(prompts))
     make_image_grid(images, rows=-(-len(images) // columns), cols=columns).save(path)
 
 
@@ -144,9 +90,10 @@ def ema_step(old: torch.Tensor, new: torch.Tensor, count: torch.Tensor) -> torch
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("run"))
+    parser.add_argument("--family", choices=FAMILIES, default="sd")
     parser.add_argument("--steps", type=int, default=16_000)
-    parser.add_argument("--decay-steps", type=int, default=2_000, help="linear to 0 at the end")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--decay-steps", type=int, default=3_500, help="linear to 0 at the end")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sample-every", type=int, default=500)
@@ -154,22 +101,21 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start_from(
-    args: argparse.Namespace,
-) -> tuple[AutoencoderKL, CLIPTokenizer, torch.nn.ModuleDict]:
+def start_from(args: argparse.Namespace, state: Path) -> tuple[AutoencoderKL, Any, Any]:
     """Autoencoder, tokenizer and the two models to train: fresh ones, or those of a pipeline."""
+    family = FAMILIES[args.family]
     if args.init is None:
-        tokenizer = CLIPTokenizer.from_pretrained(args.run / "tokenizer")
+        captions = {caption(row) for row in load_pictures(args.run, "train").rows}
+        tokenizer = family.make_tokenizer(args.run, captions)
         vae = AutoencoderKL.from_pretrained(args.run / "vae")
-        parts = {"unet": make_unet(), "text": make_text_encoder(tokenizer)}
+        denoiser, text = family.make_denoiser(), family.make_text_encoder(tokenizer)
     else:
-        if (args.run / "teacher.pt").exists():
-            raise SystemExit(f"{args.run}/teacher.pt goes on by itself: move it away to use --init")
-        pipe = StableDiffusionPipeline.from_pretrained(args.init, torch_dtype=torch.float32)
+        if state.exists():
+            raise SystemExit(f"{state} goes on by itself: move it away to use --init")
+        pipe = family.pipeline.from_pretrained(args.init, torch_dtype=torch.float32)
         vae, tokenizer = pipe.vae, pipe.tokenizer
-        parts = {"unet": pipe.unet, "text": pipe.text_encoder}
-    parts["unet"].set_attn_processor(AttnProcessor())  # on CPU faster to train than the fused one
-    return vae, tokenizer, torch.nn.ModuleDict(parts)
+        denoiser, text = pipe.components[family.denoiser_name], pipe.text_encoder
+    return vae, tokenizer, torch.nn.ModuleDict({family.denoiser_name: denoiser, "text": text})
 
 
 class Batches:
@@ -205,7 +151,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     run: Path = args.run
-    vae, tokenizer, parts = start_from(args)
+    family = FAMILIES[args.family]
+    folder = run / ("teacher" if args.family == "sd" else f"teacher-{args.family}")
+    kept = folder.with_suffix(".pt")
+    vae, tokenizer, parts = start_from(args, kept)
     vae.to(device)
     parts.to(device).train()
     scheduler = make_scheduler()
@@ -216,15 +165,14 @@ def main() -> None:
         parts.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     state = {"parts": parts, "ema": ema, "optimizer": optimizer}
-    first = step = load_state(run / "teacher.pt", state)
+    first = step = load_state(kept, state)
     started = time.time()
     while step < args.steps:
         latents, noise, t, texts = batches(step)
-        ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.to(device)
+        tokens = tokenizer(texts, padding="max_length", return_tensors="pt").to(device)
+        noisy = scheduler.add_noise(latents, noise, t)
         with torch.autocast(device, torch.bfloat16):
-            text = parts["text"](ids)[0]
-            noisy = scheduler.add_noise(latents, noise, t)
-            prediction = parts["unet"](noisy, t, text, return_dict=False)[0]
+            prediction = family.predict(parts, tokens, noisy, t)
         error = (prediction.float() - noise).square().mean(dim=(1, 2, 3))
         loss = (loss_weight[t] * error).mean()
         for group in optimizer.param_groups:
@@ -239,12 +187,12 @@ def main() -> None:
             rate = (step - first) * args.batch / (time.time() - started)
             print(f"{step} loss {loss.item():.4f} {rate:.1f} pictures/s", flush=True)
         if step % 250 == 0:
-            save_state(run / "teacher.pt", state, step)
+            save_state(kept, state, step)
         if step % args.sample_every == 0 or step == args.steps:
             ema.eval()
-            pipe = pipeline(vae, ema.module["text"], tokenizer, ema.module["unet"], scheduler)
-            sample(pipe, grid_prompts(run), run / f"samples-{step:06d}.png", columns=8)
-            pipe.save_pretrained(run / "teacher")
+            pipe = pipeline(family, vae, tokenizer, ema.module)
+            sample(pipe, grid_prompts(run), run / f"{folder.name}-{step:06d}.png", columns=8)
+            pipe.save_pretrained(folder)
 
 
 if __name__ == "__main__":
