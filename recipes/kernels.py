@@ -31,7 +31,7 @@ PRESET_BY_GRID = {
 
 
 def choices() -> dict[str, ConvertConfig]:
-    prompts = spread(mini.training_data(), 16, offset=0.5).captions
+    prompts = spread(mini.training_data(), 15, offset=0.5).captions
     analysis = analyze(mini.load_teacher(), prompts, AnalysisConfig(guidance=mini.GUIDANCE))
     return {
         "recommended": recommend(analysis),

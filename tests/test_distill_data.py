@@ -11,7 +11,8 @@ from convfusion.distill import (
     read_image_folder,
 )
 from convfusion.distill.data import StepSampler, encode_pictures, load_picture
-from convfusion.distill.losses import as_epsilon, feature_loss, min_snr_weight, weighted_mse
+from convfusion.distill.losses import feature_loss, min_snr_weight, weighted_mse
+from convfusion.schedule import add_noise, as_epsilon
 
 
 def test_losses_equal_their_formulas():
@@ -32,7 +33,8 @@ def test_velocity_and_learned_variance_become_epsilon():
     steps = torch.tensor([10, 700])
     signal = schedule[steps].view(-1, 1, 1, 1)
     clean, noise = torch.randn(2, 2, 4, 6, 6).unbind()
-    noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+    noisy = add_noise(clean, noise, steps, schedule)
+    torch.testing.assert_close(noisy, signal.sqrt() * clean + (1 - signal).sqrt() * noise)
     velocity = signal.sqrt() * noise - (1 - signal).sqrt() * clean
     found = as_epsilon(velocity, noisy, steps, schedule, "v_prediction")
     torch.testing.assert_close(found, noise, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convfusion.adapters import Denoiser, denoiser_of
 from convfusion.conditioning import encode_conditioning, latent_scale
-from convfusion.distill.losses import as_epsilon
+from convfusion.schedule import add_noise, as_epsilon, noise_schedule
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return difference / teacher.double().square().flatten(1).sum(dim=1)
 
 
-def psnr(image: Image.Image, reference: Image.Image) -> float:
+def psnr(image: Image.Image | np.ndarray, reference: Image.Image | np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of two 8-bit pictures of one size; infinite if equal."""
     error = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
     mean = np.square(error).mean()
@@ -56,7 +56,7 @@ def epsilon_error(
         batch_size: latents per forward pass.
     """
     student = denoiser_of(pipe)
-    schedule, kind = pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type
+    schedule, kind = noise_schedule(pipe.scheduler)
     scale = latent_scale(pipe)
     size = (latents.shape[-2] * scale, latents.shape[-1] * scale)
     generator = torch.Generator().manual_seed(seed)
@@ -67,10 +67,9 @@ def epsilon_error(
         clean = latents[part].to(student.device, torch.float32)
         conditioning = encode_conditioning(pipe, prompts[part], size)
         for t, noise in zip(timesteps, noises, strict=True):
-            signal = schedule[t].to(clean.device)
-            noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise[part].to(clean.device)
-            noisy = noisy.to(student.dtype)
             steps = torch.full((len(clean),), t, device=clean.device)
+            noisy = add_noise(clean, noise[part].to(clean.device), steps, schedule)
+            noisy = noisy.to(student.dtype)
             outputs = (
                 model(noisy, timestep=steps, return_dict=False, **conditioning)[0]
                 for model in (student, teacher)

@@ -249,6 +249,13 @@ def _plain_attention(model: Denoiser, site: Site) -> Attention:
         raise UnsupportedModelError(
             f"{site.path} is a {type(attention).__name__}, not a plain diffusers Attention"
         )
+    layers = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+    if any(type(layer) is not nn.Linear for layer in layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers} - {"Linear"}))
+        raise UnsupportedModelError(
+            f"{site.path} has projections of the kind {kinds}: fuse a LoRA first "
+            "(pipe.fuse_lora(), then pipe.unload_lora_weights()), and convert before quantising"
+        )
     return attention
 
 

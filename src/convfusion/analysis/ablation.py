@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from convfusion.adapters import denoiser_of, list_sites, site_grid
-from convfusion.analysis.capture import DenoiserCall, choose_timesteps, recorded_calls
+from convfusion.analysis.capture import (
+    DenoiserCall,
+    check_prompts,
+    choose_timesteps,
+    counted_calls,
+    recorded_calls,
+    stock_denoiser,
+)
 from convfusion.conditioning import latent_scale
 from convfusion.config import ConvertConfig
-from convfusion.distill.losses import as_epsilon
 from convfusion.errors import ConvFusionError
-from convfusion.evaluate import mean_psnr, relative_error
+from convfusion.evaluate import psnr, relative_error
 from convfusion.generate import generate
 from convfusion.mixers import MeanOnly, Mixer, Neighbourhood, Removed
-from convfusion.surgery import convert, mixers_of, revert
+from convfusion.schedule import as_epsilon, noise_schedule
+from convfusion.surgery import convert, revert
 
 STOCK = "self-attention"
 
@@ -31,13 +40,14 @@ class Ablated:
         images: one per prompt, from equal seeds.
         epsilon_error: mean of ‖ε̂ − ε̃‖²/‖ε̃‖² over the states that the stock model visits.
         by_timestep: the same at each timestep.
-        psnr: mean PSNR of the images against those of the stock model, dB; None for itself.
+        psnr: PSNR of all images together against those of the stock model, dB; infinite if all
+            are equal.
     """
 
     images: list[Image.Image]
     epsilon_error: float
-    by_timestep: dict[int, float]
-    psnr: float | None
+    by_timestep: dict[float, float]
+    psnr: float
 
 
 def variants(
@@ -72,7 +82,7 @@ def ablate(
     tried: Mapping[str, ConvertConfig],
     *,
     steps: int = 25,
-    timesteps: tuple[int, ...] | None = None,
+    timesteps: tuple[float, ...] | None = None,
     guidance: float = 5.0,
     size: tuple[int, int] | None = None,
     batch_size: int = 4,
@@ -90,69 +100,68 @@ def ablate(
         ConvFusionError: no prompts, a converted model, an unknown timestep or pattern, or a window
             that is larger than every grid.
     """
-    if not prompts:
-        raise ConvFusionError("there are no prompts to draw: at least one is needed")
-    model = denoiser_of(pipe)
-    if mixers_of(model):
-        raise ConvFusionError("this model is converted: revert it to ablate its self-attention")
+    check_prompts(prompts)
+    model = stock_denoiser(pipe)
+    noise_schedule(pipe.scheduler)
     chosen = choose_timesteps(pipe, steps, timesteps)
     for config in tried.values():
         check_windows(pipe, config, size)
 
     def draw() -> list[Image.Image]:
-        counter = model.register_forward_hook(lambda *_: on_call() if on_call else None)
-        try:
+        with counted_calls(model, on_call):
             return generate(
                 pipe, prompts, steps=steps, guidance=guidance, size=size, batch_size=batch_size
             )
-        finally:
-            counter.remove()
 
     with recorded_calls(pipe, chosen) as calls:
         stock = draw()
-    found = {STOCK: Ablated(stock, 0.0, dict.fromkeys(chosen, 0.0), None)}
+    found = {STOCK: Ablated(stock, 0.0, dict.fromkeys(chosen, 0.0), math.inf)}
     for name, config in tried.items():
-        convert(pipe, config)
+        convert(pipe, replace(config, keep_attention=True))
         try:
             images = draw()
             errors = replay(pipe, calls)
         finally:
             revert(pipe)
         mean = sum(errors.values()) / len(errors)
-        found[name] = Ablated(images, mean, errors, mean_psnr(images, stock))
+        found[name] = Ablated(images, mean, errors, psnr(pixels(images), pixels(stock)))
     return found
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images])
 
 
 def check_windows(pipe: Any, config: ConvertConfig, size: tuple[int, int] | None) -> None:
     """Raise a ConvFusionError for a neighbourhood that no grid of its sites is as large as."""
     model = denoiser_of(pipe)
-    side = model.config.sample_size
-    height, width = (side, side) if size is None else (s // latent_scale(pipe) for s in size)
+    native = model.config.sample_size
+    sides = native if isinstance(native, list | tuple) else (native, native)
+    height, width = sides if size is None else (side // latent_scale(pipe) for side in size)
     sites = {site.path: site for site in list_sites(model)}
-    grids = {
-        path: site_grid(model, sites[path], (height, width))
-        for path, mixer in config.mixers_for(sites).items()
-        if isinstance(mixer, Neighbourhood)
-    }
-    largest = max((max(grid) for grid in grids.values()), default=0)
-    for mixer in config.sites.values():
-        if isinstance(mixer, Neighbourhood) and mixer.window > largest:
+    largest: dict[Neighbourhood, int] = {}
+    for path, mixer in config.mixers_for(sites).items():
+        if isinstance(mixer, Neighbourhood):
+            grid = site_grid(model, sites[path], (height, width))
+            largest[mixer] = max(largest.get(mixer, 0), *grid)
+    for mixer, side in largest.items():
+        if mixer.window > side:
             raise ConvFusionError(
-                f"a window of {mixer.window} is larger than every grid of tokens here: "
-                f"the largest side is {largest}"
+                f"a window of {mixer.window} is larger than every grid of tokens it is for: "
+                f"the largest side is {side}"
             )
 
 
 @torch.no_grad()
-def replay(pipe: Any, calls: list[DenoiserCall]) -> dict[int, float]:
+def replay(pipe: Any, calls: list[DenoiserCall]) -> dict[float, float]:
     """Mean ‖ε̂ − ε̃‖²/‖ε̃‖² of a changed denoiser at each timestep, on recorded calls."""
     model = denoiser_of(pipe)
-    schedule, kind = pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type
-    errors: dict[int, list[torch.Tensor]] = {}
+    schedule, kind = noise_schedule(pipe.scheduler)
+    errors: dict[float, list[torch.Tensor]] = {}
     for call in calls:
         output = model(*call.args, **{**call.kwargs, "return_dict": False})[0]
         noisy = call.noisy
-        steps = torch.full((len(noisy),), call.timestep, device=noisy.device)
+        steps = torch.full((len(noisy),), round(call.timestep), device=noisy.device)
         changed, stock = (
             as_epsilon(o, noisy, steps, schedule, kind) for o in (output, call.output)
         )

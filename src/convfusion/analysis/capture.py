@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,16 +31,39 @@ class Captured:
     """
 
     grid: Grid
-    by_timestep: dict[int, AttentionSums]
+    by_timestep: dict[float, AttentionSums]
     mean_map: Tensor
     maps: int = 0
+
+    @classmethod
+    def blank(cls, grid: Grid, settings: Measure, tokens: Tensor) -> Captured:
+        """Nothing seen yet, for tokens [B, N, C] on a grid."""
+        queries = len(settings.chosen_queries(grid))
+        return cls(grid, {}, torch.zeros(queries, tokens.shape[1], device=tokens.device))
+
+    @torch.no_grad()
+    def add(
+        self, attention: Any, tokens: Tensor, grid: Grid, timestep: float, settings: Measure
+    ) -> None:
+        """Measure the attention of a batch of tokens [B, N, C].
+
+        Raises:
+            ConvFusionError: the grid is another than before, or a map is not finite.
+        """
+        if grid != self.grid:
+            raise ConvFusionError("analyse pictures of one size at a time")
+        for query, key in zip(*project(attention, tokens), strict=True):
+            sums = measure_attention(query, key, attention.scale, grid, settings, self.mean_map)
+            before = self.by_timestep.get(timestep)
+            self.by_timestep[timestep] = sums if before is None else before + sums
+            self.maps += 1
 
 
 @dataclass(frozen=True)
 class DenoiserCall:
     """One call of a denoiser during sampling: what went in, by position and name, and came out."""
 
-    timestep: int
+    timestep: float
     args: tuple
     kwargs: dict[str, Any]
     output: Tensor
@@ -53,20 +76,33 @@ class DenoiserCall:
         return self.kwargs["sample" if "sample" in self.kwargs else "hidden_states"]
 
 
-def sampling_timesteps(pipe: Any, steps: int) -> list[int]:
-    """The timesteps that a pipeline's scheduler visits in so many steps, rounded."""
+def sampling_timesteps(pipe: Any, steps: int) -> list[float]:
+    """The timesteps at which a pipeline calls its denoiser in so many steps, repeated ones too.
+
+    Raises:
+        ConvFusionError: the scheduler cannot take that many steps.
+    """
     scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(steps)
-    return list(dict.fromkeys(round(float(t)) for t in scheduler.timesteps))
+    try:
+        scheduler.set_timesteps(steps)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConvFusionError(f"{steps} sampling steps cannot be taken: {error}") from None
+    return [as_timestep(t) for t in scheduler.timesteps]
 
 
-def choose_timesteps(pipe: Any, steps: int, wanted: tuple[int, ...] | None) -> list[int]:
+def as_timestep(value: Any) -> float:
+    """A timestep as a plain number to four decimals; whole ones as integers."""
+    number = round(float(value), 4)
+    return int(number) if number.is_integer() else number
+
+
+def choose_timesteps(pipe: Any, steps: int, wanted: tuple[float, ...] | None) -> list[float]:
     """The wanted timesteps in sampling order; by default five, spread over the schedule.
 
     Raises:
         ConvFusionError: the scheduler does not visit a wanted one.
     """
-    visited = sampling_timesteps(pipe, steps)
+    visited = list(dict.fromkeys(sampling_timesteps(pipe, steps)))
     if wanted is None:
         count = min(5, len(visited))
         return [visited[(2 * i + 1) * len(visited) // (2 * count)] for i in range(count)]
@@ -79,9 +115,44 @@ def choose_timesteps(pipe: Any, steps: int, wanted: tuple[int, ...] | None) -> l
     return [t for t in visited if t in wanted]
 
 
+def check_prompts(prompts: list[str]) -> None:
+    """Raise a ConvFusionError unless there is a list with at least one prompt."""
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ConvFusionError(f"prompts must be a list of strings, not {prompts!r}")
+    if not prompts:
+        raise ConvFusionError("there are no prompts to draw: at least one is needed")
+
+
+def stock_denoiser(pipe: Any) -> Denoiser:
+    """The denoiser of a pipeline whose self-attention stands.
+
+    Raises:
+        ConvFusionError: it is converted.
+    """
+    model = denoiser_of(pipe)
+    if mixers_of(model):
+        raise ConvFusionError("this model is converted: revert it to look at its self-attention")
+    return model
+
+
+@contextmanager
+def counted_calls(model: Denoiser, on_call: Callable[[], Any] | None) -> Iterator[None]:
+    """Call a function after each call of a denoiser; what it returns does not matter."""
+
+    def count(*_: Any) -> None:
+        if on_call is not None:
+            on_call()
+
+    handle = model.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @contextmanager
 def attention_capture(
-    pipe: Any, timesteps: list[int], settings: Measure
+    pipe: Any, timesteps: list[float], settings: Measure
 ) -> Iterator[dict[str, Captured]]:
     """Measure every self-attention at these timesteps of whatever the pipeline draws inside.
 
@@ -92,85 +163,67 @@ def attention_capture(
     Raises:
         ConvFusionError: the model is converted; inside, a map that is not finite.
     """
-    model = denoiser_of(pipe)
-    sites = list_sites(model)
-    if mixers_of(model):
-        raise ConvFusionError("this model is converted: revert it to analyse its self-attention")
-    watch = _Watch(model, timesteps, settings)
-    try:
-        watch.attach(sites)
-        yield watch.seen
-    finally:
-        watch.detach()
+    model = stock_denoiser(pipe)
+    seen: dict[str, Captured] = {}
+    now: list[float] = []  # the timestep of the call at hand, if it is one to look at
 
+    def see_timestep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        timestep = call_timestep(model, args, kwargs)
+        now[:] = [timestep] if timestep in timesteps else []
 
-@dataclass
-class _Watch:
-    """The hooks of a capture, and what they have seen."""
-
-    model: Denoiser
-    timesteps: list[int]
-    settings: Measure
-    seen: dict[str, Captured] = field(default_factory=dict)  # by site path
-    timestep: int | None = None  # of the call at hand, if it is one to look at
-    grids: dict[str, Grid] = field(default_factory=dict)  # by path of the owner
-    handles: list[Any] = field(default_factory=list)
-
-    def attach(self, sites: list[Site]) -> None:
-        def hook(module: nn.Module, function: Callable) -> None:
-            self.handles.append(module.register_forward_pre_hook(function, with_kwargs=True))
-
-        hook(self.model, self.see_timestep)
-        for owner in dict.fromkeys(site.owner for site in sites):
-            hook(self.model.get_submodule(owner), self.grid_reader(owner))
-        for site in sites:
-            hook(self.model.get_submodule(site.path), self.attention_reader(site))
-
-    def detach(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def see_timestep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        timestep = call_timestep(self.model, args, kwargs)
-        self.timestep = timestep if timestep in self.timesteps else None
-
-    def grid_reader(self, owner: str) -> Callable:
-        grid_hook = adapter_for(self.model).grid_hook(self.model)
-
-        def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.grids[owner] = grid_hook.grid(args, kwargs)
-
-        return read
-
-    def attention_reader(self, site: Site) -> Callable:
-        def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if self.timestep is not None:
-                tokens = args[0] if args else kwargs["hidden_states"]
-                self.add(site, module, tokens)
-
-        return read
-
-    @torch.no_grad()
-    def add(self, site: Site, attention: Any, tokens: Tensor) -> None:
-        grid, timestep = self.grids[site.owner], self.timestep
-        assert timestep is not None
-        if site.path not in self.seen:
-            queries = len(self.settings.chosen_queries(grid))
-            blank = torch.zeros(queries, tokens.shape[1], device=tokens.device)
-            self.seen[site.path] = Captured(grid, {}, blank)
-        found = self.seen[site.path]
-        if found.grid != grid:
-            raise ConvFusionError("analyse pictures of one size at a time")
-        for query, key in zip(*project(attention, tokens), strict=True):
+    def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
+        for timestep in now:
+            found = seen.setdefault(site.path, Captured.blank(grid, settings, tokens))
             try:
-                sums = measure_attention(
-                    query, key, attention.scale, grid, self.settings, found.mean_map
-                )
+                found.add(attention, tokens, grid, timestep, settings)
             except ConvFusionError as error:
                 raise ConvFusionError(f"{site.path}, timestep {timestep}: {error}") from None
-            before = found.by_timestep.get(timestep)
-            found.by_timestep[timestep] = sums if before is None else before + sums
-            found.maps += 1
+
+    handle = model.register_forward_pre_hook(see_timestep, with_kwargs=True)
+    try:
+        with watch_attention(model, see):
+            yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def watch_attention(
+    model: Denoiser, see: Callable[[Site, Any, Tensor, Grid], None]
+) -> Iterator[None]:
+    """Show every self-attention call of a denoiser to a function, before it happens.
+
+    Args:
+        model: not converted.
+        see: called with the site, its diffusers `Attention`, its tokens [B, N, C] and their grid.
+    """
+    sites = list_sites(model)
+    grid_hook = adapter_for(model).grid_hook(model)
+    grids: dict[str, Grid] = {}  # by path of the owner
+
+    def grid_reader(owner: str) -> Callable:
+        def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            grids[owner] = grid_hook.grid(args, kwargs)
+
+        return read
+
+    def attention_reader(site: Site) -> Callable:
+        def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            see(site, module, args[0] if args else kwargs["hidden_states"], grids[site.owner])
+
+        return read
+
+    readers = [(owner, grid_reader(owner)) for owner in dict.fromkeys(s.owner for s in sites)]
+    readers += [(site.path, attention_reader(site)) for site in sites]
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(reader, with_kwargs=True)
+        for path, reader in readers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def project(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,10 +236,10 @@ def project(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return parts[0], parts[1]
 
 
-def call_timestep(model: Denoiser, args: tuple, kwargs: dict[str, Any]) -> int:
-    """The timestep of a denoiser call, rounded; of a batch, its first."""
+def call_timestep(model: Denoiser, args: tuple, kwargs: dict[str, Any]) -> float:
+    """The timestep of a denoiser call; of a batch, its first."""
     value = kwargs["timestep"] if "timestep" in kwargs else args[_timestep_position(model)]
-    return round(float(torch.as_tensor(value).flatten()[0]))
+    return as_timestep(torch.as_tensor(value).flatten()[0])
 
 
 def _timestep_position(model: Denoiser) -> int:
@@ -195,7 +248,7 @@ def _timestep_position(model: Denoiser) -> int:
 
 
 @contextmanager
-def recorded_calls(pipe: Any, timesteps: list[int]) -> Iterator[list[DenoiserCall]]:
+def recorded_calls(pipe: Any, timesteps: list[float]) -> Iterator[list[DenoiserCall]]:
     """Keep what the denoiser was given and gave at these timesteps of a sampling inside."""
     model = denoiser_of(pipe)
     calls: list[DenoiserCall] = []

@@ -28,7 +28,8 @@ def recommend(
     The rule: K is the odd number nearest to 0.6·ERF, between 3 and 13, and no larger than reaches
     across the grid from any token, 2·side − 1. Stages double the reach: there are as many as it
     takes for K·2^(n−1) ≥ 1.2·ERF, while the coarsest stage keeps at least 2×2 tokens; one stage
-    where K = 3 alone covers the field. These are the proportions of the paper's own kernels.
+    where K = 3 alone covers the field. No ERF at all, uniform attention, counts as 1. These are
+    the proportions of the paper's own kernels.
 
     Sites that are flagged as artefacts say nothing about locality: they take the median field of
     the other sites on their grid, else of all others, else their own.

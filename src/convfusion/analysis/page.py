@@ -35,8 +35,9 @@ CAPTIONS = {
     "slopes": ("Slope of the score mass", "What one more token of window side adds."),
     "decay": (
         "Decay with distance",
-        "Mean of the high-frequency part above 0, Λ⁺, per key, and the laws fitted up to half "
-        "of the grid. Both axes are logarithmic: a power law is a straight line.",
+        "Mean attention of a query to a key at each distance, in the mean map, and the laws fitted "
+        "to it: a constant bias b, and above it a power b + a·d^(−s), the quadratic one, or an "
+        "exponential b + a·exp(−d/ℓ). Both axes are logarithmic.",
     ),
     "timesteps": (
         "Dependence on the timestep",
@@ -61,6 +62,7 @@ def write_report(analysis: Analysis, folder: str | Path, control: Analysis | Non
     """
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
+    analysis.save(out / "analysis.json")
     figures = draw(analysis, control)
     images = {}
     for name, figure in figures.items():
@@ -70,7 +72,6 @@ def write_report(analysis: Analysis, folder: str | Path, control: Analysis | Non
     if control is not None:
         control.save(out / "control.json")
     write_text(out / "report.html", page(analysis, images, control))
-    analysis.save(out / "analysis.json")
 
 
 def draw(analysis: Analysis, control: Analysis | None) -> dict[str, Figure]:
@@ -101,21 +102,26 @@ def claims(analysis: Analysis) -> list[tuple[str, str]]:
     def holds(found: list[bool]) -> str:
         return f"{sum(found)} of {count}"
 
-    local = [(s.mean.receptive_field or 1) <= s.uniform_receptive_field / 2 for s in sites]
-    fitted = [s.mean.decay for s in sites if s.mean.decay]
-    quadratic = [abs(fit.exponent - 2) <= 0.5 for fit in fitted]
-    falls = [fit.best in ("power", "quadratic") for fit in fitted]
+    local = [
+        s.mean.receptive_field is not None
+        and s.mean.receptive_field <= s.uniform_receptive_field / 2
+        for s in sites
+    ]
+    fits = [s.mean.decay for s in sites if s.mean.decay]
+    falls = [fit.best in ("power", "quadratic") for fit in fits]
+    square = [
+        fit.best == "quadratic" or (fit.best == "power" and 1.5 <= fit.exponent <= 2.5)
+        for fit in fits
+    ]
     bias = [s.mean.bias_share_low >= 0.9 for s in sites]
+    fitted = f"of {len(fits)} with five distances or more"
     return [
         ("Local: the ERF is at most half of that of uniform attention", holds(local)),
         (
-            "The high-frequency part falls off as a power of the distance",
-            f"{sum(falls)} of {len(fitted)} with enough distances",
+            "Above a constant, attention falls off as a power of the distance",
+            f"{sum(falls)} {fitted}",
         ),
-        (
-            "… and that power is near 2 (1.5 to 2.5)",
-            f"{sum(quadratic)} of {len(fitted)} with enough distances",
-        ),
+        ("… and that power is near 2 (1.5 to 2.5)", f"{sum(square)} {fitted}"),
         ("The low-frequency part is one bias: queries share at least 90 % of it", holds(bias)),
         ("Layers set apart because sink tokens take their attention", str(flagged)),
     ]
@@ -181,6 +187,6 @@ def _cells(site: SiteAnalysis) -> tuple[str, ...]:
         f"{mean.entropy:.2f}, {single.entropy:.2f}",
         f"{mean.high_share:.1%}",
         f"{mean.bias_share:.0%}, {mean.bias_share_low:.0%}",
-        "–" if fit is None else f"{fit.best}, d<sup>−{fit.exponent:.2f}</sup>",
+        "–" if fit is None else plots.law(fit),
         f"{single.sink_mass:.0%}" + (" *" if site.artefact else ""),
     )

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from convfusion.analysis.statistics import DecayFit, fitted_distances
 from convfusion.analysis.study import Analysis, SiteAnalysis
 
 # Okabe and Ito's colours, which tell apart under the common kinds of colour blindness.
@@ -22,7 +23,7 @@ Panel = Callable[[Axes, SiteAnalysis], None]
 
 
 def short_name(path: str) -> str:
-    """A site's path as people say it: `down 0 · attention 1 · block 0`."""
+    """A site's path, shortened: `down 0 1` is the second attention of the first down block."""
     names = {"down_blocks": "down", "up_blocks": "up", "mid_block": "mid"}
     words = path.removesuffix(".attn1").replace("transformer_blocks", "block").split(".")
     words = [names.get(word, word) for word in words if word != "attentions"]
@@ -64,35 +65,33 @@ def slopes(analysis: Analysis) -> Figure:
 
 
 def decay(analysis: Analysis) -> Figure:
-    """Mean Λ⁺ per key at each distance, with the laws that were fitted."""
+    """Mean attention to a key at each distance, with the laws that were fitted."""
 
     def panel(axes: Axes, site: SiteAnalysis) -> None:
-        profile = np.array(site.profile_high or [math.nan])
-        distance = np.arange(1, len(profile))
-        axes.plot(distance, profile[1:], "o", color=ORANGE, markersize=3.5)
+        profile = np.array(site.profile)
+        keys = profile[1:] > 0
+        axes.plot(np.arange(1, len(profile))[keys], profile[1:][keys], "o", color=INK, markersize=3)
         fit = site.mean.decay
-        if fit is None or len(profile) < 2:
+        if fit is None:
             axes.text(0.5, 0.5, "too few distances\nfor a fit", transform=axes.transAxes, **_NOTE)
         else:
-            last = max(site.grid) // 2
-            near = np.arange(1, last + 1)
-            logs = np.log(profile[1 : last + 1])
-            for law, color, style in _LAWS:
-                axes.plot(near, np.exp(_fitted(law, near, logs)), style, color=color, linewidth=1.3)
-            axes.text(
-                0.04,
-                0.05,
-                f"best: {fit.best}, s = {fit.exponent:.2f}",
-                transform=axes.transAxes,
-                fontsize=8,
-            )
+            near = np.linspace(1, fitted_distances(site.grid), 60)
+            for name, color, style in _LAWS:
+                axes.plot(near, fit.value(name, near), style, color=color, linewidth=1.3)
+            axes.set_title(law(fit), fontsize=8, loc="right", y=0.86)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.minorticks_off()
 
-    lines = {"mean Λ⁺ per key": ORANGE, **{name: color for name, color, _ in _LAWS}}
-    return _panels(analysis, panel, "distance d in tokens", "mean Λ⁺", lines)
+    lines = {"mean attention to a key": INK, **{name: color for name, color, _ in _LAWS}}
+    return _panels(analysis, panel, "distance d in tokens", "attention", lines)
+
+
+def law(fit: DecayFit) -> str:
+    """The best law with its number."""
+    numbers = {"power": f", s = {fit.exponent:.2f}", "exponential": f", ℓ = {fit.length:.1f}"}
+    return f"{fit.best}{numbers.get(fit.best, '')}"
 
 
 def receptive_fields(analysis: Analysis, control: Analysis | None = None) -> Figure:
@@ -141,7 +140,9 @@ def timesteps(analysis: Analysis) -> Figure:
     """How the maps change from noise to picture, one line per layer."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     kinds = {
-        "ERF / ERF of uniform": lambda s, m: (m.receptive_field or 0) / s.uniform_receptive_field,
+        "ERF / ERF of uniform": lambda s, m: (
+            (m.receptive_field or math.nan) / s.uniform_receptive_field
+        ),
         "entropy": lambda s, m: m.entropy,
         "common to all queries": lambda s, m: m.bias_share,
         "high-frequency share": lambda s, m: m.high_share,
@@ -187,15 +188,6 @@ def mean_maps(analysis: Analysis) -> Figure:
 _NOTE: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9, "color": GREY}
 _ROW: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 9}
 _LAWS = (("power", BLUE, "-"), ("quadratic", GREEN, "--"), ("exponential", PURPLE, ":"))
-
-
-def _fitted(law: str, distance: np.ndarray, logs: np.ndarray) -> np.ndarray:
-    """The logarithm of a law, fitted as `fit_decay` does."""
-    if law == "quadratic":
-        square = -2 * np.log(distance)
-        return square + (logs - square).mean()
-    x = np.log(distance) if law == "power" else distance
-    return np.polyval(np.polyfit(x, logs, 1), x)
 
 
 def _sides(site: SiteAnalysis) -> list[int]:

@@ -62,21 +62,34 @@ DEFAULT_HIGH_PASS = HighPass()
 
 @dataclass(frozen=True)
 class DecayFit:
-    """How values at distance d fall off, by least squares on their logarithms.
+    """How attention at distance d falls off above a constant bias b.
 
     Attributes:
-        exponent: s of the power law p(d) ∝ d^(−s).
-        length: ℓ in tokens of the exponential p(d) ∝ exp(−d/ℓ); None where nothing falls.
-        r2: share of the variance of log p explained by each law; 'quadratic' is s = 2. It is
-            negative for a law that fits worse than a constant, which has 0.
-        best: 'power', 'quadratic', 'exponential' or 'none', by the Bayesian information
-            criterion, which charges a law for each number that it fits.
+        exponent: s of the power law b + a·d^(−s).
+        length: ℓ in tokens of the exponential b + a·exp(−d/ℓ).
+        r2: share of the variance over the distances that each law explains; `quadratic` is the
+            power law with s = 2, and `none` the bias alone, with 0.
+        best: the law with the lowest Bayesian information criterion, which charges for each
+            number that a law fits.
+        terms: (b, a) of each law.
     """
 
     exponent: float
-    length: float | None
+    length: float
     r2: dict[str, float]
     best: str
+    terms: dict[str, tuple[float, float]]
+
+    def value(self, law: str, distance: np.ndarray) -> np.ndarray:
+        """What a law says at some distances."""
+        shapes = {
+            "power": distance**-self.exponent,
+            "quadratic": distance**-2.0,
+            "exponential": np.exp(-distance / self.length),
+            "none": np.zeros_like(distance),
+        }
+        bias, amplitude = self.terms[law]
+        return bias + amplitude * shapes[law]
 
 
 def chebyshev(queries: Tensor, grid: Grid) -> Tensor:
@@ -108,8 +121,14 @@ def ring_sums(maps: Tensor, distances: Tensor, count: int) -> Tensor:
     """
     offsets = torch.arange(len(maps), device=maps.device)[:, None] * count
     bins = (offsets + distances.flatten()[None]).flatten()
-    sums = torch.bincount(bins, weights=maps.double().flatten(), minlength=len(maps) * count)
-    return sums.view(len(maps), count)
+    kind = precise(maps.device)
+    sums = torch.zeros(len(maps) * count, dtype=kind, device=maps.device)
+    return sums.index_add_(0, bins, maps.to(kind).flatten()).view(len(maps), count)
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """The dtype that sums are taken in: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def attention_score_mass(ring_sums: Tensor) -> Tensor:
@@ -171,8 +190,14 @@ def high_pass(maps: Tensor, grid: Grid, response: Tensor) -> Tensor:
 
 
 def entropy(maps: Tensor) -> Tensor:
-    """−Σ_k A_k·ln A_k / ln N of each query's map: 1 is uniform, 0 one-hot; [..., N] → [...]."""
-    return torch.special.entr(maps).sum(-1) / math.log(maps.shape[-1])
+    """−Σ_k A_k·ln A_k / ln N of each query's map: 1 is uniform, 0 one-hot; [..., N] → [...].
+
+    1 on a single token.
+    """
+    tokens = maps.shape[-1]
+    if tokens == 1:
+        return torch.ones_like(maps[..., 0])
+    return torch.special.entr(maps).sum(-1) / math.log(tokens)
 
 
 def bias_share(squared_sum: Tensor, energy: Tensor, queries: int) -> Tensor:
@@ -184,8 +209,10 @@ def bias_share(squared_sum: Tensor, energy: Tensor, queries: int) -> Tensor:
     Args:
         squared_sum: ‖Σ_q A_q‖².
         energy: Σ_q ‖A_q‖².
-        queries: Q ≥ 2.
+        queries: Q; the share is 1 of a single query.
     """
+    if queries == 1:
+        return torch.ones_like(energy)
     return (squared_sum - energy) / ((queries - 1) * energy)
 
 
@@ -205,40 +232,66 @@ def sink_tokens(column_sums: Tensor, column_squares: Tensor, queries: int) -> Te
 
 
 def fit_decay(profile: Tensor, grid: Grid) -> DecayFit | None:
-    """Fit the mean value at distance d = 1 … max(H, W)/2, where periodic waves do not yet return.
+    """Fit b + a·f(d), a ≥ 0, to the mean attention at d = 1 … ¾ of the shorter side.
+
+    Least squares on the values themselves; s and ℓ by search. Beyond those distances only queries
+    near the border have keys.
 
     Args:
         profile: [D], ring sums over the number of keys in each ring.
 
     Returns:
-        The fit, or None with fewer than four distances or a value that is not positive.
+        The fit, or None with fewer than five distances.
     """
-    last = min(max(grid) // 2, len(profile) - 1)
-    values = profile[1 : last + 1].double().cpu().numpy()
-    if len(values) < 4 or not np.isfinite(values).all() or values.min() <= 0:
+    last = fitted_distances(grid)
+    if last < 5:
         return None
-    distance = np.arange(1, last + 1)
-    logs = np.log(values)
-    slope, level = np.polyfit(np.log(distance), logs, 1)
-    rate, start = np.polyfit(distance, logs, 1)
-    square = -2 * np.log(distance)
-    residuals = {
-        "power": logs - slope * np.log(distance) - level,
-        "quadratic": logs - square - (logs - square).mean(),
-        "exponential": logs - rate * distance - start,
-        "none": logs - logs.mean(),
+    values = profile[1 : last + 1].double().cpu().numpy()
+    distance = np.arange(1.0, last + 1)
+    exponents, lengths = np.arange(0.05, 8.0, 0.01), np.geomspace(0.2, 8 * last, 600)
+    found = {
+        "power": _best(values, distance[None] ** -exponents[:, None], exponents),
+        "quadratic": _best(values, distance[None] ** -2.0, np.array([2.0])),
+        "exponential": _best(values, np.exp(-distance[None] / lengths[:, None]), lengths),
     }
-    fitted = {"power": 2, "quadratic": 1, "exponential": 2, "none": 1}
-    errors = {law: float(np.square(residual).sum()) for law, residual in residuals.items()}
-    flat = errors["none"] <= 1e-12 * len(logs)  # all values equal: any law would explain it
-    count = len(logs)
+    variance = np.square(values - values.mean()).sum()
+    errors = {"none": variance, **{law: error for law, (error, *_) in found.items()}}
+    floor = max(1e-12 * np.square(values).sum(), 1e-300)  # below it is rounding
+    count = len(values)
     scores = {
-        law: count * math.log(max(error, 1e-300) / count) + fitted[law] * math.log(count)
+        law: count * math.log(max(error, floor) / count) + _FITTED[law] * math.log(count)
         for law, error in errors.items()
     }
+    flat = variance <= floor
     return DecayFit(
-        exponent=float(-slope),
-        length=float(-1 / rate) if rate < -1e-12 else None,
-        r2={law: 0.0 if flat else 1 - error / errors["none"] for law, error in errors.items()},
+        exponent=found["power"][1],
+        length=found["exponential"][1],
+        r2={law: 0.0 if flat else 1 - errors[law] / variance for law in _FITTED},
         best="none" if flat else min(scores, key=lambda law: scores[law]),
+        terms={
+            "none": (values.mean(), 0.0),
+            **{law: terms for law, (_, _, terms) in found.items()},
+        },
     )
+
+
+_FITTED = {"power": 3, "quadratic": 2, "exponential": 3, "none": 1}  # numbers in each law
+
+
+def fitted_distances(grid: Grid) -> int:
+    """The largest distance that `fit_decay` looks at."""
+    return 3 * min(grid) // 4
+
+
+def _best(
+    values: np.ndarray, shapes: np.ndarray, parameters: np.ndarray
+) -> tuple[float, float, tuple[float, float]]:
+    """The shape, of many, that b + a·shape fits best: its error, its parameter and (b, a)."""
+    centred = shapes - shapes.mean(axis=1, keepdims=True)
+    amplitude = (centred @ values) / np.square(centred).sum(axis=1)
+    amplitude = amplitude.clip(min=0)
+    bias = values.mean() - amplitude * shapes.mean(axis=1)
+    errors = np.square(values - bias[:, None] - amplitude[:, None] * shapes).sum(axis=1)
+    best = int(errors.argmin())
+    terms = (float(bias[best]), float(amplitude[best]))
+    return float(errors[best]), float(parameters[best]), terms

@@ -19,6 +19,7 @@ from convfusion.analysis.statistics import (
     fit_decay,
     growth_exponent,
     high_pass,
+    precise,
     receptive_field,
     ring_sums,
     rings,
@@ -28,7 +29,7 @@ from convfusion.block import Grid
 from convfusion.errors import ConvFusionError
 
 COPIES = 14  # live values per value of a map while a chunk is worked on, in units of float32
-SHOWN = ((0.5, 0.5), (0.2, 0.2), (0.2, 0.75), (0.75, 0.35), (0.99, 0.99))  # of height and width
+SHOWN = ((0.5, 0.5), (0.2, 0.2), (0.2, 0.75), (0.75, 0.35))  # of height and width
 NOTHING = 1e-5  # a high-frequency part below this share of the map is rounding
 
 
@@ -76,7 +77,7 @@ def shown_queries(grid: Grid) -> Tensor:
     """The few queries whose maps are worth a look: the middle, three others and the last token."""
     height, width = grid
     tokens = [int(r * height) * width + int(c * width) for r, c in SHOWN]
-    return torch.tensor(list(dict.fromkeys(tokens)))
+    return torch.tensor(list(dict.fromkeys([*tokens, height * width - 1])))
 
 
 @dataclass
@@ -149,13 +150,48 @@ def measure_attention(
     chunk, done = settings.chunk(heads + 1, tokens), 0
     for part in chosen.split(chunk):
         maps = key.new_empty(heads + 1, len(part), tokens)
-        torch.softmax(query[:, part].float() @ key * scale, dim=-1, out=maps[:-1])
+        with torch.autocast(key.device.type, enabled=False):
+            torch.softmax(query[:, part].float() @ key * scale, dim=-1, out=maps[:-1])
         torch.mean(maps[:-1], dim=0, out=maps[-1])
         if mean_map is not None:
             mean_map[done : done + len(part)] += maps[-1]
         totals.add(maps, part)
         done += len(part)
     return totals.finish()
+
+
+@torch.no_grad()
+def offset_means(
+    query: Tensor, key: Tensor, scale: float, grid: Grid, radius: int, settings: Measure
+) -> Tensor:
+    """Mean attention of each head to the key at each offset (Δrow, Δcolumn) from the query.
+
+    Of the chosen queries, those count that have a key at that offset. Offsets that none has get 0.
+
+    Args:
+        query, key, scale, grid: as in `measure_attention`.
+        radius: R, the largest offset along either side.
+
+    Returns:
+        float64 [h, 2R + 1, 2R + 1], the offset (0, 0) in the middle.
+    """
+    height, width = grid
+    chosen = settings.chosen_queries(grid).to(query.device)
+    key = key.float().transpose(1, 2)
+    side, heads = 2 * radius + 1, len(query)
+    kind = precise(query.device)
+    sums = torch.zeros(heads, side**2 + 1, dtype=kind, device=query.device)
+    counts = torch.zeros(side**2 + 1, dtype=kind, device=query.device)
+    keys = torch.arange(height * width, device=query.device)
+    for part in chosen.split(settings.chunk(heads, height * width)):
+        rows = keys[None] // width - part[:, None] // width + radius
+        columns = keys[None] % width - part[:, None] % width + radius
+        inside = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
+        bins = torch.where(inside, rows * side + columns, side**2)  # the last one is thrown away
+        maps = torch.softmax(query[:, part].float() @ key * scale, dim=-1)
+        sums += ring_sums(maps, bins, side**2 + 1)
+        counts += torch.bincount(bins.flatten(), minlength=side**2 + 1)
+    return (sums / counts.clamp(min=1))[:, :-1].unflatten(1, (side, side))
 
 
 @torch.no_grad()
@@ -174,7 +210,7 @@ class _Totals:
 
     def __init__(self, maps: int, grid: Grid, split: HighPass, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
+            return torch.zeros(shape, dtype=precise(device), device=device)
 
         count, tokens = rings(grid), grid[0] * grid[1]
         self.grid, self.response, self.queries = grid, split.response(grid), 0
@@ -219,7 +255,7 @@ class _Totals:
             "sink_mass": (self.columns * sinks).sum(1) / self.queries,
             "sinks": sinks.double(),
         }
-        on_cpu = {name: value.cpu() for name, value in sums.items()}
+        on_cpu = {name: value.cpu().double() for name, value in sums.items()}
         return AttentionSums(self.grid, self.queries, pictures=1, **on_cpu)
 
 
@@ -239,8 +275,7 @@ class MapStatistics:
         bias_share: what the maps of different queries have in common, 0 to 1.
         bias_share_low: the same of the low-frequency part.
         entropy: 0 one-hot, 1 uniform.
-        decay: fit of Λ⁺ over the distance, or None.
-        decay_raw: fit of the attention itself, or None.
+        decay: how the attention falls off with the distance, above a constant bias; or None.
         sink_mass: share of all attention that goes to sink tokens.
     """
 
@@ -254,7 +289,6 @@ class MapStatistics:
     bias_share_low: float
     entropy: float
     decay: DecayFit | None
-    decay_raw: DecayFit | None
     sink_mass: float
 
 
@@ -269,7 +303,6 @@ def _summarise(sums: AttentionSums, index: int, share: float) -> MapStatistics:
     mass, mass_high = attention_score_mass(raw), attention_score_mass(high)
     mass_magnitude = attention_score_mass(sums.magnitude_rings[index])
     energy = sums.energy[:, index]
-    keys = sums.counts * sums.pictures
     return MapStatistics(
         score_mass=mass.tolist(),
         score_mass_high=mass_high.tolist() if some else None,
@@ -280,8 +313,7 @@ def _summarise(sums: AttentionSums, index: int, share: float) -> MapStatistics:
         bias_share=(sums.overlap[0, index] / sums.pictures).item(),
         bias_share_low=(sums.overlap[1, index] / sums.pictures).item(),
         entropy=(sums.entropy[index] / (sums.pictures * sums.queries)).item(),
-        decay=fit_decay(high / keys, sums.grid) if some else None,
-        decay_raw=fit_decay(raw / keys, sums.grid),
+        decay=fit_decay(raw / (sums.counts * sums.pictures).clamp(min=1), sums.grid),
         sink_mass=(sums.sink_mass[index] / sums.pictures).item(),
     )
 

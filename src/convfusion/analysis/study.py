@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from convfusion.adapters import Denoiser, Site, denoiser_of, list_sites
-from convfusion.analysis.capture import Captured, attention_capture, choose_timesteps
+from convfusion.analysis.capture import (
+    Captured,
+    attention_capture,
+    check_prompts,
+    choose_timesteps,
+    counted_calls,
+)
 from convfusion.analysis.statistics import HighPass, receptive_field
 from convfusion.analysis.streaming import (
     MapStatistics,
@@ -48,7 +54,7 @@ class AnalysisConfig:
     """
 
     steps: int = 25
-    timesteps: tuple[int, ...] | None = None
+    timesteps: tuple[float, ...] | None = None
     guidance: float = 5.0
     size: tuple[int, int] | None = None
     share: float = 0.8
@@ -73,8 +79,8 @@ class SiteAnalysis:
         uniform_receptive_field: ERF that uniform attention has on this grid: the K whose clipped
             windows cover `share` of the keys. An ERF near it is no locality.
         uniform_score_mass: the covered share itself at K = 1, 3, 5, …
-        profile_high: mean Λ⁺ of the mean map per key at distance 0, 1, 2, …; what `mean.decay` is
-            fitted to. None with no high-frequency part.
+        profile: mean attention of the mean map to a key at distance 0, 1, 2, …, which `mean.decay`
+            is fitted to; 0 where the measured queries have no key.
         mean: statistics of the mean map, over heads, timesteps and pictures: the paper's A^l. It
             is what attention does whatever the picture.
         single: statistics of single maps (the mean over heads of one picture at one timestep),
@@ -93,11 +99,11 @@ class SiteAnalysis:
     queries: int
     uniform_receptive_field: int
     uniform_score_mass: list[float]
-    profile_high: list[float] | None
+    profile: list[float]
     mean: MapStatistics
     single: MapStatistics
     heads: list[MapStatistics]
-    timesteps: dict[int, MapStatistics]
+    timesteps: dict[float, MapStatistics]
     filters: list[dict[str, Any]]
     sinks: list[tuple[int, int]]
     artefact: bool
@@ -111,7 +117,7 @@ class Analysis:
 
     model: str
     prompts: list[str]
-    timesteps: list[int]
+    timesteps: list[float]
     config: AnalysisConfig
     sites: list[SiteAnalysis]
 
@@ -142,23 +148,18 @@ def analyze(
         ConvFusionError: no prompts, a timestep that the scheduler does not visit, a model without
             self-attention or a converted one; or an attention map that is not finite.
     """
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ConvFusionError("there are no prompts to draw: at least one is needed")
+    check_prompts(prompts)
     model = denoiser_of(pipe)
     timesteps = choose_timesteps(pipe, config.steps, config.timesteps)
-    counter = model.register_forward_hook(lambda *_: on_call() if on_call else None)
-    try:
-        with attention_capture(pipe, timesteps, config.measure) as seen:
-            generate(
-                pipe,
-                prompts,
-                steps=config.steps,
-                guidance=config.guidance,
-                size=config.size,
-                batch_size=config.batch_size,
-            )
-    finally:
-        counter.remove()
+    with attention_capture(pipe, timesteps, config.measure) as seen, counted_calls(model, on_call):
+        generate(
+            pipe,
+            prompts,
+            steps=config.steps,
+            guidance=config.guidance,
+            size=config.size,
+            batch_size=config.batch_size,
+        )
     return Analysis(
         model=f"{type(pipe).__name__} with {type(model).__name__}",
         prompts=list(prompts),
@@ -183,8 +184,9 @@ def _analyse_site(site: Site, seen: Captured, config: AnalysisConfig) -> SiteAna
     mean_map = seen.mean_map / seen.maps
     sums = measure_map(mean_map, grid, measure)
     mean = summarise(sums, config.share)[0]
-    profile = sums.high_rings[0] / sums.counts
     uniform = uniform_score_mass(sums)
+    uniform_field = receptive_field(uniform, config.share)
+    assert uniform_field is not None  # the covered share is finite
     often = (singles.sinks[-1] >= singles.pictures / 2).nonzero().flatten().tolist()
     shown = shown_queries(grid)
     rows = torch.isin(measure.chosen_queries(grid), shown)
@@ -193,9 +195,9 @@ def _analyse_site(site: Site, seen: Captured, config: AnalysisConfig) -> SiteAna
         level=site.level,
         grid=grid,
         queries=sums.queries,
-        uniform_receptive_field=receptive_field(uniform, config.share) or 1,
+        uniform_receptive_field=uniform_field,
         uniform_score_mass=uniform.tolist(),
-        profile_high=profile.tolist() if mean.score_mass_high else None,
+        profile=(sums.rings[0] / sums.counts.clamp(min=1)).tolist(),
         mean=mean,
         single=single,
         heads=heads,

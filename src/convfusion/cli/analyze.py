@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.console import progress_bar
-from convfusion.cli.models import guidance_for, load_pipeline
+from convfusion.cli.models import guidance_for, is_embedded, load_pipeline
 from convfusion.cli.options import Device, Model, Precision, check_new, parse_size
 from convfusion.errors import ConvFusionError
 
@@ -24,7 +24,7 @@ Timesteps = Annotated[
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")]
-MINI_PROMPTS = 16
+MINI_PROMPTS = 15  # odd, so that both designs occur
 
 
 def analyze(
@@ -54,6 +54,7 @@ def analyze(
     needs_matplotlib()
     from convfusion.analysis import AnalysisConfig, HighPass, Measure, untrained
     from convfusion.analysis import analyze as run
+    from convfusion.analysis.capture import sampling_timesteps
     from convfusion.analysis.page import claims, write_report
     from convfusion.generate import swapped_denoiser
 
@@ -69,7 +70,7 @@ def analyze(
     )
     drawn = read_prompts(model, prompts)
     pipe = stock_pipeline(model, precision, device)
-    calls = steps * math.ceil(len(drawn) / batch_size)
+    calls = len(sampling_timesteps(pipe, steps)) * math.ceil(len(drawn) / batch_size)
     progress = progress_bar()
     with progress:
         bar = progress.add_task("analysing", total=calls)
@@ -105,14 +106,17 @@ def ablate(
     """Draw with attention restricted to windows, to the mean token, or taken away: no training."""
     from convfusion.analysis import ablate as run
     from convfusion.analysis import variants
+    from convfusion.analysis.capture import sampling_timesteps
     from convfusion.checkpoint import write_text
     from convfusion.report import labelled_grid
 
     check_new(out)
-    drawn = read_prompts(model, prompts)[:8]
-    pipe = stock_pipeline(model, precision, device)
+    drawn = read_prompts(model, prompts, mini_prompts=9)
     tried = variants(window or [13, 7, 3], sites=site)
-    calls = steps * math.ceil(len(drawn) / batch_size) * (1 + len(tried))
+    looked_at, wanted = parse_timesteps(timesteps), parse_size(size) if size else None
+    pipe = stock_pipeline(model, precision, device)
+    calls = len(sampling_timesteps(pipe, steps)) * math.ceil(len(drawn) / batch_size)
+    calls *= 1 + len(tried)
     progress = progress_bar()
     with progress:
         bar = progress.add_task("drawing", total=calls)
@@ -121,9 +125,9 @@ def ablate(
             drawn,
             tried,
             steps=steps,
-            timesteps=parse_timesteps(timesteps),
+            timesteps=looked_at,
             guidance=guidance_for(model) if guidance is None else guidance,
-            size=parse_size(size) if size else None,
+            size=wanted,
             batch_size=batch_size,
             on_call=lambda: progress.advance(bar),
         )
@@ -135,7 +139,7 @@ def ablate(
         name: {
             "epsilon_error": row.epsilon_error,
             "by_timestep": row.by_timestep,
-            "psnr": row.psnr if row.psnr is not None and math.isfinite(row.psnr) else None,
+            "psnr": row.psnr if math.isfinite(row.psnr) else None,
         }
         for name, row in found.items()
     }
@@ -164,30 +168,33 @@ def stock_pipeline(model: str, precision: str, device: str | None) -> Any:
     return pipe
 
 
-def read_prompts(model: str, path: Path | None) -> list[str]:
-    """One prompt per line; blank lines do not count."""
+def read_prompts(model: str, path: Path | None, mini_prompts: int = MINI_PROMPTS) -> list[str]:
+    """One prompt per line; blank lines do not count. The embedded model has its own."""
     if path is None:
-        if not model.startswith("mini"):
+        if not is_embedded(model):
             raise ConvFusionError("--prompts is needed: a text file with one prompt per line")
         from convfusion import mini
         from convfusion.demo import spread
 
-        return spread(mini.training_data(), MINI_PROMPTS, offset=0.5).captions
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    prompts = [prompt for prompt in prompts if prompt]
+        return spread(mini.training_data(), mini_prompts, offset=0.5).captions
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ConvFusionError(f"{path} is not a text file in UTF-8") from None
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ConvFusionError(f"{path} has no prompts: it should hold one per line")
     return prompts
 
 
-def parse_timesteps(text: str | None) -> tuple[int, ...] | None:
+def parse_timesteps(text: str | None) -> tuple[float, ...] | None:
     """`881,481,81` → (881, 481, 81)."""
     if text is None:
         return None
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdigit() for word in words):
-        raise ConvFusionError(f"timesteps look like 881,481,81, not {text!r}")
-    return tuple(map(int, words))
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise ConvFusionError(f"timesteps look like 881,481,81, not {text!r}") from None
 
 
 def print_claims(found: list[tuple[str, str]], other: list[tuple[str, str]] | None) -> None:

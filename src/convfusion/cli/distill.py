@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.console import describe, progress_bar
-from convfusion.cli.models import equip, guidance_for, load_pipeline
+from convfusion.cli.models import equip, guidance_for, is_embedded, load_pipeline
 from convfusion.cli.options import Config, Device, Model, Precision, check_new, parse_size
 from convfusion.errors import ConvFusionError
 
@@ -99,7 +99,7 @@ def find_data(model: str, folder: Path | None) -> Any:
 
     if folder is not None:
         return read_image_folder(folder)
-    if model not in ("mini", "mini-teacher"):
+    if not is_embedded(model):
         raise ConvFusionError("--data is needed: a folder of pictures with captions")
     return mini.training_data()
 

@@ -21,7 +21,7 @@ def load_pipeline(model: str, precision: str, device: str | None) -> Any:
     if precision not in dtypes:
         raise ConvFusionError(f"precision must be one of {', '.join(dtypes)}, not {precision!r}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if model in ("mini", "mini-teacher"):
+    if is_embedded(model):
         pipe = mini.load_student() if model == "mini" else mini.load_teacher()
         pipe.to(dtypes[precision])
     elif (Path(model) / "convfusion").is_dir():
@@ -36,11 +36,16 @@ def load_pipeline(model: str, precision: str, device: str | None) -> Any:
         raise ConvFusionError(f"the device {device!r} cannot be used: {error}") from None
 
 
+def is_embedded(model: str) -> bool:
+    """Whether a name is that of the model that comes with the package."""
+    return model in ("mini", "mini-teacher")
+
+
 def guidance_for(model: str) -> float:
     """The guidance that a model draws with unless told otherwise."""
     from convfusion import mini
 
-    return mini.GUIDANCE if model.startswith("mini") else 5.0
+    return mini.GUIDANCE if is_embedded(model) else 5.0
 
 
 def equip(pipe: Any, blocks: Path | None, config: str | None) -> Any:

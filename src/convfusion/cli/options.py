@@ -35,6 +35,6 @@ def check_new(out: Path) -> None:
 def parse_size(text: str) -> tuple[int, int]:
     """`WIDTHxHEIGHT` → (height, width)."""
     width, _, height = text.lower().replace("×", "x").partition("x")
-    if not (width.isdigit() and height.isdigit()):
+    if not (width.isdecimal() and height.isdecimal()):
         raise ConvFusionError(f"a size looks like 512x768 (width x height), not {text!r}")
     return int(height), int(width)

@@ -15,36 +15,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from convfusion.errors import ConvFusionError
-
 
 def min_snr_weight(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float = 5.0) -> Tensor:
     """min(SNR, γ)/SNR for an error in ε at timesteps [B], with SNR = ᾱ/(1 − ᾱ); [B] float32."""
     signal = alphas_cumprod.to(timesteps.device)[timesteps].float()
     snr = signal / (1 - signal)
     return (gamma / snr.clamp(min=1e-20)).clamp(max=1)  # 1 where there is no signal at all
-
-
-def as_epsilon(
-    output: Tensor, noisy: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: str
-) -> Tensor:
-    """The noise that a denoiser's output stands for, [B, C, H, W] float32.
-
-    A learned variance (twice as many channels as the latents) is dropped. A v-prediction is
-    turned by ε = √ᾱ·v + √(1−ᾱ)·x_t.
-
-    Raises:
-        ConvFusionError: the prediction type is neither `epsilon` nor `v_prediction`.
-    """
-    output = output[:, : noisy.shape[1]].float()
-    if prediction_type == "epsilon":
-        return output
-    if prediction_type != "v_prediction":
-        raise ConvFusionError(
-            f"prediction type {prediction_type!r} is not supported: epsilon or v_prediction"
-        )
-    signal = alphas_cumprod.to(timesteps.device)[timesteps].float().view(-1, 1, 1, 1)
-    return signal.sqrt() * output + (1 - signal).sqrt() * noisy.float()
 
 
 def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:

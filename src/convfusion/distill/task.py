@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.adapters import Denoiser, Site, list_sites
-from convfusion.distill.losses import as_epsilon, feature_loss, min_snr_weight, weighted_mse
+from convfusion.analysis.capture import watch_attention
+from convfusion.block import Grid
+from convfusion.distill.losses import feature_loss, min_snr_weight, weighted_mse
 from convfusion.errors import ConvFusionError
+from convfusion.schedule import add_noise, as_epsilon, noise_schedule
 from convfusion.surgery import mixers_of, revert, status
 
 
@@ -80,6 +83,25 @@ def hidden_states(model: Denoiser, sites: list[Site]) -> Iterator[dict[str, Tens
             handle.remove()
 
 
+@contextmanager
+def outputs_of(modules: list[tuple[str, nn.Module]]) -> Iterator[dict[str, Tensor]]:
+    """Collect the output of each named module while the model runs."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            found[name] = output
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class DistillTask:
     """Named losses of a student against its own attention.
 
@@ -95,8 +117,7 @@ class DistillTask:
         self.student = student
         self.teacher = attention_teacher(student)
         self.weights = weights
-        self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
-        self.prediction_type: str = scheduler.config.prediction_type
+        self.alphas_cumprod, self.prediction_type = noise_schedule(scheduler)
         self.sites = [site for site in list_sites(student) if site.path in mixers_of(student)]
 
     def losses(
@@ -114,9 +135,7 @@ class DistillTask:
             timesteps: [B], integers.
             conditioning: further keyword arguments of the denoiser.
         """
-        signal = self.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
-        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-        noisy = noisy.to(self.student.dtype)
+        noisy = self._noisy(latents, noise, timesteps)
         with torch.no_grad(), hidden_states(self.teacher, self.sites) as taught:
             target = self._epsilon(self.teacher, noisy, timesteps, conditioning)
         with hidden_states(self.student, self.sites) as learned:
@@ -131,6 +150,37 @@ class DistillTask:
         if weights.feature:
             terms["feature"] = weights.feature * feature_loss(learned, taught)
         return terms
+
+    def imitation(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        conditioning: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        """Each block alone on the teacher's own inputs: mean over sites of ‖b(x) − a(x)‖²/Var a(x).
+
+        The attention a and its input x come from one pass of the teacher, so that no block meets
+        another's errors. Arguments as for `losses`.
+        """
+        inputs: dict[str, tuple[Tensor, Grid]] = {}
+
+        def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
+            inputs[site.path] = (tokens, grid)
+
+        noisy = self._noisy(latents, noise, timesteps)
+        watched = [(site.path, self.teacher.get_submodule(site.path)) for site in self.sites]
+        with torch.no_grad(), watch_attention(self.teacher, see), outputs_of(watched) as outputs:
+            self.teacher(noisy, timestep=timesteps, return_dict=False, **conditioning)
+        errors = []
+        for path, mixer in mixers_of(self.student).items():
+            target = outputs[path].float()
+            error = (mixer(*inputs[path]).float() - target).square().mean()
+            errors.append(error / target.var().clamp(min=1e-12))
+        return {"imitation": torch.stack(errors).mean()}
+
+    def _noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return add_noise(latents, noise, timesteps, self.alphas_cumprod).to(self.student.dtype)
 
     def _epsilon(
         self, model: Denoiser, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Any]

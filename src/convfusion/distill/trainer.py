@@ -35,6 +35,8 @@ class DistillConfig:
 
     Attributes:
         steps: optimiser steps in all.
+        imitation_steps: the first of them, in which each block learns alone to imitate its
+            attention on the teacher's own inputs; the others train all blocks end to end.
         batch_size: samples per step, over all processes and accumulated parts.
         accumulation: parts that a batch is worked through in.
         learning_rate: of AdamW, after `warmup` steps.
@@ -50,6 +52,7 @@ class DistillConfig:
     """
 
     steps: int = 1000
+    imitation_steps: int = 0
     batch_size: int = 16
     accumulation: int = 1
     learning_rate: float = 3e-4
@@ -70,6 +73,8 @@ class DistillConfig:
         for name in ("steps", "batch_size", "accumulation", "save_every"):
             if getattr(self, name) < 1:
                 raise ConvFusionError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.imitation_steps <= self.steps:
+            raise ConvFusionError("imitation_steps must lie between 0 and steps")
         if self.batch_size % self.accumulation:
             raise ConvFusionError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation "
@@ -235,12 +240,14 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         latents, noise, timesteps, captions = self.draw(batch)
         size = config.batch_size // config.accumulation
+        alone = self.step < config.imitation_steps
+        measure = self.task.imitation if alone else self.task.losses
         totals: dict[str, float] = {}
         for start in range(0, config.batch_size, size):
             part = slice(start, start + size)
             conditioning = encode_conditioning(self.pipe, captions[part], self.size)
             with accelerator.accumulate(self.student), accelerator.autocast():
-                terms = self.task.losses(latents[part], noise[part], timesteps[part], conditioning)
+                terms = measure(latents[part], noise[part], timesteps[part], conditioning)
                 accelerator.backward(torch.stack(list(terms.values())).sum())
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(self.named.values(), config.clip_norm)

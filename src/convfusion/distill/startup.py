@@ -1,0 +1,149 @@
+"""Start the blocks from the attention they replace: its mean over the data, as a convolution.
+
+A head h that attends to the offset Δ with mean weight a_h(Δ), whatever the query and the picture,
+is a depthwise convolution of its values:
+
+    out(x) = Σ_h W_o,h·[ Σ_{Δ in K×K} a_h(Δ)·W_v,h·x(·+Δ)  +  (1 − Σ_Δ a_h(Δ))·mean W_v,h·x ] + bias
+
+A ΔConvBlock can be exactly that. Its first stage convolves the values, or as many of their leading
+directions as it has channels for; the other half of the gate starts constant; and the mean branch
+takes the attention that falls outside of the window. What depends on the content is left to learn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convfusion.adapters import Site, denoiser_of
+from convfusion.analysis.capture import project, watch_attention
+from convfusion.analysis.streaming import Measure, offset_means
+from convfusion.block import DeltaConvBlock, Grid
+from convfusion.conditioning import encode_conditioning, latent_scale
+from convfusion.distill.data import LatentDataset
+from convfusion.distill.task import attention_teacher
+from convfusion.schedule import add_noise, noise_schedule
+from convfusion.surgery import mixers_of
+
+
+@torch.no_grad()
+def start_from_attention(
+    pipe: Any,
+    data: LatentDataset,
+    *,
+    pictures: int = 32,
+    batch_size: int = 8,
+    settings: Measure = Measure(queries=256),
+    seed: int = 0,
+) -> None:
+    """Set every ΔConvBlock of a converted pipeline to the mean attention of its site.
+
+    The mean is taken over noised latents at random timesteps. Sites with another mixer are left
+    alone.
+
+    Args:
+        pipe: converted, with its attention kept.
+        data: latents and captions.
+        pictures: how many of them to look at.
+        batch_size: at once.
+        settings: queries and memory of the measurement.
+        seed: of pictures, noises and timesteps.
+
+    Raises:
+        ConvFusionError: the model is not converted, or its attention was dropped.
+    """
+    student = denoiser_of(pipe)
+    blocks = {p: m for p, m in mixers_of(student).items() if isinstance(m, DeltaConvBlock)}
+    teacher = attention_teacher(student)
+    found: dict[str, list[Tensor]] = {path: [] for path in blocks}
+
+    def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
+        if site.path not in blocks:
+            return
+        radius = blocks[site.path].config.kernel_size // 2
+        for query, key in zip(*project(attention, tokens), strict=True):
+            means = offset_means(query, key, attention.scale, grid, radius, settings)
+            found[site.path].append(means)
+
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randperm(len(data), generator=generator)[:pictures]
+    schedule, _ = noise_schedule(pipe.scheduler)
+    scale = latent_scale(pipe)
+    size = (data.latents.shape[-2] * scale, data.latents.shape[-1] * scale)
+    with watch_attention(teacher, see):
+        for part in picks.split(batch_size):
+            clean = data.latents[part].float()
+            noise = torch.randn(clean.shape, generator=generator)
+            timesteps = torch.randint(0, len(schedule), (len(part),), generator=generator)
+            noisy = add_noise(clean, noise, timesteps, schedule)
+            conditioning = encode_conditioning(pipe, [data.captions[i] for i in part], size)
+            noisy = noisy.to(student.device, student.dtype)
+            steps = timesteps.to(student.device)
+            teacher(noisy, timestep=steps, return_dict=False, **conditioning)
+    for path, block in blocks.items():
+        kernels = torch.stack(found[path]).mean(dim=0)
+        set_to_mean_attention(block, teacher.get_submodule(path), kernels)
+
+
+@torch.no_grad()
+def set_to_mean_attention(block: DeltaConvBlock, attention: Any, kernels: Tensor) -> None:
+    """Set a block to its attention with the map a_h(Δ) at every query; see the module's equation.
+
+    Args:
+        block: its further stages start at zero. The bias of its mean branch is left as `convert`
+            set it, to that of uniform attention.
+        attention: the diffusers `Attention` it stands for.
+        kernels: [h, K, K], mean attention at each offset within the kernel.
+    """
+    heads, side = kernels.shape[:2]
+    half = block.proj_in.out_features // 2
+    each = half // heads  # directions per head; channels that remain stay unused
+    value = attention.to_v.weight.float().unflatten(0, (heads, -1))  # [h, d, C]
+    out = attention.to_out[0].weight.float().unflatten(1, (heads, -1)).transpose(0, 1)  # [h, C, d]
+    kernels = kernels.to(value.device, torch.float32)
+    stage = block.convs[0].get_parameter("weight")
+    stage[half:] = 0.0
+    stage[half:, 0, side // 2, side // 2] = 1.0  # what is constant stays so, at the border too
+    block.proj_in.weight[half:] = 0.0
+    block.proj_in.bias.zero_()
+    constant, factor = gate_constant(block)
+    block.proj_in.bias[half:] = constant
+    block.proj_out.weight.zero_()
+    block.proj_out.bias.zero_()
+    for head in range(heads):
+        place = slice(head * each, (head + 1) * each)
+        read, write = leading_directions(value[head], out[head], each)
+        block.proj_in.weight[place] = read.to(stage.dtype)
+        stage[place] = kernels[head].to(stage.dtype)
+        block.proj_out.weight[:, place] = (write / factor).to(stage.dtype)
+    if block.mean_proj is not None:
+        outside = 1 - kernels.sum(dim=(1, 2))
+        block.mean_proj.weight.copy_(torch.einsum("h,hcd,hde->ce", outside, out, value))
+
+
+def leading_directions(value: Tensor, out: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of out·value by `count` directions: ([count, C], [C, count]).
+
+    Args:
+        value: W_v of a head, [d, C].
+        out: W_o of a head, [C, d].
+        count: directions; beyond d they are 0.
+    """
+    basis_out, weights_out = torch.linalg.qr(out)
+    basis_value, weights_value = torch.linalg.qr(value.T)
+    left, strength, right = torch.linalg.svd(weights_out @ weights_value.T)
+    root = strength.sqrt()
+    read, write = (root[:, None] * right) @ basis_value.T, basis_out @ (left * root)
+    pad = max(0, count - len(root))
+    read = nn.functional.pad(read[:count], (0, 0, 0, pad))
+    return read, nn.functional.pad(write[:, :count], (0, pad))
+
+
+def gate_constant(block: DeltaConvBlock) -> tuple[float, float]:
+    """A value for f2 at which the gate is linear in f1, and what it then multiplies f1 with."""
+    inner = block.proj_in.out_features
+    if block.config.gate == "sigmoid":
+        return 0.0, 0.5
+    return 1.0, inner**-0.5 if block.config.gate == "scaled" else (inner / 2) ** 0.5
