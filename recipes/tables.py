@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -108,11 +109,43 @@ def initialisation() -> str:
     return table(heads, lines)
 
 
+def layers(folder: str) -> str:
+    """The layers of an analysis under docs, beside its untrained control."""
+    found, control = (
+        json.loads((ROOT / "docs" / folder / f"{name}.json").read_text())["sites"]
+        for name in ("analysis", "control")
+    )
+    heads = ["layer", "grid", "ERF", "untrained", "uniform", "entropy", "high-frequency"]
+    heads += ["low-frequency in common", "decay"]
+    lines = []
+    for site, other in zip(found, control, strict=True):
+        mean, decay = site["mean"], site["mean"]["decay"]
+        law = "–"
+        if decay:
+            number = {"power": f", s = {decay['exponent']:.2f}"}
+            number["exponential"] = f", ℓ = {decay['length']:.1f}"
+            law = decay["best"] + number.get(decay["best"], "")
+        lines.append(
+            [
+                f"`{site['path'].removesuffix('.attn1')}`" + " *" * site["artefact"],
+                "×".join(map(str, site["grid"])),
+                *(str(s["mean"]["receptive_field"] or "–") for s in (site, other)),
+                str(site["uniform_receptive_field"]),
+                f"{mean['entropy']:.2f}",
+                f"{mean['high_share']:.0%}",
+                f"{mean['bias_share_low']:.0%}",
+                law,
+            ]
+        )
+    return table(heads, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "receptive fields": receptive_fields,
     "kernels": kernels,
     "initialisation": initialisation,
+    "mini": partial(layers, "analysis-mini"),
 }
 
 
@@ -129,6 +162,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
+    marks = {name for page in PAGES for name in re.findall("<!-- (\\w[^>]*) -->", page.read_text())}
+    if unknown := marks - TABLES.keys():
+        sys.exit(f"no table is called {', '.join(sorted(unknown))}")
     stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
     for page in stale:
         if not check:

@@ -57,6 +57,7 @@ def test_convert_distil_generate(run, model, pictures, tmp_path):
     assert "7 of 7 self-attention sites converted" in out
 
     options = ("--data", pictures, "--batch-size", 2, "--validate-every", 2, "--size", "16x16")
+    options += ("--from-attention", "--imitation-steps", 1)
     code, _, err = run(
         "distill", tmp_path / "converted", "--out", tmp_path / "blocks", "--steps", 2, *options
     )

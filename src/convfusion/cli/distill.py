@@ -27,6 +27,12 @@ def distill(
     accumulation: Annotated[int, typer.Option(min=1, help="Parts to work a batch in.")] = 1,
     learning_rate: float = 3e-4,
     warmup: int = 100,
+    imitation_steps: Annotated[
+        int, typer.Option(min=0, help="First steps, in which each block learns alone.")
+    ] = 0,
+    from_attention: Annotated[
+        bool, typer.Option("--from-attention", help="Start from the measured mean attention.")
+    ] = False,
     decay: Annotated[float, typer.Option(help="Share of steps of the final decay.")] = 0.0,
     weight_decay: float = 0.01,
     caption_drop: float = 0.15,
@@ -48,7 +54,7 @@ def distill(
 
     Ctrl-C stops after the step at hand and saves; go on with --resume.
     """
-    from convfusion.distill import DistillConfig
+    from convfusion.distill import DistillConfig, start_from_attention
     from convfusion.distill import distill as run
 
     settings = DistillConfig(
@@ -57,6 +63,7 @@ def distill(
         accumulation=accumulation,
         learning_rate=learning_rate,
         warmup=warmup,
+        imitation_steps=imitation_steps,
         decay=decay,
         weight_decay=weight_decay,
         caption_drop=caption_drop,
@@ -72,6 +79,8 @@ def distill(
     pipe = load_pipeline(model, precision, device)
     equip(pipe, None, config)
     dataset = samples if data is None else encode(pipe, samples, size)
+    if from_attention and not resume:
+        start_from_attention(pipe, dataset)
     prompts = prompt or dataset.captions[:4]
     progress = progress_bar()
     bar = progress.add_task("distilling", total=steps)
