@@ -8,6 +8,7 @@ to `src/convfusion/mini/student`.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ SHIPPED = ConvertConfig(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("run"))
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--lr", type=float, default=1e-2)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = mini.load_teacher().to(device)
@@ -48,7 +50,7 @@ def main() -> None:
     result = distill(
         pipe,
         data,
-        distillation(args.steps),
+        replace(distillation(args.steps), learning_rate=args.lr, precision="bf16"),
         args.run / "student",
         resume=True,
         on_step=lambda step, terms: next(progress, None),

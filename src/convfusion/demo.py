@@ -21,6 +21,7 @@ from convfusion.distill import (
     LossWeights,
     attention_teacher,
     distill,
+    start_from_attention,
 )
 from convfusion.evaluate import epsilon_error, mean_psnr
 from convfusion.flops import flops_ratio
@@ -47,7 +48,8 @@ def distillation(steps: int, seed: int = 0) -> DistillConfig:
     """How the embedded model is distilled, live in the demo and for longer in its recipe.
 
     Small batches at a high rate go furthest in a given time here. The true noise is left out of
-    the loss: it pulls towards the data, away from a teacher as small as this one.
+    the loss: it pulls towards the data, away from a teacher as small as this one. So high a γ
+    weighs every timestep alike, as the reported ε-error does.
     """
     return DistillConfig(
         steps=steps,
@@ -56,7 +58,8 @@ def distillation(steps: int, seed: int = 0) -> DistillConfig:
         warmup=20,
         decay=1.0,
         weight_decay=0.0,
-        losses=LossWeights(noise=0.0, feature=1e-2),
+        imitation_steps=steps // 8,
+        losses=LossWeights(noise=0.0, feature=1e-2, snr_gamma=1e9),
         seed=seed,
     )
 
@@ -100,6 +103,7 @@ def run_demo(
     before = parameters(student)
     sites = convert(student, presets.default()).converted
     initial = error(student, held_out)
+    start_from_attention(student, mini.training_data())
     run, losses = distil_live(student, config, on_step)
     judge("distilled", student)
     results["distilled"] |= {
