@@ -122,9 +122,10 @@ def layers(folder: str) -> str:
         mean, decay = site["mean"], site["mean"]["decay"]
         law = "–"
         if decay:
-            number = {"power": f", s = {decay['exponent']:.2f}"}
-            number["exponential"] = f", ℓ = {decay['length']:.1f}"
-            law = decay["best"] + number.get(decay["best"], "")
+            numbers = {"power": f" {decay['exponent']:.2f}"}
+            numbers["exponential"] = f" {decay['length']:.1f}"
+            law = decay["best"] + numbers.get(decay["best"], "")
+            law += f" (R² {decay['r2'][decay['best']]:.2f})"
         lines.append(
             [
                 f"`{site['path'].removesuffix('.attn1')}`" + " *" * site["artefact"],
@@ -140,11 +141,28 @@ def layers(folder: str) -> str:
     return table(heads, lines)
 
 
+def ablation() -> str:
+    found = json.loads((ROOT / "docs" / "ablation-mini" / "ablation.json").read_text())
+    worst = found["removed"]["epsilon_error"]
+    lines = [
+        [name, f"{row['epsilon_error']:.2e}", f"1/{worst / row['epsilon_error']:.0f}", psnr(row)]
+        for name, row in found.items()
+        if row["epsilon_error"]
+    ]
+    heads = ["in place of self-attention, untrained", "ε-error", "of *removed*", "PSNR"]
+    return table(heads, lines)
+
+
+def psnr(row: dict[str, float | None]) -> str:
+    return "equal" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "receptive fields": receptive_fields,
     "kernels": kernels,
     "initialisation": initialisation,
+    "ablation": ablation,
     "mini": partial(layers, "analysis-mini"),
 }
 

@@ -108,17 +108,18 @@ def claims(analysis: Analysis) -> list[tuple[str, str]]:
         for s in sites
     ]
     fits = [s.mean.decay for s in sites if s.mean.decay]
-    falls = [fit.best in ("power", "quadratic") for fit in fits]
+    told = [fit.best if fit.r2[fit.best] >= 0.9 else "" for fit in fits]
+    falls = [law in ("power", "quadratic") for law in told]
     square = [
-        fit.best == "quadratic" or (fit.best == "power" and 1.5 <= fit.exponent <= 2.5)
-        for fit in fits
+        law == "quadratic" or (law == "power" and 1.5 <= fit.exponent <= 2.5)
+        for law, fit in zip(told, fits, strict=True)
     ]
     bias = [s.mean.bias_share_low >= 0.9 for s in sites]
     fitted = f"of {len(fits)} with five distances or more"
     return [
         ("Local: the ERF is at most half of that of uniform attention", holds(local)),
         (
-            "Above a constant, attention falls off as a power of the distance",
+            "Above a constant, attention falls off as a power of the distance (R² ≥ 0.9)",
             f"{sum(falls)} {fitted}",
         ),
         ("… and that power is near 2 (1.5 to 2.5)", f"{sum(square)} {fitted}"),
@@ -130,7 +131,7 @@ def claims(analysis: Analysis) -> list[tuple[str, str]]:
 def page(analysis: Analysis, images: dict[str, Image.Image], control: Analysis | None) -> str:
     """The report as one page that needs no other file."""
     config = analysis.config
-    told = [("" if control is None else " and of an untrained model of the same shape")]
+    beside = "" if control is None else " and of an untrained model of the same shape"
     cells = "".join(
         f"<tr><td>{html.escape(claim)}</td><td>{found}</td>"
         + (f"<td>{other}</td></tr>" if control else "</tr>")
@@ -142,7 +143,7 @@ def page(analysis: Analysis, images: dict[str, Image.Image], control: Analysis |
     heads += "<th>untrained</th>" if control else ""
     body = [
         "<h1>What self-attention does here</h1>",
-        f"<p>Analysis of {html.escape(analysis.model)}{told[0]}: {len(analysis.sites)} "
+        f"<p>Analysis of {html.escape(analysis.model)}{beside}: {len(analysis.sites)} "
         f"self-attention layers, watched while the model drew {len(analysis.prompts)} "
         f"prompt{'s' * (len(analysis.prompts) > 1)} in {config.steps} steps at guidance "
         f"{config.guidance:g}, at timesteps {', '.join(map(str, analysis.timesteps))}. "
@@ -154,6 +155,7 @@ def page(analysis: Analysis, images: dict[str, Image.Image], control: Analysis |
         '<p class="note">ERF is given of the mean map, then of single maps; “uniform” is the ERF '
         "that uniform attention has on the grid. Entropy is 1 for uniform attention. “In common” "
         "is the share of the map, and of its low-frequency part, that all queries have in common. "
+        "Decay: power with its exponent, exponential with its length in tokens. "
         "The last column is what <code>kernels.json</code> recommends.</p>",
     ]
     for name, image in images.items():

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
 from convfusion.analysis.statistics import DecayFit, fitted_distances
 from convfusion.analysis.study import Analysis, SiteAnalysis
@@ -82,6 +83,8 @@ def decay(analysis: Analysis) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:.3g}")
         axes.minorticks_off()
 
     lines = {"mean attention to a key": INK, **{name: color for name, color, _ in _LAWS}}
@@ -89,9 +92,9 @@ def decay(analysis: Analysis) -> Figure:
 
 
 def law(fit: DecayFit) -> str:
-    """The best law with its number."""
-    numbers = {"power": f", s = {fit.exponent:.2f}", "exponential": f", ℓ = {fit.length:.1f}"}
-    return f"{fit.best}{numbers.get(fit.best, '')}"
+    """The best law with its number, and how much it explains."""
+    numbers = {"power": f" {fit.exponent:.2f}", "exponential": f" {fit.length:.1f}"}
+    return f"{fit.best}{numbers.get(fit.best, '')} (R² {fit.r2[fit.best]:.2f})"
 
 
 def receptive_fields(analysis: Analysis, control: Analysis | None = None) -> Figure:
