@@ -1,7 +1,7 @@
 """Step 5: put the teacher, and the latents that the demo needs, into the package.
 
 `python package.py --run run` writes float16 weights to
-`src/convfusion/mini/teacher`, and to `src/convfusion/mini/data` the latents of 1 024 training
+`src/convfusion/mini/teacher`, and to `src/convfusion/mini/data` the latents of 512 training
 pictures and of every held-out name in both designs.
 """
 
@@ -20,7 +20,7 @@ from teacher import encode
 
 from convfusion.mini import DATA, TEACHER
 
-TRAIN_PICTURES = 1024
+TRAIN_PICTURES = 512
 
 
 def latents_of(run: Path, side: str, pipe: StableDiffusionPipeline, most: int | None) -> tuple:
