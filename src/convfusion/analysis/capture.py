@@ -173,9 +173,10 @@ def attention_capture(
 
     def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
         for timestep in now:
-            found = seen.setdefault(site.path, Captured.blank(grid, settings, tokens))
+            if site.path not in seen:
+                seen[site.path] = Captured.blank(grid, settings, tokens)
             try:
-                found.add(attention, tokens, grid, timestep, settings)
+                seen[site.path].add(attention, tokens, grid, timestep, settings)
             except ConvFusionError as error:
                 raise ConvFusionError(f"{site.path}, timestep {timestep}: {error}") from None
 
