@@ -137,13 +137,13 @@ MISTAKES = {
     ),
     "no such timestep": (
         ["analyze", "mini", "--out", "OUT", "--timesteps", "5"],
-        "5 is not among the timesteps of 25 sampling steps: 961",
+        "convfusion: 5 is not among the timesteps of 25 sampling steps: 961",
     ),
     "bad timesteps": (["analyze", "mini", "--out", "OUT", "--timesteps", "x"], "881,481,81"),
     "bad cut-off": (["analyze", "mini", "--out", "OUT", "--cutoff", "0"], "cut-off above 0"),
     "large window": (
         ["ablate", "mini", "--out", "OUT", "--window", "17"],
-        "larger than every grid of tokens here: the largest side is 16",
+        "larger than every grid of tokens it is for: the largest side is 16",
     ),
     "even window": (["ablate", "mini", "--out", "OUT", "--window", "4"], "must be odd"),
     "no such device": (["generate", "MODEL", "--prompt", "x", "--device", "abacus"], "abacus"),

@@ -106,6 +106,7 @@ def choose_timesteps(pipe: Any, steps: int, wanted: tuple[float, ...] | None) ->
     if wanted is None:
         count = min(5, len(visited))
         return [visited[(2 * i + 1) * len(visited) // (2 * count)] for i in range(count)]
+    wanted = tuple(as_timestep(t) for t in wanted)
     unknown = [t for t in wanted if t not in visited]
     if unknown or not wanted:
         raise ConvFusionError(
