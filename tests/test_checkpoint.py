@@ -145,11 +145,10 @@ def test_load_can_drop_the_attention(folder):
 
 
 def draw(pipe):
-    options = {"use_resolution_binning": False} if "PixArt" in type(pipe).__name__ else {}
     prompt, size, guidance = "green", (32, 32), 5.0
     if "DiT" in type(pipe).__name__:  # draws at its own size; a tiny one has no class 1000
         prompt, size, guidance = "1", None, 1.0
-    images = generate(pipe, [prompt], steps=2, guidance=guidance, size=size, **options)
+    images = generate(pipe, [prompt], steps=2, guidance=guidance, size=size)
     return np.asarray(images[0]).astype(int)
 
 

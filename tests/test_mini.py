@@ -1,5 +1,6 @@
 """The embedded model, its data, and the demo on it."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from convfusion import demo, mini
 from convfusion.adapters import list_sites
 from convfusion.demo import run_demo
 from convfusion.distill import DistillConfig, LatentDataset
+from convfusion.fingerprint import fingerprint
 from convfusion.surgery import mixers_of
 
-RESULTS = Path(__file__).parent.parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
 
 
 def words(name: str) -> set[str]:
@@ -86,6 +89,18 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
     assert "<img" in page and 'src="data:image/png;base64,' in page
     assert "http://" not in page and "https://" not in page
     assert len(said) == 4
+
+
+@pytest.mark.parametrize("table", ["initialisation.csv", "kernels.csv"])
+def test_tables_rest_on_this_teacher(table):
+    with open(RESULTS / table, newline="") as file:
+        teachers = {row["teacher_sha256"] for row in csv.DictReader(file)}
+    assert teachers == {mini.teacher_hash()[:12]}
+
+
+def test_analysis_rests_on_this_teacher():
+    found = json.loads((ROOT / "docs" / "analysis-mini" / "analysis.json").read_text())
+    assert found["weights"] == fingerprint(mini.load_teacher().unet)
 
 
 def test_results_rest_on_this_teacher():

@@ -192,8 +192,12 @@ def apply_gate(maps: Tensor, kind: Gate) -> Tensor:
     channels = maps.shape[1]
     if kind == "sigmoid":
         return first * second.sigmoid()
-    scale = channels**-0.5 if kind == "scaled" else (channels / 2) ** 0.5
-    return first * (second * scale)
+    return first * (second * gate_scale(channels, kind))
+
+
+def gate_scale(channels: int, kind: Gate) -> float:
+    """What `scaled` and `reference` multiply f1·f2 with, for C' channels of both halves."""
+    return channels**-0.5 if kind == "scaled" else (channels / 2) ** 0.5
 
 
 @torch.no_grad()

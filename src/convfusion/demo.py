@@ -117,17 +117,23 @@ def run_demo(
     judge("shipped", shipped)
     results["shipped"]["flops_ratio"] = flops_ratio(shipped, LATENTS)
 
-    results |= {"sites": sites, "flops_ratio": flops_ratio(student, LATENTS)}
+    results |= {"sites": sites} | facts(student, before)
+    shown = {ROWS[name]: images[:SHOWN] for name, images in pictures.items()}
+    write_results(folder, results, report.labelled_grid(shown, prompts[:SHOWN]), losses)
+    return results
+
+
+def facts(student: Any, before: int) -> dict[str, Any]:
+    """What the live student saves, and what the results rest on. Its attention is dropped."""
+    ratio = flops_ratio(student, LATENTS)
     drop_attention(student)
-    results |= {
+    return {
+        "flops_ratio": ratio,
         "parameters": {"before": before, "after": parameters(student)},
         "guidance": mini.GUIDANCE,
         "image_steps": IMAGE_STEPS,
         "teacher_sha256": mini.teacher_hash(),
     }
-    shown = {ROWS[name]: images[:SHOWN] for name, images in pictures.items()}
-    write_results(folder, results, report.labelled_grid(shown, prompts[:SHOWN]), losses)
-    return results
 
 
 def write_results(

@@ -1,6 +1,6 @@
 """What self-attention does in a pretrained diffusion model, layer by layer."""
 
-from convfusion.analysis.ablation import ablate, variants
+from convfusion.analysis.ablation import ablate, save_ablation, variants
 from convfusion.analysis.capture import attention_capture
 from convfusion.analysis.kernels import recommend
 from convfusion.analysis.statistics import HighPass
@@ -17,6 +17,7 @@ __all__ = [
     "analyze",
     "attention_capture",
     "recommend",
+    "save_ablation",
     "untrained",
     "variants",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,14 @@ from convfusion.analysis.capture import (
     recorded_calls,
     stock_denoiser,
 )
+from convfusion.checkpoint import write_text
 from convfusion.conditioning import latent_scale
 from convfusion.config import ConvertConfig
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import psnr, relative_error
 from convfusion.generate import generate
 from convfusion.mixers import MeanOnly, Mixer, Neighbourhood, Removed
+from convfusion.report import labelled_grid
 from convfusion.schedule import as_epsilon, noise_schedule
 from convfusion.surgery import convert, revert
 
@@ -49,27 +53,25 @@ class Ablated:
     by_timestep: dict[float, float]
     psnr: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """The errors as JSON-ready values; a PSNR of None means equal pictures."""
+        decibels = self.psnr if math.isfinite(self.psnr) else None
+        return {
+            "epsilon_error": self.epsilon_error,
+            "by_timestep": self.by_timestep,
+            "psnr": decibels,
+        }
 
-def variants(
-    windows: list[int],
-    *,
-    mean_only: bool = True,
-    removed: bool = True,
-    sites: list[str] | None = None,
-) -> dict[str, ConvertConfig]:
+
+def variants(windows: list[int], sites: list[str] | None = None) -> dict[str, ConvertConfig]:
     """Neighbourhood attention of each window, the mean token alone, and nothing, by name.
 
     Args:
         windows: odd sides K.
-        mean_only: also try uniform attention.
-        removed: also try no mixing at all.
         sites: patterns of site paths; by default every site.
     """
     mixers: dict[str, Mixer] = {f"window {k}": Neighbourhood(k) for k in windows}
-    if mean_only:
-        mixers["mean token only"] = MeanOnly()
-    if removed:
-        mixers["removed"] = Removed()
+    mixers |= {"mean token only": MeanOnly(), "removed": Removed()}
     patterns = sites or ["*"]
     return {
         name: ConvertConfig(sites=dict.fromkeys(patterns, mixer)) for name, mixer in mixers.items()
@@ -126,6 +128,16 @@ def ablate(
         mean = sum(errors.values()) / len(errors)
         found[name] = Ablated(images, mean, errors, psnr(pixels(images), pixels(stock)))
     return found
+
+
+def save_ablation(found: dict[str, Ablated], prompts: list[str], folder: str | Path) -> None:
+    """Write what `ablate` found: the pictures as `ablation.png`, the errors as `ablation.json`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    grid = labelled_grid({name: row.images for name, row in found.items()}, prompts)
+    grid.save(folder / "ablation.png")
+    table = {name: row.to_dict() for name, row in found.items()}
+    write_text(folder / "ablation.json", json.dumps(table, indent=2, ensure_ascii=False) + "\n")
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:

@@ -87,7 +87,7 @@ def draw(analysis: Analysis, control: Analysis | None) -> dict[str, Figure]:
 
 
 def picture(figure: Figure) -> Image.Image:
-    """A figure as pixels, with a palette: a third of the bytes, no difference to the eye."""
+    """A figure as pixels, with a palette, which keeps the page small."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=RESOLUTION)
     image = Image.open(buffer).convert("RGB")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from convfusion.analysis.statistics import DecayFit, fitted_distances
+from convfusion.analysis.statistics import DecayFit, fitted_distances, windows
 from convfusion.analysis.study import Analysis, SiteAnalysis
 
 # Okabe and Ito's colours, which tell apart under the common kinds of colour blindness.
@@ -38,7 +38,7 @@ def score_mass(analysis: Analysis) -> Figure:
     """ASM over the window side: the attention, its high-frequency part, and uniform attention."""
 
     def panel(axes: Axes, site: SiteAnalysis) -> None:
-        sides = _sides(site)
+        sides = windows(site.grid)
         axes.plot(sides, site.uniform_score_mass, "--", color=GREY)
         axes.plot(sides, site.mean.score_mass, color=BLUE)
         if site.mean.score_mass_high:
@@ -54,7 +54,7 @@ def slopes(analysis: Analysis) -> Figure:
     """What each further ring of the window adds: the slope of the curves of `score_mass`."""
 
     def panel(axes: Axes, site: SiteAnalysis) -> None:
-        sides = _sides(site)
+        sides = windows(site.grid)
         axes.plot(sides, _slope(site.uniform_score_mass), "--", color=GREY)
         axes.plot(sides, _slope(site.mean.score_mass), color=BLUE)
         if site.mean.score_mass_high:
@@ -191,10 +191,6 @@ def mean_maps(analysis: Analysis) -> Figure:
 _NOTE: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9, "color": GREY}
 _ROW: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 9}
 _LAWS = (("power", BLUE, "-"), ("quadratic", GREEN, "--"), ("exponential", PURPLE, ":"))
-
-
-def _sides(site: SiteAnalysis) -> list[int]:
-    return [2 * d + 1 for d in range(len(site.uniform_score_mass))]
 
 
 def _slope(curve: list[float]) -> np.ndarray:

@@ -31,6 +31,7 @@ from convfusion.analysis.streaming import (
 from convfusion.block import Grid
 from convfusion.checkpoint import write_text
 from convfusion.errors import ConvFusionError
+from convfusion.fingerprint import fingerprint
 from convfusion.generate import generate
 
 SCHEMA = "convfusion-analysis-1"
@@ -113,9 +114,19 @@ class SiteAnalysis:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The analysis of one model, ready for `save`, plots and `recommend`."""
+    """The analysis of one model, ready for `save`, plots and `recommend`.
+
+    Attributes:
+        model: classes of pipeline and denoiser.
+        weights: fingerprint of the denoiser's weights.
+        prompts: what was drawn.
+        timesteps: where the attention was looked at.
+        config: how.
+        sites: every self-attention that ran.
+    """
 
     model: str
+    weights: str
     prompts: list[str]
     timesteps: list[float]
     config: AnalysisConfig
@@ -162,6 +173,7 @@ def analyze(
         )
     return Analysis(
         model=f"{type(pipe).__name__} with {type(model).__name__}",
+        weights=fingerprint(model),
         prompts=list(prompts),
         timesteps=timesteps,
         config=config,

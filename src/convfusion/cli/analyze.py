@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,10 +104,8 @@ def ablate(
 ) -> None:
     """Draw with attention restricted to windows, to the mean token, or taken away: no training."""
     from convfusion.analysis import ablate as run
-    from convfusion.analysis import variants
+    from convfusion.analysis import save_ablation, variants
     from convfusion.analysis.capture import sampling_timesteps
-    from convfusion.checkpoint import write_text
-    from convfusion.report import labelled_grid
 
     check_new(out)
     drawn = read_prompts(model, prompts, mini_prompts=9)
@@ -131,20 +128,8 @@ def ablate(
             batch_size=batch_size,
             on_call=lambda: progress.advance(bar),
         )
-    out.mkdir(parents=True, exist_ok=True)
-    labelled_grid({name: row.images for name, row in found.items()}, drawn).save(
-        out / "ablation.png"
-    )
-    table = {
-        name: {
-            "epsilon_error": row.epsilon_error,
-            "by_timestep": row.by_timestep,
-            "psnr": row.psnr if math.isfinite(row.psnr) else None,
-        }
-        for name, row in found.items()
-    }
-    write_text(out / "ablation.json", json.dumps(table, indent=2, ensure_ascii=False) + "\n")
-    print_ablation(table)
+    save_ablation(found, drawn, out)
+    print_ablation({name: row.to_dict() for name, row in found.items()})
     typer.echo(f"Written: {out}/ablation.png, {out}/ablation.json")
 
 

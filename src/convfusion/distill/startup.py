@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from convfusion.adapters import Site, denoiser_of
 from convfusion.analysis.capture import project, watch_attention
 from convfusion.analysis.streaming import Measure, offset_means
-from convfusion.block import DeltaConvBlock, Grid
+from convfusion.block import DeltaConvBlock, Grid, gate_scale
 from convfusion.conditioning import encode_conditioning, latent_scale
 from convfusion.distill.data import LatentDataset
 from convfusion.distill.task import attention_teacher
@@ -143,7 +143,6 @@ def leading_directions(value: Tensor, out: Tensor, count: int) -> tuple[Tensor, 
 
 def gate_constant(block: DeltaConvBlock) -> tuple[float, float]:
     """A value for f2 at which the gate is linear in f1, and what it then multiplies f1 with."""
-    inner = block.proj_in.out_features
     if block.config.gate == "sigmoid":
         return 0.0, 0.5
-    return 1.0, inner**-0.5 if block.config.gate == "scaled" else (inner / 2) ** 0.5
+    return 1.0, gate_scale(block.proj_in.out_features, block.config.gate)
