@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -31,7 +32,8 @@ def run(init: str, seed: int, steps: int, marks: list[int]) -> dict[int, float]:
             errors[step] = error(pipe, held_out)
             print(init, seed, step, f"{errors[step]:.3e}", flush=True)
 
-    distill(pipe, mini.training_data(), distillation(steps, seed), on_step=mark)
+    config = replace(distillation(steps, seed), start="converted")
+    distill(pipe, mini.training_data(), config, on_step=mark)
     return errors
 
 

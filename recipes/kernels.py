@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 from convfusion import ConvertConfig, DeltaConv, convert, mini, status, uniform
@@ -42,14 +43,15 @@ def choices() -> dict[str, ConvertConfig]:
     }
 
 
-def run(config: ConvertConfig, seed: int, steps: int) -> tuple[str, int, float, float]:
+def run(kernels_of: ConvertConfig, seed: int, steps: int) -> tuple[str, int, float, float]:
     """Kernels by site, parameters of the blocks, FLOP ratio and ε-error after distillation."""
     pipe = mini.load_teacher()
-    convert(pipe, ConvertConfig(sites=config.sites, seed=seed))
+    convert(pipe, ConvertConfig(sites=kernels_of.sites, seed=seed))
     sites = status(pipe).sites
     kernels = " ".join(f"{s.mixer.kernel_size}x{s.mixer.stages}" for s in sites)
     weights = sum(s.mixer_parameters for s in sites)
-    distill(pipe, mini.training_data(), distillation(steps, seed))
+    config = replace(distillation(steps, seed), start="converted")
+    distill(pipe, mini.training_data(), config)
     return kernels, weights, flops_ratio(pipe, LATENTS), error(pipe, held_out())
 
 

@@ -32,7 +32,7 @@ def test_a_config_of_the_wrong_form_is_refused(values):
         ({"kernel_size": True}, "must be int"),
         ({"gate": "tanh"}, "one of scaled, reference, sigmoid"),
         ({"stages": 0}, "at least 1"),
-        ({"ratio": float("nan")}, "between 0 and 4"),
+        ({"ratio": float("nan")}, "finite number"),
         ({"kind": []}, "needs a kind"),
         ({"colour": 1}, "no setting 'colour'"),
         ({"kind": "attention"}, "one of delta_conv"),

@@ -21,10 +21,10 @@ from convfusion.distill import (
     DistillConfig,
     DistillTask,
     LatentDataset,
+    LossWeights,
     attention_teacher,
     distill,
 )
-from convfusion.distill.task import LossWeights
 from convfusion.generate import generate
 from convfusion.surgery import mixers_of
 
@@ -81,7 +81,7 @@ def test_every_term_alone_reaches_every_tensor_of_every_block(case, term):
     model.requires_grad_(False)
     for mixer in mixers_of(model).values():
         mixer.requires_grad_(True)
-    terms = task.losses(latents, torch.randn_like(latents), timesteps, inputs)
+    terms = task.losses(latents, torch.randn_like(latents), timesteps, inputs).terms
     assert list(terms) == [term]
     terms[term].backward()
     for path, mixer in mixers_of(model).items():
@@ -117,7 +117,7 @@ def test_a_perfect_student_has_no_loss_but_the_noise():
     inputs = case.inputs(24, 40)
     latents, timesteps = inputs["sample"], inputs["timestep"]
     conditioning = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
-    terms = task.losses(latents, torch.randn_like(latents), timesteps, conditioning)
+    terms = task.losses(latents, torch.randn_like(latents), timesteps, conditioning).terms
     assert terms["distill"] == 0
     assert terms["feature"] == 0
     assert terms["noise"] > 0
@@ -215,7 +215,7 @@ def test_distilling_without_a_teacher_is_refused(data):
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"batch_size": 5, "accumulation": 2}, "multiple of accumulation"),
-        ({"precision": "int8"}, "no, bf16 or fp16"),
+        ({"precision": "int8"}, "one of no, bf16, fp16"),
         ({"caption_drop": 2.0}, "between 0 and 1"),
     ],
 )
@@ -334,12 +334,7 @@ def test_a_damaged_run_is_named_and_changes_nothing(data, tmp_path, name):
     assert all(torch.equal(before[key], value) for key, value in blocks(pipe).items())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
-    pipe = stable_diffusion_converted()
-    next(iter(mixers_of(pipe).values())).proj_in.weight.data.fill_(float("nan"))
-    with pytest.raises(ConvFusionError, match="not finite at step 1"):
-        distill(pipe, data, DistillConfig(steps=1, batch_size=2), tmp_path)
-    assert not (tmp_path / "checkpoints").exists()
+def test_latents_that_are_not_finite_are_refused():
     with pytest.raises(ConvFusionError, match="latents are not finite"):
         LatentDataset(torch.full((1, 4, 8, 8), torch.inf), ["red"])
 

@@ -48,7 +48,7 @@ def test_the_loss_is_that_of_blocks_on_the_teachers_inputs(case):
         for s in task.sites
     ]
     with torch.no_grad():
-        found = task.imitation(*inputs)["imitation"]
+        found = task.imitation(*inputs).terms["imitation"]
         for handle in handles:
             handle.remove()
         height, width = case.sizes[0]
@@ -70,7 +70,7 @@ def test_each_block_has_a_gradient_that_no_other_block_changes(case):
     task.student.requires_grad_(False)
     for mixer in mixers.values():
         mixer.requires_grad_(True)
-    task.imitation(*inputs)["imitation"].backward()
+    task.imitation(*inputs).terms["imitation"].backward()
     first, *others = mixers
     gradients = [p.grad.clone() for p in mixers[first].parameters()]
     assert all(p.grad.abs().sum() > 0 for m in mixers.values() for p in m.parameters())
@@ -79,7 +79,7 @@ def test_each_block_has_a_gradient_that_no_other_block_changes(case):
             for parameter in mixers[path].parameters():
                 parameter.mul_(3)
     task.student.zero_grad()
-    task.imitation(*inputs)["imitation"].backward()
+    task.imitation(*inputs).terms["imitation"].backward()
     again = [p.grad for p in mixers[first].parameters()]
     assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
 

@@ -20,7 +20,7 @@ from teacher import encode
 import convfusion
 from convfusion import ConvertConfig, DeltaConv, mini
 from convfusion.demo import distillation
-from convfusion.distill import LatentDataset, distill, start_from_attention
+from convfusion.distill import LatentDataset, distill
 
 # Wider than the live demo's blocks: there is time to train them.
 SHIPPED = ConvertConfig(
@@ -44,8 +44,6 @@ def main() -> None:
     latents = encode(pipe.vae, pictures.images, device).cpu()
     data = LatentDataset(latents, [caption(row) for row in pictures.rows])
     convfusion.convert(pipe, SHIPPED)
-    if not (args.run / "student" / "checkpoints").exists():
-        start_from_attention(pipe, data)
     progress = iter(track(range(args.steps), "distilling"))
     result = distill(
         pipe,

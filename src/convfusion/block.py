@@ -11,13 +11,14 @@ Self-Attention into Convolutions", ICCV 2025. For tokens x of a grid H×W:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
+from convfusion.fields import check_fields
 
 Gate = Literal["scaled", "reference", "sigmoid"]
 Pooling = Literal["ceil", "adaptive"]
@@ -56,16 +57,13 @@ class DeltaConv:
     init: Init = "mean"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ConvFusionError(f"kernel_size must be odd and positive, not {self.kernel_size}")
         if not 0 < self.ratio <= 4:
             raise ConvFusionError(f"ratio must lie between 0 and 4, not {self.ratio}")
         if self.stages < 1:
             raise ConvFusionError(f"stages must be at least 1, not {self.stages}")
-        for field, kinds in (("gate", Gate), ("pooling", Pooling), ("init", Init)):
-            if getattr(self, field) not in get_args(kinds):
-                known, given = ", ".join(get_args(kinds)), getattr(self, field)
-                raise ConvFusionError(f"{field} must be one of {known}, not {given!r}")
 
     def build(self, channels: int, heads: int = 1) -> DeltaConvBlock:
         """A block for tokens of `channels` channels; heads mean nothing to it."""

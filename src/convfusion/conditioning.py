@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from convfusion.adapters import adapter_for, denoiser_of
+from convfusion.adapters import Denoiser, adapter_for, denoiser_of
 from convfusion.errors import ConvFusionError
 
 
@@ -71,6 +72,40 @@ def class_labels(pipe: Any, prompts: list[str]) -> list[int]:
                 f"{prompt!r} is no class of this model: give a name or a number up to {none - 1}"
             )
     return [known[p] if p in known else int(p) if p else none for p in prompts]
+
+
+def flat(conditioning: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor | None]:
+    """Conditioning by dotted name: `{"a": {"b": x}}` → `{"a.b": x}`. Each tensor is [B, …]."""
+    found: dict[str, Tensor | None] = {}
+    for name, value in conditioning.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def nested(conditioning: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    """The keyword arguments that `flat` flattened."""
+    found: dict[str, Any] = {}
+    for name, value in conditioning.items():
+        *parents, last = name.split(".")
+        place = found
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return found
+
+
+def placed(conditioning: Mapping[str, Tensor | None], like: Denoiser) -> dict[str, Any]:
+    """Flat conditioning as a denoiser takes it: nested, on its device, numbers in its dtype."""
+    moved = {
+        name: tensor
+        if tensor is None
+        else tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+        for name, tensor in conditioning.items()
+    }
+    return nested(moved)
 
 
 def latent_scale(pipe: Any) -> int:

@@ -21,7 +21,6 @@ from convfusion.distill import (
     LossWeights,
     attention_teacher,
     distill,
-    start_from_attention,
 )
 from convfusion.evaluate import epsilon_error, mean_psnr
 from convfusion.flops import flops_ratio
@@ -58,6 +57,7 @@ def distillation(steps: int, seed: int = 0) -> DistillConfig:
         warmup=20,
         decay=1.0,
         weight_decay=0.0,
+        start="attention",
         imitation_steps=steps // 8,
         losses=LossWeights(noise=0.0, feature=1e-2, snr_gamma=1e9),
         seed=seed,
@@ -103,7 +103,6 @@ def run_demo(
     before = parameters(student)
     sites = convert(student, presets.default()).converted
     initial = error(student, held_out)
-    start_from_attention(student, mini.training_data())
     run, losses = distil_live(student, config, on_step)
     judge("distilled", student)
     results["distilled"] |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor
 from convfusion.adapters import Denoiser, denoiser_of
 from convfusion.conditioning import encode_conditioning, latent_scale
 from convfusion.schedule import add_noise, as_epsilon, noise_schedule
+
+TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # where ε-errors are measured
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -33,14 +36,13 @@ def mean_psnr(images: list[Image.Image], references: list[Image.Image]) -> float
     return float(np.mean([psnr(image, reference) for image, reference in pairs]))
 
 
-@torch.no_grad()
 def epsilon_error(
     pipe: Any,
     teacher: Denoiser,
     latents: Tensor,
     prompts: list[str],
     *,
-    timesteps: tuple[int, ...] = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950),
+    timesteps: Sequence[int] = TIMESTEPS,
     seed: int = 123_456,
     batch_size: int = 64,
 ) -> float:
@@ -56,7 +58,7 @@ def epsilon_error(
         batch_size: latents per forward pass.
     """
     student = denoiser_of(pipe)
-    schedule, kind = noise_schedule(pipe.scheduler)
+    schedule = noise_schedule(pipe.scheduler)
     scale = latent_scale(pipe)
     size = (latents.shape[-2] * scale, latents.shape[-1] * scale)
     generator = torch.Generator().manual_seed(seed)
@@ -64,16 +66,45 @@ def epsilon_error(
     errors = []
     for start in range(0, len(latents), batch_size):
         part = slice(start, start + batch_size)
-        clean = latents[part].to(student.device, torch.float32)
         conditioning = encode_conditioning(pipe, prompts[part], size)
-        for t, noise in zip(timesteps, noises, strict=True):
-            steps = torch.full((len(clean),), t, device=clean.device)
-            noisy = add_noise(clean, noise[part].to(clean.device), steps, schedule)
-            noisy = noisy.to(student.dtype)
-            outputs = (
-                model(noisy, timestep=steps, return_dict=False, **conditioning)[0]
-                for model in (student, teacher)
-            )
-            learned, taught = (as_epsilon(o, noisy, steps, schedule, kind) for o in outputs)
-            errors.append(relative_error(learned, taught))
+        chosen = {t: noise[part] for t, noise in zip(timesteps, noises, strict=True)}
+        found = epsilon_errors(student, teacher, schedule, latents[part], chosen, conditioning)
+        errors.append(found.flatten())
     return torch.cat(errors).mean().item()
+
+
+@torch.no_grad()
+def epsilon_errors(
+    student: Denoiser,
+    teacher: Denoiser,
+    schedule: tuple[Tensor, str],
+    latents: Tensor,
+    noises: Mapping[int, Tensor],
+    conditioning: dict[str, Any],
+) -> Tensor:
+    """‖ε̂ − ε̃‖²/‖ε̃‖² of a batch at several timesteps.
+
+    Args:
+        student: what is judged.
+        teacher: what it is compared with.
+        schedule: as `noise_schedule` gives it.
+        latents: clean and scaled, [B, C, h, w].
+        noises: by timestep, as the latents.
+        conditioning: further keyword arguments of both denoisers, on their device.
+
+    Returns:
+        [T, B] float64.
+    """
+    alphas_cumprod, kind = schedule
+    clean = latents.to(student.device, torch.float32)
+    rows = []
+    for t, noise in noises.items():
+        steps = torch.full((len(clean),), t, device=clean.device)
+        noisy = add_noise(clean, noise.to(clean.device), steps, alphas_cumprod).to(student.dtype)
+        outputs = (
+            model(noisy, timestep=steps, return_dict=False, **conditioning)[0]
+            for model in (student, teacher)
+        )
+        learned, taught = (as_epsilon(o, noisy, steps, alphas_cumprod, kind) for o in outputs)
+        rows.append(relative_error(learned, taught))
+    return torch.stack(rows)

@@ -8,7 +8,7 @@ Register the settings in `MIXERS` and the mixer works with every adapter, checkp
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, get_type_hints
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from convfusion.block import (
     set_to_uniform_attention,
 )
 from convfusion.errors import ConvFusionError
+from convfusion.fields import check_fields, check_names
 from convfusion.neighbourhood import neighbourhood_attention
 
 
@@ -60,6 +61,7 @@ class Neighbourhood:
     window: int = 13
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.window < 1 or self.window % 2 == 0:
             raise ConvFusionError(f"window must be odd and positive, not {self.window}")
 
@@ -159,17 +161,5 @@ def mixer_from_dict(values: dict[str, Any]) -> Any:
         raise ConvFusionError(f"a mixer needs a kind, one of {known}; got {values!r}")
     settings = MIXERS[values["kind"]]
     options = {key: value for key, value in values.items() if key != "kind"}
-    types = get_type_hints(settings)
-    for key, value in options.items():
-        if key not in types:
-            raise ConvFusionError(f"{values['kind']} has no setting {key!r}: {', '.join(types)}")
-        _check_type(key, value, types[key])
+    check_names(settings, options, values["kind"])
     return settings(**options)
-
-
-def _check_type(key: str, value: Any, declared: Any) -> None:
-    if declared is float and type(value) is int:
-        return
-    wanted = declared if isinstance(declared, type) else str  # a Literal's values are words
-    if type(value) is not wanted:
-        raise ConvFusionError(f"{key} must be {wanted.__name__}, not {value!r}")

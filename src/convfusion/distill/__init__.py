@@ -1,9 +1,10 @@
 """Distillation: train the blocks of a converted model to do what its own attention did."""
 
-from convfusion.distill.data import LatentDataset, read_image_folder
+from convfusion.distill.config import DistillConfig, LossWeights
+from convfusion.distill.data import LatentDataset, TrainingData
 from convfusion.distill.startup import start_from_attention
-from convfusion.distill.task import DistillTask, LossWeights, attention_teacher
-from convfusion.distill.trainer import DistillConfig, DistillResult, distill
+from convfusion.distill.task import DistillTask, attention_teacher
+from convfusion.distill.trainer import DistillResult, distill
 
 __all__ = [
     "DistillConfig",
@@ -11,8 +12,8 @@ __all__ = [
     "DistillTask",
     "LatentDataset",
     "LossWeights",
+    "TrainingData",
     "attention_teacher",
     "distill",
-    "read_image_folder",
     "start_from_attention",
 ]

@@ -1,25 +1,47 @@
-"""Latents with captions: from pictures on disk, from a cache, or drawn by the teacher itself."""
+"""What a distillation draws its batches from: latents, each with its caption's conditioning."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
+from convfusion.conditioning import encode_conditioning, flat, latent_scale
 from convfusion.errors import ConvFusionError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+class TrainingData(Protocol):
+    """Latents and conditioning that are ready for the denoiser.
+
+    Attributes:
+        captions: of every sample.
+        groups: indices of the samples, those with equally large latents together.
+    """
+
+    captions: Sequence[str]
+    groups: Sequence[Sequence[int]]
+
+    def take(
+        self, indices: Sequence[int], dropped: Sequence[bool]
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Samples of one group.
+
+        Args:
+            indices: of the samples.
+            dropped: for each, whether to take the empty caption in place of its own.
+
+        Returns:
+            Clean, scaled latents [B, C, h, w] in float32, and the denoiser's further arguments as
+            `conditioning.flat` names them, each [B, …] or None; all on the CPU.
+        """
+        ...
 
 
 @dataclass(frozen=True)
-class LatentDataset(Dataset):
+class LatentDataset:
     """Latents in memory, each with its caption.
 
     Attributes:
@@ -42,97 +64,47 @@ class LatentDataset(Dataset):
     def __len__(self) -> int:
         return len(self.captions)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"latents": self.latents[index], "caption": self.captions[index]}
 
+class EncodedLatents:
+    """A `LatentDataset` with the conditioning of its captions, each encoded once.
 
-class StepSampler(Sampler[list[int]]):
-    """The indices of each step's batch, a function of seed and step alone.
-
-    Samples are drawn without replacement within an epoch; going on at a step needs no replay.
+    Args:
+        pipe: whose text encoder is asked.
+        data: latents and captions.
+        batch_size: captions encoded at once.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, first: int, last: int) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.first, self.last = first, last
+    def __init__(self, pipe: Any, data: LatentDataset, batch_size: int = 64) -> None:
+        self.captions: Sequence[str] = data.captions
+        self.groups: Sequence[Sequence[int]] = [range(len(data))]
+        self._latents = data.latents
+        names = list(dict.fromkeys(["", *data.captions]))
+        places = {name: place for place, name in enumerate(names)}
+        self._places = [places[caption] for caption in data.captions]
+        scale = latent_scale(pipe)
+        size = (data.latents.shape[-2] * scale, data.latents.shape[-1] * scale)
+        parts = [
+            flat(encode_conditioning(pipe, names[start : start + batch_size], size))
+            for start in range(0, len(names), batch_size)
+        ]
+        self._conditioning = {key: joined([part[key] for part in parts]) for key in parts[0]}
 
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, torch.empty(0, dtype=torch.long)
-        for step in range(self.first, self.last):
-            batch = []
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-                if position // self.size != epoch:
-                    epoch = position // self.size
-                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    order = torch.randperm(self.size, generator=generator)
-                batch.append(int(order[position % self.size]))
-            yield batch
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-
-def read_image_folder(folder: str | Path) -> list[tuple[Path, str]]:
-    """Pictures of a folder with their captions, from `NAME.txt` beside each picture.
-
-    Raises:
-        ConvFusionError: there are no pictures, or one has no caption.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ConvFusionError(f"{folder} is not a folder")
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
-    if not pictures:
-        raise ConvFusionError(f"{folder} has no pictures ({', '.join(PICTURES)})")
-    pairs = []
-    for picture in pictures:
-        text = picture.with_suffix(".txt")
-        if not text.is_file():
-            raise ConvFusionError(f"{picture} has no caption: {text.name} should hold it")
-        pairs.append((picture, text.read_text(encoding="utf-8").strip()))
-    return pairs
+    def take(
+        self, indices: Sequence[int], dropped: Sequence[bool]
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        rows = [0 if drop else self._places[i] for i, drop in zip(indices, dropped, strict=True)]
+        conditioning = {
+            key: None if table is None else table[rows] for key, table in self._conditioning.items()
+        }
+        return self._latents[list(indices)].float(), conditioning
 
 
-@torch.no_grad()
-def encode_pictures(
-    vae: Any, pictures: list[Path], size: tuple[int, int], *, batch_size: int = 16
-) -> Tensor:
-    """Latents of pictures, resized to cover (height, width) and cropped in the middle.
-
-    Returns:
-        [P, C, h, w] float32 on the CPU, posterior means times the VAE's scaling factor.
-    """
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    dtype = vae.dtype
-    if getattr(vae.config, "force_upcast", False):
-        vae.to(torch.float32)  # such a VAE overflows in float16
-    parts = []
-    for start in range(0, len(pictures), batch_size):
-        batch = torch.stack([load_picture(p, size) for p in pictures[start : start + batch_size]])
-        latents = vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mean
-        parts.append(((latents - shift) * vae.config.scaling_factor).float().cpu())
-    vae.to(dtype)
-    return torch.cat(parts)
+def joined(parts: list[Tensor | None]) -> Tensor | None:
+    """Parts of a batch, one after the other on the CPU."""
+    tensors = [part.cpu() for part in parts if part is not None]
+    return torch.cat(tensors) if tensors else None
 
 
-def load_picture(path: Path, size: tuple[int, int]) -> Tensor:
-    """One picture as [3, height, width] in −1…1, upright, transparency on white.
-
-    Raises:
-        ConvFusionError: the file is no picture.
-    """
-    height, width = size
-    try:
-        with Image.open(path) as file:
-            upright = ImageOps.exif_transpose(file).convert("RGBA")
-            picture = Image.new("RGBA", upright.size, "white")
-            picture.alpha_composite(upright)
-            picture = picture.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ConvFusionError(f"{path} cannot be read as a picture: {error}") from None
-    scale = max(height / picture.height, width / picture.width)
-    around = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-    picture = picture.resize(around, Image.Resampling.LANCZOS)
-    left, top = (around[0] - width) // 2, (around[1] - height) // 2
-    picture = picture.crop((left, top, left + width, top + height))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+def training_data(pipe: Any, data: TrainingData | LatentDataset) -> TrainingData:
+    """Data that is ready for the denoiser: captions of latents in memory are encoded."""
+    return EncodedLatents(pipe, data) if isinstance(data, LatentDataset) else data

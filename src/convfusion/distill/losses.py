@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 
@@ -29,7 +28,10 @@ def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (weight * error).mean()
 
 
-def feature_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
-    """Σ over sites of the mean squared difference of their hidden states [B, N, C]; a scalar."""
-    terms = [(student[name].float() - teacher[name].float()).square().mean() for name in teacher]
-    return torch.stack(terms).sum()
+def feature_losses(
+    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Mean squared difference of the hidden states [B, N, C] of each site; L_f is their sum."""
+    return {
+        name: (student[name].float() - teacher[name].float()).square().mean() for name in teacher
+    }

@@ -21,8 +21,9 @@ from convfusion.adapters import Site, denoiser_of
 from convfusion.analysis.capture import project, watch_attention
 from convfusion.analysis.streaming import Measure, offset_means
 from convfusion.block import DeltaConvBlock, Grid, gate_scale
-from convfusion.conditioning import encode_conditioning, latent_scale
-from convfusion.distill.data import LatentDataset
+from convfusion.conditioning import placed
+from convfusion.distill.data import LatentDataset, TrainingData, training_data
+from convfusion.distill.draws import Batches
 from convfusion.distill.task import attention_teacher
 from convfusion.schedule import add_noise, noise_schedule
 from convfusion.surgery import mixers_of
@@ -31,7 +32,7 @@ from convfusion.surgery import mixers_of
 @torch.no_grad()
 def start_from_attention(
     pipe: Any,
-    data: LatentDataset,
+    data: LatentDataset | TrainingData,
     *,
     pictures: int = 32,
     batch_size: int = 8,
@@ -45,7 +46,7 @@ def start_from_attention(
 
     Args:
         pipe: converted, with its attention kept.
-        data: latents and captions.
+        data: what the mean is taken over.
         pictures: how many of them to look at.
         batch_size: at once.
         settings: queries and memory of the measurement.
@@ -67,21 +68,20 @@ def start_from_attention(
             means = offset_means(query, key, attention.scale, grid, radius, settings)
             found[site.path].append(means)
 
+    ready = training_data(pipe, data)
+    batches = Batches(ready.groups, min(batch_size, pictures), seed)
     generator = torch.Generator().manual_seed(seed)
-    picks = torch.randperm(len(data), generator=generator)[:pictures]
     schedule, _ = noise_schedule(pipe.scheduler)
-    scale = latent_scale(pipe)
-    size = (data.latents.shape[-2] * scale, data.latents.shape[-1] * scale)
     with watch_attention(teacher, see):
-        for part in picks.split(batch_size):
-            clean = data.latents[part].float()
+        for number in range(-(-pictures // batch_size)):
+            part = batches[number]
+            clean, conditioning = ready.take(part, [False] * len(part))
             noise = torch.randn(clean.shape, generator=generator)
             timesteps = torch.randint(0, len(schedule), (len(part),), generator=generator)
             noisy = add_noise(clean, noise, timesteps, schedule)
-            conditioning = encode_conditioning(pipe, [data.captions[i] for i in part], size)
             noisy = noisy.to(student.device, student.dtype)
             steps = timesteps.to(student.device)
-            teacher(noisy, timestep=steps, return_dict=False, **conditioning)
+            teacher(noisy, timestep=steps, return_dict=False, **placed(conditioning, student))
     for path, block in blocks.items():
         kernels = torch.stack(found[path]).mean(dim=0)
         set_to_mean_attention(block, teacher.get_submodule(path), kernels)

@@ -1,35 +1,51 @@
-"""Checkpoints of a run: the blocks, the optimiser's moments, the step and the config.
+"""Checkpoints of a run: the blocks, the optimiser's state, their average, the step, the config.
 
-Each is a folder `checkpoints/step-NNNNNNN`, written aside and renamed; the last two are kept.
+Each is a folder `checkpoints/step-NNNNNNN`. It is written aside, flushed to disk and renamed, and
+older ones are forgotten only then; so whatever ends a run, a whole checkpoint is left.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from convfusion import checkpoint
 from convfusion.adapters import Denoiser
 from convfusion.errors import CheckpointError, ConvFusionError
 
-OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
-FREE = ("steps", "save_every", "validate_every")  # may change when a run goes on
+OPTIMIZER, AVERAGE, STATE = "optimizer.safetensors", "average.safetensors", "trainer.json"
+KEPT = 2
+# What may change when a run goes on.
+FREE = ("steps", "save_every", "validate_every", "log_every", "workers", "tracker", "max_skipped")
 
 
-@dataclass(frozen=True)
-class SavedRun:
-    """What a checkpoint of a run holds, read and checked, but for its blocks."""
+@dataclass
+class RunState:
+    """What a checkpoint holds beside the blocks.
 
-    folder: Path
-    step: int
-    moments: dict[str, Tensor]
+    Attributes:
+        step: steps done.
+        skipped: of them, those skipped because something was not finite.
+        optimizer: the optimiser's tensors, `<parameter>/<name>`.
+        average: the moving average of each parameter and, as `updates`, how often it was updated;
+            empty without one.
+        scaler: state of the fp16 loss scaler; empty without one.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
 
 
 def check_unused(out: Path) -> None:
@@ -40,53 +56,75 @@ def check_unused(out: Path) -> None:
         )
 
 
-def write_run(
-    out: Path,
-    student: Denoiser,
-    named: Mapping[str, nn.Parameter],
-    optimizer_state: Mapping[Any, Mapping[str, Tensor]],
-    step: int,
-    config: dict[str, Any],
-) -> None:
-    """Write a checkpoint aside, rename it, then forget all but the last two."""
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest whole checkpoint of a run, if it has one."""
+    return max((out / "checkpoints").glob("step-*"), default=None)
+
+
+def write_run(out: Path, student: Denoiser, state: RunState, config: dict[str, Any]) -> None:
+    """Write a checkpoint and forget all but the last two.
+
+    Raises:
+        CheckpointError: it cannot be written, as on a full disk; the others are intact.
+    """
     root = out / "checkpoints"
-    aside, final = root / "writing", root / f"step-{step:07d}"
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.save(student, aside)
-    moments = {
-        f"{name}/{moment}": optimizer_state[parameter][moment].contiguous()
-        for name, parameter in named.items()
-        for moment in MOMENTS
-    }
-    checkpoint.write_tensors(aside / OPTIMIZER, moments)
-    state = {"step": step, "config": config}
-    checkpoint.write_text(aside / STATE, json.dumps(state, indent=2) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
-    for old in sorted(root.glob("step-*"))[:-2]:
+    aside, final = root / "writing", root / f"step-{state.step:07d}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.save(student, aside)
+        checkpoint.write_tensors(aside / OPTIMIZER, state.optimizer)
+        if state.average:
+            checkpoint.write_tensors(aside / AVERAGE, state.average)
+        facts = {
+            "step": state.step,
+            "skipped": state.skipped,
+            "scaler": state.scaler,
+            "optimizer": sorted(state.optimizer),
+            "average": sorted(state.average),
+            "config": config,
+        }
+        checkpoint.write_text(aside / STATE, json.dumps(facts, indent=2) + "\n")
+        flush_folder(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        flush_folder(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        last = last_checkpoint(out)
+        left = f"{last} is intact" if last else "there is none before it"
+        raise CheckpointError(
+            f"the checkpoint of step {state.step} cannot be written: {error}; {left}"
+        ) from None
+    for old in sorted(root.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)
 
 
-def read_run(
-    out: Path, named: Mapping[str, nn.Parameter], config: dict[str, Any]
-) -> SavedRun | None:
-    """The last checkpoint of a run, or None if it has none.
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder last through a power cut, where the system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_run(folder: Path, named: Mapping[str, nn.Parameter], config: dict[str, Any]) -> RunState:
+    """A checkpoint of a run, checked, but for its blocks.
 
     Args:
-        out: the run's folder.
+        folder: of the checkpoint.
         named: the parameters being trained, by name.
         config: the run's config as it is now.
 
     Raises:
         CheckpointError: a file is damaged, or was written with another config.
     """
-    found = sorted((out / "checkpoints").glob("step-*"))
-    if not found:
-        return None
-    folder = found[-1]
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        step, before = int(state["step"]), dict(state["config"])
+        facts = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = RunState(int(facts["step"]), int(facts["skipped"]), scaler=dict(facts["scaler"]))
+        before, expected = dict(facts["config"]), (facts["optimizer"], facts["average"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read: {error}") from None
     here = json.loads(json.dumps(config))
@@ -96,11 +134,45 @@ def read_run(
             f"{folder} was written with another {', '.join(changed)}: resume with the same "
             "config, or start in another folder"
         )
-    moments = checkpoint.read_tensors(folder / OPTIMIZER)
-    expected = {f"{name}/{moment}" for name in named for moment in MOMENTS}
-    if moments.keys() != expected:
-        raise CheckpointError(f"{folder / OPTIMIZER} does not hold the moments of these blocks")
-    for name, parameter in named.items():
-        if any(moments[f"{name}/{m}"].shape != parameter.shape for m in MOMENTS[1:]):
-            raise CheckpointError(f"{folder / OPTIMIZER}: the moments of {name} have another shape")
-    return SavedRun(folder, step, moments)
+    state.optimizer = _read(folder / OPTIMIZER, expected[0], named)
+    if expected[1]:
+        state.average = _read(folder / AVERAGE, expected[1], named)
+    return state
+
+
+def _read(path: Path, expected: list[str], named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The tensors of a file: those that are expected, of parameters that are trained here."""
+    tensors = checkpoint.read_tensors(path)
+    known = {name for name in tensors if name.partition("/")[0] in (*named, "updates")}
+    if sorted(tensors) != expected or known != tensors.keys():
+        raise CheckpointError(f"{path} does not hold the state of these blocks")
+    for key, tensor in tensors.items():
+        name, _, kind = key.partition("/")
+        whole = kind in ("", "exp_avg", "exp_avg_sq")  # others have shapes of their own
+        if name in named and whole and tensor.shape != named[name].shape:
+            raise CheckpointError(f"{path}: {key} has another shape than its parameter")
+    return tensors
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The state of an optimiser by parameter, numbers as tensors; empty before its first step."""
+    return {
+        f"{name}/{key}": torch.as_tensor(value).contiguous()
+        for name, parameter in named.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    """Give an optimiser the state that `optimizer_tensors` took."""
+    for key, tensor in tensors.items():
+        name, _, kind = key.partition("/")
+        parameter = named[name]
+        # Steps are counted on the CPU, by AdamW in a tensor and by bitsandbytes in a number.
+        counted = tensor if tensor.is_floating_point() else int(tensor)
+        value = counted if kind == "step" else tensor.to(parameter.device)
+        optimizer.state[parameter][kind] = value

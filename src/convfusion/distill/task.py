@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +13,24 @@ from torch import Tensor, nn
 from convfusion.adapters import Denoiser, Site, list_sites
 from convfusion.analysis.capture import watch_attention
 from convfusion.block import Grid
-from convfusion.distill.losses import feature_loss, min_snr_weight, weighted_mse
+from convfusion.distill.config import LossWeights
+from convfusion.distill.losses import feature_losses, min_snr_weight, weighted_mse
 from convfusion.errors import ConvFusionError
 from convfusion.schedule import add_noise, as_epsilon, noise_schedule
 from convfusion.surgery import mixers_of, revert, status
 
 
-@dataclass(frozen=True)
-class LossWeights:
-    """L = distill·w‖ε̃−ε̂‖² + noise·w‖ε−ε̂‖² + feature·L_f, with Min-SNR weights w of γ."""
+class Losses(NamedTuple):
+    """What a batch costs.
 
-    distill: float = 1.0
-    noise: float = 1.0
-    feature: float = 1e-3
-    snr_gamma: float = 5.0
+    Attributes:
+        terms: the weighted terms, each a scalar; their sum is what to minimise.
+        sites: error of each site by itself, without gradient: its term of L_f before weighting, or
+            of the imitation.
+    """
 
-    def __post_init__(self) -> None:
-        if self.snr_gamma <= 0:
-            raise ConvFusionError(f"snr_gamma must be positive, not {self.snr_gamma}")
-        weights = (self.distill, self.noise, self.feature)
-        if min(weights) < 0 or not any(weights):
-            raise ConvFusionError("loss weights must not be negative, nor all of them 0")
+    terms: dict[str, Tensor]
+    sites: dict[str, Tensor]
 
 
 def attention_teacher(student: Denoiser) -> Denoiser:
@@ -102,8 +98,11 @@ def outputs_of(modules: list[tuple[str, nn.Module]]) -> Iterator[dict[str, Tenso
             handle.remove()
 
 
-class DistillTask:
+class DistillTask(nn.Module):
     """Named losses of a student against its own attention.
+
+    A module whose parameters are the student's, so that it can be wrapped for several processes;
+    the teacher shares them and is not registered.
 
     Args:
         student: a converted denoiser with its attention kept.
@@ -114,27 +113,42 @@ class DistillTask:
     def __init__(
         self, student: Denoiser, scheduler: Any, weights: LossWeights = LossWeights()
     ) -> None:
+        super().__init__()
         self.student = student
-        self.teacher = attention_teacher(student)
+        self._unregistered = (attention_teacher(student),)
         self.weights = weights
         self.alphas_cumprod, self.prediction_type = noise_schedule(scheduler)
         self.sites = [site for site in list_sites(student) if site.path in mixers_of(student)]
 
-    def losses(
+    @property
+    def teacher(self) -> Denoiser:
+        return self._unregistered[0]
+
+    def forward(
         self,
         latents: Tensor,
         noise: Tensor,
         timesteps: Tensor,
         conditioning: dict[str, Any],
-    ) -> dict[str, Tensor]:
-        """The weighted terms of L, each a scalar; their sum is what to minimise.
+        *,
+        alone: bool = False,
+    ) -> Losses:
+        """The terms of `imitation` (each block alone), or of `losses` (end to end).
 
         Args:
             latents: clean and scaled, [B, C, h, w].
             noise: as the latents.
             timesteps: [B], integers.
             conditioning: further keyword arguments of the denoiser.
+            alone: choose `imitation`.
         """
+        measure = self.imitation if alone else self.losses
+        return measure(latents, noise, timesteps, conditioning)
+
+    def losses(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: dict[str, Any]
+    ) -> Losses:
+        """The weighted terms of L; arguments as for `forward`."""
         noisy = self._noisy(latents, noise, timesteps)
         with torch.no_grad(), hidden_states(self.teacher, self.sites) as taught:
             target = self._epsilon(self.teacher, noisy, timesteps, conditioning)
@@ -143,25 +157,24 @@ class DistillTask:
         weights = self.weights
         snr = min_snr_weight(self.alphas_cumprod, timesteps, weights.snr_gamma)
         terms: dict[str, Tensor] = {}
+        sites: dict[str, Tensor] = {}
         if weights.distill:
             terms["distill"] = weights.distill * weighted_mse(output, target, snr)
         if weights.noise:
             terms["noise"] = weights.noise * weighted_mse(output, noise, snr)
         if weights.feature:
-            terms["feature"] = weights.feature * feature_loss(learned, taught)
-        return terms
+            features = feature_losses(learned, taught)
+            terms["feature"] = weights.feature * torch.stack(list(features.values())).sum()
+            sites = {path: error.detach() for path, error in features.items()}
+        return Losses(terms, sites)
 
     def imitation(
-        self,
-        latents: Tensor,
-        noise: Tensor,
-        timesteps: Tensor,
-        conditioning: dict[str, Any],
-    ) -> dict[str, Tensor]:
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: dict[str, Any]
+    ) -> Losses:
         """Each block alone on the teacher's own inputs: mean over sites of ‖b(x) − a(x)‖²/Var a(x).
 
         The attention a and its input x come from one pass of the teacher, so that no block meets
-        another's errors. Arguments as for `losses`.
+        another's errors. Arguments as for `forward`.
         """
         inputs: dict[str, tuple[Tensor, Grid]] = {}
 
@@ -172,12 +185,13 @@ class DistillTask:
         watched = [(site.path, self.teacher.get_submodule(site.path)) for site in self.sites]
         with torch.no_grad(), watch_attention(self.teacher, see), outputs_of(watched) as outputs:
             self.teacher(noisy, timestep=timesteps, return_dict=False, **conditioning)
-        errors = []
+        errors = {}
         for path, mixer in mixers_of(self.student).items():
             target = outputs[path].float()
             error = (mixer(*inputs[path]).float() - target).square().mean()
-            errors.append(error / target.var().clamp(min=1e-12))
-        return {"imitation": torch.stack(errors).mean()}
+            errors[path] = error / target.var().clamp(min=1e-12)
+        mean = torch.stack(list(errors.values())).mean()
+        return Losses({"imitation": mean}, {path: e.detach() for path, e in errors.items()})
 
     def _noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return add_noise(latents, noise, timesteps, self.alphas_cumprod).to(self.student.dtype)

@@ -1,0 +1,157 @@
+"""What decides a distillation, as plain frozen data that round-trips through JSON and TOML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from convfusion.errors import ConvFusionError
+from convfusion.fields import check_fields, check_names
+
+Start = Literal["converted", "attention"]
+Optimizer = Literal["adamw", "adamw8bit"]
+Precision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """L = distill·w‖ε̃−ε̂‖² + noise·w‖ε−ε̂‖² + feature·L_f, with Min-SNR weights w of γ.
+
+    Attributes:
+        distill: weight of w(t)·‖ε̃ − ε̂‖², student against teacher.
+        noise: weight of w(t)·‖ε − ε̂‖², student against the true noise.
+        feature: weight β of L_f, the hidden states after each site.
+        snr_gamma: not a weight but γ of Min-SNR.
+    """
+
+    distill: float = 1.0
+    noise: float = 1.0
+    feature: float = 1e-3
+    snr_gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.snr_gamma <= 0:
+            raise ConvFusionError(f"snr_gamma must be positive, not {self.snr_gamma}")
+        weights = (self.distill, self.noise, self.feature)
+        if min(weights) < 0 or not any(weights):
+            raise ConvFusionError("loss weights must not be negative, nor all of them 0")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Everything that decides what a distillation does to the blocks.
+
+    Attributes:
+        steps: optimiser steps in all.
+        imitation_steps: the first of them, in which each block learns alone to imitate its
+            attention on the teacher's own inputs; the others train all blocks end to end.
+        start: `converted`, the blocks as they are, or `attention`, each block set to the measured
+            mean of the attention it replaces.
+        batch_size: samples per step, over all processes and accumulated parts.
+        accumulation: parts that each process works its share of a batch in.
+        optimizer: `adamw`, or `adamw8bit` of bitsandbytes.
+        learning_rate: after `warmup` steps.
+        warmup: steps over which the rate rises from 0.
+        decay: share of the steps, at the end, over which the rate falls to 0 along a cosine.
+        betas: of the optimiser.
+        weight_decay: of the optimiser.
+        clip_norm: largest norm of the gradient over all blocks.
+        ema: decay of a moving average of the blocks, which is what is drawn with and saved in the
+            end; 0 keeps none.
+        caption_drop: share of captions replaced by '', for classifier-free guidance.
+        precision: `no`, `bf16` or `fp16` autocast. The blocks train in float32.
+        checkpointing: recompute activations in the backward pass.
+        losses: weights of the terms.
+        held_out: samples kept out of training, on which the ε-error is measured.
+        workers: processes that read the data ahead.
+        save_every: steps between checkpoints, of which the last two are kept.
+        validate_every: steps between validations (pictures and ε-error); 0 does none but the last.
+        log_every: steps between logged losses.
+        tracker: `auto` is TensorBoard where it is installed; a tracker that accelerate knows, such
+            as `wandb`; or `none`. The losses are in `losses.jsonl` in any case.
+        max_skipped: steps in a row that may be skipped for a loss or gradient that is not finite.
+        seed: of batches, noise, timesteps and dropped captions; a step's draws depend on it and
+            the step alone.
+    """
+
+    steps: int = 1000
+    imitation_steps: int = 0
+    start: Start = "converted"
+    batch_size: int = 16
+    accumulation: int = 1
+    optimizer: Optimizer = "adamw"
+    learning_rate: float = 3e-4
+    warmup: int = 100
+    decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    ema: float = 0.0
+    caption_drop: float = 0.15
+    precision: Precision = "no"
+    checkpointing: bool = False
+    losses: LossWeights = field(default_factory=LossWeights)
+    held_out: int = 0
+    workers: int = 0
+    save_every: int = 500
+    validate_every: int = 0
+    log_every: int = 10
+    tracker: str = "auto"
+    max_skipped: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("steps", "batch_size", "accumulation", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConvFusionError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "held_out", "workers", "validate_every"):
+            if getattr(self, name) < 0:
+                raise ConvFusionError(f"{name} must not be negative")
+        if not 0 <= self.imitation_steps <= self.steps:
+            raise ConvFusionError("imitation_steps must lie between 0 and steps")
+        if self.batch_size % self.accumulation:
+            raise ConvFusionError(
+                f"batch_size {self.batch_size} is not a multiple of accumulation "
+                f"{self.accumulation}"
+            )
+        if self.learning_rate <= 0 or self.clip_norm <= 0:
+            raise ConvFusionError("learning_rate and clip_norm must be positive")
+        if not 0 <= self.caption_drop <= 1 or not 0 <= self.decay <= 1:
+            raise ConvFusionError("caption_drop and decay must lie between 0 and 1")
+        if not (0 <= self.ema < 1 and all(0 <= beta < 1 for beta in self.betas)):
+            raise ConvFusionError("ema and betas must lie between 0 and 1, and below 1")
+        if self.max_skipped < 1:
+            raise ConvFusionError("max_skipped must be at least 1")
+
+    def rate(self, step: int) -> float:
+        """The learning rate's factor at a step, counted from 0."""
+        rising = min(1.0, (step + 1) / max(1, self.warmup))
+        tail, left = self.decay * self.steps, self.steps - step
+        falling = 0.5 - 0.5 * math.cos(math.pi * left / tail) if left < tail else 1.0
+        return rising * falling
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return {**asdict(self), "betas": list(self.betas)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DistillConfig:
+        """From what `to_dict` gives; fields left out take their defaults.
+
+        Raises:
+            ConvFusionError: a field is unknown, or a value is of the wrong kind or out of range.
+        """
+        given = dict(values)
+        check_names(cls, given, "a distillation")
+        if "losses" in given:
+            if not isinstance(given["losses"], Mapping):
+                raise ConvFusionError("`losses` must be a table of weights")
+            check_names(LossWeights, given["losses"], "`losses`")
+            given["losses"] = LossWeights(**given["losses"])
+        if isinstance(given.get("betas"), list):
+            given["betas"] = tuple(given["betas"])
+        return cls(**given)

@@ -1,0 +1,128 @@
+"""What a run needs around it: processes, precision, optimiser, switches and signals."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import nn
+
+from convfusion.adapters import Denoiser
+from convfusion.distill.config import DistillConfig
+from convfusion.distill.logs import tracker_name
+from convfusion.errors import ConvFusionError
+from convfusion.surgery import mixers_of
+
+
+def check_precision(model: Denoiser, precision: str) -> None:
+    """Raise a ConvFusionError unless blocks in float32 can train inside this model."""
+    fitting = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
+    if fitting not in ("no", precision):
+        raise ConvFusionError(
+            f"the model is in {str(model.dtype).removeprefix('torch.')}: distil it with "
+            f"precision {fitting!r}, or load it in float32"
+        )
+    if precision == "fp16" and model.device.type == "cpu":
+        raise ConvFusionError("fp16 trains on a GPU only: on a CPU take precision bf16 or no")
+
+
+def make_accelerator(config: DistillConfig, out: Path | None, *, cpu: bool) -> Accelerator:
+    """The accelerator of a run, which leaves the model where it is.
+
+    Raises:
+        ConvFusionError: the tracker is not there, another precision ran in this process, or the
+            launcher asks for a way of sharding that one copy of the weights cannot have.
+    """
+    logged = tracker_name(config.tracker) if out is not None else None
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulation,
+            log_with=logged,
+            project_dir=str(out) if out is not None else None,
+            cpu=cpu,
+            device_placement=False,
+        )
+    except ValueError as error:  # its settings are fixed for the life of a process
+        raise ConvFusionError(
+            f"a distillation with another precision or device ran in this process before: {error}"
+        ) from None
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ConvFusionError(
+            "teacher and student are one copy of the frozen weights, which cannot be sharded: "
+            "launch with data parallelism alone"
+        )
+    return accelerator
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: DistillConfig
+) -> torch.optim.Optimizer:
+    """The optimiser of the blocks.
+
+    Raises:
+        ConvFusionError: it needs bitsandbytes, which is not installed.
+    """
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW
+    if config.optimizer == "adamw8bit":
+        try:
+            kind = import_module("bitsandbytes.optim").AdamW8bit
+        except ImportError:
+            raise ConvFusionError(
+                "the optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes"
+            ) from None
+    options: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
+    return kind(list(parameters), lr=config.learning_rate, **options)
+
+
+@contextmanager
+def ready_to_train(model: Denoiser, config: DistillConfig) -> Iterator[None]:
+    """Let gradients reach the blocks alone, in float32, and put every switch back afterwards."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    dtype, checkpointed = model.dtype, model.is_gradient_checkpointing
+    model.requires_grad_(False)
+    model.eval()  # a DiT in training mode drops labels, and the teacher would drop others
+    for mixer in mixers_of(model).values():
+        mixer.float().requires_grad_(True)
+    if config.checkpointing:
+        model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if config.checkpointing and not checkpointed:
+            model.disable_gradient_checkpointing()
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+        for module, mode in modes:
+            module.training = mode
+        for mixer in mixers_of(model).values():
+            mixer.to(dtype)
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[list[bool]]:
+    """Turn the first Ctrl-C into a wish to stop after the step; a second one interrupts."""
+    wish: list[bool] = []
+
+    def ask(previous: Any, number: int, frame: Any) -> None:
+        wish.append(True)
+        signal.signal(number, previous)
+
+    try:
+        previous = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, partial(ask, previous))
+    except ValueError:  # only the main thread may listen for signals
+        yield wish
+        return
+    try:
+        yield wish
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,76 @@
+"""What is measured while a run goes on: the ε-error on samples held out, and where it breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convfusion.conditioning import placed
+from convfusion.distill.data import TrainingData
+from convfusion.distill.draws import noise_like
+from convfusion.distill.task import DistillTask, outputs_of
+from convfusion.evaluate import TIMESTEPS, epsilon_errors
+from convfusion.surgery import mixers_of
+
+
+@torch.no_grad()
+def held_out_error(
+    task: DistillTask,
+    data: TrainingData,
+    groups: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    seed: int = 0,
+) -> float | None:
+    """Mean ‖ε̂ − ε̃‖²/‖ε̃‖² over samples and timesteps; None without samples.
+
+    Args:
+        task: student and teacher.
+        data: where the samples are.
+        groups: their indices, equally large latents together.
+        batch_size: samples at once.
+        seed: of the noises; each sample has its own at every timestep.
+    """
+    schedule = (task.alphas_cumprod, task.prediction_type)
+    errors = []
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            part = group[start : start + batch_size]
+            clean, conditioning = data.take(part, [False] * len(part))
+            noises = {
+                t: torch.stack([noise_like(clean[0], (seed * 2**20 + t) * 2**31 + i) for i in part])
+                for t in TIMESTEPS
+            }
+            told = placed(conditioning, task.student)
+            found = epsilon_errors(task.student, task.teacher, schedule, clean, noises, told)
+            errors.append(found.flatten())
+    return torch.cat(errors).mean().item() if errors else None
+
+
+@torch.no_grad()
+def what_fails(
+    task: DistillTask,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    conditioning: dict[str, Any],
+) -> str:
+    """The first thing on a student's way that is not finite, in words.
+
+    Gradients are looked at too, so it must be called before they are cleared; those of late sites
+    come first, since errors run backwards.
+    """
+    mixers = mixers_of(task.student)
+    with outputs_of(list(mixers.items())) as outputs:
+        task.losses(latents, noise, timesteps, conditioning)
+    for path in mixers:
+        if not outputs[path].isfinite().all():
+            return f"the output of the block at {path}"
+    for path, mixer in reversed(mixers.items()):
+        gradients = [p.grad for p in mixer.parameters() if p.grad is not None]
+        if not all(gradient.isfinite().all() for gradient in gradients):
+            return f"the gradient of the block at {path}"
+    return "in the data or in the frozen model, not in a block"
