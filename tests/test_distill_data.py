@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from PIL import Image
-from tiny_pipelines import PIPELINES, stable_diffusion
+from tiny_pipelines import PIPELINES
 
 from convfusion import ConvFusionError
 from convfusion.conditioning import class_labels, encode_conditioning
-from convfusion.distill import (
-    read_image_folder,
-)
-from convfusion.distill.data import StepSampler, encode_pictures, load_picture
-from convfusion.distill.losses import feature_loss, min_snr_weight, weighted_mse
+from convfusion.distill.draws import Batches
+from convfusion.distill.losses import feature_losses, min_snr_weight, weighted_mse
 from convfusion.schedule import add_noise, as_epsilon
 
 
@@ -24,8 +20,9 @@ def test_losses_equal_their_formulas():
     one, other = torch.randn(2, 3, 4, 5, 5).unbind()
     by_hand = sum(w * (a - b).pow(2).mean() for w, a, b in zip(expected, one, other, strict=True))
     torch.testing.assert_close(weighted_mse(one, other, expected), by_hand / 3)
-    features = feature_loss({"a": one, "b": other}, {"a": other, "b": other + 1})
-    torch.testing.assert_close(features, (one - other).pow(2).mean() + 1)
+    features = feature_losses({"a": one, "b": other}, {"a": other, "b": other + 1})
+    torch.testing.assert_close(features["a"], (one - other).pow(2).mean())
+    torch.testing.assert_close(features["b"], torch.tensor(1.0))
 
 
 def test_velocity_and_learned_variance_become_epsilon():
@@ -45,32 +42,26 @@ def test_velocity_and_learned_variance_become_epsilon():
 
 
 def test_batches_depend_on_seed_and_step_alone():
-    straight = list(StepSampler(10, 4, 0, 0, 10))
-    assert list(StepSampler(10, 4, 0, 6, 10)) == straight[6:]
-    assert sorted(i for batch in straight[:5] for i in batch) == sorted([*range(10)] * 2)
-    assert list(StepSampler(10, 4, 1, 0, 10)) != straight
+    batches = Batches([range(10)], 5, seed=0)
+    straight = [batches[step] for step in range(8)]
+    assert [Batches([range(10)], 5, seed=0)[step] for step in (7, 0, 3)] == [
+        straight[step] for step in (7, 0, 3)
+    ]
+    for epoch in range(4):
+        drawn = straight[2 * epoch] + straight[2 * epoch + 1]
+        assert sorted(drawn) == [*range(10)]
+    other = Batches([range(10)], 5, seed=1)
+    assert [other[step] for step in range(8)] != straight
 
 
-def test_image_folder(tmp_path):
-    pipe = stable_diffusion()
-    for name, size in (("a.png", (20, 40)), ("b.jpg", (64, 16))):
-        Image.new("RGB", size, "red").save(tmp_path / name)
-        (tmp_path / name).with_suffix(".txt").write_text(f"red {name[0]}\n")
-    samples = read_image_folder(tmp_path)
-    assert [caption for _, caption in samples] == ["red a", "red b"]
-    picture = load_picture(samples[0][0], (16, 24))
-    assert picture.shape == (3, 16, 24)
-    assert torch.equal(picture[:, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
-    latents = encode_pictures(pipe.vae, [path for path, _ in samples], (16, 24))
-    assert latents.shape == (2, 4, 8, 12)
-    (tmp_path / "b.txt").unlink()
-    with pytest.raises(ConvFusionError, match=r"b.jpg has no caption: b.txt"):
-        read_image_folder(tmp_path)
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(ConvFusionError, match="cannot be read as a picture"):
-        load_picture(tmp_path / "a.png", (16, 16))
-    with pytest.raises(ConvFusionError, match="is not a folder"):
-        read_image_folder(tmp_path / "nowhere")
+def test_a_batch_comes_from_one_group():
+    groups = [[0, 2, 4, 6, 8], [1, 3], []]
+    batches = Batches(groups, 4, seed=0)
+    assert batches.per_epoch == 3
+    epoch = [batches[step] for step in range(3)]
+    assert {i for batch in epoch for i in batch} == {0, 1, 2, 3, 4, 6, 8}
+    for batch in epoch:
+        assert len(batch) == 4 and len({i % 2 for i in batch}) == 1
 
 
 def test_a_dropped_caption_is_what_sdxl_sees_without_a_negative_prompt():
@@ -94,11 +85,3 @@ def test_class_labels_are_checked():
     for wrong in ("blue", "11", "²"):
         with pytest.raises(ConvFusionError, match="no class of this model"):
             class_labels(pipe, [wrong])
-
-
-def test_pictures_are_upright_and_on_white(tmp_path):
-    turned = Image.new("RGBA", (8, 16), (255, 0, 0, 0))
-    exif = turned.getexif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    turned.save(tmp_path / "a.png", exif=exif)
-    assert torch.equal(load_picture(tmp_path / "a.png", (8, 16)), torch.ones(3, 8, 16))

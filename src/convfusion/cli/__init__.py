@@ -7,6 +7,7 @@ import sys
 import typer
 
 from convfusion.cli.analyze import ablate, analyze
+from convfusion.cli.cache import cache
 from convfusion.cli.console import fail, quiet_libraries
 from convfusion.cli.convert import convert
 from convfusion.cli.demo import demo
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, analyze, ablate, convert, distill, generate):
+for command in (demo, analyze, ablate, convert, cache, distill, generate):
     app.command()(command)
 
 

@@ -85,6 +85,11 @@ class RunLog:
         for tracker in self.accelerator.trackers:
             show(tracker, pixels, step)
 
+    def close(self) -> None:
+        """Let the trackers finish. The processes go on: a script may have more to do."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
 
 def show(tracker: GeneralTracker, pixels: np.ndarray, step: int) -> None:
     """Show pictures [B, H, W, 3] in a tracker that takes them."""

@@ -190,7 +190,7 @@ class Trainer:
                 self.average.copy_to(self.named.values())
         finally:
             self.optimizer.zero_grad()
-            self.accelerator.end_training()
+            self.log.close()
         return terms
 
     def steps(self) -> Iterator[list[Draw]]:
@@ -277,13 +277,16 @@ class Trainer:
         latents, noise, timesteps, conditioning = self.placed(parts[0])
         with torch.no_grad(), self.accelerator.autocast():
             where = what_fails(self.task, latents, noise, timesteps, conditioning)
-        last = saved_state.last_checkpoint(self.out) if self.out is not None else None
-        raise ConvFusionError(
+        raise self.not_finite(
             f"a loss or gradient was not finite in {most} steps in a row, up to step "
-            f"{self.state.step + 1}; the first thing that is not finite is {where}. Try a lower "
-            f"learning rate or another precision. "
-            + (f"The last checkpoint is {last}" if last else "There is no checkpoint yet")
+            f"{self.state.step + 1}; the first thing that is not finite is {where}"
         )
+
+    def not_finite(self, what: str) -> ConvFusionError:
+        """The error for a run that cannot go on, with what is left of it."""
+        last = saved_state.last_checkpoint(self.out) if self.out is not None else None
+        left = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+        return ConvFusionError(f"{what}. Try a lower learning rate or another precision; {left}")
 
     def placed(self, part: Draw) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """A draw on the student's device, as the denoiser takes it."""
@@ -321,8 +324,16 @@ class Trainer:
             self.average.restore(self.named.values())
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step, unless the blocks are spoilt.
+
+        Raises:
+            ConvFusionError: a block is not finite, so no later step can be.
+            CheckpointError: it cannot be written.
+        """
         state = self.state
+        for name, parameter in self.named.items():
+            if not parameter.isfinite().all():
+                raise self.not_finite(f"after step {state.step} {name} is not finite")
         if self.out is not None and self.accelerator.is_main_process:
             state.optimizer = saved_state.optimizer_tensors(self.optimizer, self.named)
             if self.average is not None:

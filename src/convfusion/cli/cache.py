@@ -1,0 +1,96 @@
+"""`convfusion cache`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from convfusion.cli.console import progress_bar
+from convfusion.cli.models import guidance_for, load_pipeline
+from convfusion.cli.options import Device, Model, Precision, parse_size
+
+
+def cache(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Pictures with captions: a folder, a table, tar shards, hf:NAME; or a .txt file "
+            "of prompts, of which the model draws the latents itself."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the cache; an unfinished one goes on.")],
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of training pictures.")] = None,
+    buckets: Annotated[
+        bool, typer.Option("--buckets/--no-buckets", help="Keep the ratio of sides, about.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 8,
+    half: Annotated[bool, typer.Option("--half", help="Keep float16: half the space.")] = False,
+    image: Annotated[
+        str | None, typer.Option(help="Column, or extension in shards, of the pictures.")
+    ] = None,
+    caption: Annotated[
+        str | None, typer.Option(help="Column, extension or JSON field of the captions.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of a data set with several.")] = None,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first drawing; the next count on.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Of a drawing.")] = 25,
+    guidance: Annotated[float | None, typer.Option(help="Of a drawing.")] = None,
+    precision: Precision = "float32",
+    device: Device = None,
+) -> None:
+    """Encode pictures and captions once, for `convfusion distill --data OUT`.
+
+    A run that was stopped goes on with the same command.
+    """
+    from convfusion.distill.cache import build_cache
+    from convfusion.distill.sources import Drawing, open_source
+
+    guidance = guidance_for(model) if guidance is None else guidance
+    drawing = Drawing(per_prompt, seed, steps, guidance)
+    wanted = parse_size(size) if size else None
+    source = open_source(data, image=image, caption=caption, split=split, drawing=drawing)
+    pipe = load_pipeline(model, precision, device)
+    progress = progress_bar()
+    bar = progress.add_task("encoding", total=source.total)
+    with progress:
+        built = build_cache(
+            pipe,
+            source,
+            out,
+            size=wanted,
+            buckets=buckets,
+            num_workers=workers,
+            batch_size=batch_size,
+            half=half,
+            on_progress=lambda done: progress.update(bar, completed=done),
+        )
+    print_cache(built)
+    typer.echo(f"Written: {out}")
+
+
+def print_cache(built: Any) -> None:
+    """Samples by size, and what was skipped."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from convfusion.distill.chunks import size_name
+
+    table = Table(title=f"{len(built)} samples")
+    table.add_column("size")
+    table.add_column("samples", justify="right")
+    for size, group in zip(built.sizes, built.groups, strict=True):
+        table.add_row(size_name(size), str(len(group)))
+    Console().print(table)
+    if built.skipped:
+        table = Table(title="Skipped")
+        for column in ("reason", "samples", "the first of them"):
+            table.add_column(column, justify="right" if column == "samples" else "left")
+        for reason, found in built.skipped.items():
+            table.add_row(reason, str(found["count"]), escape(", ".join(found["names"][:3])))
+        Console().print(table)

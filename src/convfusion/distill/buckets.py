@@ -1,0 +1,66 @@
+"""Aspect-ratio buckets: the few sizes that pictures of a training set are brought to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from convfusion.adapters import denoiser_of
+from convfusion.conditioning import latent_scale
+from convfusion.errors import ConvFusionError
+
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+def buckets(size: Size, step: int, max_ratio: float = 2.0) -> list[Size]:
+    """Sizes of about the same area, from upright to lying.
+
+    Args:
+        size: (height, width) whose area none of them exceeds; it is one of them itself.
+        step: in pixels; the sides of the others are multiples of it.
+        max_ratio: of the longer side to the shorter one, at least 1.
+
+    Returns:
+        (height, width) of each, none of them inside of another one, by rising ratio of width to
+        height.
+
+    Raises:
+        ConvFusionError: a number is out of range.
+    """
+    if min(size) < 1 or step < 1 or not max_ratio >= 1:
+        raise ConvFusionError("size and step must be at least 1, and max_ratio too")
+    area = size[0] * size[1]
+    found = {size}
+    for side in range(step, math.isqrt(int(area * max_ratio)) + 1, step):
+        other = area // side // step * step
+        if other and max(side, other) <= max_ratio * min(side, other):
+            found |= {(side, other), (other, side)}
+    kept = [
+        one
+        for one in found
+        if not any(one != o and one[0] <= o[0] and one[1] <= o[1] for o in found)
+    ]
+    return sorted(kept, key=lambda one: (one[1] / one[0], one))
+
+
+def nearest(sizes: Sequence[Size], picture: Size) -> Size:
+    """The size whose ratio of sides is nearest to a picture's, by ratio of ratios.
+
+    Args:
+        sizes: (height, width) to choose from; of equally near ones the largest is taken.
+        picture: (height, width).
+    """
+    ratio = math.log(picture[1] / picture[0])
+    return min(sizes, key=lambda s: (round(abs(math.log(s[1] / s[0]) - ratio), 9), -s[0] * s[1], s))
+
+
+def step_for(pipe: Any, size: Size) -> int:
+    """The step of a pipeline's buckets about a size that it can draw.
+
+    64 pixels for the large models; less for sizes below 512, of which 64 would be a coarse part.
+    Always a multiple of what the pipeline can draw.
+    """
+    unit = math.lcm(latent_scale(pipe) * denoiser_of(pipe).config.get("patch_size", 1), 8)
+    most = max(unit, min(64, min(size) // 8))
+    return max(s for s in range(unit, most + 1, unit) if not (size[0] % s or size[1] % s))

@@ -1,0 +1,283 @@
+"""Latents and conditioning of a data set, computed once into a folder and reused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convfusion.adapters import adapter_for, denoiser_of
+from convfusion.checkpoint import write_tensors, write_text
+from convfusion.conditioning import latent_scale
+from convfusion.distill.buckets import Size, step_for
+from convfusion.distill.buckets import buckets as sizes_about
+from convfusion.distill.chunks import Chunk, Encoder, Event, Reader, Ready, read_with, size_name
+from convfusion.distill.pictures import upcast_vae
+from convfusion.distill.samples import Source
+from convfusion.distill.sources import Prompts
+from convfusion.distill.store import (
+    CHUNKS,
+    EMPTY,
+    FORMAT,
+    MANIFEST,
+    LatentCache,
+    read_json,
+    read_manifest,
+    write_manifest,
+)
+from convfusion.distill.task import attention_teacher
+from convfusion.errors import ConvFusionError
+from convfusion.fingerprint import fingerprint
+from convfusion.generate import check_size, swapped_denoiser
+from convfusion.surgery import mixers_of
+
+NAMED = 20  # of the skipped samples, for each reason
+
+
+def open_cache(pipe: Any, folder: str | Path, *, size: Size | None = None) -> LatentCache:
+    """Open a cache for training a pipeline, and check that it belongs to it.
+
+    Args:
+        pipe: converted or not. A VAE or text encoders that it was loaded without are not checked.
+        folder: that `build_cache` wrote.
+        size: (height, width) that it must have been built for, if given.
+
+    Raises:
+        ConvFusionError: there is no complete cache, or it rests on another VAE, other text
+            encoders, another family or size.
+        CheckpointError: it is damaged.
+    """
+    manifest = read_manifest(Path(folder), complete=True)
+    family = adapter_for(denoiser_of(pipe)).family
+    if manifest.get("family") != family:
+        raise ConvFusionError(
+            f"{folder} is the cache of a {manifest.get('family')} model, and this is a {family}"
+        )
+    if size is not None and manifest.get("size") != list(size):
+        held = size_name(manifest.get("size", (0, 0)))
+        raise ConvFusionError(f"{folder} was built for {held}, not for {size_name(size)}")
+    here = {"vae": _vae_of(pipe), "text_encoders": _text_encoders_of(pipe)}
+    for part, found in here.items():
+        if found is not None and found != manifest.get(part):
+            raise ConvFusionError(
+                f"{folder} was built with another {part.replace('_', ' ').removesuffix('s')} "
+                f"({manifest.get(part)}) than this pipeline's ({found}), or in another precision: "
+                "build it anew"
+            )
+    return LatentCache(folder)
+
+
+@torch.no_grad()
+def build_cache(
+    pipe: Any,
+    source: Source,
+    folder: str | Path,
+    *,
+    size: Size | None = None,
+    buckets: bool = False,
+    num_workers: int = 0,
+    batch_size: int = 8,
+    half: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> LatentCache:
+    """Compute latents and conditioning of a source into a folder, or go on with that.
+
+    What was killed goes on at the first chunk that is missing, and ends in the same bits, whatever
+    the number of workers.
+
+    Args:
+        pipe: whose VAE and text encoders are asked. Prompts are drawn by its own attention, whether
+            it is converted or not.
+        source: from `open_source`.
+        folder: new, empty, or with an unfinished cache of the same source and settings.
+        size: (height, width) of the pictures, by default the pipeline's own.
+        buckets: choose for each picture among sizes of about this area the one of nearest ratio.
+        num_workers: processes that read, decode and resize; 0 does so in this one.
+        batch_size: pictures, or captions, that are encoded or drawn at once.
+        half: keep numbers in float16: half the space. Latents of a large model are then rounded by
+            up to 0.05 %. By default they are kept as they were computed.
+        on_progress: called with the number of samples done, after each chunk.
+
+    Raises:
+        ConvFusionError: a setting is out of range, the folder holds something else, a latent is not
+            finite, or nothing of the source can be used.
+    """
+    folder = Path(folder)
+    sizes = _sizes(pipe, source, size, buckets)
+    if num_workers < 0 or batch_size < 1:
+        raise ConvFusionError("num_workers must be at least 0, and batch_size at least 1")
+    drawing = source.drawing if isinstance(source, Prompts) else None
+    encoder = Encoder(pipe, batch_size, half, drawing)
+    _check_place(folder)
+    with ExitStack() as stack:
+        settings = {"format": FORMAT, **_rests_on(pipe)}
+        if drawing is None:
+            stack.enter_context(upcast_vae(pipe.vae))
+        else:
+            stack.enter_context(_as_teacher(pipe))
+            settings["denoiser"] = fingerprint(denoiser_of(pipe))
+        settings |= {"size": list(sizes[0]), "buckets": [list(each) for each in sizes]}
+        settings |= {"batch_size": batch_size, "half": half, "source": source.description()}
+        if _begin(folder, settings, encoder, sizes):
+            return LatentCache(folder)
+        records = {key_of(path): read_json(path) for path in (folder / CHUNKS).glob("*.json")}
+        reader = Reader(source, sizes, _missing(records, source.units))
+        events = read_with(reader, 0 if drawing else num_workers)
+        _work(folder, events, encoder, records, on_progress or (lambda done: None))
+    _finish(folder, source, [records[key] for key in sorted(records)])
+    return LatentCache(folder)
+
+
+def _sizes(pipe: Any, source: Source, size: Size | None, wanted: bool) -> list[Size]:
+    """Sizes of pictures; the first is the one asked for, or the pipeline's own."""
+    side = denoiser_of(pipe).config.sample_size * latent_scale(pipe)
+    size = size or (side, side)
+    check_size(pipe, size)
+    if adapter_for(denoiser_of(pipe)).family == "dit" and (wanted or size != (side, side)):
+        raise ConvFusionError(f"a DiT model knows {side}x{side} only: leave size and buckets out")
+    if not wanted:
+        return [size]
+    if isinstance(source, Prompts):
+        raise ConvFusionError("the teacher draws prompts at one size: leave the buckets out")
+    return [size, *(each for each in sizes_about(size, step_for(pipe, size)) if each != size)]
+
+
+def _check_place(folder: Path) -> None:
+    if not folder.exists() or (folder / MANIFEST).is_file():
+        return
+    # A run killed at its very start leaves the manifest aside.
+    if not folder.is_dir() or any(path.suffix != ".tmp" for path in folder.iterdir()):
+        raise ConvFusionError(f"{folder} exists and is no cache: choose another folder")
+
+
+def _rests_on(pipe: Any) -> dict[str, Any]:
+    """Family and fingerprints.
+
+    Raises:
+        ConvFusionError: the pipeline was loaded without its VAE or text encoders.
+    """
+    family = adapter_for(denoiser_of(pipe)).family
+    vae, text = _vae_of(pipe), _text_encoders_of(pipe)
+    if vae is None or (text is None and family != "dit"):
+        raise ConvFusionError("this pipeline has no VAE or no text encoder: load all of it")
+    return {"family": family, "vae": vae, "text_encoders": text}
+
+
+def _vae_of(pipe: Any) -> str | None:
+    vae = getattr(pipe, "vae", None)
+    return None if vae is None else fingerprint(vae)
+
+
+def _text_encoders_of(pipe: Any) -> str | None:
+    found = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+    encoders = [encoder for encoder in found if encoder is not None]
+    return fingerprint(*encoders) if encoders else None
+
+
+@contextmanager
+def _as_teacher(pipe: Any) -> Iterator[None]:
+    """The pipeline as it was before its conversion."""
+    denoiser = denoiser_of(pipe)
+    teacher = attention_teacher(denoiser) if mixers_of(denoiser) else denoiser
+    with swapped_denoiser(pipe, teacher):
+        yield
+
+
+def _begin(folder: Path, settings: dict[str, Any], encoder: Encoder, sizes: list[Size]) -> bool:
+    """Begin a cache or check one that was begun; True if it is complete."""
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        if other := [key for key in settings if manifest.get(key) != settings[key]]:
+            raise ConvFusionError(
+                f"{folder} was begun with another {', '.join(other)}: choose another folder"
+            )
+        if manifest.get("complete"):
+            return True
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        full = Encoder(encoder.pipe, 1, False, None).conditioning([""], sizes[0])
+        dtypes = {
+            key: None if tensor is None else str(tensor.dtype).removeprefix("torch.")
+            for key, tensor in full.items()
+        }
+        write_manifest(folder, {**settings, "conditioning": dtypes, "complete": False})
+    (folder / CHUNKS).mkdir(exist_ok=True)
+    if not (folder / EMPTY).is_file():
+        tensors = {
+            f"{size_name(size)}/{key}": tensor
+            for size in sizes
+            for key, tensor in encoder.conditioning([""], size).items()
+            if tensor is not None
+        }
+        write_tensors(folder / EMPTY, tensors)
+    return False
+
+
+def _missing(records: dict[tuple[int, int], Any], units: int) -> list[tuple[int, int]]:
+    """Of each unit that is not finished, its number and its first chunk that is missing."""
+    todo = []
+    for unit in range(units):
+        number = 0
+        while (unit, number) in records and not records[unit, number]["last"]:
+            number += 1
+        if (unit, number) not in records:
+            todo.append((unit, number))
+    return todo
+
+
+def _work(
+    folder: Path,
+    events: Iterator[Event],
+    encoder: Encoder,
+    records: dict[tuple[int, int], dict[str, Any]],
+    on_progress: Callable[[int], None],
+) -> None:
+    """Encode what is read, write each chunk as it ends, and add it to the records."""
+    done = sum(record["samples"] for record in records.values())
+    on_progress(done)
+    chunks: dict[tuple[int, int], Chunk] = {}  # workers take turns, so several are on their way
+    for key, event in events:
+        chunk = chunks.setdefault(key, Chunk(encoder))
+        if isinstance(event, Ready):
+            chunk.add(event)
+            continue
+        records[key] = _write_chunk(folder, key, chunks.pop(key), event)
+        done += records[key]["samples"]
+        on_progress(done)
+
+
+def _write_chunk(folder: Path, key: tuple[int, int], chunk: Chunk, last: bool) -> dict[str, Any]:
+    tensors, record = chunk.finish(last)
+    path = folder / CHUNKS / f"{key[0]:07d}-{key[1]:07d}"
+    if tensors:
+        write_tensors(path.with_suffix(".safetensors"), tensors)
+    write_text(path.with_suffix(".json"), json.dumps(record) + "\n")
+    return record
+
+
+def _finish(folder: Path, source: Source, records: list[dict[str, Any]]) -> None:
+    """Count everything, and declare the cache complete."""
+    sizes: dict[str, int] = {}
+    skipped: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for name, found in record["sizes"].items():
+            sizes[name] = sizes.get(name, 0) + len(found["rows"])
+        for reason, name in record["skipped"]:
+            entry = skipped.setdefault(reason, {"count": 0, "names": []})
+            entry["count"] += 1
+            entry["names"] = [*entry["names"], name][:NAMED]
+    if not sizes:
+        reasons = ", ".join(f"{entry['count']}× {reason}" for reason, entry in skipped.items())
+        raise ConvFusionError(f"nothing of {source.spec} can be used: {reasons or 'it is empty'}")
+    counts = {"samples": sum(sizes.values()), "chunks": len(records), "sizes": sizes}
+    begun = read_manifest(folder)
+    write_manifest(folder, {**begun, **counts, "skipped": skipped, "complete": True})
+
+
+def key_of(path: Path) -> tuple[int, int]:
+    unit, _, number = path.stem.partition("-")
+    return int(unit), int(number)

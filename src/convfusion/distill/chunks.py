@@ -1,0 +1,269 @@
+"""Chunks of samples: read and resized by workers, then encoded or drawn."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from convfusion.adapters import adapter_for, denoiser_of
+from convfusion.conditioning import class_labels, encode_conditioning, flat
+from convfusion.distill.buckets import Size, nearest
+from convfusion.distill.data import joined
+from convfusion.distill.pictures import UnusableError, cover, decode_picture, encode_pictures
+from convfusion.distill.samples import CHUNK, Sample, Source
+from convfusion.distill.sources import Drawing
+from convfusion.errors import ConvFusionError
+from convfusion.generate import generate
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A sample that a worker has read.
+
+    Attributes:
+        sample: without its encoded picture.
+        size: (height, width) that its picture has now, or will be drawn at.
+        pixels: [height, width, 3] in 0…255, or None.
+    """
+
+    sample: Sample
+    size: Size
+    pixels: np.ndarray | None = None
+
+
+Event = tuple[tuple[int, int], Ready | bool]  # a sample of a chunk, or its end: was it the last?
+
+
+class Reader(IterableDataset[Event]):
+    """The samples of a source's units, each chunk closed by whether it is the last of its unit.
+
+    Args:
+        source: of the samples.
+        sizes: that pictures may be brought to.
+        todo: of each unit that is not finished, its number and its first chunk to read.
+    """
+
+    def __init__(
+        self, source: Source, sizes: Sequence[Size], todo: Sequence[tuple[int, int]]
+    ) -> None:
+        self.source, self.sizes, self.todo = source, sizes, todo
+
+    def __iter__(self) -> Iterator[Event]:
+        worker = get_worker_info()
+        mine = self.todo[worker.id :: worker.num_workers] if worker else self.todo
+        for unit, first in mine:
+            samples = itertools.islice(self.source.read(unit), first * CHUNK, None)
+            for number, (part, last) in enumerate(_parts(samples), first):
+                for sample in part:
+                    yield (unit, number), self._ready(sample)
+                yield (unit, number), last
+
+    def _ready(self, sample: Sample) -> Ready:
+        bare = replace(sample, picture=None)
+        if sample.problem or sample.picture is None:
+            return Ready(bare, self.sizes[0])
+        try:
+            picture = decode_picture(sample.picture)
+            size = nearest(self.sizes, (picture.height, picture.width))
+            return Ready(bare, size, cover(picture, size))
+        except UnusableError as error:
+            return Ready(replace(bare, problem=str(error)), self.sizes[0])
+
+
+def read_with(reader: Reader, num_workers: int) -> Iterator[Event]:
+    """What a reader reads, in this process or in workers of its own."""
+    num_workers = min(num_workers, len(reader.todo))
+    options: dict[str, Any] = {"prefetch_factor": CHUNK // 4} if num_workers else {}
+    # Arrays come through pipes: tensors would need shared memory, which containers have little of.
+    return iter(
+        DataLoader(
+            reader,
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # else the loader draws from the global one
+            **options,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns what was read into what the denoiser takes.
+
+    Attributes:
+        pipe: of the VAE and the text encoders, or that draws.
+        batch_size: of what is done at once.
+        half: keep numbers in float16.
+        drawing: how the teacher draws, or None for pictures.
+    """
+
+    pipe: Any
+    batch_size: int
+    half: bool
+    drawing: Drawing | None
+
+    def problem(self, sample: Sample) -> str:
+        """Why a sample cannot be used, or ''."""
+        if not sample.problem and adapter_for(denoiser_of(self.pipe)).family == "dit":
+            try:
+                class_labels(self.pipe, [sample.caption])
+            except ConvFusionError:
+                return "caption is no class of the model"
+        return sample.problem
+
+    def latents(self, batch: Sequence[Ready], size: Size) -> Tensor:
+        """Scaled latents [B, C, h, w] on the CPU.
+
+        Raises:
+            ConvFusionError: one is not finite.
+        """
+        if self.drawing is None:
+            pixels = [ready.pixels for ready in batch if ready.pixels is not None]
+            found = encode_pictures(self.pipe.vae, np.stack(pixels))
+        else:
+            found = draw_latents(self.pipe, [ready.sample for ready in batch], size, self.drawing)
+        found = self._kept(found)
+        for ready, latent in zip(batch, found, strict=True):
+            if not latent.isfinite().all():
+                raise ConvFusionError(
+                    f"the latent of {ready.sample.name} is not finite: load the model in float32"
+                )
+        return found
+
+    def conditioning(self, captions: Sequence[str], size: Size) -> dict[str, Tensor | None]:
+        """What the denoiser is told of each caption, by flat name, as it is kept.
+
+        Raises:
+            ConvFusionError: some of it is not finite.
+        """
+        parts = [
+            flat(encode_conditioning(self.pipe, list(captions[i : i + self.batch_size]), size))
+            for i in range(0, len(captions), self.batch_size)
+        ]
+        found = {key: joined([part[key] for part in parts]) for key in parts[0]}
+        kept = {key: None if t is None else self._kept(t) for key, t in found.items()}
+        for key, tensor in kept.items():
+            if tensor is not None and not tensor.isfinite().all():
+                raise ConvFusionError(
+                    f"{key} of {captions[0]!r} or a caption after it is not finite: "
+                    "load the model in float32"
+                )
+        return kept
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.half() if self.half and tensor.is_floating_point() else tensor
+        return tensor.contiguous()
+
+
+class Chunk:
+    """One chunk on its way; pictures are encoded as soon as a batch of one size is full."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.samples = 0
+        self.skipped: list[tuple[str, str]] = []
+        self.captions: dict[Size, list[str]] = defaultdict(list)
+        self._waiting: dict[Size, list[Ready]] = defaultdict(list)
+        self._latents: dict[Size, list[Tensor]] = defaultdict(list)
+
+    def add(self, ready: Ready) -> None:
+        self.samples += 1
+        if problem := self.encoder.problem(ready.sample):
+            self.skipped.append((problem, ready.sample.name))
+            return
+        self.captions[ready.size].append(ready.sample.caption)
+        self._waiting[ready.size].append(ready)
+        if len(self._waiting[ready.size]) == self.encoder.batch_size:
+            self._encode(ready.size)
+
+    def finish(self, last: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors to keep, and the record of them for JSON."""
+        tensors: dict[str, Tensor] = {}
+        sizes = {}
+        for size, captions in self.captions.items():
+            self._encode(size)
+            name = size_name(size)
+            tensors[f"{name}/latents"] = torch.cat(self._latents[size])
+            told = list(dict.fromkeys(captions))  # each encoded once
+            for key, tensor in self.encoder.conditioning(told, size).items():
+                if tensor is not None:
+                    tensors[f"{name}/{key}"] = tensor
+            sizes[name] = {"captions": captions, "rows": [told.index(each) for each in captions]}
+        record = {
+            "samples": self.samples,
+            "last": last,
+            "sizes": sizes,
+            "skipped": self.skipped,
+        }
+        return tensors, record
+
+    def _encode(self, size: Size) -> None:
+        if waiting := self._waiting.pop(size, None):
+            self._latents[size].append(self.encoder.latents(waiting, size))
+
+
+@torch.no_grad()
+def draw_latents(pipe: Any, samples: Sequence[Sample], size: Size, drawing: Drawing) -> Tensor:
+    """Latents that a pipeline draws of prompts, each from its seed: [B, C, h, w] on the CPU."""
+    options: dict[str, Any] = {
+        "seeds": [sample.seed for sample in samples],
+        "steps": drawing.steps,
+        "guidance": drawing.guidance,
+        "batch_size": len(samples),
+    }
+    prompts = [sample.caption for sample in samples]
+    if adapter_for(denoiser_of(pipe)).family != "dit":
+        options |= {"size": size, "output_type": "latent"}
+        drawn: list[Any] = generate(pipe, prompts, **options)
+        return torch.stack(drawn).float().cpu()
+    with _undecoded(pipe.vae) as latents:  # DiT pipelines give pictures only
+        generate(pipe, prompts, output_type="pt", **options)
+    return torch.cat(latents).float().cpu() * pipe.vae.config.scaling_factor
+
+
+@contextmanager
+def _undecoded(vae: Any) -> Iterator[list[Tensor]]:
+    """Collect what a VAE is asked to decode, and do not decode it."""
+    asked: list[Tensor] = []
+
+    def decode(latents: Tensor) -> SimpleNamespace:
+        asked.append(latents)
+        return SimpleNamespace(sample=latents)
+
+    vae.decode = decode
+    try:
+        yield asked
+    finally:
+        del vae.decode
+
+
+def size_name(size: Size) -> str:
+    """(height, width) as the command line writes it."""
+    return f"{size[1]}x{size[0]}"
+
+
+def _parts(samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], bool]]:
+    """Chunks, each with whether it is the last; one empty chunk if there is nothing."""
+    rest = iter(samples)
+    part = list(itertools.islice(rest, CHUNK))
+    while True:
+        following = list(itertools.islice(rest, CHUNK))
+        yield part, not following
+        if not following:
+            return
+        part = following
+
+
+def _as_it_is(event: Any) -> Any:
+    return event

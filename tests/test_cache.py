@@ -1,0 +1,483 @@
+"""Latents and conditioning that are computed once: what is kept, and what a kill leaves."""
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_sources import shard
+from tiny_pipelines import PIPELINES, stable_diffusion
+
+import convfusion
+from convfusion import CheckpointError, ConvFusionError
+from convfusion.checkpoint import write_tensors
+from convfusion.conditioning import encode_conditioning, flat
+from convfusion.config import ConvertConfig
+from convfusion.distill import TrainingData, cache, chunks
+from convfusion.distill.cache import build_cache, open_cache
+from convfusion.distill.pictures import cover, encode_pictures, upcast_vae
+from convfusion.distill.samples import CHUNK, Sample
+from convfusion.distill.sources import Drawing, open_source
+from convfusion.distill.store import LatentCache
+
+COUNT = 2 * CHUNK + 10
+SIZES = [(32, 32), (24, 40), (40, 24)]  # (height, width), beside each other in the buckets
+
+
+def picture(index, size=(16, 16)):
+    """Noise; the size is (height, width)."""
+    values = np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def caption(index):
+    return ("red", "green apple", "7")[index % 3]
+
+
+def encoded(index, size=(16, 16), kind="PNG"):
+    file = io.BytesIO()
+    picture(index, size).save(file, kind)
+    return file.getvalue()
+
+
+def write_pictures(folder, count, sizes=((16, 16),)):
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        picture(i, sizes[i % len(sizes)]).save(folder / f"{i:04d}.png")
+        (folder / f"{i:04d}.txt").write_text(caption(i))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return stable_diffusion()
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("many"), COUNT)
+
+
+@pytest.fixture(scope="module")
+def whole(pipe, many, tmp_path_factory):
+    """The cache of `many`, built without a break."""
+    return build_cache(pipe, open_source(str(many)), tmp_path_factory.mktemp("cache")).folder
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_samples_are_what_encoding_on_the_fly_gives(pipe, whole):
+    found: TrainingData = open_cache(pipe, whole, size=(16, 16))
+    assert list(found.captions) == [caption(i) for i in range(COUNT)]
+    assert [list(group) for group in found.groups] == [[*range(COUNT)]]
+    indices = [0, CHUNK, COUNT - 1, 5]
+    latents, told = found.take(indices, [False, False, True, False])
+    pixels = np.stack([cover(picture(i), (16, 16)) for i in indices])
+    torch.testing.assert_close(latents, encode_pictures(pipe.vae, pixels), rtol=1e-4, atol=1e-5)
+    captions = [caption(0), caption(CHUNK), "", caption(5)]
+    expected = flat(encode_conditioning(pipe, captions, (16, 16)))
+    assert told.keys() == expected.keys()
+    torch.testing.assert_close(
+        told["encoder_hidden_states"], expected["encoder_hidden_states"], rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", list(PIPELINES))
+def test_every_family(family, tmp_path):
+    pipe = PIPELINES[family]()
+    side = 2 * (getattr(pipe, "unet", None) or pipe.transformer).config.sample_size
+    for i, text in enumerate(["red", "green", "apple", "red"]):
+        picture(i, (side, side)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(text)
+    source = open_source(str(tmp_path))
+    built = build_cache(pipe, source, tmp_path / "cache", batch_size=3)
+    assert len(built) == 4 and not built.skipped and built.sizes == [(side, side)]
+    latents, told = open_cache(pipe, tmp_path / "cache").take([1, 3], [False, True])
+    assert latents.shape == (2, 4, side // 2, side // 2) and latents.dtype == torch.float32
+    expected = flat(encode_conditioning(pipe, ["green", ""], (side, side)))
+    assert told.keys() == expected.keys()
+    for key, tensor in expected.items():
+        if tensor is None:
+            assert told[key] is None
+        else:
+            assert told[key].dtype == tensor.dtype
+            torch.testing.assert_close(told[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_buckets_and_what_sdxl_is_told_of_them(tmp_path):
+    pipe = PIPELINES["sdxl"]()
+    data = write_pictures(tmp_path / "data", 9, SIZES)
+    source = open_source(str(data))
+    built = build_cache(pipe, source, tmp_path / "cache", size=(32, 32), buckets=True)
+    assert sorted(built.sizes) == sorted(SIZES) and not built.skipped
+    assert sorted(i for group in built.groups for i in group) == [*range(9)]
+    for size, group in zip(built.sizes, built.groups, strict=True):
+        latents, told = built.take(group, [False, True, False])
+        assert latents.shape == (3, 4, size[0] // 2, size[1] // 2)
+        ids = torch.tensor([[*size, 0, 0, *size]] * 3, dtype=torch.float32)
+        assert torch.equal(told["added_cond_kwargs.time_ids"], ids)
+        texts = [built.captions[group[0]], "", built.captions[group[2]]]
+        expected = flat(encode_conditioning(pipe, texts, size))
+        for key, tensor in expected.items():
+            torch.testing.assert_close(told[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_workers_change_nothing(pipe, many, whole, tmp_path):
+    before = torch.random.get_rng_state()
+    build_cache(pipe, open_source(str(many)), tmp_path / "cache", num_workers=2)
+    assert contents(tmp_path / "cache") == contents(whole)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_workers_change_nothing_for_shards(pipe, tmp_path):
+    for number, count in enumerate((CHUNK + 3, CHUNK, 0, 2)):
+        members = {}
+        for i in range(count):
+            members |= {f"{i}.png": encoded(i), f"{i}.txt": caption(i).encode()}
+        shard(tmp_path / f"{number}.tar", members)
+    source = open_source(str(tmp_path / "{0..3}.tar"))
+    one = build_cache(pipe, source, tmp_path / "one")
+    build_cache(pipe, source, tmp_path / "two", num_workers=2)
+    assert len(one) == 2 * CHUNK + 5 and one.manifest["chunks"] == 5
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("at", ["picture", "tensors", "record"])
+def test_a_build_that_failed_goes_on(monkeypatch, pipe, many, whole, tmp_path, at):
+    source = open_source(str(many))
+    batches = []
+
+    def counted(vae, pixels):
+        batches.append(len(pixels))
+        if at == "picture" and broken and len(batches) == 12:
+            raise RuntimeError("out of memory")
+        return encode_pictures(vae, pixels)
+
+    def failing(path, what):
+        if path.name.startswith("0000001"):
+            raise RuntimeError("disk full")
+        return original(path, what)
+
+    broken = True
+    monkeypatch.setattr(chunks, "encode_pictures", counted)
+    name = {"tensors": "write_tensors", "record": "write_text"}.get(at)
+    original = getattr(cache, name) if name else None
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        if name:
+            patch.setattr(cache, name, failing)
+        build_cache(pipe, source, tmp_path)
+    with pytest.raises(ConvFusionError, match=r"is not complete: .* goes on where it stopped"):
+        open_cache(pipe, tmp_path)
+    broken = False
+    batches.clear()
+    done = []
+    build_cache(pipe, source, tmp_path, on_progress=done.append)
+    assert contents(tmp_path) == contents(whole)
+    assert sum(batches) == COUNT - CHUNK and done == [CHUNK, 2 * CHUNK, COUNT]
+    batches.clear()
+    build_cache(pipe, source, tmp_path)  # complete: nothing is left to do
+    assert not batches
+
+
+KILLED = """
+import os, signal, sys
+from tiny_pipelines import stable_diffusion
+from convfusion.distill.cache import build_cache
+from convfusion.distill.sources import open_source
+
+def progress(done):
+    if done >= 64:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+build_cache(stable_diffusion(), open_source(sys.argv[1]), sys.argv[2], on_progress=progress)
+"""
+
+
+def test_a_killed_build_goes_on_to_the_same_bits(pipe, many, whole, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(many), str(tmp_path)]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    ran = subprocess.run(command, env=environment, capture_output=True)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr.decode()
+    assert len(list((tmp_path / "chunks").glob("*.json"))) == 1
+    build_cache(pipe, open_source(str(many)), tmp_path)
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_shard_goes_on_in_its_middle(monkeypatch, pipe, tmp_path):
+    members = {}
+    for i in range(CHUNK + 6):
+        members |= {f"{i}.png": encoded(i), f"{i}.txt": caption(i).encode()}
+    source = open_source(str(shard(tmp_path / "x.tar", members)))
+    expected = build_cache(pipe, source, tmp_path / "one")
+    build_cache(pipe, source, tmp_path / "two")
+    manifest = tmp_path / "two/cache.json"
+    begun = {**json.loads(manifest.read_text()), "complete": False}
+    for key in ("samples", "chunks", "sizes", "skipped"):
+        del begun[key]
+    manifest.write_text(json.dumps(begun))
+    (tmp_path / "two/chunks/0000000-0000001.json").unlink()
+    batches = []
+    monkeypatch.setattr(
+        chunks, "encode_pictures", lambda v, p: batches.append(len(p)) or encode_pictures(v, p)
+    )
+    build_cache(pipe, source, tmp_path / "two")
+    assert batches == [6] and contents(tmp_path / "two") == contents(expected.folder)
+
+
+def test_what_cannot_be_used_is_skipped_and_told(pipe, tmp_path):
+    data = write_pictures(tmp_path / "data", 4)
+    (data / "0000.png").write_bytes(b"nothing")
+    (data / "0001.txt").write_text(" \n")
+    (data / "0002.txt").unlink()
+    for i in range(30):
+        picture(i, (16, 15)).save(data / f"small{i:02d}.jpg")
+        (data / f"small{i:02d}.txt").write_text("red")
+    built = build_cache(pipe, open_source(str(data)), tmp_path / "cache", num_workers=2)
+    assert list(built.captions) == [caption(3)]
+    small = [f"small{i:02d}.jpg" for i in range(20)]
+    assert built.skipped == {
+        "unreadable picture": {"count": 1, "names": ["0000.png"]},
+        "no caption": {"count": 2, "names": ["0001.png", "0002.png"]},
+        "picture smaller than its size": {"count": 30, "names": small},
+    }
+    assert json.loads((tmp_path / "cache/cache.json").read_text())["skipped"] == built.skipped
+
+
+def test_a_cut_shard_keeps_what_is_before_the_cut(pipe, tmp_path):
+    members = {"a.png": encoded(0), "a.txt": b"red", "b.png": encoded(1), "b.txt": b"green"}
+    path = shard(tmp_path / "x.tar", members)
+    path.write_bytes(path.read_bytes()[:2800])
+    built = build_cache(pipe, open_source(str(path)), tmp_path / "cache")
+    assert list(built.captions) == ["red"]
+    assert built.skipped == {"damaged shard": {"count": 1, "names": ["x.tar"]}}
+
+
+def test_nothing_that_can_be_used_is_an_error(pipe, tmp_path):
+    data = write_pictures(tmp_path / "data", 3, [(8, 8)])
+    with pytest.raises(ConvFusionError, match="can be used: 3× picture smaller than its size"):
+        build_cache(pipe, open_source(str(data)), tmp_path / "cache")
+    empty = shard(tmp_path / "x.tar", {})
+    with pytest.raises(ConvFusionError, match=r"x\.tar can be used: it is empty"):
+        build_cache(pipe, open_source(str(empty)), tmp_path / "other")
+
+
+def test_a_dit_skips_what_is_no_class(tmp_path):
+    pipe = PIPELINES["dit"]()
+    side = 2 * pipe.transformer.config.sample_size
+    for i, text in enumerate(["red", "blue", "3"]):
+        picture(i, (side, side)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(text)
+    built = build_cache(pipe, open_source(str(tmp_path)), tmp_path / "cache")
+    assert built.skipped["caption is no class of the model"]["names"] == ["1.png"]
+    told = built.take([0, 1, 0], [False, False, True])[1]["class_labels"]
+    assert told.tolist() == [0, 3, 10]
+    assert built.manifest["text_encoders"] is None
+    with pytest.raises(ConvFusionError, match="leave size and buckets out"):
+        build_cache(pipe, open_source(str(tmp_path)), tmp_path / "other", buckets=True)
+
+
+def other_weights(pipe, name):
+    getattr(pipe, name).requires_grad_(False)
+    next(getattr(pipe, name).parameters()).add_(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vae", "another vae"),
+        ("text_encoder", "another text encoder"),
+        ("text_encoder_2", "another text encoder"),
+    ],
+)
+def test_a_cache_of_another_model_is_refused(tmp_path, name, message):
+    pipe = PIPELINES["sdxl"]()
+    source = open_source(str(write_pictures(tmp_path / "data", 2)))
+    build_cache(pipe, source, tmp_path / "cache", size=(16, 16))
+    other_weights(pipe, name)
+    with pytest.raises(ConvFusionError, match=message):
+        open_cache(pipe, tmp_path / "cache")
+    with pytest.raises(ConvFusionError, match="was begun with another"):
+        build_cache(pipe, source, tmp_path / "cache", size=(16, 16))
+    setattr(pipe, name, None)
+    if name == "vae":
+        assert len(open_cache(pipe, tmp_path / "cache")) == 2
+
+
+def test_a_cache_of_another_size_or_family_is_refused(pipe, whole):
+    with pytest.raises(ConvFusionError, match="was built for 16x16, not for 32x16"):
+        open_cache(pipe, whole, size=(16, 32))
+    with pytest.raises(ConvFusionError, match="cache of a unet model, and this is a pixart"):
+        open_cache(PIPELINES["pixart"](), whole)
+    with pytest.raises(ConvFusionError, match=r"is no cache: it has no cache\.json"):
+        open_cache(pipe, whole / "chunks")
+
+
+def test_settings_are_checked_before_any_work(pipe, many, whole, tmp_path):
+    source = open_source(str(many))
+    with pytest.raises(ConvFusionError, match="cannot be drawn"):
+        build_cache(pipe, source, tmp_path / "x", size=(17, 16))
+    with pytest.raises(ConvFusionError, match="batch_size at least 1"):
+        build_cache(pipe, source, tmp_path / "x", batch_size=0)
+    with pytest.raises(ConvFusionError, match="exists and is no cache"):
+        build_cache(pipe, source, many)
+    with pytest.raises(ConvFusionError, match="begun with another half"):
+        build_cache(pipe, source, whole, half=True)
+    fewer = open_source(str(write_pictures(tmp_path / "fewer", 2)))
+    with pytest.raises(ConvFusionError, match="begun with another source"):
+        build_cache(pipe, fewer, whole)
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "x").mkdir()  # as a run killed at its very start leaves it
+    (tmp_path / "x/cache.json.tmp").write_text("{")
+    assert len(build_cache(pipe, fewer, tmp_path / "x")) == 2
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lose_row(path):
+    tensors = load_file(path)
+    tensors["16x16/latents"] = tensors["16x16/latents"][1:].contiguous()
+    write_tensors(path, tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("chunks/0000000-0000000.safetensors", cut),
+        ("chunks/0000000-0000000.safetensors", lose_row),
+        ("chunks/0000000-0000000.safetensors", Path.unlink),
+        ("chunks/0000000-0000000.json", Path.unlink),
+        ("chunks/0000000-0000000.json", lambda path: path.write_text("{")),
+        ("chunks/0000000-0000000.json", lambda path: path.write_text("[]")),
+        ("chunks/0000000-0000000.json", lambda path: path.write_text('{"sizes": {"16x16": 3}}')),
+        ("empty.safetensors", Path.unlink),
+        ("empty.safetensors", cut),
+        ("cache.json", lambda path: path.write_bytes(b"\xff")),
+        ("cache.json", lambda path: path.write_text('{"format": 2}')),
+        ("cache.json", lambda path: path.write_text('{"format": 1, "complete": true}')),
+    ],
+)
+def test_a_damaged_cache_is_refused(pipe, tmp_path, name, damage):
+    data = write_pictures(tmp_path / "data", 3)
+    build_cache(pipe, open_source(str(data)), tmp_path / "cache")
+    damage(tmp_path / "cache" / name)
+    with pytest.raises(CheckpointError):
+        LatentCache(tmp_path / "cache")
+
+
+def test_half_takes_half_the_space(pipe, many, whole, tmp_path):
+    built = build_cache(pipe, open_source(str(many)), tmp_path, half=True)
+    exact, told = LatentCache(whole).take([3], [False])
+    near, also = built.take([3], [False])
+    assert near.dtype == torch.float32 and also["encoder_hidden_states"].dtype == torch.float32
+    torch.testing.assert_close(near, exact, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(also, told, rtol=1e-3, atol=1e-4)
+    size = sum(path.stat().st_size for path in (tmp_path / "chunks").glob("*.safetensors"))
+    full = sum(path.stat().st_size for path in (whole / "chunks").glob("*.safetensors"))
+    assert size < 0.6 * full
+
+
+def test_reading_opens_few_files_and_survives_pickling(monkeypatch, whole):
+    monkeypatch.setattr("convfusion.distill.store.HANDLES", 1)
+    found = LatentCache(whole)
+    again = pickle.loads(pickle.dumps(found))
+    for index in (0, CHUNK, 2 * CHUNK, 1):
+        assert torch.equal(found.take([index], [False])[0], again.take([index], [False])[0])
+    assert found._open.cache_info().currsize == 1
+
+
+def test_latents_that_are_not_finite_are_named(pipe, tmp_path):
+    data = write_pictures(tmp_path / "data", 3)
+    broken = stable_diffusion()
+    list(broken.vae.encoder.parameters())[-1].data.fill_(float("nan"))
+    with pytest.raises(ConvFusionError, match=r"the latent of 0000\.png is not finite"):
+        build_cache(broken, open_source(str(data)), tmp_path / "cache")
+
+
+def test_a_vae_that_overflows_in_half_precision_is_run_in_float32():
+    vae = stable_diffusion().vae.half()
+    assert vae.config.force_upcast
+    pixels = np.stack([np.array(picture(0))])
+    with upcast_vae(vae):
+        assert vae.dtype == torch.float32
+        plain = encode_pictures(vae, pixels)
+        vae.register_to_config(shift_factor=0.5)
+        moved = encode_pictures(vae, pixels)
+    assert vae.dtype == torch.float16
+    torch.testing.assert_close(moved, plain - 0.5 * vae.config.scaling_factor)
+    vae.register_to_config(latents_mean=[0.5] * 4, latents_std=[2.0] * 4)
+    with upcast_vae(vae):
+        scaled = encode_pictures(vae, pixels)
+    torch.testing.assert_close(scaled, moved / 2)
+
+
+@pytest.mark.parametrize("family", list(PIPELINES))
+def test_the_teacher_draws_its_own_latents(family, tmp_path):
+    pipe = PIPELINES[family]()
+    (tmp_path / "p.txt").write_text("red\ngreen\n")
+    guidance = 1.0 if family == "dit" else 3.0  # diffusers' DiT takes class 1000 for none
+    drawing = Drawing(per_prompt=2, seed=3, steps=2, guidance=guidance)
+    source = open_source(str(tmp_path / "p.txt"), drawing=drawing)
+    built = build_cache(pipe, source, tmp_path / "stock", batch_size=3)
+    assert list(built.captions) == ["red", "red", "green", "green"]
+    latents, _ = built.take([0, 1, 2, 3], [False] * 4)
+    assert latents.isfinite().all() and len(latents.unique(dim=0)) == 4
+    samples = [Sample("", "green", seed=5)]
+    side = latents.shape[-1] * 2
+    alone = chunks.draw_latents(pipe, samples, (side, side), drawing)
+    torch.testing.assert_close(latents[2:3], alone, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():  # the picture that the pipeline itself draws of it
+        decoded = pipe.vae.decode(alone / pipe.vae.config.scaling_factor).sample
+    drawn = convfusion.generate.generate(
+        pipe, ["green"], seeds=[5], steps=2, guidance=guidance, output_type="pt"
+    )[0]
+    torch.testing.assert_close((decoded[0] / 2 + 0.5).clamp(0, 1), drawn, rtol=1e-3, atol=1e-4)
+
+
+def test_a_converted_pipeline_draws_with_its_attention(tmp_path):
+    pipe = stable_diffusion()
+    (tmp_path / "p.txt").write_text("red\ngreen\n")
+    source = open_source(str(tmp_path / "p.txt"), drawing=Drawing(steps=2))
+    build_cache(pipe, source, tmp_path / "stock")
+    convfusion.convert(pipe, ConvertConfig())
+    student = pipe.unet
+    build_cache(pipe, source, tmp_path / "converted")
+    assert pipe.unet is student
+    assert contents(tmp_path / "stock") == contents(tmp_path / "converted")
+    with pytest.raises(ConvFusionError, match="at one size"):
+        build_cache(pipe, source, tmp_path / "x", buckets=True)
+
+
+def test_command_line(monkeypatch, capsys, pipe, tmp_path):
+    from convfusion.cli import main
+
+    pipe.save_pretrained(tmp_path / "model")
+    data = write_pictures(tmp_path / "data", 5)
+    (data / "0002.png").write_bytes(b"nothing")
+    monkeypatch.setenv("COLUMNS", "120")
+    command = ["convfusion", "cache", str(tmp_path / "model"), "--out", str(tmp_path / "cache")]
+    monkeypatch.setattr(sys, "argv", [*command, "--data", str(data), "--workers", "2"])
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out = capsys.readouterr().out
+        assert not ended.value.code
+        assert "4 samples" in out and "unreadable picture" in out and "0002.png" in out
+    assert len(open_cache(pipe, tmp_path / "cache", size=(16, 16))) == 4
+    monkeypatch.setattr(sys, "argv", [*command, "--data", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "does not exist" in capsys.readouterr().err

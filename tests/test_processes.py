@@ -1,0 +1,42 @@
+"""Two processes on the CPU take the steps that one takes with the whole batch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from convfusion import ConvFusionError, checkpoint
+from convfusion.distill import DistillConfig
+from convfusion.distill.draws import Draws
+
+SCRIPT = Path(__file__).parent / "two_processes.py"
+# The folder of a script is on its path, so it finds the tests beside it.
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def launched(out, processes, *options):
+    launcher = LAUNCH if processes == 2 else []
+    command = [sys.executable, *launcher, SCRIPT, out, *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
+    return checkpoint.read_tensors(out / "blocks.safetensors"), losses
+
+
+def test_two_processes_step_as_one(tmp_path):
+    """In both stages, with gradient checkpointing; alone, the batch comes in two parts."""
+    together, told = launched(tmp_path / "two", 2, 1)
+    alone, expected = launched(tmp_path / "one", 1, 2)
+    assert together.keys() == alone.keys()
+    for name, tensor in together.items():
+        torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-6, msg=name)
+    errors = [line["held_out/epsilon_error"] for line in (told[0], expected[0])]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused():
+    with pytest.raises(ConvFusionError, match="4 is not a multiple of 3 processes × 1 parts"):
+        Draws(None, [range(4)], DistillConfig(batch_size=4), 1000, (0, 3))
