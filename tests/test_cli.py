@@ -1,7 +1,10 @@
 """The command line: what it writes, and how it answers a mistake."""
 
+import inspect
 import json
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -9,6 +12,12 @@ from tiny_pipelines import stable_diffusion
 
 import convfusion
 from convfusion import cli
+from convfusion.cli.distill import distill as distill_command
+from convfusion.demo import DEMO_STEPS, distillation
+from convfusion.distill import DistillConfig, LossWeights
+from convfusion.distill.settings import as_toml, read_settings
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @pytest.fixture
@@ -56,13 +65,16 @@ def test_convert_distil_generate(run, model, pictures, tmp_path):
     assert code == 0
     assert "7 of 7 self-attention sites converted" in out
 
-    options = ("--data", pictures, "--batch-size", 2, "--validate-every", 2, "--size", "16x16")
-    options += ("--from-attention", "--imitation-steps", 1)
+    options = ("--data", pictures, "--batch-size", 1, "--validate-every", 2, "--size", "16x16")
+    options += ("--start", "attention", "--imitation-steps", 1, "--held-out", 1, "--ema", 0.5)
     code, _, err = run(
         "distill", tmp_path / "converted", "--out", tmp_path / "blocks", "--steps", 2, *options
     )
     assert code == 0, err
     assert (tmp_path / "blocks" / "validation" / "step-0000002.png").is_file()
+    card = (tmp_path / "blocks" / "README.md").read_text()
+    assert "ε-error" in card and "imitation_steps = 1" in card and "validation/step-0000002" in card
+    assert (tmp_path / "blocks" / "losses.png").is_file()
 
     code, out, err = run(
         "generate", model, "--blocks", tmp_path / "blocks", "--out", tmp_path / "drawn",
@@ -110,6 +122,67 @@ def test_ablate(run, model, tmp_path):
     assert (tmp_path / "out" / "ablation.png").is_file()
 
 
+def test_a_run_is_a_file_and_the_command_line_goes_first(run, model, pictures, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f"""
+model = "{model}"
+data = "{pictures}"
+size = "16x16"
+
+[distill]
+steps = 3
+batch_size = 2
+betas = [0.8, 0.9]
+
+[distill.losses]
+noise = 0.0
+"""
+    )
+    out = tmp_path / "out"
+    options = ("--steps", 1, "--losses.feature", 0.5, "--no-checkpointing")
+    code, said, err = run("distill", "--settings", file, "--out", out, *options)
+    assert code == 0, err
+    config = json.loads((out / "checkpoints" / "step-0000001" / "trainer.json").read_text())
+    assert config["config"]["losses"]["noise"] == 0.0
+    assert config["config"]["losses"]["feature"] == 0.5
+    assert config["config"]["betas"] == [0.8, 0.9]
+    assert "steps = 1" in said and "[distill.losses]" in said
+    again = tmp_path / "printed.toml"
+    again.write_text(said[: said.index("snr_gamma")] + "snr_gamma = 5.0")
+    assert read_settings(again, {}).distill.steps == 1
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(run, model, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run("distill", model, "--dry-run", "--batch-size", 2, "--steps", 10)
+    assert code == 0, err
+    assert "sites that would train" in out and "7 of 7" in out and "all 10 steps" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_every_field_is_an_option():
+    options = {p.name for p in inspect.signature(distill_command).parameters.values()}
+    for each in fields(DistillConfig):
+        if each.name != "losses":
+            assert each.name in options
+    assert {f"losses__{each.name}" for each in fields(LossWeights)} <= options
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_settings_are_whole(path, tmp_path):
+    settings = read_settings(path, {})
+    assert settings.model
+    printed = tmp_path / "printed.toml"
+    printed.write_text(as_toml(settings), encoding="utf-8")
+    assert read_settings(printed, {}) == settings
+
+
+def test_the_demo_is_a_shipped_run():
+    shipped = read_settings(CONFIGS / "mini.toml", {"distill": {"validate_every": 0}})
+    assert shipped.distill == distillation(DEMO_STEPS)
+
+
 MISTAKES = {
     "unknown model": (["generate", "no/such", "--prompt", "x"], "no/such"),
     "unknown preset": (
@@ -120,7 +193,7 @@ MISTAKES = {
     "bad size": (["generate", "MODEL", "--prompt", "x", "--size", "12"], "512x768"),
     "odd size": (["generate", "MODEL", "--prompt", "x", "--size", "17x16"], "multiples of 8"),
     "no data": (["distill", "MODEL", "--out", "OUT"], "--data is needed"),
-    "no folder": (["distill", "MODEL", "--out", "OUT", "--data", "nowhere"], "is not a folder"),
+    "no folder": (["distill", "MODEL", "--out", "OUT", "--data", "nowhere"], "does not exist"),
     "bad batch": (
         ["distill", "MODEL", "--out", "OUT", "--batch-size", "3", "--accumulation", "2"],
         "multiple of accumulation",
@@ -129,6 +202,10 @@ MISTAKES = {
     "full folder": (["convert", "MODEL", "--out", "MODEL"], "not empty"),
     "no blocks": (["generate", "MODEL", "--prompt", "x", "--blocks", "OUT"], "cannot be read"),
     "no such option": (["generate", "MODEL", "--prompt", "x", "--speed", "9"], "No such option"),
+    "no out": (["distill", "mini"], "--out is needed"),
+    "no model": (["distill", "--out", "OUT"], "which model?"),
+    "no settings": (["distill", "--settings", "x.toml", "--out", "OUT"], "x.toml cannot be read"),
+    "bad settings": (["distill", "--settings", "BAD", "--out", "OUT"], "no setting 'step'"),
     "negative rate": (["distill", "mini", "--out", "OUT", "--learning-rate", "-1"], "positive"),
     "no prompts": (["analyze", "MODEL", "--out", "OUT"], "--prompts is needed"),
     "empty prompts": (
@@ -155,6 +232,8 @@ def test_a_mistake_is_one_clear_line(run, model, tmp_path, mistake):
     arguments, message = MISTAKES[mistake]
     (tmp_path / "empty.txt").write_text("\n")
     places = {"MODEL": model, "OUT": tmp_path / "out", "EMPTY": tmp_path / "empty.txt"}
+    places["BAD"] = tmp_path / "bad.toml"
+    places["BAD"].write_text("model = 'mini'\n[distill]\nstep = 3\n")
     code, _, err = run(*[places.get(argument, argument) for argument in arguments])
     assert code == 2
     assert message in err

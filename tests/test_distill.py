@@ -215,7 +215,7 @@ def test_distilling_without_a_teacher_is_refused(data):
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"batch_size": 5, "accumulation": 2}, "multiple of accumulation"),
-        ({"precision": "int8"}, "one of no, bf16, fp16"),
+        ({"autocast": "int8"}, "one of no, bf16, fp16"),
         ({"caption_drop": 2.0}, "between 0 and 1"),
     ],
 )
@@ -276,7 +276,7 @@ def test_half_precision_base_trains_blocks_in_full(data, tmp_path, fresh_acceler
         seen.append({p.dtype for m in mixers_of(pipe).values() for p in m.parameters()})
         return generate(pipe, ["red"], steps=1)[0]
 
-    config = DistillConfig(steps=1, batch_size=2, precision="bf16", validate_every=1)
+    config = DistillConfig(steps=1, batch_size=2, autocast="bf16", validate_every=1)
     distill(pipe, data, config, tmp_path, validate=picture)
     assert seen == [{torch.float32}]
     assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
@@ -287,10 +287,10 @@ def test_half_precision_base_trains_blocks_in_full(data, tmp_path, fresh_acceler
 
 def test_unfitting_precision_is_refused(data):
     pipe = stable_diffusion_converted()
-    with pytest.raises(ConvFusionError, match="on a CPU take precision bf16"):
-        distill(pipe, data, DistillConfig(steps=1, precision="fp16"))
+    with pytest.raises(ConvFusionError, match="on a CPU take autocast bf16"):
+        distill(pipe, data, DistillConfig(steps=1, autocast="fp16"))
     pipe.to(torch.bfloat16)
-    with pytest.raises(ConvFusionError, match="precision 'bf16', or load it in float32"):
+    with pytest.raises(ConvFusionError, match="autocast 'bf16', or load it in float32"):
         distill(pipe, data, DistillConfig(steps=1))
 
 

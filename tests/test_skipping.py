@@ -67,7 +67,7 @@ def test_a_spoilt_block_is_never_saved(tmp_path):
         if step == 2:
             next(iter(mixers_of(pipe).values())).proj_in.weight.data.fill_(float("inf"))
 
-    with pytest.raises(ConvFusionError, match="after step 2 .*proj_in.weight is not finite"):
+    with pytest.raises(ConvFusionError, match=r"after step 2 .*proj_in\.weight is not"):
         distill(pipe, samples(), CONFIG, tmp_path, on_step=spoil_block)
     assert last_checkpoint(tmp_path).name == "step-0000001"
     again = converted()

@@ -48,7 +48,7 @@ def main() -> None:
     result = distill(
         pipe,
         data,
-        replace(distillation(args.steps), learning_rate=args.lr, precision="bf16"),
+        replace(distillation(args.steps), learning_rate=args.lr, autocast="bf16"),
         args.run / "student",
         resume=True,
         on_step=lambda step, terms: next(progress, None),

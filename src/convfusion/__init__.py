@@ -9,8 +9,9 @@ convfusion.revert(pipe)                     # the original, bit for bit
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from convfusion.lazy import lazy
 
 __version__ = "0.1.0"
 
@@ -57,12 +58,7 @@ _MODULES = (
 __all__ = [*sorted(_HOME), "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"convfusion.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'convfusion' has no attribute {name!r}")
-    return getattr(import_module(f"convfusion.{_HOME[name]}"), name)
+__getattr__ = lazy(__name__, _HOME, _MODULES)
 
 
 def __dir__() -> list[str]:

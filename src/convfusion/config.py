@@ -50,13 +50,13 @@ class ConvertConfig:
                     f"the pattern {pattern!r} matches no self-attention site; "
                     f"there are {len(paths)}, such as {paths[0]!r}"
                 )
-        chosen: dict[str, Mixer] = {}
-        for path in paths:
-            for pattern, mixer in self.sites.items():
-                if fnmatchcase(path, pattern):
-                    chosen[path] = mixer
-                    break
-        return chosen
+        found = {path: self.mixer_for(path) for path in paths}
+        return {path: mixer for path, mixer in found.items() if mixer is not None}
+
+    def mixer_for(self, path: str) -> Mixer | None:
+        """The mixer of one site, or None if it keeps its attention."""
+        matching = (m for pattern, m in self.sites.items() if fnmatchcase(path, pattern))
+        return next(matching, None)
 
     def to_dict(self) -> dict[str, Any]:
         return {

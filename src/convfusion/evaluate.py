@@ -95,16 +95,30 @@ def epsilon_errors(
     Returns:
         [T, B] float64.
     """
+    learned, taught = (
+        predictions(model, schedule, latents, noises, conditioning) for model in (student, teacher)
+    )
+    return torch.stack([relative_error(*pair) for pair in zip(learned, taught, strict=True)])
+
+
+@torch.no_grad()
+def predictions(
+    model: Denoiser,
+    schedule: tuple[Tensor, str],
+    latents: Tensor,
+    noises: Mapping[int, Tensor],
+    conditioning: dict[str, Any],
+) -> list[Tensor]:
+    """The noise ε that a denoiser sees in a batch, at each timestep: [B, C, h, w] each.
+
+    Arguments as for `epsilon_errors`.
+    """
     alphas_cumprod, kind = schedule
-    clean = latents.to(student.device, torch.float32)
-    rows = []
+    clean = latents.to(model.device, torch.float32)
+    found = []
     for t, noise in noises.items():
         steps = torch.full((len(clean),), t, device=clean.device)
-        noisy = add_noise(clean, noise.to(clean.device), steps, alphas_cumprod).to(student.dtype)
-        outputs = (
-            model(noisy, timestep=steps, return_dict=False, **conditioning)[0]
-            for model in (student, teacher)
-        )
-        learned, taught = (as_epsilon(o, noisy, steps, alphas_cumprod, kind) for o in outputs)
-        rows.append(relative_error(learned, taught))
-    return torch.stack(rows)
+        noisy = add_noise(clean, noise.to(clean.device), steps, alphas_cumprod).to(model.dtype)
+        output = model(noisy, timestep=steps, return_dict=False, **conditioning)[0]
+        found.append(as_epsilon(output, noisy, steps, alphas_cumprod, kind))
+    return found

@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 
-def fingerprint(*modules: nn.Module) -> str:
+def fingerprint(*modules: nn.Module, without: str | None = None) -> str:
     """The first 16 hex digits of SHA-256 over names, dtypes, shapes and values of every tensor.
 
     Equal weights have equal fingerprints on every device; another dtype has another one.
+
+    Args:
+        modules: in this order.
+        without: leave out tensors with this in their name.
 
     Raises:
         NotImplementedError: a tensor is on the meta device and has no values.
@@ -19,6 +23,8 @@ def fingerprint(*modules: nn.Module) -> str:
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
+            if without is not None and without in name:
+                continue
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             values = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(memoryview(values.view(torch.uint8).numpy()))

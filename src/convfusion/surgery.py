@@ -8,7 +8,8 @@ with the cross-attention keywords, put there by a hook of the module that knows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,6 +238,36 @@ def mixers_of(pipe_or_model: Any) -> dict[str, TokenMixer]:
         for site in list_sites(model)
         if _is_converted(model, site)
     }
+
+
+@contextmanager
+def attention_back(pipe_or_model: Any, paths: Iterable[str]) -> Iterator[None]:
+    """Let the attention stand in for its mixer at some converted sites, for a while.
+
+    What is computed then is, bit for bit, what a model computes that was not converted there. The
+    mixers wait, and `mixers_of` and `status` leave them out.
+
+    Raises:
+        ConvFusionError: a path is no converted site, or its attention was dropped. Nothing is
+            changed.
+    """
+    model, paths = denoiser_of(pipe_or_model), set(paths)
+    if unknown := paths - mixers_of(model).keys():
+        raise ConvFusionError(f"{min(unknown)} is no converted site of this model")
+    resting = [model.get_submodule(path) for path in sorted(paths)]
+    if any(isinstance(attention, DroppedAttention) for attention in resting):
+        raise ConvFusionError("the attention weights of this model were dropped")
+    hooks = []
+    try:
+        for attention in resting:
+            attention.__class__ = Attention
+            hooks.append(attention.register_forward_pre_hook(drop_grid, with_kwargs=True))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for attention in resting:
+            attention.__class__ = MixedAttention
 
 
 def _is_converted(model: Denoiser, site: Site) -> bool:

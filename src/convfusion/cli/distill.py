@@ -2,50 +2,51 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from convfusion.cli.cache import print_cache
 from convfusion.cli.console import describe, progress_bar
+from convfusion.cli.fields import with_fields
 from convfusion.cli.models import equip, guidance_for, is_embedded, load_pipeline
-from convfusion.cli.options import Config, Device, Model, Precision, check_new, parse_size
+from convfusion.cli.options import Config, Device, Precision, check_new, parse_size
+from convfusion.distill.config import DistillConfig
 from convfusion.errors import ConvFusionError
 
 
+@with_fields(DistillConfig)
 def distill(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for blocks, checkpoints and logs.")],
+    given: dict[str, Any],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A diffusers pipeline: folder or Hub name; `mini` is embedded."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for blocks, checkpoints, logs and model card.")
+    ] = None,
+    settings: Annotated[
+        Path | None, typer.Option(help="TOML file of a run; what is given beside it goes first.")
+    ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of pictures, each with its caption in NAME.txt beside it."),
+        str | None, typer.Option(help="What `convfusion cache` takes, or a cache it wrote.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of training pictures.")] = None,
+    buckets: Annotated[
+        bool | None, typer.Option("--buckets/--no-buckets", help="Keep the ratio of sides, about.")
     ] = None,
     config: Config = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of training pictures.")] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    accumulation: Annotated[int, typer.Option(min=1, help="Parts to work a batch in.")] = 1,
-    learning_rate: float = 3e-4,
-    warmup: int = 100,
-    imitation_steps: Annotated[
-        int, typer.Option(min=0, help="First steps, in which each block learns alone.")
-    ] = 0,
-    from_attention: Annotated[
-        bool, typer.Option("--from-attention", help="Start from the measured mean attention.")
-    ] = False,
-    decay: Annotated[float, typer.Option(help="Share of steps of the final decay.")] = 0.0,
-    weight_decay: float = 0.01,
-    caption_drop: float = 0.15,
-    autocast: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
-    checkpointing: Annotated[bool, typer.Option(help="Trade time for memory.")] = False,
-    save_every: Annotated[int, typer.Option(min=1)] = 500,
-    validate_every: Annotated[int, typer.Option(min=0)] = 500,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Prompts of the validation pictures.")
     ] = None,
-    seed: int = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would train, memory and time, and stop.")
     ] = False,
     precision: Precision = "float32",
     device: Device = None,
@@ -54,78 +55,136 @@ def distill(
 
     Ctrl-C stops after the step at hand and saves; go on with --resume.
     """
-    from convfusion.distill import DistillConfig, start_from_attention
-    from convfusion.distill import distill as run
+    from convfusion.distill.settings import as_toml, read_settings
 
-    settings = DistillConfig(
-        steps=steps,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        learning_rate=learning_rate,
-        warmup=warmup,
-        imitation_steps=imitation_steps,
-        decay=decay,
-        weight_decay=weight_decay,
-        caption_drop=caption_drop,
-        precision=autocast,
-        checkpointing=checkpointing,
-        save_every=save_every,
-        validate_every=validate_every,
-        seed=seed,
-    )
-    if not resume:
+    named = {"model": model, "data": data, "size": size, "buckets": buckets, "config": config}
+    run = read_settings(settings, {**named, "distill": given})
+    if not run.model:
+        raise ConvFusionError("which model? Name a pipeline, or `mini`")
+    if out is None and not dry_run:
+        raise ConvFusionError("--out is needed: a folder for the blocks and checkpoints")
+    if out is not None and not resume and not dry_run:
         check_new(out)
-    samples = find_data(model, data)
-    pipe = load_pipeline(model, precision, device)
-    equip(pipe, None, config)
-    dataset = samples if data is None else encode(pipe, samples, size)
-    if from_attention and not resume:
-        start_from_attention(pipe, dataset)
-    prompts = prompt or dataset.captions[:4]
+    ready = source_of(run) if not dry_run else None
+    main = os.environ.get("RANK", "0") == "0"
+    if main:
+        typer.echo(as_toml(run))
+    pipe = load_pipeline(run.model, precision, device)
+    equip(pipe, None, run.config or None)
+    if ready is None or out is None:
+        return print_plan(pipe, run.distill, parse_size(run.size) if run.size else None)
+    train(pipe, ready(pipe, out), run, out, prompts=prompt, resume=resume, show=main)
+
+
+def train(
+    pipe: Any,
+    data: Any,
+    run: Any,
+    out: Path,
+    *,
+    prompts: list[str] | None,
+    resume: bool,
+    show: bool,
+) -> None:
+    """Distil with a progress bar and validation pictures, and write the model card."""
+    from convfusion.distill import distill as distil
+    from convfusion.distill.card import write_card
+
+    drawn = prompts or data.captions[:4]
     progress = progress_bar()
-    bar = progress.add_task("distilling", total=steps)
+    progress.disable = not show
+    bar = progress.add_task("distilling", total=run.distill.steps)
     with progress:
-        result = run(
+        result = distil(
             pipe,
-            dataset,
-            settings,
+            data,
+            run.distill,
             out,
             resume=resume,
             on_step=lambda step, terms: progress.update(
                 bar, completed=step, description=describe(terms)
             ),
-            validate=lambda pipe, step: validation_grid(pipe, prompts, guidance_for(model)),
+            validate=lambda pipe, step: validation_grid(pipe, drawn, guidance_for(run.model)),
         )
+    if not show:
+        return
+    if result.skipped:
+        typer.echo(f"Skipped {result.skipped} steps whose loss or gradient was not finite.")
     if result.stopped:
         typer.echo(f"Stopped after step {result.steps}. Go on with the same command and --resume.")
+    else:
+        write_card(out, pipe, run, result)
     typer.echo(f"Written: {out}")
 
 
-def find_data(model: str, folder: Path | None) -> Any:
-    """What to train on: a folder's pictures and captions, or the embedded latents."""
+def source_of(run: Any) -> Callable[[Any, Path], Any]:
+    """What makes the training data of a run, once there is a pipeline.
+
+    What the user named is looked at before the pipeline is loaded.
+    """
     from convfusion import mini
-    from convfusion.distill import read_image_folder
+    from convfusion.distill import build_cache, open_cache, open_source
 
-    if folder is not None:
-        return read_image_folder(folder)
-    if not is_embedded(model):
-        raise ConvFusionError("--data is needed: a folder of pictures with captions")
-    return mini.training_data()
+    size = parse_size(run.size) if run.size else None
+    if not run.data:
+        if not is_embedded(run.model):
+            raise ConvFusionError("--data is needed: pictures with captions, prompts, or a cache")
+        return lambda pipe, out: mini.training_data()
+    if (Path(run.data) / "cache.json").is_file():
+        return lambda pipe, out: open_cache(pipe, run.data, size=size)
+    source = open_source(run.data)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConvFusionError(
+            "several processes would each encode the data: run `convfusion cache` first, and give "
+            "its folder as --data"
+        )
+
+    def encoded(pipe: Any, out: Path) -> Any:
+        progress = progress_bar()
+        bar = progress.add_task("encoding", total=source.total)
+        with progress:
+            built = build_cache(
+                pipe,
+                source,
+                out / "cache",
+                size=size,
+                buckets=run.buckets,
+                num_workers=run.distill.workers,
+                on_progress=lambda done: progress.update(bar, completed=done),
+            )
+        print_cache(built)
+        return built
+
+    return encoded
 
 
-def encode(pipe: Any, samples: list[tuple[Path, str]], size: str | None) -> Any:
-    """The latents of pictures with captions, at a size or the pipeline's own."""
-    from convfusion.adapters import denoiser_of
-    from convfusion.conditioning import latent_scale
-    from convfusion.distill import LatentDataset
-    from convfusion.distill.data import encode_pictures
-    from convfusion.generate import check_size
+def print_plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None) -> None:
+    """What would train, and what it would take."""
+    from datetime import timedelta
 
-    native = denoiser_of(pipe).config.sample_size * latent_scale(pipe)
-    wanted = parse_size(size) if size else (native, native)
-    check_size(pipe, wanted)
-    latents = encode_pictures(pipe.vae, [path for path, _ in samples], wanted)
-    return LatentDataset(latents, [caption for _, caption in samples])
+    from rich.console import Console
+    from rich.table import Table
+
+    from convfusion import surgery
+    from convfusion.distill.plan import plan
+
+    found = plan(pipe, config, size)
+    typer.echo(str(surgery.status(pipe)))
+    total = timedelta(seconds=round(found.seconds_per_step * found.steps))
+    peak = "" if found.peak_bytes is None else f"{found.peak_bytes / 2**30:.2f} GiB"
+    table = Table(title="Nothing was trained or written", show_header=False)
+    for name, value in (
+        ("sites that would train", f"{found.converted} of {found.sites}"),
+        ("parameters that would train", f"{found.trained / 1e6:.2f}M"),
+        ("parameters that stay frozen", f"{found.frozen / 1e6:.2f}M"),
+        ("weights, gradients and optimiser", f"{found.held_bytes / 2**30:.2f} GiB"),
+        ("at the peak of a step, on the GPU", peak),
+        ("a step, here", f"{found.seconds_per_step:.2f} s"),
+        (f"all {found.steps} steps, here", str(total)),
+    ):
+        if value:
+            table.add_row(name, value)
+    Console().print(table)
 
 
 def validation_grid(pipe: Any, prompts: list[str], guidance: float) -> Any:

@@ -12,7 +12,7 @@ from convfusion.fields import check_fields, check_names
 
 Start = Literal["converted", "attention"]
 Optimizer = Literal["adamw", "adamw8bit"]
-Precision = Literal["no", "bf16", "fp16"]
+Autocast = Literal["no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class DistillConfig:
         ema: decay of a moving average of the blocks, which is what is drawn with and saved in the
             end; 0 keeps none.
         caption_drop: share of captions replaced by '', for classifier-free guidance.
-        precision: `no`, `bf16` or `fp16` autocast. The blocks train in float32.
+        autocast: `no`, `bf16` or `fp16`. The blocks train in float32.
         checkpointing: recompute activations in the backward pass.
         losses: weights of the terms.
         held_out: samples kept out of training, on which the ε-error is measured.
@@ -91,7 +91,7 @@ class DistillConfig:
     clip_norm: float = 1.0
     ema: float = 0.0
     caption_drop: float = 0.15
-    precision: Precision = "no"
+    autocast: Autocast = "no"
     checkpointing: bool = False
     losses: LossWeights = field(default_factory=LossWeights)
     held_out: int = 0

@@ -21,16 +21,16 @@ from convfusion.errors import ConvFusionError
 from convfusion.surgery import mixers_of
 
 
-def check_precision(model: Denoiser, precision: str) -> None:
+def check_autocast(model: Denoiser, autocast: str) -> None:
     """Raise a ConvFusionError unless blocks in float32 can train inside this model."""
     fitting = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
-    if fitting not in ("no", precision):
+    if fitting not in ("no", autocast):
         raise ConvFusionError(
             f"the model is in {str(model.dtype).removeprefix('torch.')}: distil it with "
-            f"precision {fitting!r}, or load it in float32"
+            f"autocast {fitting!r}, or load it in float32"
         )
-    if precision == "fp16" and model.device.type == "cpu":
-        raise ConvFusionError("fp16 trains on a GPU only: on a CPU take precision bf16 or no")
+    if autocast == "fp16" and model.device.type == "cpu":
+        raise ConvFusionError("fp16 trains on a GPU only: on a CPU take autocast bf16 or no")
 
 
 def make_accelerator(config: DistillConfig, out: Path | None, *, cpu: bool) -> Accelerator:
@@ -43,7 +43,7 @@ def make_accelerator(config: DistillConfig, out: Path | None, *, cpu: bool) -> A
     logged = tracker_name(config.tracker) if out is not None else None
     try:
         accelerator = Accelerator(
-            mixed_precision=config.precision,
+            mixed_precision=config.autocast,
             gradient_accumulation_steps=config.accumulation,
             log_with=logged,
             project_dir=str(out) if out is not None else None,
@@ -52,7 +52,7 @@ def make_accelerator(config: DistillConfig, out: Path | None, *, cpu: bool) -> A
         )
     except ValueError as error:  # its settings are fixed for the life of a process
         raise ConvFusionError(
-            f"a distillation with another precision or device ran in this process before: {error}"
+            f"a distillation with another autocast or device ran in this process before: {error}"
         ) from None
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ConvFusionError(
@@ -70,7 +70,7 @@ def make_optimizer(
     Raises:
         ConvFusionError: it needs bitsandbytes, which is not installed.
     """
-    kind: type[torch.optim.Optimizer] = torch.optim.AdamW
+    kind: Any = torch.optim.AdamW
     if config.optimizer == "adamw8bit":
         try:
             kind = import_module("bitsandbytes.optim").AdamW8bit

@@ -93,8 +93,10 @@ def encode_pictures(vae: Any, pictures: np.ndarray) -> Tensor:
 def upcast_vae(vae: Any) -> Iterator[None]:
     """Run a VAE that overflows in float16 in float32 for a while."""
     dtype = vae.dtype
-    if vae.config.get("force_upcast"):
-        vae.to(torch.float32)
+    if not vae.config.get("force_upcast") or dtype == torch.float32:
+        yield
+        return
+    vae.to(torch.float32)
     try:
         yield
     finally:

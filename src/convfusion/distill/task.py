@@ -173,6 +173,19 @@ class DistillTask(nn.Module):
     ) -> Losses:
         """Each block alone on the teacher's own inputs: mean over sites of ‖b(x) − a(x)‖²/Var a(x).
 
+        Arguments as for `forward`.
+        """
+        errors = {}
+        for path, (learned, taught) in self.alone(latents, noise, timesteps, conditioning).items():
+            errors[path] = (learned - taught).square().mean() / taught.var().clamp(min=1e-12)
+        mean = torch.stack(list(errors.values())).mean()
+        return Losses({"imitation": mean}, {path: e.detach() for path, e in errors.items()})
+
+    def alone(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: dict[str, Any]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """What each block b(x) and its attention a(x) make of the same input, [B, N, C] float32.
+
         The attention a and its input x come from one pass of the teacher, so that no block meets
         another's errors. Arguments as for `forward`.
         """
@@ -185,13 +198,10 @@ class DistillTask(nn.Module):
         watched = [(site.path, self.teacher.get_submodule(site.path)) for site in self.sites]
         with torch.no_grad(), watch_attention(self.teacher, see), outputs_of(watched) as outputs:
             self.teacher(noisy, timestep=timesteps, return_dict=False, **conditioning)
-        errors = {}
-        for path, mixer in mixers_of(self.student).items():
-            target = outputs[path].float()
-            error = (mixer(*inputs[path]).float() - target).square().mean()
-            errors[path] = error / target.var().clamp(min=1e-12)
-        mean = torch.stack(list(errors.values())).mean()
-        return Losses({"imitation": mean}, {path: e.detach() for path, e in errors.items()})
+        return {
+            path: (mixer(*inputs[path]).float(), outputs[path].float())
+            for path, mixer in mixers_of(self.student).items()
+        }
 
     def _noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return add_noise(latents, noise, timesteps, self.alphas_cumprod).to(self.student.dtype)

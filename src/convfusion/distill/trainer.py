@@ -23,7 +23,7 @@ from convfusion.distill.config import DistillConfig
 from convfusion.distill.data import LatentDataset, TrainingData, training_data
 from convfusion.distill.draws import Draw, Draws, split
 from convfusion.distill.environment import (
-    check_precision,
+    check_autocast,
     make_accelerator,
     make_optimizer,
     ready_to_train,
@@ -120,7 +120,7 @@ class Trainer:
     ) -> None:
         self.pipe, self.config, self.out = pipe, config, out
         self.student = denoiser_of(pipe)
-        check_precision(self.student, config.precision)
+        check_autocast(self.student, config.autocast)
         self.accelerator = make_accelerator(config, out, cpu=self.student.device.type == "cpu")
         if self.accelerator.num_processes > 1:
             pipe.to(self.accelerator.device)
@@ -236,11 +236,12 @@ class Trainer:
         else:
             self.skip(parts)
         self.optimizer.zero_grad()
-        if (self.state.step + 1) % config.log_every == 0:
+        done = self.state.step + 1
+        if done % config.log_every == 0 or done in (1, config.steps):
             values = {f"loss/{name}": value for name, value in terms.items()}
             values |= {f"site/{path}": value for path, value in sites.items()}
             values |= {"gradient_norm": float(norm), "learning_rate": rate}
-            self.log.write(self.state.step + 1, values | {"skipped": self.state.skipped})
+            self.log.write(done, values | {"skipped": self.state.skipped})
         return terms
 
     def means(self, found: list[Losses]) -> tuple[dict[str, float], dict[str, float]]:
@@ -286,7 +287,7 @@ class Trainer:
         """The error for a run that cannot go on, with what is left of it."""
         last = saved_state.last_checkpoint(self.out) if self.out is not None else None
         left = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-        return ConvFusionError(f"{what}. Try a lower learning rate or another precision; {left}")
+        return ConvFusionError(f"{what}. Try a lower learning rate or another autocast; {left}")
 
     def placed(self, part: Draw) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """A draw on the student's device, as the denoiser takes it."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from convfusion.distill.draws import noise_like
 from convfusion.distill.task import DistillTask, outputs_of
 from convfusion.evaluate import TIMESTEPS, epsilon_errors
 from convfusion.surgery import mixers_of
+
+
+class Noised(NamedTuple):
+    """A batch of clean latents, noises by timestep, and conditioning as `TrainingData` gives it."""
+
+    latents: Tensor
+    noises: dict[int, Tensor]
+    conditioning: dict[str, Tensor | None]
 
 
 @torch.no_grad()
@@ -36,6 +44,20 @@ def held_out_error(
     """
     schedule = (task.alphas_cumprod, task.prediction_type)
     errors = []
+    for clean, noises, conditioning in noised(data, groups, batch_size, seed):
+        told = placed(conditioning, task.student)
+        found = epsilon_errors(task.student, task.teacher, schedule, clean, noises, told)
+        errors.append(found.flatten())
+    return torch.cat(errors).mean().item() if errors else None
+
+
+def noised(
+    data: TrainingData, groups: Sequence[Sequence[int]], batch_size: int, seed: int
+) -> Iterator[Noised]:
+    """All samples in batches, with the noise of each at every one of `TIMESTEPS`.
+
+    The noise depends on seed, sample and timestep alone. Arguments as for `held_out_error`.
+    """
     for group in groups:
         for start in range(0, len(group), batch_size):
             part = group[start : start + batch_size]
@@ -44,10 +66,7 @@ def held_out_error(
                 t: torch.stack([noise_like(clean[0], (seed * 2**20 + t) * 2**31 + i) for i in part])
                 for t in TIMESTEPS
             }
-            told = placed(conditioning, task.student)
-            found = epsilon_errors(task.student, task.teacher, schedule, clean, noises, told)
-            errors.append(found.flatten())
-    return torch.cat(errors).mean().item() if errors else None
+            yield Noised(clean, noises, conditioning)
 
 
 @torch.no_grad()

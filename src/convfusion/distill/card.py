@@ -1,0 +1,135 @@
+"""The model card of a run: what was trained, on what, how it went, and how to use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from convfusion import __version__, checkpoint
+from convfusion.adapters import denoiser_of
+from convfusion.distill.logs import read_history
+from convfusion.distill.settings import RunSettings, as_toml
+from convfusion.distill.trainer import DistillResult
+from convfusion.fingerprint import fingerprint
+from convfusion.surgery import mixers_of, status
+
+CARD, CURVES = "README.md", "losses.png"
+
+
+def write_card(folder: Path, pipe: Any, run: RunSettings, result: DistillResult) -> None:
+    """Write `README.md`, with the curves of the losses where matplotlib is installed."""
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text(encoding="utf-8"))
+    base = manifest["base_model"] or run.model
+    history = read_history(folder)
+    data = ModelCardData(
+        library_name="diffusers",
+        base_model=base if base.count("/") == 1 else None,
+        tags=["convfusion", "attention-free", "distillation"],
+    )
+    curves = draw_curves(history, folder / CURVES)
+    body = CONTENT.format(
+        base=base,
+        version=__version__,
+        sites=status(pipe).converted,
+        every=len(status(pipe).sites),
+        parameters=sum(p.numel() for m in mixers_of(pipe).values() for p in m.parameters()) / 1e6,
+        weights=frozen_weights(pipe),
+        results=results(result, history),
+        curves=f"![Losses]({CURVES})" if curves else "",
+        samples=samples(folder),
+        settings=as_toml(run).rstrip(),
+        table=str(status(pipe)),
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+    checkpoint.write_text(folder / CARD, str(card).rstrip() + "\n")
+
+
+CONTENT = """# {base} without self-attention
+
+ΔConvBlocks in place of {sites} of {every} self-attentions, {parameters:.2f}M parameters, distilled
+from the attention they replace by ConvFusion {version}. Everything else is the base model, whose
+licence holds.
+
+```python
+import convfusion
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{base}")
+convfusion.load(pipe, "this-folder")
+```
+
+Fingerprint of the base's denoiser: `{weights}`.
+
+## Results
+
+{results}
+
+{curves}
+
+{samples}
+
+## Settings
+
+```toml
+{settings}
+```
+
+## Sites
+
+```text
+{table}
+```
+"""
+
+
+def frozen_weights(pipe: Any) -> str:
+    """The fingerprint of a converted denoiser's stock weights."""
+    return fingerprint(denoiser_of(pipe), without=".mixer.")
+
+
+def results(result: DistillResult, history: Sequence[dict[str, Any]]) -> str:
+    """The figures of a run as a list."""
+    lines = [f"- {result.steps} steps, of which {result.skipped} were skipped as not finite"]
+    if result.epsilon_error is not None:
+        lines.append(
+            "- ε-error, the mean of ‖ε̂ − ε̃‖²/‖ε̃‖² over ten timesteps, on samples held out: "
+            f"{result.epsilon_error:.3e}"
+        )
+    for name in sorted({key for entry in history for key in entry if key.startswith("loss/")}):
+        values = [entry[name] for entry in history if name in entry]
+        tail = values[-max(1, len(values) // 20) :]
+        term = name.removeprefix("loss/")
+        lines.append(f"- {term}: {values[0]:.3e} at first, {sum(tail) / len(tail):.3e} at last")
+    return "\n".join(lines)
+
+
+def samples(folder: Path) -> str:
+    """The last validation pictures, by their file."""
+    last = max((folder / "validation").glob("*.png"), default=None)
+    return f"![Student and teacher from equal seeds]({last.relative_to(folder)})" if last else ""
+
+
+def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Draw the loss terms over the steps; False where there is nothing to draw with, or to draw."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    names = sorted({key for entry in history for key in entry if key.startswith("loss/")})
+    if not names:
+        return False
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name in names:
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, label=name.removeprefix("loss/"), linewidth=1)
+    axes.set(xlabel="step", ylabel="weighted loss", yscale="log")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    return True

@@ -1,0 +1,94 @@
+"""What a distillation would train, hold and take, found by steps that change nothing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from convfusion.adapters import denoiser_of
+from convfusion.conditioning import latent_scale
+from convfusion.distill.config import DistillConfig
+from convfusion.distill.data import LatentDataset
+from convfusion.distill.trainer import distill
+from convfusion.generate import check_size
+from convfusion.surgery import mixers_of, status
+
+TRIED = 3  # steps, of which the first is not timed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do.
+
+    Attributes:
+        sites: self-attentions of the model.
+        converted: of them, those whose blocks would train.
+        trained: parameters that would train.
+        frozen: parameters of the denoiser that would not.
+        held_bytes: weights of the denoiser, gradients and optimiser state of the blocks, EMA.
+        peak_bytes: the most that was in use on the GPU; None on a CPU.
+        seconds_per_step: of the slower kind of step, measured.
+        steps: of the run.
+    """
+
+    sites: int
+    converted: int
+    trained: int
+    frozen: int
+    held_bytes: int
+    peak_bytes: int | None
+    seconds_per_step: float
+    steps: int
+
+
+def plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None = None) -> Plan:
+    """Try a few steps on noise, put the blocks back, and tell what they took.
+
+    Args:
+        pipe: as for `distill`.
+        config: of the run that is planned.
+        size: (height, width) of the training pictures, by default the pipeline's own.
+
+    Raises:
+        ConvFusionError: the size cannot be drawn; and as `distill`.
+    """
+    student = denoiser_of(pipe)
+    scale = latent_scale(pipe)
+    height, width = size or (student.config.sample_size * scale,) * 2
+    check_size(pipe, (height, width))
+    count = config.batch_size
+    shape = (count, student.config.in_channels, height // scale, width // scale)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed))
+    data = LatentDataset(noise, [""] * count)
+    mixers = mixers_of(student)
+    before = {path: {k: v.clone() for k, v in m.state_dict().items()} for path, m in mixers.items()}
+    alone = config.imitation_steps == config.steps
+    tried = replace(
+        config, steps=TRIED, imitation_steps=TRIED if alone else 0, start="converted", held_out=0
+    )
+    times = []
+    on_gpu = student.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(student.device)
+    try:
+        distill(pipe, data, tried, on_step=lambda *_: times.append(time.perf_counter()))
+    finally:
+        for path, mixer in mixers.items():
+            mixer.load_state_dict(before[path])
+    trained = sum(p.numel() for mixer in mixers.values() for p in mixer.parameters())
+    every = sum(p.numel() for p in student.parameters())
+    frozen_bytes = (every - trained) * student.dtype.itemsize
+    copies = 2 + (2 if config.optimizer == "adamw" else 0.5) + bool(config.ema)
+    return Plan(
+        sites=len(status(student).sites),
+        converted=len(mixers),
+        trained=trained,
+        frozen=every - trained,
+        held_bytes=frozen_bytes + int(4 * trained * copies),
+        peak_bytes=torch.cuda.max_memory_allocated(student.device) if on_gpu else None,
+        seconds_per_step=(times[-1] - times[0]) / (TRIED - 1),
+        steps=config.steps,
+    )

@@ -1,0 +1,114 @@
+"""A run as a file: which model, which data, how it is converted and distilled."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from convfusion.distill.config import DistillConfig
+from convfusion.errors import ConvFusionError
+from convfusion.fields import check_fields, check_names
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that the command line needs for a run; '' is not given.
+
+    Attributes:
+        model: a diffusers pipeline, folder or Hub name; `mini` is the embedded model.
+        data: a source of pictures or prompts, or a cache.
+        size: WIDTHxHEIGHT of the training pictures, by default the model's own.
+        buckets: keep the ratio of sides of the pictures, about.
+        config: preset or JSON file of the conversion, by default that of the model's layout.
+        distill: see `DistillConfig`.
+    """
+
+    model: str = ""
+    data: str = ""
+    size: str = ""
+    buckets: bool = False
+    config: str = ""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunSettings:
+        """From plain values, with those of `DistillConfig` in `distill`."""
+        check_names(cls, values, "a run")
+        given = values.get("distill", {})
+        if not isinstance(given, Mapping):
+            raise ConvFusionError("`distill` must be a table of settings")
+        return cls(**{**values, "distill": DistillConfig.from_dict(given)})
+
+
+def read_settings(path: str | Path | None, given: Mapping[str, Any]) -> RunSettings:
+    """The settings of a TOML file, overruled by those given; without a file, these alone.
+
+    Args:
+        path: of the file, or None.
+        given: fields of `RunSettings` in which None is not given; `distill` holds fields of
+            `DistillConfig`, and its `losses` those of `LossWeights`.
+
+    Raises:
+        ConvFusionError: the file cannot be read or is no TOML, a field is unknown or of the wrong
+            kind, or a value is out of range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConvFusionError(f"{path} cannot be read: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConvFusionError(f"{path} is no TOML: {error}") from None
+    try:
+        return RunSettings.from_dict(merged(values, given))
+    except ConvFusionError as error:
+        raise ConvFusionError(f"{path}: {error}" if path else str(error)) from None
+
+
+def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values, overruled by what was given, table by table."""
+    found = dict(values)
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            inner = found.get(name, {})
+            found[name] = merged(inner, value) if isinstance(inner, Mapping) else inner
+        elif value is not None:
+            found[name] = value
+    return found
+
+
+def as_toml(settings: RunSettings) -> str:
+    """Settings as a TOML file that `read_settings` reads back."""
+    lines = [
+        f"{each.name} = {_literal(getattr(settings, each.name))}"
+        for each in fields(settings)
+        if each.name != "distill"
+    ]
+    config = settings.distill.to_dict()
+    losses = config.pop("losses")
+    lines += ["", "[distill]", *(f"{name} = {_literal(v)}" for name, v in config.items())]
+    lines += ["", "[distill.losses]", *(f"{name} = {_literal(v)}" for name, v in losses.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return repr(value)
