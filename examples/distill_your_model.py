@@ -3,7 +3,8 @@
 python examples/distill_your_model.py --steps 200        # the embedded mini model and its data
 python examples/distill_your_model.py PIPELINE --data FOLDER --steps 10000
 
-FOLDER holds pictures, each with its caption in NAME.txt beside it.
+FOLDER holds pictures, each with its caption in NAME.txt beside it; docs/data.md has what else it
+may be. Pictures and captions are encoded once, into OUT/cache.
 """
 
 import argparse
@@ -13,8 +14,7 @@ from diffusers import DiffusionPipeline
 
 import convfusion
 from convfusion import mini
-from convfusion.distill import DistillConfig, LatentDataset, distill, read_image_folder
-from convfusion.distill.data import encode_pictures
+from convfusion.distill import DistillConfig, build_cache, distill, open_source
 from convfusion.generate import generate
 
 parser = argparse.ArgumentParser(description="Distil a pipeline's self-attention.")
@@ -29,9 +29,8 @@ if args.pipeline is None:
 else:
     pipe = DiffusionPipeline.from_pretrained(args.pipeline, use_safetensors=True)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    pictures, captions = zip(*read_image_folder(args.data), strict=True)
-    latents = encode_pictures(pipe.vae, list(pictures), (args.size, args.size))
-    data = LatentDataset(latents, list(captions))
+    source, size = open_source(args.data), (args.size, args.size)
+    data = build_cache(pipe, source, f"{args.out}/cache", size=size)
 convfusion.convert(pipe)
 result = distill(pipe, data, DistillConfig(steps=args.steps), args.out)
 print(f"{result.steps} steps, last losses {result.losses}; blocks in {args.out}")

@@ -109,6 +109,34 @@ def initialisation() -> str:
     return table(heads, lines)
 
 
+def memory() -> str:
+    rows = read("memory.csv")
+    heads = ["", "parameters held", "peak", "peak with checkpointing"]
+    found = defaultdict(list)
+    for row in rows:
+        found[row["way"]].append(row)
+    ours, theirs = found["one copy"], found["two models"]
+
+    def cells(rows: list[dict[str, str]]) -> list[str]:
+        peaks = [f"{float(row['peak_gib']):.2f} GiB" for row in rows]
+        return [f"{int(rows[0]['parameters']) / 1e6:.0f}M", *peaks]
+
+    def ratio(key: str, i: int) -> str:
+        return f"{float(ours[i][key]) / float(theirs[i][key]):.2f}"
+
+    ratios = [ratio("parameters", 0), ratio("peak_gib", 0), ratio("peak_gib", 1)]
+    lines = [
+        ["one copy of the frozen weights", *cells(ours)],
+        ["two full models", *cells(theirs)],
+        ["ratio", *ratios],
+    ]
+    side = int(rows[0]["latents"])
+    return f"""{table(heads, lines)}
+
+Batch 1, latents of {side}×{side}, {rows[0]["dtype"]} on the CPU; the peak is that of the process. From
+[results/memory.csv](../results/memory.csv), written by `python recipes/memory.py`."""
+
+
 def layers(folder: str) -> str:
     """The layers of an analysis under docs, beside its untrained control."""
     found, control = (
@@ -163,6 +191,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "initialisation": initialisation,
     "ablation": ablation,
+    "memory": memory,
     "mini": partial(layers, "analysis-mini"),
 }
 

@@ -10,6 +10,7 @@ from convfusion.cli.analyze import ablate, analyze
 from convfusion.cli.cache import cache
 from convfusion.cli.console import fail, quiet_libraries
 from convfusion.cli.convert import convert
+from convfusion.cli.curve import curve
 from convfusion.cli.demo import demo
 from convfusion.cli.distill import distill
 from convfusion.cli.generate import generate
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, analyze, ablate, convert, cache, distill, generate):
+for command in (demo, analyze, ablate, curve, convert, cache, distill, generate):
     app.command()(command)
 
 

@@ -50,7 +50,7 @@ def analyze(
 
     Writes report.html, analysis.json, the figures, and kernels.json for `convert --config`.
     """
-    needs_matplotlib()
+    needs_matplotlib("convfusion.analysis.analyze")
     from convfusion.analysis import AnalysisConfig, HighPass, Measure, untrained
     from convfusion.analysis import analyze as run
     from convfusion.analysis.capture import sampling_timesteps
@@ -133,13 +133,13 @@ def ablate(
     typer.echo(f"Written: {out}/ablation.png, {out}/ablation.json")
 
 
-def needs_matplotlib() -> None:
+def needs_matplotlib(otherwise: str) -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
         raise ConvFusionError(
-            "the report needs matplotlib: pip install 'convfusion[analysis]', or use "
-            "convfusion.analysis.analyze from Python for the numbers alone"
+            "the figures need matplotlib: pip install 'convfusion[analysis]', or use "
+            f"{otherwise} from Python for the numbers alone"
         )
 
 

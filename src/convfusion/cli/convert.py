@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from convfusion.cli.models import equip, load_pipeline
-from convfusion.cli.options import Blocks, Config, Model, Precision, check_new
+from convfusion.cli.options import Blocks, Config, Every, First, Model, Precision, check_new
 
 
 def convert(
@@ -16,6 +16,8 @@ def convert(
     out: Annotated[Path, typer.Option(help="Folder for the converted pipeline.")],
     config: Config = None,
     blocks: Blocks = None,
+    every: Every = None,
+    first: First = 0,
     drop_attention: Annotated[
         bool, typer.Option("--drop-attention", help="Leave the replaced weights out.")
     ] = False,
@@ -29,7 +31,7 @@ def convert(
 
     check_new(out)
     pipe = load_pipeline(model, precision, "cpu")
-    status = equip(pipe, blocks, config)
+    status = equip(pipe, blocks, config, every, first)
     if drop_attention:
         status = surgery.drop_attention(pipe)
     checkpoint.save_pipeline(pipe, out)

@@ -48,20 +48,41 @@ def guidance_for(model: str) -> float:
     return mini.GUIDANCE if is_embedded(model) else 5.0
 
 
-def equip(pipe: Any, blocks: Path | None, config: str | None) -> Any:
-    """Convert a pipeline by preset or config file, or with trained blocks."""
-    from convfusion import checkpoint, surgery
-    from convfusion.config import ConvertConfig
-    from convfusion.presets import PRESETS
+def equip(
+    pipe: Any, blocks: Path | None, config: str | None, every: int | None = None, first: int = 0
+) -> Any:
+    """Convert a pipeline by preset or config file, or with trained blocks.
 
-    if blocks is not None and config is not None:
-        raise ConvFusionError("give --blocks or --config: trained blocks bring their own config")
+    Args:
+        pipe: a converted one is left as it is if nothing is asked for, and is reverted otherwise.
+        blocks: folder of trained blocks.
+        config: name of a preset, or path of a JSON file.
+        every: convert only every so many-th of the sites, with new blocks.
+        first: of them, from 0.
+    """
+    from convfusion import checkpoint, presets, surgery
+    from convfusion.adapters import denoiser_of
+    from convfusion.config import ConvertConfig
+
+    if blocks is not None and (config is not None or every is not None):
+        raise ConvFusionError(
+            "trained blocks bring their own config: give --blocks, or --config and --every"
+        )
+    if first and every is None:
+        raise ConvFusionError("--first goes with --every")
     if surgery.status(pipe).converted:
-        if blocks is None and config is None:
+        if blocks is None and config is None and every is None:
             return surgery.status(pipe)
         surgery.revert(pipe)
     if blocks is not None:
         return checkpoint.load(pipe, blocks)
-    if config is not None and config not in PRESETS and Path(config).suffix == ".json":
-        return surgery.convert(pipe, ConvertConfig.load(config))
-    return surgery.convert(pipe, config)
+    if config is not None and config not in presets.PRESETS and Path(config).suffix == ".json":
+        chosen = ConvertConfig.load(config)
+    else:
+        chosen = presets.by_name(config or presets.preset_for(denoiser_of(pipe)))
+    if every is not None:
+        from convfusion.distill import partial
+
+        paths = [row.site.path for row in surgery.status(pipe).sites]
+        chosen = partial.every(chosen, paths, every, first)
+    return surgery.convert(pipe, chosen)

@@ -20,6 +20,8 @@ Config = Annotated[
     str | None,
     typer.Option(help="Preset (sd15, sd21, sdxl, pixart, dit, default) or JSON file of a config."),
 ]
+Every = Annotated[int | None, typer.Option(min=1, help="Convert only every N-th of the sites.")]
+First = Annotated[int, typer.Option(min=0, help="With --every: the first of them, from 0.")]
 Precision = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, …; by default the GPU if there is one.")

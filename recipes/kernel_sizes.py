@@ -1,7 +1,7 @@
 """Do kernels chosen from the analysis distil better than others, at an equal number of steps?
 
-`python recipes/kernels.py` analyses the embedded model, distils each choice of kernels with equal
-seeds and batches, and writes the ε-error on held-out names to `results/kernels.csv`.
+`python recipes/kernel_sizes.py` analyses the embedded model, distils each choice of kernels with
+equal seeds and batches, and writes the ε-error on held-out names to `results/kernels.csv`.
 """
 
 from __future__ import annotations

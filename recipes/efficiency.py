@@ -1,0 +1,147 @@
+"""How many steps each recipe needs to reach the quality of the paper's.
+
+`python recipes/efficiency.py` distils each mini model by the paper's recipe as written (random
+start, its warm-up in proportion) for a number of steps fixed beforehand. Its final ε-error, and 1.2
+and 2 times that, are the thresholds; then the same recipe runs with a better start, with stage 1
+before it, and with both, and so does the recipe of this project, until they reach them. Equal
+batches and seeds. Each run is a row of `results/efficiency.csv` as soon as it is done, and runs
+that are there already are not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
+from convfusion.adapters import denoiser_of
+from convfusion.demo import distillation, error, spread
+from convfusion.distill import DistillConfig, distill
+from convfusion.fingerprint import fingerprint
+
+RESULTS = Path(__file__).parent.parent / "results" / "efficiency.csv"
+FACTORS = (2.0, 1.2, 1.0)  # of the paper's final ε-error
+COLUMNS = ["model", "recipe", "seed", "length", "step", "seconds", "epsilon_error", "weights"]
+PAPER_WARMUP = 500 / 60_000  # of SD1.5's steps
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to train: how the blocks start, and the settings for a run of so many steps."""
+
+    blocks: ConvertConfig
+    settings: Callable[[int, int], DistillConfig]  # of steps and seed
+
+
+def paper(steps: int, seed: int) -> DistillConfig:
+    """The paper's recipe as written, but for its length and batch."""
+    return DistillConfig(
+        steps=steps, batch_size=16, warmup=round(PAPER_WARMUP * steps), weight_decay=0.01, seed=seed
+    )
+
+
+RANDOM, MEAN = uniform(DeltaConv(init="random")), uniform(DeltaConv())
+RECIPES = {
+    "paper": Recipe(RANDOM, paper),
+    "+ initialisation": Recipe(MEAN, lambda s, seed: replace(paper(s, seed), start="attention")),
+    "+ stage 1": Recipe(RANDOM, lambda s, seed: replace(paper(s, seed), imitation_steps=s // 20)),
+    "+ both": Recipe(
+        MEAN,
+        lambda s, seed: replace(paper(s, seed), start="attention", imitation_steps=s // 20),
+    ),
+}
+SHARES = (0.02, 0.05, 0.1, 0.2)  # of the paper's steps, that this project's recipe is run for
+
+
+class ReachedError(Exception):
+    """The last threshold is reached: there is nothing more to learn from this run."""
+
+
+def curve(
+    pipe: Any, recipe: Recipe, steps: int, seed: int, marks: list[int], enough: float
+) -> list[tuple[int, float, float]]:
+    """Step, seconds of training and ε-error at each mark, until the error is low enough."""
+    config = recipe.settings(steps, seed)
+    convert(pipe, ConvertConfig(sites=recipe.blocks.sites, seed=seed))
+    held_out = spread(mini.held_out_data(), 32)
+    found: list[tuple[int, float, float]] = []
+    measuring, started = 0.0, time.perf_counter()
+
+    def mark(step: int, terms: dict[str, float]) -> None:
+        nonlocal measuring
+        if step not in marks:
+            return
+        before = time.perf_counter()
+        found.append((step, before - started - measuring, error(pipe, held_out)))
+        measuring += time.perf_counter() - before
+        if found[-1][2] <= enough:
+            raise ReachedError
+
+    with contextlib.suppress(ReachedError):
+        distill(pipe, mini.training_data(), config, on_step=mark)
+    return found
+
+
+def read() -> list[dict[str, str]]:
+    if not RESULTS.is_file():
+        return []
+    with open(RESULTS, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    new = not RESULTS.is_file()
+    with open(RESULTS, "a", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            table.writeheader()
+        table.writerows(rows)
+
+
+def run(name: str, recipe: str, seed: int, steps: int, length: int, enough: float) -> float:
+    """One run, unless it is there already; returns its last ε-error."""
+    key = {"model": name, "recipe": recipe, "seed": str(seed), "length": str(length)}
+    there = [row for row in read() if key.items() <= row.items()]
+    if not there:
+        pipe = MODELS[name]()
+        weights = fingerprint(denoiser_of(pipe))
+        every = max(1, steps // 50)
+        marks = [*range(every, length, every), length] if length == steps else [length]
+        chosen = RECIPES.get(recipe, Recipe(MEAN, distillation))
+        found = curve(pipe, chosen, length, seed, marks, enough)
+        there = [
+            {**key, "step": str(s), "seconds": f"{t:.1f}", "epsilon_error": f"{e:.4e}"}
+            | {"weights": weights}
+            for s, t, e in found
+        ]
+        write(there)
+        print(*there[-1].values(), flush=True)
+    return float(there[-1]["epsilon_error"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--steps", type=int, default=1000, help="of the paper's recipe")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    for name in args.models:
+        for seed in args.seeds:
+            final = run(name, "paper", seed, args.steps, args.steps, 0.0)
+            for recipe in list(RECIPES)[1:]:
+                run(name, recipe, seed, args.steps, args.steps, final)
+            for share in SHARES:
+                run(name, "this project's", seed, args.steps, round(share * args.steps), 0.0)
+
+
+MODELS: dict[str, Callable[[], Any]] = {"mini": mini.load_teacher}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""`convfusion curve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from convfusion.cli.analyze import needs_matplotlib, stock_pipeline
+from convfusion.cli.console import describe, progress_bar
+from convfusion.cli.distill import source_of
+from convfusion.cli.models import equip, is_embedded
+from convfusion.cli.options import Config, Device, Model, Precision, check_new
+from convfusion.distill.config import DistillConfig
+
+RATES = {True: 2e-2, False: 5e-4}  # best on the embedded model; Grafting's for any other
+
+
+def curve(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the curve and the configs.")],
+    data: Annotated[
+        str | None, typer.Option(help="What `convfusion cache` takes, or a cache it wrote.")
+    ] = None,
+    config: Config = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of the pictures.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="In which each block learns alone.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="By default 5e-4; 2e-2 for `mini`.")
+    ] = None,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps of rising rate; then it falls.")] = 20,
+    autocast: Annotated[str, typer.Option(help="no, bf16 or fp16, in training.")] = "no",
+    held_out: Annotated[int, typer.Option(min=1, help="Samples to judge by.")] = 64,
+    sites: Annotated[
+        list[int] | None,
+        typer.Option(help="Write cheapest-KK.json for so many; give it again."),
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="What these sites rank by: imitation or epsilon.")
+    ] = "imitation",
+    seed: int = 0,
+    precision: Precision = "float32",
+    device: Device = None,
+) -> None:
+    """Find the sites that are cheapest to replace, and what each further one costs.
+
+    Writes curve.json, curve.csv, curve.png, and configs for `convert` and `distill`.
+    """
+    needs_matplotlib("convfusion.distill.curve.replacement_curve")
+    from convfusion.distill.curve import chosen_counts, replacement_curve
+    from convfusion.distill.partial import check_ranking, site_costs
+    from convfusion.distill.settings import RunSettings
+
+    check_new(out)
+    check_ranking(by)
+    training = DistillConfig(
+        steps=steps,
+        imitation_steps=steps,
+        start="attention",
+        batch_size=batch_size,
+        learning_rate=RATES[is_embedded(model)] if learning_rate is None else learning_rate,
+        warmup=warmup,
+        decay=1.0,
+        weight_decay=0.0,
+        autocast=autocast,  # type: ignore[arg-type]
+        seed=seed,
+    )
+    run = RunSettings(model=model, data=data or "", size=size or "", distill=training)
+    source = source_of(run)
+    pipe = stock_pipeline(model, precision, device)
+    counts = chosen_counts(equip(pipe, None, config).converted, sites)
+    train, apart = in_two(pipe, run, source(pipe, out), held_out)
+    progress = progress_bar()
+    with progress:
+        bars = [progress.add_task(name, total=None) for name in ("stage 1", "each alone", "curve")]
+
+        def advance(bar: Any) -> Any:
+            return lambda done, total: progress.update(bar, completed=done, total=total)
+
+        def on_step(step: int, terms: dict[str, float]) -> None:
+            text = f"stage 1  {describe(terms)}"
+            progress.update(bars[0], completed=step, total=steps, description=text)
+
+        costs = site_costs(
+            pipe, train, apart, training, on_step=on_step, on_progress=advance(bars[1])
+        )
+        found = replacement_curve(pipe, apart, costs, on_progress=advance(bars[2]))
+    files = found.save(out, counts, by)  # type: ignore[arg-type]
+    print_curve(found)
+    names = ", ".join(file.name for file in files)
+    typer.echo(f"Written: {out}/curve.png, curve.json, curve.csv, {names}")
+
+
+def in_two(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:
+    """What to train on and what to judge by; the embedded model has held-out names of its own."""
+    from convfusion import mini
+    from convfusion.demo import spread
+    from convfusion.distill.data import training_data
+    from convfusion.distill.partial import hold_out
+
+    if not run.data:
+        own = mini.held_out_data()
+        return data, training_data(pipe, spread(own, min(count, len(own))))
+    return hold_out(pipe, data, count, run.distill.seed)
+
+
+def print_curve(found: Any) -> None:
+    """The sites by imitation error, and how the two ways to rank them agree."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from convfusion.analysis.plots import short_name
+
+    costs = {site.path: site for site in found.costs.sites}
+    table = Table(
+        title=f"Sites that are cheapest to replace, {found.costs.samples} samples held out"
+    )
+    heads = ("", "site", "imitation\nerror", "ε-error\nalone", "ε-error\nso far", "FLOPs\ngone")
+    for name in (*heads, "least ε\nfirst", "dearest\nfirst"):
+        table.add_column(name, justify="left" if name == "site" else "right")
+    rows = zip(*found.orders.values(), strict=True)
+    for k, (point, dearest, by_epsilon) in enumerate(rows, 1):
+        cost = costs[point.site]
+        errors = [cost.imitation_error, cost.epsilon_error, point.epsilon_error]
+        shown = [f"{e:.2e}" for e in (*errors, by_epsilon.epsilon_error, dearest.epsilon_error)]
+        gone = f"{point.flops_gone:.0%}"
+        table.add_row(str(k), short_name(point.site), *shown[:3], gone, *shown[3:])
+    Console().print(table)
+    agreement = found.costs.rank_correlation
+    if agreement is not None:
+        typer.echo(f"Rank correlation of imitation error and ε-error alone: {agreement:.2f}")

@@ -1,0 +1,274 @@
+"""Replace a part of the sites: every n-th, a few, or those that are cheapest to replace.
+
+What a site costs is how well its block imitates its attention after stage 1 of Grafting
+(Chandrasegaran et al., arXiv 2506.05340): each block trains alone on the teacher's own inputs.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convfusion.adapters import denoiser_of
+from convfusion.conditioning import placed
+from convfusion.config import ConvertConfig
+from convfusion.distill.config import DistillConfig
+from convfusion.distill.data import LatentDataset, TrainingData, training_data
+from convfusion.distill.draws import split
+from convfusion.distill.task import DistillTask
+from convfusion.distill.trainer import OnStep, distill
+from convfusion.distill.validation import noised
+from convfusion.errors import ConvFusionError
+from convfusion.evaluate import predictions, relative_error
+from convfusion.surgery import attention_back, mixers_of
+
+OnProgress = Callable[[int, int], None]
+Ranking = Literal["imitation", "epsilon"]
+
+
+def only(config: ConvertConfig, paths: Iterable[str]) -> ConvertConfig:
+    """The config for these sites alone, each with the mixer that the config has for it.
+
+    Raises:
+        ConvFusionError: there is no site, or one that the config does not convert.
+    """
+    sites = {}
+    for path in paths:
+        mixer = config.mixer_for(path)
+        if mixer is None:
+            raise ConvFusionError(f"the config converts no site called {path!r}")
+        sites[glob.escape(path)] = mixer
+    if not sites:
+        raise ConvFusionError("choose at least one site to convert")
+    return replace(config, sites=sites)
+
+
+def every(config: ConvertConfig, paths: Iterable[str], n: int, first: int = 0) -> ConvertConfig:
+    """The config for every n-th of the sites that it converts, from site number `first` on.
+
+    Args:
+        config: as for all sites.
+        paths: of all sites of the model, in their order.
+        n: at least 1, which is all of them.
+        first: counted from 0.
+
+    Raises:
+        ConvFusionError: n or first is out of range.
+    """
+    converted = list(config.mixers_for(paths))
+    if n < 1 or not 0 <= first < len(converted):
+        raise ConvFusionError(
+            f"every {n} from {first} on chooses none of {len(converted)} sites: "
+            f"the first must lie between 0 and {len(converted) - 1}, and n be at least 1"
+        )
+    return only(config, converted[first::n])
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some samples of a data set, as `TrainingData`; the others are never taken."""
+
+    whole: TrainingData
+    groups: Sequence[Sequence[int]]
+
+    @property
+    def captions(self) -> Sequence[str]:
+        return [self.whole.captions[i] for group in self.groups for i in group]
+
+    def take(
+        self, indices: Sequence[int], dropped: Sequence[bool]
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        return self.whole.take(indices, dropped)
+
+
+def hold_out(
+    pipe: Any, data: LatentDataset | TrainingData, count: int, seed: int = 0
+) -> tuple[Part, Part]:
+    """A data set in two: what to train on, and `count` samples to judge by.
+
+    Raises:
+        ConvFusionError: one of the two would be empty.
+    """
+    if count < 1:
+        raise ConvFusionError(f"at least one sample must be held out, not {count}")
+    ready = training_data(pipe, data)
+    kept, apart = split(ready, count, seed)
+    return Part(ready, kept), Part(ready, [group for group in apart if group])
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """What it costs to replace one site.
+
+    Attributes:
+        path: of the site.
+        imitation_error: E‖b(x) − a(x)‖²/Var a(x) of its block b against its attention a.
+        epsilon_error: mean ‖ε̂ − ε̃‖²/‖ε̃‖² of the model with this site alone replaced.
+    """
+
+    path: str
+    imitation_error: float
+    epsilon_error: float
+
+
+@dataclass(frozen=True)
+class SiteCosts:
+    """The cost of every site, in the order of the model.
+
+    Attributes:
+        sites: one per converted site.
+        training: how the blocks were trained; its batch size and seed are those of the measurement.
+        samples: held out, that it was measured on.
+    """
+
+    sites: tuple[SiteCost, ...]
+    training: DistillConfig
+    samples: int
+
+    def cheapest(self, by: Ranking = "imitation") -> list[str]:
+        """Paths, the site with the least error first."""
+        check_ranking(by)
+        return [s.path for s in sorted(self.sites, key=lambda s: getattr(s, f"{by}_error"))]
+
+    @property
+    def rank_correlation(self) -> float | None:
+        """Spearman's, between the two errors; None where one of them ranks nothing."""
+        return spearman(
+            [site.imitation_error for site in self.sites],
+            [site.epsilon_error for site in self.sites],
+        )
+
+
+def check_ranking(by: str) -> None:
+    """Raise a ConvFusionError unless sites can rank by this error."""
+    if by not in get_args(Ranking):
+        raise ConvFusionError(f"sites rank by {' or '.join(get_args(Ranking))}, not {by!r}")
+
+
+def site_costs(
+    pipe: Any,
+    data: LatentDataset | TrainingData,
+    held_out: LatentDataset | TrainingData,
+    config: DistillConfig,
+    *,
+    on_step: OnStep | None = None,
+    on_progress: OnProgress | None = None,
+) -> SiteCosts:
+    """Train every block alone to imitate its attention, and measure what each site costs.
+
+    The blocks are trained in place, and are left so.
+
+    Args:
+        pipe: converted, with its attention kept.
+        data: what to train on.
+        held_out: other samples, which the errors are measured on, at ten timesteps each with noise
+            of its own; see `hold_out`.
+        config: every step is one of stage 1, whatever its `imitation_steps`.
+        on_step: as for `distill`.
+        on_progress: called with the passes over the held-out samples that are done, and all.
+
+    Raises:
+        ConvFusionError: the model is not converted, its attention was dropped, nothing is held out,
+            or the training failed.
+    """
+    training = replace(config, imitation_steps=config.steps)
+    task = DistillTask(denoiser_of(pipe), pipe.scheduler)
+    apart = ready_to_judge(pipe, held_out)
+    if distill(pipe, data, training, on_step=on_step).stopped:
+        raise KeyboardInterrupt
+    imitation = imitation_errors(task, apart, batch_size=config.batch_size, seed=config.seed)
+    alone = [frozenset([path]) for path in imitation]
+    errors = subset_errors(
+        task, apart, alone, batch_size=config.batch_size, seed=config.seed, on_progress=on_progress
+    )
+    found = zip(imitation.items(), errors, strict=True)
+    sites = tuple(SiteCost(path, imitated, error) for (path, imitated), error in found)
+    return SiteCosts(sites, training, sum(map(len, apart.groups)))
+
+
+@torch.no_grad()
+def imitation_errors(
+    task: DistillTask, held_out: TrainingData, *, batch_size: int, seed: int = 0
+) -> dict[str, float]:
+    """E‖b(x) − a(x)‖²/Var a(x) by site, both over all samples, timesteps, tokens and channels."""
+    sums: dict[str, Tensor] = {}
+    device = task.student.device
+    for latents, noises, conditioning in noised(held_out, held_out.groups, batch_size, seed):
+        told = placed(conditioning, task.student)
+        for t, noise in noises.items():
+            steps = torch.full((len(latents),), t, device=device)
+            pairs = task.alone(latents.to(device), noise.to(device), steps, told)
+            for path, (learned, taught) in pairs.items():
+                target = taught.double()
+                error = (learned.double() - target).square().mean()
+                row = torch.stack(
+                    [error, target.mean(), target.square().mean(), error.new_ones(())]
+                )
+                sums[path] = sums.get(path, 0) + taught.numel() * row.cpu()
+    errors = {}
+    for path, total in sums.items():
+        error, mean, square = (total[:3] / total[3]).tolist()
+        errors[path] = error / max(square - mean**2, 1e-12)
+    return errors
+
+
+@torch.no_grad()
+def subset_errors(
+    task: DistillTask,
+    held_out: TrainingData,
+    subsets: Sequence[frozenset[str]],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> list[float]:
+    """Mean ‖ε̂ − ε̃‖²/‖ε̃‖² with the sites of each subset replaced, and no others.
+
+    On equal samples and noises; with all sites it is `held_out_error`.
+    """
+    schedule = (task.alphas_cumprod, task.prediction_type)
+    paths = mixers_of(task.student).keys()
+    errors: list[list[Tensor]] = [[] for _ in subsets]
+    total = len(subsets) * sum(-(-len(group) // batch_size) for group in held_out.groups)
+    done = 0
+    for latents, noises, conditioning in noised(held_out, held_out.groups, batch_size, seed):
+        told = placed(conditioning, task.student)
+        taught = predictions(task.teacher, schedule, latents, noises, told)
+        for subset, found in zip(subsets, errors, strict=True):
+            with attention_back(task.student, paths - subset):
+                learned = predictions(task.student, schedule, latents, noises, told)
+            pairs = zip(learned, taught, strict=True)
+            found.append(torch.stack([relative_error(*pair) for pair in pairs]).flatten())
+            done += 1
+            if on_progress is not None:
+                on_progress(done, total)
+    return [torch.cat(found).mean().item() for found in errors]
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, ties sharing their mean rank; None if one has a single rank."""
+    ranks = []
+    for values in (np.asarray(first), np.asarray(second)):
+        above = (values[:, None] > values).sum(axis=1)
+        ranks.append(above + (values[:, None] == values).sum(axis=1) / 2)
+    if min(np.ptp(rank) for rank in ranks) == 0:
+        return None
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def ready_to_judge(pipe: Any, held_out: LatentDataset | TrainingData) -> TrainingData:
+    """Held-out samples, with their captions encoded.
+
+    Raises:
+        ConvFusionError: there are none.
+    """
+    apart = training_data(pipe, held_out)
+    if not any(map(len, apart.groups)):
+        raise ConvFusionError("there are no samples held out to judge by")
+    return apart

@@ -1,0 +1,60 @@
+"""The figure of a replacement curve."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
+
+from convfusion.analysis.plots import BLUE, FAINT, GREEN, INK, ORANGE, short_name
+from convfusion.distill.curve import ReplacementCurve
+
+NAMED = 16  # sites; the names of more would cover each other
+
+
+def figure(curve: ReplacementCurve) -> Figure:
+    """ε-error over the number of sites and over the operations gone; one error over the other."""
+    drawn = Figure(figsize=(11, 3.8), layout="constrained")
+    by_number, by_flops, by_site = drawn.subplots(1, 3)
+    for points, name, color, style in (
+        (curve.by_imitation, "least imitation error first", BLUE, "o-"),
+        (curve.dearest, "most imitation error first", ORANGE, "s--"),
+        (curve.by_epsilon, "least ε-error alone first", GREEN, "^:"),
+    ):
+        errors = [point.epsilon_error for point in points]
+        gone = [point.flops_gone for point in points]
+        for axes, places in ((by_number, range(1, len(points) + 1)), (by_flops, gone)):
+            axes.plot(places, errors, style, color=color, label=name, markersize=5)
+    by_number.set_xlabel("sites replaced")
+    by_number.xaxis.set_major_locator(MaxNLocator(integer=True))
+    by_flops.set_xlabel("operations of attention gone")
+    by_flops.xaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes in (by_number, by_flops):
+        axes.set_ylabel("ε-error")
+        axes.legend(frameon=False, fontsize=9)
+    sites = curve.costs.sites
+    for site in sites:
+        place = (site.imitation_error, site.epsilon_error)
+        by_site.plot(*place, "o", color=INK, markersize=4)
+        if len(sites) <= NAMED:
+            name = short_name(site.path)
+            by_site.annotate(name, place, (4, 4), textcoords="offset points", fontsize=8)
+    by_site.set_xlabel("imitation error of the block alone")
+    by_site.set_ylabel("ε-error with this site alone")
+    by_site.margins(x=0.2)
+    if all(site.imitation_error > 0 for site in sites):
+        by_site.set_xscale("log")
+    for axes in (by_number, by_flops, by_site):
+        _clean(axes)
+    return drawn
+
+
+def _clean(axes: Axes) -> None:
+    if min(line.get_ydata().min() for line in axes.lines) > 0:  # type: ignore[union-attr]
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=FAINT)
+    axes.tick_params(labelsize=8)
