@@ -14,7 +14,8 @@ from diffusers import DiffusionPipeline
 
 import convfusion
 from convfusion import mini
-from convfusion.distill import DistillConfig, build_cache, distill, open_source
+from convfusion.data import build_cache, open_source
+from convfusion.distill import DistillConfig, distill
 from convfusion.generate import generate
 
 parser = argparse.ArgumentParser(description="Distil a pipeline's self-attention.")

@@ -133,7 +133,7 @@ def memory() -> str:
     side = int(rows[0]["latents"])
     return f"""{table(heads, lines)}
 
-Batch 1, latents of {side}×{side}, {rows[0]["dtype"]} on the CPU; the peak is that of the process. From
+Batch 1, latents of {side}×{side}, {rows[0]["dtype"]} on the CPU; the peak is of the process. From
 [results/memory.csv](../results/memory.csv), written by `python recipes/memory.py`."""
 
 
@@ -181,6 +181,27 @@ def ablation() -> str:
     return table(heads, lines)
 
 
+def curve() -> str:
+    found = json.loads((ROOT / "docs" / "curve-mini" / "curve.json").read_text())
+    imitation = {site["path"]: site["imitation_error"] for site in found["sites"]}
+    alone = {site["path"]: site["epsilon_error"] for site in found["sites"]}
+    heads = ["sites replaced"]
+    for name in ("imitation error", "ε-error alone"):
+        heads += [f"{name}: next site", name, "ε-error so far", "operations gone"]
+    lines = []
+    for k, points in enumerate(zip(found["by_imitation"], found["by_epsilon"], strict=True), 1):
+        line = [str(k)]
+        for point, error in zip(points, (imitation, alone), strict=True):
+            path = point["site"]
+            name = path.removesuffix(".transformer_blocks.0.attn1").replace(".attentions", "")
+            line += [f"`{name}`", f"{error[path]:.2e}", f"{point['epsilon_error']:.2e}"]
+            line.append(f"{point['flops_gone']:.0%}")
+        lines.append(line)
+    note = f"""{found["training"]["steps"]} steps of stage 1, {found["samples"]} samples held out;
+rank correlation of the two errors {found["rank_correlation"]:.2f}; teacher `{found["teacher"]}`."""
+    return f"{table(heads, lines)}\n\n{note}"
+
+
 def psnr(row: dict[str, float | None]) -> str:
     return "equal" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
 
@@ -191,6 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "initialisation": initialisation,
     "ablation": ablation,
+    "curve": curve,
     "memory": memory,
     "mini": partial(layers, "analysis-mini"),
 }

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_pipelines import PIPELINES
 
 from convfusion import ConvFusionError, mini
-from convfusion.distill.buckets import buckets, nearest, step_for
+from convfusion.data.buckets import buckets, nearest, step_for
 from convfusion.generate import check_size
 
 steps = st.integers(1, 64)

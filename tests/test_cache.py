@@ -22,12 +22,12 @@ from convfusion import CheckpointError, ConvFusionError
 from convfusion.checkpoint import write_tensors
 from convfusion.conditioning import encode_conditioning, flat
 from convfusion.config import ConvertConfig
-from convfusion.distill import TrainingData, cache, chunks
-from convfusion.distill.cache import build_cache, open_cache
-from convfusion.distill.pictures import cover, encode_pictures, upcast_vae
-from convfusion.distill.samples import CHUNK, Sample
-from convfusion.distill.sources import Drawing, open_source
-from convfusion.distill.store import LatentCache
+from convfusion.data import TrainingData, cache, chunks
+from convfusion.data.cache import build_cache, open_cache
+from convfusion.data.pictures import cover, encode_pictures, upcast_vae
+from convfusion.data.samples import CHUNK, Sample
+from convfusion.data.sources import Drawing, open_source
+from convfusion.data.store import LatentCache
 
 COUNT = 2 * CHUNK + 10
 SIZES = [(32, 32), (24, 40), (40, 24)]  # (height, width), beside each other in the buckets
@@ -193,8 +193,8 @@ def test_a_build_that_failed_goes_on(monkeypatch, pipe, many, whole, tmp_path, a
 KILLED = """
 import os, signal, sys
 from tiny_pipelines import stable_diffusion
-from convfusion.distill.cache import build_cache
-from convfusion.distill.sources import open_source
+from convfusion.data.cache import build_cache
+from convfusion.data.sources import open_source
 
 def progress(done):
     if done >= 64:
@@ -391,7 +391,7 @@ def test_half_takes_half_the_space(pipe, many, whole, tmp_path):
 
 
 def test_reading_opens_few_files_and_survives_pickling(monkeypatch, whole):
-    monkeypatch.setattr("convfusion.distill.store.HANDLES", 1)
+    monkeypatch.setattr("convfusion.data.store.HANDLES", 1)
     found = LatentCache(whole)
     again = pickle.loads(pickle.dumps(found))
     for index in (0, CHUNK, 2 * CHUNK, 1):

@@ -17,16 +17,10 @@ from tiny_pipelines import PIPELINES, stable_diffusion
 
 import convfusion
 from convfusion import CheckpointError, ConvFusionError, DeltaConv, uniform
-from convfusion.distill import (
-    DistillConfig,
-    DistillTask,
-    LatentDataset,
-    LossWeights,
-    attention_teacher,
-    distill,
-)
+from convfusion.data import LatentDataset
+from convfusion.distill import DistillConfig, DistillTask, LossWeights, distill
 from convfusion.generate import generate
-from convfusion.surgery import mixers_of
+from convfusion.surgery import attention_teacher, mixers_of
 
 table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 TERMS = {

@@ -8,10 +8,10 @@ from tiny_pipelines import stable_diffusion
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
-from convfusion.distill import attention_teacher
 from convfusion.evaluate import epsilon_error, psnr, relative_error
 from convfusion.flops import flops_ratio, site_flops
 from convfusion.generate import check_size, generate
+from convfusion.surgery import attention_teacher
 
 
 def test_psnr_of_a_constant_difference():

@@ -9,7 +9,8 @@ from tiny_pipelines import stable_diffusion
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
-from convfusion.distill import DistillConfig, DistillTask, LatentDataset, distill
+from convfusion.data import LatentDataset
+from convfusion.distill import DistillConfig, DistillTask, distill
 from convfusion.surgery import mixers_of
 
 table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

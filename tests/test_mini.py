@@ -13,8 +13,9 @@ import torch
 import convfusion
 from convfusion import demo, mini
 from convfusion.adapters import list_sites
+from convfusion.data import LatentDataset
 from convfusion.demo import run_demo
-from convfusion.distill import DistillConfig, LatentDataset
+from convfusion.distill import DistillConfig
 from convfusion.fingerprint import fingerprint
 from convfusion.surgery import mixers_of
 

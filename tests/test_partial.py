@@ -16,9 +16,10 @@ import convfusion
 from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, cli, surgery, uniform
 from convfusion.adapters import denoiser_of, list_sites
 from convfusion.config import with_kernel_sizes
-from convfusion.distill import DistillConfig, DistillTask, LatentDataset
+from convfusion.data import LatentDataset
+from convfusion.data.latents import training_data
+from convfusion.distill import DistillConfig, DistillTask
 from convfusion.distill.curve import chosen_counts, replacement_curve
-from convfusion.distill.data import training_data
 from convfusion.distill.partial import (
     every,
     hold_out,
@@ -28,7 +29,7 @@ from convfusion.distill.partial import (
     spearman,
     subset_errors,
 )
-from convfusion.distill.validation import held_out_error
+from convfusion.distill.validation import held_out_error, noised
 from convfusion.mixers import Neighbourhood
 from convfusion.surgery import attention_back, install, mixers_of
 
@@ -179,6 +180,18 @@ class TestCosts:
         assert all(rows <= judged or rows <= trained for rows in taken)
         assert set().union(*taken) == set(range(6))
 
+    def test_every_sample_and_timestep_has_noise_of_its_own(self):
+        pipe = stable_diffusion()
+        data = training_data(pipe, dataset(pipe))
+
+        def rows(seed, batch_size):
+            batches = noised(data, data.groups, batch_size, seed)
+            return [row for batch in batches for noise in batch.noises.values() for row in noise]
+
+        every_row = [tuple(row.flatten().tolist()) for seed in (0, 1) for row in rows(seed, 6)]
+        assert len(set(every_row)) == len(every_row) == 2 * 6 * 10
+        assert set(every_row[:60]) == {tuple(row.flatten().tolist()) for row in rows(0, 4)}
+
     def test_they_repeat_by_seed(self):
         found = [curve_of(pixart_sigma)[2] for _ in range(2)]
         assert found[0] == found[1]
@@ -297,7 +310,7 @@ class TestCurve:
                 hold_out(pipe, data, count)
         _, apart, costs, _ = curve_of(pixart_sigma)
         convfusion.convert(pipe, with_kernel_sizes(3))
-        with pytest.raises(ConvFusionError, match="other|not those"):
+        with pytest.raises(ConvFusionError, match="not those of this model"):
             replacement_curve(pipe, apart, costs)
         with pytest.raises(ConvFusionError, match="imitation or epsilon"):
             costs.cheapest("size")

@@ -13,7 +13,8 @@ from tiny_pipelines import stable_diffusion
 
 import convfusion
 from convfusion import CheckpointError, DeltaConv, checkpoint, uniform
-from convfusion.distill import DistillConfig, LatentDataset, distill
+from convfusion.data import LatentDataset
+from convfusion.distill import DistillConfig, distill
 from convfusion.distill.state import last_checkpoint
 from convfusion.surgery import mixers_of
 

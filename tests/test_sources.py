@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from convfusion import ConvFusionError
-from convfusion.distill.pictures import UnusableError, cover, decode_picture
-from convfusion.distill.samples import CHUNK
-from convfusion.distill.sources import Drawing, Shards, expand_braces, open_source
+from convfusion.data.pictures import UnusableError, cover, decode_picture
+from convfusion.data.samples import CHUNK
+from convfusion.data.sources import Drawing, Shards, expand_braces, open_source
 
 
 def png(size=(8, 8), colour="red", kind="PNG", **options):

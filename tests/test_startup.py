@@ -12,7 +12,7 @@ from convfusion import ConvFusionError, DeltaConv, MeanOnly, uniform
 from convfusion.adapters import denoiser_of, list_sites
 from convfusion.analysis.streaming import Measure, offset_means
 from convfusion.block import Gate
-from convfusion.distill import LatentDataset
+from convfusion.data import LatentDataset
 from convfusion.distill.startup import (
     leading_directions,
     set_to_mean_attention,

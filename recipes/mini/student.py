@@ -19,8 +19,9 @@ from teacher import encode
 
 import convfusion
 from convfusion import ConvertConfig, DeltaConv, mini
+from convfusion.data import LatentDataset
 from convfusion.demo import distillation
-from convfusion.distill import LatentDataset, distill
+from convfusion.distill import distill
 
 # Wider than the live demo's blocks: there is time to train them.
 SHIPPED = ConvertConfig(

@@ -14,19 +14,13 @@ from convfusion import mini, presets, report
 from convfusion.adapters import denoiser_of
 from convfusion.checkpoint import write_text
 from convfusion.config import uniform
-from convfusion.distill import (
-    DistillConfig,
-    DistillResult,
-    LatentDataset,
-    LossWeights,
-    attention_teacher,
-    distill,
-)
+from convfusion.data import LatentDataset
+from convfusion.distill import DistillConfig, DistillResult, LossWeights, distill
 from convfusion.evaluate import epsilon_error, mean_psnr
 from convfusion.flops import flops_ratio
 from convfusion.generate import generate
 from convfusion.mixers import Removed
-from convfusion.surgery import convert, drop_attention
+from convfusion.surgery import attention_teacher, convert, drop_attention
 
 DEMO_STEPS = 400
 LATENTS = (16, 16)  # the embedded model's

@@ -8,6 +8,7 @@ with the cross-attention keywords, put there by a hook of the module that knows 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -318,3 +319,25 @@ def _disconnect(model: Denoiser) -> None:
     for module, _ in _hooked(model):
         module._convfusion_hook.remove()
         del module._convfusion_hook
+
+
+def attention_teacher(student: Denoiser) -> Denoiser:
+    """The model as it was before its conversion, sharing every weight with the student.
+
+    A copy of the module tree whose parameters and buffers are the student's own, then reverted:
+    it costs no memory for weights, and stays right while the student's graph is in flight.
+
+    Raises:
+        ConvFusionError: the student is not converted, or its attention was dropped.
+    """
+    if not mixers_of(student):
+        raise ConvFusionError("this model is not converted: convert it before distilling")
+    if not all(site.attention_kept for site in status(student).sites):
+        raise ConvFusionError(
+            "the attention of this model was dropped, and it is the teacher: "
+            "convert with keep_attention=True"
+        )
+    shared = {id(t): t for t in (*student.parameters(), *student.buffers())}
+    teacher = copy.deepcopy(student, shared)
+    revert(teacher)
+    return teacher.eval()

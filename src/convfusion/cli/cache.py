@@ -47,8 +47,8 @@ def cache(
 
     A run that was stopped goes on with the same command.
     """
-    from convfusion.distill.cache import build_cache
-    from convfusion.distill.sources import Drawing, open_source
+    from convfusion.data.cache import build_cache
+    from convfusion.data.sources import Drawing, open_source
 
     guidance = guidance_for(model) if guidance is None else guidance
     drawing = Drawing(per_prompt, seed, steps, guidance)
@@ -79,7 +79,7 @@ def print_cache(built: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from convfusion.distill.chunks import size_name
+    from convfusion.data.chunks import size_name
 
     table = Table(title=f"{len(built)} samples")
     table.add_column("size")

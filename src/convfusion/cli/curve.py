@@ -96,8 +96,8 @@ def curve(
 def in_two(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:
     """What to train on and what to judge by; the embedded model has held-out names of its own."""
     from convfusion import mini
+    from convfusion.data.latents import training_data
     from convfusion.demo import spread
-    from convfusion.distill.data import training_data
     from convfusion.distill.partial import hold_out
 
     if not run.data:

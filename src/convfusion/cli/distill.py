@@ -13,7 +13,7 @@ from convfusion.cli.cache import print_cache
 from convfusion.cli.console import describe, progress_bar
 from convfusion.cli.fields import with_fields
 from convfusion.cli.models import equip, guidance_for, is_embedded, load_pipeline
-from convfusion.cli.options import Config, Device, Precision, check_new, parse_size
+from convfusion.cli.options import Config, Device, Every, Precision, check_new, parse_size
 from convfusion.distill.config import DistillConfig
 from convfusion.errors import ConvFusionError
 
@@ -39,6 +39,10 @@ def distill(
         bool | None, typer.Option("--buckets/--no-buckets", help="Keep the ratio of sides, about.")
     ] = None,
     config: Config = None,
+    every: Every = None,
+    first: Annotated[
+        int | None, typer.Option(min=0, help="With --every: the first of them, from 0.")
+    ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Prompts of the validation pictures.")
     ] = None,
@@ -57,7 +61,14 @@ def distill(
     """
     from convfusion.distill.settings import as_toml, read_settings
 
-    named = {"model": model, "data": data, "size": size, "buckets": buckets, "config": config}
+    named: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        "size": size,
+        "buckets": buckets,
+        "config": config,
+    }
+    named |= {"every": every, "first": first}
     run = read_settings(settings, {**named, "distill": given})
     if not run.model:
         raise ConvFusionError("which model? Name a pipeline, or `mini`")
@@ -70,7 +81,7 @@ def distill(
     if main:
         typer.echo(as_toml(run))
     pipe = load_pipeline(run.model, precision, device)
-    equip(pipe, None, run.config or None)
+    equip(pipe, None, run.config or None, run.every if run.every > 1 else None, run.first)
     if ready is None or out is None:
         return print_plan(pipe, run.distill, parse_size(run.size) if run.size else None)
     train(pipe, ready(pipe, out), run, out, prompts=prompt, resume=resume, show=main)
@@ -123,7 +134,7 @@ def source_of(run: Any) -> Callable[[Any, Path], Any]:
     What the user named is looked at before the pipeline is loaded.
     """
     from convfusion import mini
-    from convfusion.distill import build_cache, open_cache, open_source
+    from convfusion.data import build_cache, open_cache, open_source
 
     size = parse_size(run.size) if run.size else None
     if not run.data:
@@ -192,9 +203,9 @@ def validation_grid(pipe: Any, prompts: list[str], guidance: float) -> Any:
     import torch
 
     from convfusion.adapters import denoiser_of
-    from convfusion.distill import attention_teacher
     from convfusion.generate import generate, swapped_denoiser
     from convfusion.report import labelled_grid
+    from convfusion.surgery import attention_teacher
 
     with torch.no_grad():
         rows = {"student": generate(pipe, prompts, guidance=guidance)}

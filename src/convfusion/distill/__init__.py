@@ -7,27 +7,17 @@ from typing import TYPE_CHECKING
 from convfusion.lazy import lazy
 
 if TYPE_CHECKING:
-    from convfusion.distill.cache import build_cache, open_cache
     from convfusion.distill.config import DistillConfig, LossWeights
-    from convfusion.distill.data import LatentDataset, TrainingData
-    from convfusion.distill.sources import Drawing, open_source
     from convfusion.distill.startup import start_from_attention
-    from convfusion.distill.task import DistillTask, attention_teacher
+    from convfusion.distill.task import DistillTask
     from convfusion.distill.trainer import DistillResult, distill
 
 # Loaded at first use: the command line reads the settings, and must not wait for torch.
 _HOME = {
-    "build_cache": "cache",
-    "open_cache": "cache",
     "DistillConfig": "config",
     "LossWeights": "config",
-    "LatentDataset": "data",
-    "TrainingData": "data",
-    "Drawing": "sources",
-    "open_source": "sources",
     "start_from_attention": "startup",
     "DistillTask": "task",
-    "attention_teacher": "task",
     "DistillResult": "trainer",
     "distill": "trainer",
 }

@@ -14,7 +14,7 @@ from typing import Any
 from convfusion.adapters import denoiser_of
 from convfusion.checkpoint import write_text
 from convfusion.config import ConvertConfig
-from convfusion.distill.data import LatentDataset, TrainingData
+from convfusion.data.latents import LatentDataset, TrainingData
 from convfusion.distill.partial import (
     OnProgress,
     Ranking,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from convfusion.data.latents import TrainingData
 from convfusion.distill.config import DistillConfig
-from convfusion.distill.data import TrainingData
 from convfusion.errors import ConvFusionError
 
 

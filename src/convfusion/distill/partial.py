@@ -18,8 +18,8 @@ from torch import Tensor
 from convfusion.adapters import denoiser_of
 from convfusion.conditioning import placed
 from convfusion.config import ConvertConfig
+from convfusion.data.latents import LatentDataset, TrainingData, training_data
 from convfusion.distill.config import DistillConfig
-from convfusion.distill.data import LatentDataset, TrainingData, training_data
 from convfusion.distill.draws import split
 from convfusion.distill.task import DistillTask
 from convfusion.distill.trainer import OnStep, distill

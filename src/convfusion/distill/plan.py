@@ -10,8 +10,8 @@ import torch
 
 from convfusion.adapters import denoiser_of
 from convfusion.conditioning import latent_scale
+from convfusion.data.latents import LatentDataset
 from convfusion.distill.config import DistillConfig
-from convfusion.distill.data import LatentDataset
 from convfusion.distill.trainer import distill
 from convfusion.generate import check_size
 from convfusion.surgery import mixers_of, status

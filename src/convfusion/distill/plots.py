@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from convfusion.analysis.plots import BLUE, FAINT, GREEN, INK, ORANGE, short_name
 from convfusion.distill.curve import ReplacementCurve
@@ -42,19 +42,22 @@ def figure(curve: ReplacementCurve) -> Figure:
     by_site.set_xlabel("imitation error of the block alone")
     by_site.set_ylabel("ε-error with this site alone")
     by_site.margins(x=0.2)
+    for axes in (by_number, by_flops, by_site):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=FAINT)
+        axes.tick_params(labelsize=8)
+        if all(site.epsilon_error > 0 for site in sites):
+            axes.set_yscale("log")
+            _ticks(axes.yaxis)
     if all(site.imitation_error > 0 for site in sites):
         by_site.set_xscale("log")
-    for axes in (by_number, by_flops, by_site):
-        _clean(axes)
+        _ticks(by_site.xaxis)
     return drawn
 
 
-def _clean(axes: Axes) -> None:
-    if min(line.get_ydata().min() for line in axes.lines) > 0:  # type: ignore[union-attr]
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:.3g}")
-        axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=FAINT)
-    axes.tick_params(labelsize=8)
+def _ticks(axis: Axis) -> None:
+    """Numbers on a logarithmic axis, whether it spans decades or a part of one."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
+    axis.set_major_formatter("{x:.3g}" if low > 1e-4 else "{x:.0e}")
+    axis.set_minor_locator(NullLocator())

@@ -28,6 +28,8 @@ class RunSettings:
         size: WIDTHxHEIGHT of the training pictures, by default the model's own.
         buckets: keep the ratio of sides of the pictures, about.
         config: preset or JSON file of the conversion, by default that of the model's layout.
+        every: convert only every so many-th of the sites.
+        first: of them, counted from 0.
         distill: see `DistillConfig`.
     """
 
@@ -36,6 +38,8 @@ class RunSettings:
     size: str = ""
     buckets: bool = False
     config: str = ""
+    every: int = 1
+    first: int = 0
     distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:

@@ -22,11 +22,10 @@ from convfusion.analysis.capture import project, watch_attention
 from convfusion.analysis.streaming import Measure, offset_means
 from convfusion.block import DeltaConvBlock, Grid, gate_scale
 from convfusion.conditioning import placed
-from convfusion.distill.data import LatentDataset, TrainingData, training_data
+from convfusion.data.latents import LatentDataset, TrainingData, training_data
 from convfusion.distill.draws import Batches
-from convfusion.distill.task import attention_teacher
 from convfusion.schedule import add_noise, noise_schedule
-from convfusion.surgery import mixers_of
+from convfusion.surgery import attention_teacher, mixers_of
 
 
 @torch.no_grad()

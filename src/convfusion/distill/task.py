@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,9 +14,8 @@ from convfusion.analysis.capture import watch_attention
 from convfusion.block import Grid
 from convfusion.distill.config import LossWeights
 from convfusion.distill.losses import feature_losses, min_snr_weight, weighted_mse
-from convfusion.errors import ConvFusionError
 from convfusion.schedule import add_noise, as_epsilon, noise_schedule
-from convfusion.surgery import mixers_of, revert, status
+from convfusion.surgery import attention_teacher, mixers_of
 
 
 class Losses(NamedTuple):
@@ -31,28 +29,6 @@ class Losses(NamedTuple):
 
     terms: dict[str, Tensor]
     sites: dict[str, Tensor]
-
-
-def attention_teacher(student: Denoiser) -> Denoiser:
-    """The model as it was before its conversion, sharing every weight with the student.
-
-    A copy of the module tree whose parameters and buffers are the student's own, then reverted:
-    it costs no memory for weights, and stays right while the student's graph is in flight.
-
-    Raises:
-        ConvFusionError: the student is not converted, or its attention was dropped.
-    """
-    if not mixers_of(student):
-        raise ConvFusionError("this model is not converted: convert it before distilling")
-    if not all(site.attention_kept for site in status(student).sites):
-        raise ConvFusionError(
-            "the attention of this model was dropped, and it is the teacher: "
-            "convert with keep_attention=True"
-        )
-    shared = {id(t): t for t in (*student.parameters(), *student.buffers())}
-    teacher = copy.deepcopy(student, shared)
-    revert(teacher)
-    return teacher.eval()
 
 
 @contextmanager

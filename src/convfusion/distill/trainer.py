@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from convfusion import checkpoint
 from convfusion.adapters import denoiser_of
 from convfusion.conditioning import placed
+from convfusion.data.latents import LatentDataset, TrainingData, training_data
 from convfusion.distill import state as saved_state
 from convfusion.distill.config import DistillConfig
-from convfusion.distill.data import LatentDataset, TrainingData, training_data
 from convfusion.distill.draws import Draw, Draws, split
 from convfusion.distill.environment import (
     check_autocast,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convfusion.conditioning import placed
-from convfusion.distill.data import TrainingData
+from convfusion.data.latents import TrainingData
 from convfusion.distill.draws import noise_like
 from convfusion.distill.task import DistillTask, outputs_of
 from convfusion.evaluate import TIMESTEPS, epsilon_errors
@@ -63,10 +63,18 @@ def noised(
             part = group[start : start + batch_size]
             clean, conditioning = data.take(part, [False] * len(part))
             noises = {
-                t: torch.stack([noise_like(clean[0], (seed * 2**20 + t) * 2**31 + i) for i in part])
+                t: torch.stack([noise_like(clean[0], _mixed(seed, t, i)) for i in part])
                 for t in TIMESTEPS
             }
             yield Noised(clean, noises, conditioning)
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed that depends on each number: PyTorch's CPU generator drops all but its low 32 bits."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number) % 2**32
+    return seed
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from convfusion.checkpoint import load, read_tensors
-from convfusion.distill.data import LatentDataset
+from convfusion.data.latents import LatentDataset
 
 FOLDER = Path(__file__).parent
 TEACHER, STUDENT, DATA = FOLDER / "teacher", FOLDER / "student", FOLDER / "data"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convfusion.distill.samples import CAPTION_NAMES, Ranges, Sample, make_sample
+from convfusion.data.samples import CAPTION_NAMES, Ranges, Sample, make_sample
 from convfusion.errors import ConvFusionError
 
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")

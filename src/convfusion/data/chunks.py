@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from convfusion.adapters import adapter_for, denoiser_of
 from convfusion.conditioning import class_labels, encode_conditioning, flat
-from convfusion.distill.buckets import Size, nearest
-from convfusion.distill.data import joined
-from convfusion.distill.pictures import UnusableError, cover, decode_picture, encode_pictures
-from convfusion.distill.samples import CHUNK, Sample, Source
-from convfusion.distill.sources import Drawing
+from convfusion.data.buckets import Size, nearest
+from convfusion.data.latents import joined
+from convfusion.data.pictures import UnusableError, cover, decode_picture, encode_pictures
+from convfusion.data.samples import CHUNK, Sample, Source
+from convfusion.data.sources import Drawing
 from convfusion.errors import ConvFusionError
 from convfusion.generate import generate
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convfusion.distill.samples import (
+from convfusion.data.samples import (
     CAPTION_NAMES,
     Ranges,
     Sample,
@@ -19,7 +19,7 @@ from convfusion.distill.samples import (
     digest_of,
     make_sample,
 )
-from convfusion.distill.tables import METADATA, SAVED, TABLES, open_rows
+from convfusion.data.tables import METADATA, SAVED, TABLES, open_rows
 from convfusion.errors import ConvFusionError
 from convfusion.fields import check_fields
 

@@ -13,13 +13,13 @@ import torch
 from convfusion.adapters import adapter_for, denoiser_of
 from convfusion.checkpoint import write_tensors, write_text
 from convfusion.conditioning import latent_scale
-from convfusion.distill.buckets import Size, step_for
-from convfusion.distill.buckets import buckets as sizes_about
-from convfusion.distill.chunks import Chunk, Encoder, Event, Reader, Ready, read_with, size_name
-from convfusion.distill.pictures import upcast_vae
-from convfusion.distill.samples import Source
-from convfusion.distill.sources import Prompts
-from convfusion.distill.store import (
+from convfusion.data.buckets import Size, step_for
+from convfusion.data.buckets import buckets as sizes_about
+from convfusion.data.chunks import Chunk, Encoder, Event, Reader, Ready, read_with, size_name
+from convfusion.data.pictures import upcast_vae
+from convfusion.data.samples import Source
+from convfusion.data.sources import Prompts
+from convfusion.data.store import (
     CHUNKS,
     EMPTY,
     FORMAT,
@@ -29,11 +29,10 @@ from convfusion.distill.store import (
     read_manifest,
     write_manifest,
 )
-from convfusion.distill.task import attention_teacher
 from convfusion.errors import ConvFusionError
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import check_size, swapped_denoiser
-from convfusion.surgery import mixers_of
+from convfusion.surgery import attention_teacher, mixers_of
 
 NAMED = 20  # of the skipped samples, for each reason
 

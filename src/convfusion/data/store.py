@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from convfusion.checkpoint import read_tensors, write_text
-from convfusion.distill.buckets import Size
+from convfusion.data.buckets import Size
 from convfusion.errors import CheckpointError, ConvFusionError
 
 FORMAT = 1

@@ -1,0 +1,30 @@
+"""Training data: where it comes from, and the latents that it is encoded into."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from convfusion.lazy import lazy
+
+if TYPE_CHECKING:
+    from convfusion.data.cache import build_cache, open_cache
+    from convfusion.data.latents import LatentDataset, TrainingData
+    from convfusion.data.sources import Drawing, open_source
+    from convfusion.data.store import LatentCache
+
+_HOME = {
+    "build_cache": "cache",
+    "open_cache": "cache",
+    "LatentDataset": "latents",
+    "TrainingData": "latents",
+    "Drawing": "sources",
+    "open_source": "sources",
+    "LatentCache": "store",
+}
+__all__ = sorted(_HOME)
+
+__getattr__ = lazy(__name__, _HOME)
+
+
+def __dir__() -> list[str]:
+    return __all__
