@@ -24,6 +24,7 @@ from convfusion.adapters import denoiser_of
 from convfusion.demo import distillation, error, spread
 from convfusion.distill import DistillConfig, distill
 from convfusion.fingerprint import fingerprint
+from mini.pixart import load_pixart
 
 RESULTS = Path(__file__).parent.parent / "results" / "efficiency.csv"
 FACTORS = (2.0, 1.2, 1.0)  # of the paper's final ε-error
@@ -140,7 +141,7 @@ def main() -> None:
                 run(name, "this project's", seed, args.steps, round(share * args.steps), 0.0)
 
 
-MODELS: dict[str, Callable[[], Any]] = {"mini": mini.load_teacher}
+MODELS: dict[str, Callable[[], Any]] = {"mini": mini.load_teacher, "pixart": load_pixart}
 
 
 if __name__ == "__main__":

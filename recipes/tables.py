@@ -109,6 +109,48 @@ def initialisation() -> str:
     return table(heads, lines)
 
 
+def efficiency() -> str:
+    """Steps and seconds until each recipe is as good as the paper's, and twice as far off."""
+    runs = defaultdict(list)
+    for row in read("efficiency.csv"):
+        runs[row["model"], row["recipe"], row["seed"]].append(row)
+    recipes = list(dict.fromkeys((model, recipe) for model, recipe, _ in runs))
+    seeds = sorted({seed for *_, seed in runs})
+    lines = []
+    for model, recipe in recipes:
+        cells = []
+        for factor in (2.0, 1.2, 1.0):
+            reached = []
+            for seed in seeds:
+                final = float(runs[model, "paper", seed][-1]["epsilon_error"])
+                fits = (
+                    (int(row["step"]), float(row["seconds"]))
+                    for row in runs[model, recipe, seed]
+                    if float(row["epsilon_error"]) <= factor * final
+                )
+                reached.append(min(fits, default=None))
+            cells.append(median_of(reached))
+        best = [float(runs[model, recipe, s][-1]["epsilon_error"]) for s in seeds]
+        lines.append([f"{model}: {recipe}", *cells, mean_and_spread(best)])
+    heads = ["recipe", "2 ×", "1.2 ×", "as good as the paper's", "ε-error at its end"]
+    first = next(iter(runs.values()))[0]
+    return f"""{table(heads, lines)}
+
+Steps (and seconds) until the ε-error on 32 held-out samples is at most so many times that of the
+paper's recipe after {first["length"]} steps with the same seed; median of {len(seeds)} seeds. From
+[results/efficiency.csv](../results/efficiency.csv), written by `python recipes/efficiency.py`."""
+
+
+def median_of(reached: list[tuple[int, float] | None]) -> str:
+    if None in reached:
+        missed = reached.count(None)
+        return "not reached" if missed == len(reached) else f"not reached by {missed}"
+    steps = sorted(step for step, _ in reached)
+    seconds = statistics.median(time for _, time in reached)
+    spread = "" if steps[0] == steps[-1] else f" [{steps[0]} … {steps[-1]}]"
+    return f"{statistics.median(steps):g}{spread} ({seconds:.0f} s)"
+
+
 def memory() -> str:
     rows = read("memory.csv")
     heads = ["", "parameters held", "peak", "peak with checkpointing"]
@@ -213,6 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "initialisation": initialisation,
     "ablation": ablation,
     "curve": curve,
+    "efficiency": efficiency,
     "memory": memory,
     "mini": partial(layers, "analysis-mini"),
 }

@@ -38,7 +38,9 @@ def load_pipeline(model: str, precision: str, device: str | None) -> Any:
 
 def is_embedded(model: str) -> bool:
     """Whether a name is that of the model that comes with the package."""
-    return model in ("mini", "mini-teacher")
+    from convfusion import mini
+
+    return model in mini.NAMES
 
 
 def guidance_for(model: str) -> float:

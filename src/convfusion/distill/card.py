@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from convfusion import __version__, checkpoint
+from convfusion import __version__, checkpoint, mini
 from convfusion.adapters import denoiser_of
 from convfusion.distill.logs import read_history
 from convfusion.distill.settings import RunSettings, as_toml
@@ -23,7 +23,8 @@ CARD, CURVES = "README.md", "losses.png"
 def write_card(folder: Path, pipe: Any, run: RunSettings, result: DistillResult) -> None:
     """Write `README.md`, with the curves of the losses where matplotlib is installed."""
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text(encoding="utf-8"))
-    base = manifest["base_model"] or run.model
+    embedded = run.model in mini.NAMES
+    base = run.model if embedded else manifest["base_model"] or run.model
     history = read_history(folder)
     data = ModelCardData(
         library_name="diffusers",
@@ -33,6 +34,7 @@ def write_card(folder: Path, pipe: Any, run: RunSettings, result: DistillResult)
     curves = draw_curves(history, folder / CURVES)
     body = CONTENT.format(
         base=base,
+        how=FROM_PACKAGE if embedded else FROM_DIFFUSERS.format(base=base),
         version=__version__,
         sites=status(pipe).converted,
         every=len(status(pipe).sites),
@@ -48,6 +50,15 @@ def write_card(folder: Path, pipe: Any, run: RunSettings, result: DistillResult)
     checkpoint.write_text(folder / CARD, str(card).rstrip() + "\n")
 
 
+FROM_DIFFUSERS = """import convfusion
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{base}")"""
+FROM_PACKAGE = """import convfusion
+from convfusion import mini
+
+pipe = mini.load_teacher()"""
+
 CONTENT = """# {base} without self-attention
 
 ΔConvBlocks in place of {sites} of {every} self-attentions, {parameters:.2f}M parameters, distilled
@@ -55,10 +66,7 @@ from the attention they replace by ConvFusion {version}. Everything else is the 
 licence holds.
 
 ```python
-import convfusion
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{base}")
+{how}
 convfusion.load(pipe, "this-folder")
 ```
 

@@ -17,6 +17,7 @@ from convfusion.data.latents import LatentDataset
 
 FOLDER = Path(__file__).parent
 TEACHER, STUDENT, DATA = FOLDER / "teacher", FOLDER / "student", FOLDER / "data"
+NAMES = ("mini", "mini-teacher")  # on the command line: with the student, and as it was trained
 GUIDANCE = 3.0  # classifier-free guidance that its pictures look best with
 
 
