@@ -17,12 +17,11 @@ from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, cli,
 from convfusion.adapters import denoiser_of, list_sites
 from convfusion.config import with_kernel_sizes
 from convfusion.data import LatentDataset
-from convfusion.data.latents import training_data
+from convfusion.data.latents import hold_out, training_data
 from convfusion.distill import DistillConfig, DistillTask
 from convfusion.distill.curve import chosen_counts, replacement_curve
 from convfusion.distill.partial import (
     every,
-    hold_out,
     imitation_errors,
     only,
     site_costs,
@@ -69,7 +68,7 @@ def prediction(model, pipe, data):
 
 def curve_of(make, training=TRAINING):
     pipe = converted(make, spread=0.1)
-    train, apart = hold_out(pipe, dataset(pipe), 2)
+    train, apart = hold_out(training_data(pipe, dataset(pipe)), 2, seed=0)
     costs = site_costs(pipe, train, apart, training)
     return pipe, apart, costs, replacement_curve(pipe, apart, costs)
 
@@ -171,7 +170,7 @@ class TestCosts:
         assert errors == pytest.approx(imitation_errors(task, first, batch_size=1), rel=1e-4)
 
         taken = []
-        kept, apart = hold_out(pipe, dataset(pipe), 2)
+        kept, apart = hold_out(training_data(pipe, dataset(pipe)), 2, seed=0)
         take = kept.whole.take
         kept.whole.take = lambda rows, dropped: taken.append(set(rows)) or take(rows, dropped)
         site_costs(pipe, kept, apart, replace(TRAINING, start="attention"))
@@ -185,7 +184,7 @@ class TestCosts:
         data = training_data(pipe, dataset(pipe))
 
         def rows(seed, batch_size):
-            batches = noised(data, data.groups, batch_size, seed)
+            batches = noised(data, batch_size, seed)
             return [row for batch in batches for noise in batch.noises.values() for row in noise]
 
         every_row = [tuple(row.flatten().tolist()) for seed in (0, 1) for row in rows(seed, 6)]
@@ -226,7 +225,7 @@ class TestCosts:
 
     def test_training_is_of_stage_one_alone(self):
         pipe = converted(stable_diffusion)
-        train, apart = hold_out(pipe, dataset(pipe), 2)
+        train, apart = hold_out(training_data(pipe, dataset(pipe)), 2, seed=0)
         terms = []
         site_costs(pipe, train, apart, TRAINING, on_step=lambda step, found: terms.append(found))
         assert [list(each) for each in terms] == [["imitation"]] * 2
@@ -247,7 +246,7 @@ class TestCurve:
         model, paths = denoiser_of(pipe), paths_of(pipe)
         task = DistillTask(model, pipe.scheduler)
         size, seed = costs.training.batch_size, costs.training.seed
-        whole = held_out_error(task, apart, apart.groups, batch_size=size, seed=seed)
+        whole = held_out_error(task, apart, batch_size=size, seed=seed)
         flops = convfusion.flops.site_flops(model, curve.latents)
         total = sum(attention for attention, _ in flops.values())
         for points in curve.orders.values():
@@ -270,9 +269,7 @@ class TestCurve:
         install(denoiser_of(other), blocks, keep_attention=True)
         task = DistillTask(denoiser_of(other), other.scheduler)
         training = costs.training
-        found = held_out_error(
-            task, apart, apart.groups, batch_size=training.batch_size, seed=training.seed
-        )
+        found = held_out_error(task, apart, batch_size=training.batch_size, seed=training.seed)
         assert curve.by_imitation[1].epsilon_error == found
 
     @both
@@ -305,9 +302,8 @@ class TestCurve:
         data = dataset(pipe)
         with pytest.raises(ConvFusionError, match="not converted"):
             site_costs(pipe, data, data, TRAINING)
-        for count in (0, 6):
-            with pytest.raises(ConvFusionError):
-                hold_out(pipe, data, count)
+        with pytest.raises(ConvFusionError, match="6 samples cannot be held out"):
+            hold_out(training_data(pipe, data), 6, seed=0)
         _, apart, costs, _ = curve_of(pixart_sigma)
         convfusion.convert(pipe, with_kernel_sizes(3))
         with pytest.raises(ConvFusionError, match="not those of this model"):

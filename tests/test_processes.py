@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,4 +40,4 @@ def test_two_processes_step_as_one(tmp_path):
 
 def test_a_batch_that_processes_cannot_share_is_refused():
     with pytest.raises(ConvFusionError, match="4 is not a multiple of 3 processes × 1 parts"):
-        Draws(None, [range(4)], DistillConfig(batch_size=4), 1000, (0, 3))
+        Draws(SimpleNamespace(groups=[range(4)]), DistillConfig(batch_size=4), 1000, (0, 3))

@@ -96,14 +96,13 @@ def curve(
 def in_two(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:
     """What to train on and what to judge by; the embedded model has held-out names of its own."""
     from convfusion import mini
-    from convfusion.data.latents import training_data
+    from convfusion.data.latents import hold_out, training_data
     from convfusion.demo import spread
-    from convfusion.distill.partial import hold_out
 
     if not run.data:
         own = mini.held_out_data()
         return data, training_data(pipe, spread(own, min(count, len(own))))
-    return hold_out(pipe, data, count, run.distill.seed)
+    return hold_out(data, count, run.distill.seed)
 
 
 def print_curve(found: Any) -> None:

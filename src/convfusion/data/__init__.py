@@ -8,7 +8,7 @@ from convfusion.lazy import lazy
 
 if TYPE_CHECKING:
     from convfusion.data.cache import build_cache, open_cache
-    from convfusion.data.latents import LatentDataset, TrainingData
+    from convfusion.data.latents import LatentDataset, TrainingData, hold_out, training_data
     from convfusion.data.sources import Drawing, open_source
     from convfusion.data.store import LatentCache
 
@@ -17,6 +17,8 @@ _HOME = {
     "open_cache": "cache",
     "LatentDataset": "latents",
     "TrainingData": "latents",
+    "hold_out": "latents",
+    "training_data": "latents",
     "Drawing": "sources",
     "open_source": "sources",
     "LatentCache": "store",

@@ -14,15 +14,17 @@ from convfusion.errors import ConvFusionError
 
 
 class TrainingData(Protocol):
-    """Latents and conditioning that are ready for the denoiser.
+    """Latents and conditioning that are ready for the denoiser."""
 
-    Attributes:
-        captions: of every sample.
-        groups: indices of the samples, those with equally large latents together.
-    """
+    @property
+    def captions(self) -> Sequence[str]:
+        """Of every sample."""
+        ...
 
-    captions: Sequence[str]
-    groups: Sequence[Sequence[int]]
+    @property
+    def groups(self) -> Sequence[Sequence[int]]:
+        """Indices of the samples, those with equally large latents together."""
+        ...
 
     def take(
         self, indices: Sequence[int], dropped: Sequence[bool]
@@ -63,6 +65,23 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some samples of a data set, as `TrainingData`; the others are never taken."""
+
+    whole: TrainingData
+    groups: Sequence[Sequence[int]]
+
+    @property
+    def captions(self) -> Sequence[str]:
+        return [self.whole.captions[i] for group in self.groups for i in group]
+
+    def take(
+        self, indices: Sequence[int], dropped: Sequence[bool]
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        return self.whole.take(indices, dropped)
 
 
 class EncodedLatents:
@@ -108,3 +127,20 @@ def joined(parts: list[Tensor | None]) -> Tensor | None:
 def training_data(pipe: Any, data: TrainingData | LatentDataset) -> TrainingData:
     """Data that is ready for the denoiser: captions of latents in memory are encoded."""
     return EncodedLatents(pipe, data) if isinstance(data, LatentDataset) else data
+
+
+def hold_out(data: TrainingData, count: int, seed: int) -> tuple[Subset, Subset]:
+    """A data set in two, by seed: what to train on, and `count` samples kept out of it.
+
+    Raises:
+        ConvFusionError: nothing would be left to train on.
+    """
+    total = sum(len(group) for group in data.groups)
+    if count >= total:
+        raise ConvFusionError(f"{count} samples cannot be held out: there are {total} in all")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    every = [index for group in data.groups for index in group]
+    apart = {every[place] for place in order[:count]}
+    kept = [[index for index in group if index not in apart] for group in data.groups]
+    held = [[index for index in group if index in apart] for group in data.groups]
+    return Subset(data, [g for g in kept if g]), Subset(data, [g for g in held if g])

@@ -62,8 +62,7 @@ class Draws(Dataset):
     process is what one process alone would have at these places.
 
     Args:
-        data: what to draw from.
-        groups: the indices that may be drawn.
+        data: what to draw from, by its groups.
         config: batch size, parts, caption dropout and seed.
         count: timesteps of the noise schedule.
         process: this process and how many there are.
@@ -72,7 +71,6 @@ class Draws(Dataset):
     def __init__(
         self,
         data: TrainingData,
-        groups: Sequence[Sequence[int]],
         config: DistillConfig,
         count: int,
         process: tuple[int, int] = (0, 1),
@@ -85,7 +83,7 @@ class Draws(Dataset):
                 f"{config.accumulation} parts"
             )
         self.data, self.config, self.count = data, config, count
-        self.batches = Batches(groups, config.batch_size, config.seed)
+        self.batches = Batches(data.groups, config.batch_size, config.seed)
         size = config.batch_size // pieces
         first = rank * config.accumulation
         self.parts = [
@@ -111,19 +109,3 @@ class Draws(Dataset):
 def noise_like(latents: Tensor, seed: int) -> Tensor:
     """Gaussian noise in a shape, from a seed of its own."""
     return torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-
-
-def split(data: TrainingData, held_out: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Groups to train on, and groups of so many samples kept out of it, by seed.
-
-    Raises:
-        ConvFusionError: nothing would be left to train on.
-    """
-    total = sum(len(group) for group in data.groups)
-    if held_out >= total:
-        raise ConvFusionError(f"held_out is {held_out}, but there are {total} samples in all")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    every = [index for group in data.groups for index in group]
-    apart = {every[place] for place in order[:held_out]}
-    kept = [[index for index in group if index not in apart] for group in data.groups]
-    return kept, [[index for index in group if index in apart] for group in data.groups]

@@ -20,7 +20,6 @@ from convfusion.conditioning import placed
 from convfusion.config import ConvertConfig
 from convfusion.data.latents import LatentDataset, TrainingData, training_data
 from convfusion.distill.config import DistillConfig
-from convfusion.distill.draws import split
 from convfusion.distill.task import DistillTask
 from convfusion.distill.trainer import OnStep, distill
 from convfusion.distill.validation import noised
@@ -68,38 +67,6 @@ def every(config: ConvertConfig, paths: Iterable[str], n: int, first: int = 0) -
             f"the first must lie between 0 and {len(converted) - 1}, and n be at least 1"
         )
     return only(config, converted[first::n])
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some samples of a data set, as `TrainingData`; the others are never taken."""
-
-    whole: TrainingData
-    groups: Sequence[Sequence[int]]
-
-    @property
-    def captions(self) -> Sequence[str]:
-        return [self.whole.captions[i] for group in self.groups for i in group]
-
-    def take(
-        self, indices: Sequence[int], dropped: Sequence[bool]
-    ) -> tuple[Tensor, dict[str, Tensor | None]]:
-        return self.whole.take(indices, dropped)
-
-
-def hold_out(
-    pipe: Any, data: LatentDataset | TrainingData, count: int, seed: int = 0
-) -> tuple[Part, Part]:
-    """A data set in two: what to train on, and `count` samples to judge by.
-
-    Raises:
-        ConvFusionError: one of the two would be empty.
-    """
-    if count < 1:
-        raise ConvFusionError(f"at least one sample must be held out, not {count}")
-    ready = training_data(pipe, data)
-    kept, apart = split(ready, count, seed)
-    return Part(ready, kept), Part(ready, [group for group in apart if group])
 
 
 @dataclass(frozen=True)
@@ -199,7 +166,7 @@ def imitation_errors(
     """E‖b(x) − a(x)‖²/Var a(x) by site, both over all samples, timesteps, tokens and channels."""
     sums: dict[str, Tensor] = {}
     device = task.student.device
-    for latents, noises, conditioning in noised(held_out, held_out.groups, batch_size, seed):
+    for latents, noises, conditioning in noised(held_out, batch_size, seed):
         told = placed(conditioning, task.student)
         for t, noise in noises.items():
             steps = torch.full((len(latents),), t, device=device)
@@ -237,7 +204,7 @@ def subset_errors(
     errors: list[list[Tensor]] = [[] for _ in subsets]
     total = len(subsets) * sum(-(-len(group) // batch_size) for group in held_out.groups)
     done = 0
-    for latents, noises, conditioning in noised(held_out, held_out.groups, batch_size, seed):
+    for latents, noises, conditioning in noised(held_out, batch_size, seed):
         told = placed(conditioning, task.student)
         taught = predictions(task.teacher, schedule, latents, noises, told)
         for subset, found in zip(subsets, errors, strict=True):

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 from convfusion import checkpoint
 from convfusion.adapters import denoiser_of
 from convfusion.conditioning import placed
-from convfusion.data.latents import LatentDataset, TrainingData, training_data
+from convfusion.data.latents import LatentDataset, TrainingData, hold_out, training_data
 from convfusion.distill import state as saved_state
 from convfusion.distill.config import DistillConfig
-from convfusion.distill.draws import Draw, Draws, split
+from convfusion.distill.draws import Draw, Draws
 from convfusion.distill.environment import (
     check_autocast,
     make_accelerator,
@@ -132,11 +132,11 @@ class Trainer:
         }
         if not self.named:
             raise ConvFusionError("the mixers of this model have no parameters: nothing to train")
-        self.data = training_data(pipe, data)
-        groups, self.held_out = split(self.data, config.held_out, config.seed)
+        ready = training_data(pipe, data)
+        self.data, self.held_out = hold_out(ready, config.held_out, config.seed)
         process = (self.accelerator.process_index, self.accelerator.num_processes)
         count = len(self.task.alphas_cumprod)
-        self.draws = Draws(self.data, groups, config, count, process)
+        self.draws = Draws(self.data, config, count, process)
         self.state = saved_state.RunState()
         self.skipped_in_a_row = 0
 
@@ -309,7 +309,7 @@ class Trainer:
         """ε-error on the samples held out, or None if there are none."""
         with self.accelerator.autocast():
             size, seed = self.config.batch_size, self.config.seed
-            return held_out_error(self.task, self.data, self.held_out, batch_size=size, seed=seed)
+            return held_out_error(self.task, self.held_out, batch_size=size, seed=seed)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,6 @@ class Noised(NamedTuple):
 def held_out_error(
     task: DistillTask,
     data: TrainingData,
-    groups: Sequence[Sequence[int]],
     *,
     batch_size: int,
     seed: int = 0,
@@ -37,28 +36,25 @@ def held_out_error(
 
     Args:
         task: student and teacher.
-        data: where the samples are.
-        groups: their indices, equally large latents together.
+        data: the samples.
         batch_size: samples at once.
         seed: of the noises; each sample has its own at every timestep.
     """
     schedule = (task.alphas_cumprod, task.prediction_type)
     errors = []
-    for clean, noises, conditioning in noised(data, groups, batch_size, seed):
+    for clean, noises, conditioning in noised(data, batch_size, seed):
         told = placed(conditioning, task.student)
         found = epsilon_errors(task.student, task.teacher, schedule, clean, noises, told)
         errors.append(found.flatten())
     return torch.cat(errors).mean().item() if errors else None
 
 
-def noised(
-    data: TrainingData, groups: Sequence[Sequence[int]], batch_size: int, seed: int
-) -> Iterator[Noised]:
+def noised(data: TrainingData, batch_size: int, seed: int) -> Iterator[Noised]:
     """All samples in batches, with the noise of each at every one of `TIMESTEPS`.
 
     The noise depends on seed, sample and timestep alone. Arguments as for `held_out_error`.
     """
-    for group in groups:
+    for group in data.groups:
         for start in range(0, len(group), batch_size):
             part = group[start : start + batch_size]
             clean, conditioning = data.take(part, [False] * len(part))
