@@ -27,7 +27,6 @@ from convfusion.fingerprint import fingerprint
 from mini.pixart import load_pixart
 
 RESULTS = Path(__file__).parent.parent / "results" / "efficiency.csv"
-FACTORS = (2.0, 1.2, 1.0)  # of the paper's final ε-error
 COLUMNS = ["model", "recipe", "seed", "length", "step", "seconds", "epsilon_error", "weights"]
 PAPER_WARMUP = 500 / 60_000  # of SD1.5's steps
 

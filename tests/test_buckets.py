@@ -63,7 +63,7 @@ def test_every_bucket_can_be_drawn(family):
         for each in buckets(size, step_for(pipe, size)):
             check_size(pipe, each)
     assert step_for(pipe, (1024, 1024)) == 64
-    assert step_for(pipe, (520, 512)) == 8
+    assert step_for(pipe, (520, 512)) == 64
 
 
 def test_steps_of_the_embedded_model():

@@ -283,7 +283,7 @@ def test_a_dit_skips_what_is_no_class(tmp_path):
     assert built.skipped["caption is no class of the model"]["names"] == ["1.png"]
     told = built.take([0, 1, 0], [False, False, True])[1]["class_labels"]
     assert told.tolist() == [0, 3, 10]
-    assert built.manifest["text_encoders"] is None
+    assert list(built.manifest["weights"]) == ["vae"]
     with pytest.raises(ConvFusionError, match="leave size and buckets out"):
         build_cache(pipe, open_source(str(tmp_path)), tmp_path / "other", buckets=True)
 
@@ -310,9 +310,20 @@ def test_a_cache_of_another_model_is_refused(tmp_path, name, message):
         open_cache(pipe, tmp_path / "cache")
     with pytest.raises(ConvFusionError, match="was begun with another"):
         build_cache(pipe, source, tmp_path / "cache", size=(16, 16))
-    setattr(pipe, name, None)
-    if name == "vae":
-        assert len(open_cache(pipe, tmp_path / "cache")) == 2
+    setattr(pipe, name, None)  # as it is loaded without it
+    assert len(open_cache(pipe, tmp_path / "cache")) == 2
+
+
+def test_a_cache_of_pictures_that_have_changed_is_refused(pipe, tmp_path):
+    folder = write_pictures(tmp_path / "data", 2)
+    build_cache(pipe, open_source(str(folder)), tmp_path / "cache")
+    twin = write_pictures(tmp_path / "twin", 2)
+    (twin / "0000.txt").write_text("another caption")
+    for source in (open_source(str(folder)), open_source(str(twin))):
+        if source.spec == str(folder):
+            (folder / "0001.txt").write_text("edited in place")
+        with pytest.raises(ConvFusionError, match="begun with another source"):
+            build_cache(pipe, source, tmp_path / "cache")
 
 
 def test_a_cache_of_another_size_or_family_is_refused(pipe, whole):

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import CASES, randomise
-from tiny_pipelines import PIPELINES, stable_diffusion
+from tiny_pipelines import PIPELINES, block_weights, stable_diffusion
 
 import convfusion
 from convfusion import CheckpointError, ConvFusionError, DeltaConv, uniform
@@ -41,14 +41,6 @@ def pipe() -> StableDiffusionPipeline:
 def data() -> LatentDataset:
     latents = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     return LatentDataset(latents, ["red apple", "green apple", "red", "green", "apple", ""])
-
-
-def blocks(pipe) -> dict[str, torch.Tensor]:
-    return {
-        f"{path}.{name}": tensor.clone()
-        for path, mixer in mixers_of(pipe).items()
-        for name, tensor in mixer.state_dict().items()
-    }
 
 
 def frozen(pipe) -> dict[str, torch.Tensor]:
@@ -118,14 +110,14 @@ def test_a_perfect_student_has_no_loss_but_the_noise():
 
 
 def test_only_the_blocks_move(pipe, data):
-    before, moving = frozen(pipe), blocks(pipe)
+    before, moving = frozen(pipe), block_weights(pipe)
     wanted = {name: p.requires_grad for name, p in pipe.unet.named_parameters()}
     result = distill(pipe, data, DistillConfig(steps=3, batch_size=4))
     assert result.steps == 3 and not result.stopped
     assert set(result.losses) == {"distill", "noise", "feature"}
     after = frozen(pipe)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(not torch.equal(moving[name], now) for name, now in blocks(pipe).items())
+    assert all(not torch.equal(moving[name], now) for name, now in block_weights(pipe).items())
     assert {name: p.requires_grad for name, p in pipe.unet.named_parameters()} == wanted
 
 
@@ -149,7 +141,7 @@ def test_accumulation_and_checkpointing_do_not_change_the_step(pipe, data):
         twin = stable_diffusion()
         convfusion.convert(twin, uniform(DeltaConv(kernel_size=3)))
         distill(twin, data, DistillConfig(steps=2, batch_size=4, warmup=1, **options))
-        return blocks(twin)
+        return block_weights(twin)
 
     plain = trained()
     for options in ({"accumulation": 2}, {"checkpointing": True}):
@@ -177,15 +169,19 @@ def test_resumed_run_ends_in_the_same_bits(pipe, data, tmp_path):
     assert result.stopped and result.steps == 3
     result = distill(resumed, data, config, tmp_path / "run", resume=True)
     assert result.steps == 6 and not result.stopped
-    expected = blocks(straight)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in blocks(resumed).items())
+    expected = block_weights(straight)
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in block_weights(resumed).items()
+    )
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-0000004", "step-0000006"]
     assert (tmp_path / "straight" / "validation" / "step-0000002.png").is_file()
     assert list((tmp_path / "straight").rglob("events.out.tfevents*"))
     loaded = stable_diffusion()
     convfusion.load(loaded, tmp_path / "run")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in blocks(loaded).items())
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in block_weights(loaded).items()
+    )
 
 
 def test_resuming_with_another_config_is_refused(pipe, data, tmp_path):
@@ -245,12 +241,12 @@ def test_state_of_a_run_is_plain_data(pipe, data, tmp_path):
 def test_every_family_distils_from_captions(family):
     pipe = PIPELINES[family]()
     convfusion.convert(pipe)
-    before = blocks(pipe)
+    before = block_weights(pipe)
     side = 8 if family == "sd" else 16
     data = LatentDataset(torch.randn(2, 4, side, side), ["red", "green"])
     result = distill(pipe, data, DistillConfig(steps=1, batch_size=2, warmup=1))
     assert all(np.isfinite(value) for value in result.losses.values())
-    assert all(not torch.equal(before[name], now) for name, now in blocks(pipe).items())
+    assert all(not torch.equal(before[name], now) for name, now in block_weights(pipe).items())
 
 
 @pytest.fixture
@@ -322,10 +318,10 @@ def test_a_damaged_run_is_named_and_changes_nothing(data, tmp_path, name):
     distill(stable_diffusion_converted(), data, config, tmp_path)
     RUN_DAMAGE[name](tmp_path / "checkpoints" / "step-0000001" / name)
     pipe = stable_diffusion_converted()
-    before = blocks(pipe)
+    before = block_weights(pipe)
     with pytest.raises(CheckpointError):
         distill(pipe, data, config, tmp_path, resume=True)
-    assert all(torch.equal(before[key], value) for key, value in blocks(pipe).items())
+    assert all(torch.equal(before[key], value) for key, value in block_weights(pipe).items())
 
 
 def test_latents_that_are_not_finite_are_refused():

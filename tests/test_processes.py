@@ -28,14 +28,15 @@ def launched(out, processes, *options):
 
 
 def test_two_processes_step_as_one(tmp_path):
-    """In both stages, with gradient checkpointing; alone, the batch comes in two parts."""
+    """In both stages, with gradient checkpointing; one process has the batch whole."""
     together, told = launched(tmp_path / "two", 2, 1)
-    alone, expected = launched(tmp_path / "one", 1, 2)
+    alone, expected = launched(tmp_path / "one", 1, 1)
     assert together.keys() == alone.keys()
     for name, tensor in together.items():
         torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-6, msg=name)
-    errors = [line["held_out/epsilon_error"] for line in (told[0], expected[0])]
-    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+    key = "held_out/epsilon_error"
+    errors = [[line[key] for line in lines if key in line] for lines in (told, expected)]
+    assert len(errors[0]) == 2 and errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():

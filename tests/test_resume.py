@@ -2,20 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_pipelines import stable_diffusion
+from tiny_pipelines import block_weights, stable_diffusion
 
 import convfusion
 from convfusion import CheckpointError, DeltaConv, checkpoint, uniform
 from convfusion.data import LatentDataset
 from convfusion.distill import DistillConfig, distill
-from convfusion.distill.state import last_checkpoint
+from convfusion.distill.state import last_checkpoint, optimizer_tensors, restore_optimizer
 from convfusion.surgery import mixers_of
 
 HERE = Path(__file__).parent
@@ -45,14 +47,6 @@ def converted():
 def samples():
     latents = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     return LatentDataset(latents, ["red", "green", "apple", "", "red", "green", "apple", "red"])
-
-
-def weights(pipe):
-    return {
-        f"{path}.{name}": tensor.clone()
-        for path, mixer in mixers_of(pipe).items()
-        for name, tensor in mixer.state_dict().items()
-    }
 
 
 CHILD = f"""
@@ -119,7 +113,7 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing may catch it."""
 
 
-@pytest.mark.parametrize("writes", range(1, 6))
+@pytest.mark.parametrize("writes", range(1, 7))
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch, writes):
     config = DistillConfig(steps=4, batch_size=2, save_every=1, ema=0.9)
     flush, count = os.fsync, 0
@@ -129,7 +123,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, mo
     def fail_later(handle):
         nonlocal count
         count += 1
-        if count == 6 + writes:  # a checkpoint flushes five files and two folders
+        if count == 7 + writes:  # a checkpoint flushes five files and two folders
             raise Killed
         flush(handle)
 
@@ -141,8 +135,8 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, mo
     resumed = converted()
     assert distill(resumed, samples(), config, tmp_path, resume=True).steps == 4
     assert not (tmp_path / "checkpoints" / "writing").exists()
-    for name, tensor in weights(expected).items():
-        assert torch.equal(weights(resumed)[name], tensor)
+    for name, tensor in block_weights(expected).items():
+        assert torch.equal(block_weights(resumed)[name], tensor)
 
 
 def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(tmp_path):
@@ -196,4 +190,33 @@ def test_a_run_that_has_ended_resumes_to_the_same_end(tmp_path):
     assert result.steps == 2
     saved = checkpoint.read_tensors(tmp_path / "blocks.safetensors")
     for name, tensor in saved.items():
-        assert torch.equal(tensor, weights(again)[name.replace(".mixer.", ".")])
+        assert torch.equal(tensor, block_weights(again)[name.replace(".mixer.", ".")])
+
+
+def test_what_a_run_cannot_go_on_from_is_refused(tmp_path):
+    config = DistillConfig(steps=3, batch_size=2)
+    distill(converted(), samples(), config, tmp_path)
+    with pytest.raises(CheckpointError, match="has done 3 steps, not 2"):
+        distill(converted(), samples(), replace(config, steps=2), tmp_path, resume=True)
+    other = converted()
+    other.unet.conv_in.weight.data += 1
+    with pytest.raises(CheckpointError, match="another base model"):
+        distill(other, samples(), config, tmp_path, resume=True)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match="blocks but no checkpoint"):
+        distill(converted(), samples(), config, tmp_path, resume=True)
+
+
+def test_optimisers_that_share_tensors_are_saved():
+    """As bitsandbytes does with its quantisation maps."""
+    shared = torch.arange(4.0)
+    parameters = {name: torch.nn.Parameter(torch.zeros(2)) for name in "ab"}
+    optimizer = torch.optim.AdamW(parameters.values())
+    for parameter in parameters.values():
+        optimizer.state[parameter] = {"step": 3, "state1": torch.ones(2), "qmap1": shared}
+    tensors = optimizer_tensors(optimizer, parameters)
+    assert len({tensor.data_ptr() for tensor in tensors.values()}) == len(tensors)
+    fresh = torch.optim.AdamW(parameters.values())
+    restore_optimizer(fresh, parameters, tensors)
+    assert fresh.state[parameters["b"]]["step"] == 3
+    assert torch.equal(fresh.state[parameters["b"]]["qmap1"], shared)

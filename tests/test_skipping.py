@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_resume import converted, samples, weights
+from test_resume import converted, samples
+from tiny_pipelines import block_weights
 
 from convfusion import ConvFusionError
 from convfusion.distill import DistillConfig, distill
@@ -35,12 +36,12 @@ def test_a_bad_step_is_skipped_and_counted(monkeypatch, value):
     pipe, seen = converted(), []
     spoil(monkeypatch, {2}, value)
     result = distill(
-        pipe, samples(), CONFIG, on_step=lambda step, terms: seen.append(weights(pipe))
+        pipe, samples(), CONFIG, on_step=lambda step, terms: seen.append(block_weights(pipe))
     )
     assert result.steps == 4 and result.skipped == 1
     assert all(torch.equal(seen[0][name], tensor) for name, tensor in seen[1].items())
     assert all(not torch.equal(seen[1][name], tensor) for name, tensor in seen[2].items())
-    assert all(tensor.isfinite().all() for tensor in weights(pipe).values())
+    assert all(tensor.isfinite().all() for tensor in block_weights(pipe).values())
 
 
 def test_many_in_a_row_stop_the_run_and_name_the_site(tmp_path):
@@ -73,14 +74,30 @@ def test_a_spoilt_block_is_never_saved(tmp_path):
     again = converted()
     result = distill(again, samples(), CONFIG, tmp_path, resume=True)
     assert result.steps == 4
-    assert all(tensor.isfinite().all() for tensor in weights(again).values())
+    assert all(tensor.isfinite().all() for tensor in block_weights(again).values())
 
 
-def test_a_gradient_that_is_not_finite_names_the_last_site_it_reaches(tmp_path):
+@pytest.mark.parametrize("place", ["down_blocks.1", "mid_block", "up_blocks.0"])
+def test_a_gradient_that_is_not_finite_names_its_site(place):
+    """Of the sites that it spoils, those before it on the way get theirs from it."""
     pipe = converted()
-    path = list(mixers_of(pipe))[-1]
-    block = mixers_of(pipe)[path]
-    handle = block.proj_out.weight.register_hook(lambda g: g * float("nan"))
+    path = next(path for path in mixers_of(pipe) if path.startswith(place))
+    mixers_of(pipe)[path].proj_out.weight.register_hook(lambda g: g * float("nan"))
     with pytest.raises(ConvFusionError, match="gradient of the block at " + path):
         distill(pipe, samples(), CONFIG)
-    handle.remove()
+
+
+@pytest.mark.parametrize("place", ["down_blocks.1", "mid_block", "up_blocks.0"])
+def test_an_output_that_is_not_finite_names_its_site(place):
+    pipe = converted()
+    path = next(path for path in mixers_of(pipe) if path.startswith(place))
+    mixers_of(pipe)[path].proj_out.weight.data.fill_(float("nan"))
+    with pytest.raises(ConvFusionError, match="output of the block at " + path):
+        distill(pipe, samples(), replace(CONFIG, save_every=10))
+
+
+def test_a_frozen_model_that_is_not_finite_is_not_a_blocks_fault():
+    pipe = converted()
+    pipe.unet.conv_in.weight.data.fill_(float("nan"))
+    with pytest.raises(ConvFusionError, match="the data, or the frozen model"):
+        distill(pipe, samples(), CONFIG)

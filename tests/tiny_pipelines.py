@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from convfusion import mini
+from convfusion.surgery import mixers_of
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -134,3 +135,12 @@ PIPELINES = {
     "pixart": pixart_sigma,
     "dit": dit_pipeline,
 }
+
+
+def block_weights(pipe) -> dict[str, torch.Tensor]:
+    """A copy of every tensor of every block."""
+    return {
+        f"{path}.{name}": tensor.clone()
+        for path, mixer in mixers_of(pipe).items()
+        for name, tensor in mixer.state_dict().items()
+    }

@@ -15,6 +15,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -214,17 +216,19 @@ def _replace_folder(aside: Path, folder: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file aside, flush it to disk and rename it into place."""
-    aside = path.with_name(path.name + ".tmp")
-    save_file(tensors, aside, metadata={"format": "pt"})
-    _into_place(aside, path)
+    """Write a safetensors file aside, flush it to disk and rename it into place.
+
+    Raises:
+        CheckpointError: it cannot be written, as on a full disk; nothing is left of it.
+    """
+    with _aside(path) as aside:
+        save_file(tensors, aside, metadata={"format": "pt"})
 
 
 def write_text(path: Path, text: str) -> None:
     """As `write_tensors`, for text."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    _into_place(aside, path)
+    with _aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -240,10 +244,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
-def _into_place(aside: Path, path: Path) -> None:
-    with open(aside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A name to write to, which takes the place of another file once it is on disk."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        yield aside
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error}") from None
 
 
 def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer]) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def distill(
     Ctrl-C stops after the step at hand and saves; go on with --resume.
     """
     from convfusion.distill.settings import as_toml, read_settings
+    from convfusion.surgery import mixers_of
 
     named: dict[str, Any] = {
         "model": model,
@@ -81,6 +82,8 @@ def distill(
     if main:
         typer.echo(as_toml(run))
     pipe = load_pipeline(run.model, precision, device)
+    if run.config and mixers_of(pipe) and main:
+        typer.echo(f"{run.model} is converted anew by {run.config}: its blocks are set aside.\n")
     equip(pipe, None, run.config or None, run.every if run.every > 1 else None, run.first)
     if ready is None or out is None:
         return print_plan(pipe, run.distill, parse_size(run.size) if run.size else None)
@@ -134,7 +137,7 @@ def source_of(run: Any) -> Callable[[Any, Path], Any]:
     What the user named is looked at before the pipeline is loaded.
     """
     from convfusion import mini
-    from convfusion.data import build_cache, open_cache, open_source
+    from convfusion.data import Drawing, build_cache, open_source
 
     size = parse_size(run.size) if run.size else None
     if not run.data:
@@ -142,8 +145,8 @@ def source_of(run: Any) -> Callable[[Any, Path], Any]:
             raise ConvFusionError("--data is needed: pictures with captions, prompts, or a cache")
         return lambda pipe, out: mini.training_data()
     if (Path(run.data) / "cache.json").is_file():
-        return lambda pipe, out: open_cache(pipe, run.data, size=size)
-    source = open_source(run.data)
+        return lambda pipe, out: cached(pipe, run, size)
+    source = open_source(run.data, drawing=Drawing(guidance=guidance_for(run.model)))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConvFusionError(
             "several processes would each encode the data: run `convfusion cache` first, and give "
@@ -167,6 +170,18 @@ def source_of(run: Any) -> Callable[[Any, Path], Any]:
         return built
 
     return encoded
+
+
+def cached(pipe: Any, run: Any, size: tuple[int, int] | None) -> Any:
+    """The cache that a run names, if it has the buckets that the run asks for."""
+    from convfusion.data import open_cache
+
+    found = open_cache(pipe, run.data, size=size)
+    if run.buckets and len(found.manifest["buckets"]) == 1:
+        raise ConvFusionError(
+            f"{run.data} was built without --buckets: build it anew, or give --no-buckets"
+        )
+    return found
 
 
 def print_plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None) -> None:

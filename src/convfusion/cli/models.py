@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ def load_pipeline(model: str, precision: str, device: str | None) -> Any:
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if precision not in dtypes:
         raise ConvFusionError(f"precision must be one of {', '.join(dtypes)}, not {precision!r}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:  # under a launcher each process has a GPU of its own
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = own if torch.cuda.is_available() else "cpu"
     if is_embedded(model):
         pipe = mini.load_student() if model == "mini" else mini.load_teacher()
         pipe.to(dtypes[precision])

@@ -63,4 +63,4 @@ def step_for(pipe: Any, size: Size) -> int:
     """
     unit = math.lcm(latent_scale(pipe) * denoiser_of(pipe).config.get("patch_size", 1), 8)
     most = max(unit, min(64, min(size) // 8))
-    return max(s for s in range(unit, most + 1, unit) if not (size[0] % s or size[1] % s))
+    return most // unit * unit

@@ -59,13 +59,12 @@ def open_cache(pipe: Any, folder: str | Path, *, size: Size | None = None) -> La
     if size is not None and manifest.get("size") != list(size):
         held = size_name(manifest.get("size", (0, 0)))
         raise ConvFusionError(f"{folder} was built for {held}, not for {size_name(size)}")
-    here = {"vae": _vae_of(pipe), "text_encoders": _text_encoders_of(pipe)}
-    for part, found in here.items():
-        if found is not None and found != manifest.get(part):
+    for part, found in _fingerprints(pipe).items():
+        held = manifest.get("weights", {}).get(part)
+        if found is not None and found != held:
             raise ConvFusionError(
-                f"{folder} was built with another {part.replace('_', ' ').removesuffix('s')} "
-                f"({manifest.get(part)}) than this pipeline's ({found}), or in another precision: "
-                "build it anew"
+                f"{folder} was built with another {part} ({held}) than this pipeline's ({found}), "
+                "or in another precision: build it anew"
             )
     return LatentCache(folder)
 
@@ -159,22 +158,20 @@ def _rests_on(pipe: Any) -> dict[str, Any]:
     Raises:
         ConvFusionError: the pipeline was loaded without its VAE or text encoders.
     """
-    family = adapter_for(denoiser_of(pipe)).family
-    vae, text = _vae_of(pipe), _text_encoders_of(pipe)
-    if vae is None or (text is None and family != "dit"):
-        raise ConvFusionError("this pipeline has no VAE or no text encoder: load all of it")
-    return {"family": family, "vae": vae, "text_encoders": text}
+    weights = _fingerprints(pipe)
+    if missing := [part for part, found in weights.items() if found is None]:
+        raise ConvFusionError(f"this pipeline has no {' and no '.join(missing)}: load all of it")
+    return {"family": adapter_for(denoiser_of(pipe)).family, "weights": weights}
 
 
-def _vae_of(pipe: Any) -> str | None:
-    vae = getattr(pipe, "vae", None)
-    return None if vae is None else fingerprint(vae)
-
-
-def _text_encoders_of(pipe: Any) -> str | None:
-    found = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
-    encoders = [encoder for encoder in found if encoder is not None]
-    return fingerprint(*encoders) if encoders else None
+def _fingerprints(pipe: Any) -> dict[str, str | None]:
+    """Of the VAE and each text encoder that pipelines of this class have; None if not loaded."""
+    parts = [name for name in ("vae", "text_encoder", "text_encoder_2") if hasattr(pipe, name)]
+    modules = {name: getattr(pipe, name) for name in parts}
+    return {
+        name.replace("_", " "): None if module is None else fingerprint(module)
+        for name, module in modules.items()
+    }
 
 
 @contextmanager

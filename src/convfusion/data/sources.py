@@ -37,14 +37,17 @@ class PictureFolder(Ranges):
         return len(self.pictures)
 
     def description(self) -> dict[str, Any]:
-        return {"kind": "folder", "samples": len(self), "names": digest_of(self.pictures)}
+        folder = Path(self.spec)
+        pairs = ((folder / name, _caption(folder / name)) for name in self.pictures)
+        found = (f"{p.relative_to(folder)} {_version(p)} {_version(text)}" for p, text in pairs)
+        return {"kind": "folder", "samples": len(self), "files": digest_of(found)}
 
     def read(self, unit: int) -> Iterator[Sample]:
         for index in self.within(unit):
             name = self.pictures[index]
             path = Path(self.spec) / name
             try:
-                caption = path.with_suffix(".txt").read_bytes()
+                caption = _caption(path).read_bytes()
             except OSError:
                 caption = None
             yield make_sample(name, path, caption)
@@ -172,7 +175,7 @@ def open_source(
 
     Args:
         spec: a folder of pictures with NAME.txt beside them; a folder with a metadata file, with
-            tables, or of `save_to_disk`; a table (.parquet, .jsonl, .json, .csv, .arrow);
+            tables, or of `save_to_disk`; a table (.parquet, .arrow);
             `hf:NAME`, a data set of the Hub; tar shards (a folder of them, one, or a pattern such
             as `data-{000..012}.tar`); a .txt file with one prompt per line.
         image: column of the pictures, or their extension in shards; by default it is found.
@@ -259,6 +262,19 @@ def _parted(path: str) -> tuple[str, str]:
     folder, slash, name = path.rpartition("/")
     key, _, extension = name.partition(".")
     return (folder + slash + key if key and extension else ""), extension.lower()
+
+
+def _caption(picture: Path) -> Path:
+    return picture.with_suffix(".txt")
+
+
+def _version(file: Path) -> str:
+    """What changes when a file does: its size and time."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return "missing"
+    return f"{facts.st_size} {facts.st_mtime_ns}"
 
 
 def _is_plain(member: tarfile.TarInfo) -> bool:

@@ -15,9 +15,6 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` writes
 TABLES = {
     ".parquet": "parquet",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
     ".arrow": "arrow",
 }
 BUILDERS = {*TABLES.values(), "imagefolder", "webdataset"}  # which read data and nothing else

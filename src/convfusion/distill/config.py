@@ -68,7 +68,7 @@ class DistillConfig:
         held_out: samples kept out of training, on which the ε-error is measured.
         workers: processes that read the data ahead.
         save_every: steps between checkpoints, of which the last two are kept.
-        validate_every: steps between validations (pictures and ε-error); 0 does none but the last.
+        validate_every: steps between validations (pictures and ε-error); 0 does one, at the end.
         log_every: steps between logged losses.
         tracker: `auto` is TensorBoard where it is installed; a tracker that accelerate knows, such
             as `wandb`; or `none`. The losses are in `losses.jsonl` in any case.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from torch import nn
+from torch import Tensor, nn
 
 from convfusion.adapters import Denoiser
 from convfusion.distill.config import DistillConfig
@@ -23,7 +23,10 @@ from convfusion.surgery import mixers_of
 
 def check_autocast(model: Denoiser, autocast: str) -> None:
     """Raise a ConvFusionError unless blocks in float32 can train inside this model."""
-    fitting = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
+    kinds = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if model.dtype not in kinds:
+        raise ConvFusionError(f"a model in {model.dtype} cannot be distilled: load it in float32")
+    fitting = kinds[model.dtype]
     if fitting not in ("no", autocast):
         raise ConvFusionError(
             f"the model is in {str(model.dtype).removeprefix('torch.')}: distil it with "
@@ -54,6 +57,7 @@ def make_accelerator(config: DistillConfig, out: Path | None, *, cpu: bool) -> A
         raise ConvFusionError(
             f"a distillation with another autocast or device ran in this process before: {error}"
         ) from None
+    accelerator.gradient_accumulation_steps = config.accumulation  # a launcher may say otherwise
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ConvFusionError(
             "teacher and student are one copy of the frozen weights, which cannot be sharded: "
@@ -126,3 +130,18 @@ def stop_on_interrupt() -> Iterator[list[bool]]:
         yield wish
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def decoded_as_it_is(vae: Any) -> Iterator[None]:
+    """Let a VAE decode in its own dtype, whatever the autocast: some overflow in float16."""
+
+    def decode(latents: Tensor, *args: Any, **options: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return type(vae).decode(vae, latents.to(vae.dtype), *args, **options)
+
+    vae.decode = decode
+    try:
+        yield
+    finally:
+        del vae.decode

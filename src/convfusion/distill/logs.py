@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 
+from convfusion.checkpoint import write_text
 from convfusion.errors import ConvFusionError
 
 HISTORY = "losses.jsonl"
@@ -65,10 +67,11 @@ class RunLog:
             kept = [entry for entry in read_history(self.out) if entry["step"] <= step]
             self.out.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(entry) + "\n" for entry in kept)
-            (self.out / HISTORY).write_text(text, encoding="utf-8")
+            write_text(self.out / HISTORY, text)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Log named numbers of a step."""
+        """Log named numbers of a step, but for those that are not finite."""
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         self.accelerator.log(values, step=step)
         if self.out is not None:
             with open(self.out / HISTORY, "a", encoding="utf-8") as file:

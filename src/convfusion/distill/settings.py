@@ -44,6 +44,8 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.every < 1 or self.first < 0:
+            raise ConvFusionError("every must be at least 1, and first not negative")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunSettings:

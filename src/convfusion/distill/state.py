@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from convfusion import checkpoint
@@ -61,8 +60,32 @@ def last_checkpoint(out: Path) -> Path | None:
     return max((out / "checkpoints").glob("step-*"), default=None)
 
 
-def write_run(out: Path, student: Denoiser, state: RunState, config: dict[str, Any]) -> None:
+def to_resume(out: Path) -> Path | None:
+    """The checkpoint to go on from, or None for a run that has not come to one.
+
+    Raises:
+        CheckpointError: the run's blocks are there, but its checkpoints are gone.
+    """
+    last = last_checkpoint(out)
+    if last is None and (out / checkpoint.MANIFEST).exists():
+        raise CheckpointError(
+            f"{out} has blocks but no checkpoint to resume from: load the blocks into the base, "
+            "and distil into another folder"
+        )
+    return last
+
+
+def write_run(
+    out: Path, student: Denoiser, state: RunState, config: dict[str, Any], base: str
+) -> None:
     """Write a checkpoint and forget all but the last two.
+
+    Args:
+        out: the run's folder.
+        student: whose blocks are trained.
+        state: everything else.
+        config: of the run.
+        base: fingerprint of the frozen weights.
 
     Raises:
         CheckpointError: it cannot be written, as on a full disk; the others are intact.
@@ -81,6 +104,7 @@ def write_run(out: Path, student: Denoiser, state: RunState, config: dict[str, A
             "scaler": state.scaler,
             "optimizer": sorted(state.optimizer),
             "average": sorted(state.average),
+            "base": base,
             "config": config,
         }
         checkpoint.write_text(aside / STATE, json.dumps(facts, indent=2) + "\n")
@@ -88,7 +112,7 @@ def write_run(out: Path, student: Denoiser, state: RunState, config: dict[str, A
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         flush_folder(root)
-    except (OSError, SafetensorError) as error:
+    except (OSError, CheckpointError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         last = last_checkpoint(out)
         left = f"{last} is intact" if last else "there is none before it"
@@ -110,23 +134,34 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def read_run(folder: Path, named: Mapping[str, nn.Parameter], config: dict[str, Any]) -> RunState:
+def read_run(
+    folder: Path, named: Mapping[str, nn.Parameter], config: dict[str, Any], base: str
+) -> RunState:
     """A checkpoint of a run, checked, but for its blocks.
 
     Args:
         folder: of the checkpoint.
         named: the parameters being trained, by name.
         config: the run's config as it is now.
+        base: fingerprint of the frozen weights.
 
     Raises:
-        CheckpointError: a file is damaged, or was written with another config.
+        CheckpointError: a file is damaged, or was written with another config or base model, or
+            the run has done more steps than it shall.
     """
     try:
         facts = json.loads((folder / STATE).read_text(encoding="utf-8"))
         state = RunState(int(facts["step"]), int(facts["skipped"]), scaler=dict(facts["scaler"]))
         before, expected = dict(facts["config"]), (facts["optimizer"], facts["average"])
+        trained = str(facts["base"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read: {error}") from None
+    if trained != base:
+        raise CheckpointError(
+            f"{folder} is of a run on another base model ({trained}) than this one ({base})"
+        )
+    if state.step > config["steps"]:
+        raise CheckpointError(f"{folder} has done {state.step} steps, not {config['steps']}")
     here = json.loads(json.dumps(config))
     changed = sorted(k for k in here if here[k] != before.get(k) and k not in FREE)
     if changed:
@@ -157,9 +192,12 @@ def _read(path: Path, expected: list[str], named: Mapping[str, nn.Parameter]) ->
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """The state of an optimiser by parameter, numbers as tensors; empty before its first step."""
+    """The state of an optimiser by parameter, numbers as tensors; empty before its first step.
+
+    Copies: bitsandbytes shares tensors among parameters, which safetensors would refuse.
+    """
     return {
-        f"{name}/{key}": torch.as_tensor(value).contiguous()
+        f"{name}/{key}": torch.as_tensor(value).clone().contiguous()
         for name, parameter in named.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,21 +32,26 @@ class Losses(NamedTuple):
 
 
 @contextmanager
-def hidden_states(model: Denoiser, sites: list[Site]) -> Iterator[dict[str, Tensor]]:
-    """Collect the hidden state [B, N, C] right after each site while the block runs.
+def collected(
+    modules: Mapping[str, nn.Module], what: Literal["input", "output"]
+) -> Iterator[dict[str, Tensor]]:
+    """Collect the first input, or the output, of modules while the block runs, in their order.
 
     What is replayed later (gradient checkpointing, in backward) is not collected again.
     """
     found: dict[str, Tensor] = {}
 
-    def keep(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple) -> None:
-            found[path] = args[0]
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Tensor | None = None) -> None:
+            found[name] = args[0] if output is None else output
 
         return hook
 
     handles = [
-        model.get_submodule(site.tap).register_forward_pre_hook(keep(site.path)) for site in sites
+        module.register_forward_pre_hook(keep(name))
+        if what == "input"
+        else module.register_forward_hook(keep(name))
+        for name, module in modules.items()
     ]
     try:
         yield found
@@ -55,23 +60,9 @@ def hidden_states(model: Denoiser, sites: list[Site]) -> Iterator[dict[str, Tens
             handle.remove()
 
 
-@contextmanager
-def outputs_of(modules: list[tuple[str, nn.Module]]) -> Iterator[dict[str, Tensor]]:
-    """Collect the output of each named module while the model runs."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            found[name] = output
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+def hidden_states(model: Denoiser, sites: Sequence[Site]) -> Any:
+    """Collect the hidden state [B, N, C] right after each site while the block runs."""
+    return collected({site.path: model.get_submodule(site.tap) for site in sites}, "input")
 
 
 class DistillTask(nn.Module):
@@ -147,13 +138,15 @@ class DistillTask(nn.Module):
     def imitation(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: dict[str, Any]
     ) -> Losses:
-        """Each block alone on the teacher's own inputs: mean over sites of ‖b(x) − a(x)‖²/Var a(x).
+        """Each block alone on the teacher's own inputs: ‖b(x) − a(x)‖²/Var a(x).
 
-        Arguments as for `forward`.
+        The variance is over tokens and channels of one sample, so that a batch in parts has the
+        loss of the whole; the mean is over samples and sites. Arguments as for `forward`.
         """
         errors = {}
         for path, (learned, taught) in self.alone(latents, noise, timesteps, conditioning).items():
-            errors[path] = (learned - taught).square().mean() / taught.var().clamp(min=1e-12)
+            error = (learned - taught).square().flatten(1).mean(dim=1)
+            errors[path] = (error / taught.flatten(1).var(dim=1).clamp(min=1e-12)).mean()
         mean = torch.stack(list(errors.values())).mean()
         return Losses({"imitation": mean}, {path: e.detach() for path, e in errors.items()})
 
@@ -171,8 +164,12 @@ class DistillTask(nn.Module):
             inputs[site.path] = (tokens, grid)
 
         noisy = self._noisy(latents, noise, timesteps)
-        watched = [(site.path, self.teacher.get_submodule(site.path)) for site in self.sites]
-        with torch.no_grad(), watch_attention(self.teacher, see), outputs_of(watched) as outputs:
+        watched = {site.path: self.teacher.get_submodule(site.path) for site in self.sites}
+        with (
+            torch.no_grad(),
+            watch_attention(self.teacher, see),
+            collected(watched, "output") as outputs,
+        ):
             self.teacher(noisy, timestep=timesteps, return_dict=False, **conditioning)
         return {
             path: (mixer(*inputs[path]).float(), outputs[path].float())

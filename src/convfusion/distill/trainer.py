@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 
 from convfusion import checkpoint
@@ -24,6 +25,7 @@ from convfusion.distill.config import DistillConfig
 from convfusion.distill.draws import Draw, Draws
 from convfusion.distill.environment import (
     check_autocast,
+    decoded_as_it_is,
     make_accelerator,
     make_optimizer,
     ready_to_train,
@@ -34,6 +36,7 @@ from convfusion.distill.startup import start_from_attention
 from convfusion.distill.task import DistillTask, Losses
 from convfusion.distill.validation import held_out_error, what_fails
 from convfusion.errors import ConvFusionError
+from convfusion.fingerprint import fingerprint
 from convfusion.surgery import mixers_of
 
 OnStep = Callable[[int, dict[str, float]], None]
@@ -97,7 +100,7 @@ def distill(
         saved_state.check_unused(folder)
     trainer = Trainer(pipe, data, config, folder)
     trainer.accelerator.wait_for_everyone()  # all have looked at the folder before one writes
-    found = saved_state.last_checkpoint(folder) if folder is not None and resume else None
+    found = saved_state.to_resume(folder) if folder is not None and resume else None
     started = time.perf_counter()
     with ready_to_train(trainer.student, config), stop_on_interrupt() as interrupted:
         trainer.begin(found)
@@ -137,6 +140,7 @@ class Trainer:
         process = (self.accelerator.process_index, self.accelerator.num_processes)
         count = len(self.task.alphas_cumprod)
         self.draws = Draws(self.data, config, count, process)
+        self.base = fingerprint(self.student, without=".mixer.") if out is not None else ""
         self.state = saved_state.RunState()
         self.skipped_in_a_row = 0
 
@@ -144,7 +148,7 @@ class Trainer:
         """Make ready for the first step, or for the next one after a checkpoint."""
         config = self.config
         if found is not None:
-            self.state = saved_state.read_run(found, self.named, config.to_dict())
+            self.state = saved_state.read_run(found, self.named, config.to_dict(), self.base)
             checkpoint.load(self.student, found)
         elif config.start == "attention":
             start_from_attention(self.pipe, self.data)
@@ -179,10 +183,12 @@ class Trainer:
                 state.step += 1
                 if on_step is not None:
                     on_step(state.step, terms)
-                last = self.anyone(bool(interrupted)) or state.step == config.steps
+                ended = state.step == config.steps
+                last = self.anyone(bool(interrupted)) or ended
                 if last or state.step % config.save_every == 0:
                     self.save()
-                if config.validate_every and state.step % config.validate_every == 0:
+                due = config.validate_every and state.step % config.validate_every == 0
+                if due or ended:
                     self.validate(validate)
                 if last:
                     break
@@ -224,23 +230,27 @@ class Trainer:
                 losses = self.model(*self.placed(part), alone=alone)
                 accelerator.backward(torch.stack(list(losses.terms.values())).sum())
                 found.append(losses)
-        norm = accelerator.clip_grad_norm_(self.named.values(), config.clip_norm)
+        accelerator.unscale_gradients()
+        gradients = [p.grad for p in self.named.values() if p.grad is not None]
+        norm = get_total_norm(gradients)
         terms, sites = self.means(found)
-        finite = all(map(math.isfinite, (norm, *terms.values())))
+        finite = all(map(math.isfinite, (norm.item(), *terms.values())))
+        if finite:
+            clip_grads_with_norm_(self.named.values(), config.clip_norm, norm)
+        else:
+            self.skip(parts)
         if finite or accelerator.scaler is not None:  # a scaler skips the step by itself
             self.optimizer.step()
         if finite:
             self.skipped_in_a_row = 0
             if self.average is not None:
                 self.average.step(self.named.values())
-        else:
-            self.skip(parts)
         self.optimizer.zero_grad()
         done = self.state.step + 1
         if done % config.log_every == 0 or done in (1, config.steps):
             values = {f"loss/{name}": value for name, value in terms.items()}
             values |= {f"site/{path}": value for path, value in sites.items()}
-            values |= {"gradient_norm": float(norm), "learning_rate": rate}
+            values |= {"gradient_norm": norm.item(), "learning_rate": rate}
             self.log.write(done, values | {"skipped": self.state.skipped})
         return terms
 
@@ -275,12 +285,12 @@ class Trainer:
         most += SCALER_HALVINGS if self.accelerator.scaler is not None else 0
         if self.skipped_in_a_row < most:
             return
-        latents, noise, timesteps, conditioning = self.placed(parts[0])
-        with torch.no_grad(), self.accelerator.autocast():
-            where = what_fails(self.task, latents, noise, timesteps, conditioning)
+        with self.accelerator.autocast():
+            where = what_fails(self.task, [self.placed(part) for part in parts])
         raise self.not_finite(
             f"a loss or gradient was not finite in {most} steps in a row, up to step "
-            f"{self.state.step + 1}; the first thing that is not finite is {where}"
+            f"{self.state.step + 1}; the first thing that is not finite is "
+            + (where or "not with this process")
         )
 
     def not_finite(self, what: str) -> ConvFusionError:
@@ -297,9 +307,12 @@ class Trainer:
 
     def validate(self, draw: DrawPicture | None) -> None:
         """Draw a picture and measure the ε-error on the samples held out, with the average."""
-        with self.averaged(), self.accelerator.autocast():  # the base may be in half precision
+        with self.averaged():
             if draw is not None and self.accelerator.is_main_process:
-                self.log.picture(self.state.step, draw(self.pipe, self.state.step))
+                # The base may be in half precision, and the blocks are not.
+                with self.accelerator.autocast(), decoded_as_it_is(self.pipe.vae):
+                    picture = draw(self.pipe, self.state.step)
+                self.log.picture(self.state.step, picture)
             error = self.held_out_error()
         if error is not None:
             self.log.write(self.state.step, {"held_out/epsilon_error": error})
@@ -343,5 +356,6 @@ class Trainer:
                 state.average["updates"] = torch.tensor(self.average.optimization_step)
             if self.accelerator.scaler is not None:
                 state.scaler = self.accelerator.scaler.state_dict()
-            saved_state.write_run(self.out, self.student, state, self.config.to_dict())
+            config = self.config.to_dict()
+            saved_state.write_run(self.out, self.student, state, config, self.base)
         self.accelerator.wait_for_everyone()

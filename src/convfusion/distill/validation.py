@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from convfusion.conditioning import placed
 from convfusion.data.latents import TrainingData
 from convfusion.distill.draws import noise_like
-from convfusion.distill.task import DistillTask, outputs_of
+from convfusion.distill.task import DistillTask, collected
 from convfusion.evaluate import TIMESTEPS, epsilon_errors
 from convfusion.surgery import mixers_of
 
@@ -75,25 +75,30 @@ def _mixed(*numbers: int) -> int:
 
 @torch.no_grad()
 def what_fails(
-    task: DistillTask,
-    latents: Tensor,
-    noise: Tensor,
-    timesteps: Tensor,
-    conditioning: dict[str, Any],
-) -> str:
-    """The first thing on a student's way that is not finite, in words.
+    task: DistillTask, parts: Sequence[tuple[Tensor, Tensor, Tensor, dict[str, Any]]]
+) -> str | None:
+    """The first thing on a student's way that is not finite, in words; None if there is none here.
 
-    Gradients are looked at too, so it must be called before they are cleared; those of late sites
-    come first, since errors run backwards.
+    Gradients are looked at too, so it must be called before they are clipped or cleared. Errors
+    run backwards through them, so that of the last site on the way comes first.
+
+    Args:
+        task: student and teacher.
+        parts: the arguments of `DistillTask.losses` for each part of the batch.
     """
     mixers = mixers_of(task.student)
-    with outputs_of(list(mixers.items())) as outputs:
-        task.losses(latents, noise, timesteps, conditioning)
-    for path in mixers:
-        if not outputs[path].isfinite().all():
-            return f"the output of the block at {path}"
-    for path, mixer in reversed(mixers.items()):
-        gradients = [p.grad for p in mixer.parameters() if p.grad is not None]
+    order = list(mixers)
+    for part in parts:
+        with collected(mixers, "input") as inputs, collected(mixers, "output") as outputs:
+            task.losses(*part)
+        order = list(outputs)
+        for path in order:
+            if not inputs[path].isfinite().all():
+                return f"what comes to {path}: the data, or the frozen model"
+            if not outputs[path].isfinite().all():
+                return f"the output of the block at {path}"
+    for path in reversed(order):
+        gradients = [p.grad for p in mixers[path].parameters() if p.grad is not None]
         if not all(gradient.isfinite().all() for gradient in gradients):
             return f"the gradient of the block at {path}"
-    return "in the data or in the frozen model, not in a block"
+    return None
