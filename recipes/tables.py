@@ -211,8 +211,8 @@ def layers(folder: str) -> str:
     return table(heads, lines)
 
 
-def ablation() -> str:
-    found = json.loads((ROOT / "docs" / "ablation-mini" / "ablation.json").read_text())
+def ablation(folder: str) -> str:
+    found = json.loads((ROOT / "docs" / folder / "ablation.json").read_text())
     worst = found["removed"]["epsilon_error"]
     lines = [
         [name, f"{row['epsilon_error']:.2e}", f"1/{worst / row['epsilon_error']:.0f}", psnr(row)]
@@ -253,11 +253,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "receptive fields": receptive_fields,
     "kernels": kernels,
     "initialisation": initialisation,
-    "ablation": ablation,
+    "ablation": partial(ablation, "ablation-mini"),
+    "pixart ablation": partial(ablation, "ablation-pixart"),
     "curve": curve,
     "efficiency": efficiency,
     "memory": memory,
     "mini": partial(layers, "analysis-mini"),
+    "pixart": partial(layers, "analysis-pixart"),
 }
 
 

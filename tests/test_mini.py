@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 
 import convfusion
 from convfusion import demo, mini
@@ -102,6 +103,13 @@ def test_tables_rest_on_this_teacher(table):
 def test_analysis_rests_on_this_teacher():
     found = json.loads((ROOT / "docs" / "analysis-mini" / "analysis.json").read_text())
     assert found["weights"] == fingerprint(mini.load_teacher().unet)
+
+
+def test_analysis_rests_on_the_pixart_that_is_kept():
+    kept = ROOT / "recipes" / "mini" / "pixart" / "transformer"
+    transformer = PixArtTransformer2DModel.from_pretrained(kept, torch_dtype=torch.float32)
+    found = json.loads((ROOT / "docs" / "analysis-pixart" / "analysis.json").read_text())
+    assert found["weights"] == fingerprint(transformer)
 
 
 def test_results_rest_on_this_teacher():
