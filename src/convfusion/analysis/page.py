@@ -119,10 +119,10 @@ def claims(analysis: Analysis) -> list[tuple[str, str]]:
     return [
         ("Local: the ERF is at most half of that of uniform attention", holds(local)),
         (
-            "Above a constant, attention falls off as a power of the distance (R² ≥ 0.9)",
+            "Above a constant, a power of the distance fits the fall best, and well (R² ≥ 0.9)",
             f"{sum(falls)} {fitted}",
         ),
-        ("… and that power is near 2 (1.5 to 2.5)", f"{sum(square)} {fitted}"),
+        ("… a power near 2: of 1.5 to 2.5, or the quadratic law", f"{sum(square)} {fitted}"),
         ("The low-frequency part is one bias: queries share at least 90 % of it", holds(bias)),
         ("Layers set apart because sink tokens take their attention", str(flagged)),
     ]

@@ -21,7 +21,9 @@ Timesteps = Annotated[
     str | None, typer.Option(help="Where to look, such as 881,481,81; by default five.")
 ]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")]
-Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
+Guidance = Annotated[
+    float | None, typer.Option(help="Classifier-free guidance; by default 5, and 3 for `mini`.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")]
 MINI_PROMPTS = 15  # odd, so that both designs occur
 
@@ -164,6 +166,8 @@ def read_prompts(model: str, path: Path | None, mini_prompts: int = MINI_PROMPTS
         return spread(mini.training_data(), mini_prompts, offset=0.5).captions
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise ConvFusionError(f"--prompts: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConvFusionError(f"{path} is not a text file in UTF-8") from None
     prompts = [line.strip() for line in lines if line.strip()]

@@ -44,7 +44,8 @@ def distill(
         int | None, typer.Option(min=0, help="With --every: the first of them, from 0.")
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Prompts of the validation pictures.")
+        list[str] | None,
+        typer.Option(help="Of the validation pictures; by default the first four captions."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint.")
@@ -128,6 +129,9 @@ def train(
         typer.echo(f"Stopped after step {result.steps}. Go on with the same command and --resume.")
     else:
         write_card(out, pipe, run, result)
+    if result.epsilon_error is not None:
+        count = run.distill.held_out
+        typer.echo(f"ε-error on {count} samples held out: {result.epsilon_error:.2e}")
     typer.echo(f"Written: {out}")
 
 

@@ -14,6 +14,7 @@ def load_pipeline(model: str, precision: str, device: str | None) -> Any:
     """A pipeline by name: embedded, converted on disk, or diffusers' own."""
     import torch
     from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import HFValidationError
 
     from convfusion import checkpoint, mini
 
@@ -30,13 +31,23 @@ def load_pipeline(model: str, precision: str, device: str | None) -> Any:
     elif (Path(model) / "convfusion").is_dir():
         pipe = checkpoint.load_pipeline(model, torch_dtype=dtypes[precision])
     else:
-        pipe = DiffusionPipeline.from_pretrained(
-            model, torch_dtype=dtypes[precision], use_safetensors=True
-        )
+        try:
+            pipe = DiffusionPipeline.from_pretrained(
+                model, torch_dtype=dtypes[precision], use_safetensors=True
+            )
+        except (OSError, HFValidationError) as error:
+            raise ConvFusionError(
+                f"{model} is no pipeline: no diffusers folder is there, or the Hub has none of "
+                f"that name or cannot be reached ({first_line(error)})"
+            ) from None
     try:
         return pipe.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ConvFusionError(f"the device {device!r} cannot be used: {error}") from None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:120]
 
 
 def is_embedded(model: str) -> bool:

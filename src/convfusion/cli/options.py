@@ -11,7 +11,10 @@ from convfusion.errors import ConvFusionError
 
 Model = Annotated[
     str,
-    typer.Argument(help="A diffusers pipeline: folder or Hub name; `mini` is the embedded model."),
+    typer.Argument(
+        help="A diffusers pipeline: folder or Hub name; `mini` is the embedded model with "
+        "its trained blocks, `mini-teacher` as it was trained."
+    ),
 ]
 Blocks = Annotated[
     Path | None, typer.Option(help="Trained blocks: a folder that `distill` or `save` wrote.")

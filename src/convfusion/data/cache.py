@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -267,6 +268,7 @@ def _finish(folder: Path, source: Source, records: list[dict[str, Any]]) -> None
             entry["count"] += 1
             entry["names"] = [*entry["names"], name][:NAMED]
     if not sizes:
+        shutil.rmtree(folder)  # there is nothing to go on with
         reasons = ", ".join(f"{entry['count']}× {reason}" for reason, entry in skipped.items())
         raise ConvFusionError(f"nothing of {source.spec} can be used: {reasons or 'it is empty'}")
     counts = {"samples": sum(sizes.values()), "chunks": len(records), "sizes": sizes}
