@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.console import progress_bar
-from convfusion.cli.models import guidance_for, is_embedded, load_pipeline
-from convfusion.cli.options import Device, Model, Precision, check_new, parse_size
+from convfusion.cli.models import guidance_for, is_embedded, needs_matplotlib, stock_pipeline
+from convfusion.cli.options import Device, Model, Precision, Size, check_new, parse_size
 from convfusion.errors import ConvFusionError
 
 Prompts = Annotated[
@@ -20,7 +20,6 @@ Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
 Timesteps = Annotated[
     str | None, typer.Option(help="Where to look, such as 881,481,81; by default five.")
 ]
-Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")]
 Guidance = Annotated[
     float | None, typer.Option(help="Classifier-free guidance; by default 5, and 3 for `mini`.")
 ]
@@ -133,26 +132,6 @@ def ablate(
     save_ablation(found, drawn, out)
     print_ablation({name: row.to_dict() for name, row in found.items()})
     typer.echo(f"Written: {out}/ablation.png, {out}/ablation.json")
-
-
-def needs_matplotlib(otherwise: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise ConvFusionError(
-            "the figures need matplotlib: pip install 'convfusion[analysis]', or use "
-            f"{otherwise} from Python for the numbers alone"
-        )
-
-
-def stock_pipeline(model: str, precision: str, device: str | None) -> Any:
-    """A pipeline with its self-attention in place: a converted one is reverted."""
-    from convfusion import surgery
-
-    pipe = load_pipeline(model, precision, device)
-    if surgery.mixers_of(pipe):
-        surgery.revert(pipe)
-    return pipe
 
 
 def read_prompts(model: str, path: Path | None, mini_prompts: int = MINI_PROMPTS) -> list[str]:

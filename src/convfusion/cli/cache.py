@@ -9,7 +9,7 @@ import typer
 
 from convfusion.cli.console import progress_bar
 from convfusion.cli.models import guidance_for, load_pipeline
-from convfusion.cli.options import Device, Model, Precision, parse_size
+from convfusion.cli.options import Device, Model, Precision, Size, parse_size
 
 
 def cache(
@@ -22,7 +22,7 @@ def cache(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the cache; an unfinished one goes on.")],
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of training pictures.")] = None,
+    size: Size = None,
     buckets: Annotated[
         bool, typer.Option("--buckets/--no-buckets", help="Keep the ratio of sides, about.")
     ] = False,
@@ -47,7 +47,6 @@ def cache(
 
     A run that was stopped goes on with the same command.
     """
-    from convfusion.data.cache import build_cache
     from convfusion.data.sources import Drawing, open_source
 
     guidance = guidance_for(model) if guidance is None else guidance
@@ -55,6 +54,23 @@ def cache(
     wanted = parse_size(size) if size else None
     source = open_source(data, image=image, caption=caption, split=split, drawing=drawing)
     pipe = load_pipeline(model, precision, device)
+    encode(
+        pipe,
+        source,
+        out,
+        size=wanted,
+        buckets=buckets,
+        num_workers=workers,
+        batch_size=batch_size,
+        half=half,
+    )
+    typer.echo(f"Written: {out}")
+
+
+def encode(pipe: Any, source: Any, out: Path, **options: Any) -> Any:
+    """Build a cache with a progress bar, and say what is in it and what was skipped."""
+    from convfusion.data import build_cache
+
     progress = progress_bar()
     bar = progress.add_task("encoding", total=source.total)
     with progress:
@@ -62,15 +78,11 @@ def cache(
             pipe,
             source,
             out,
-            size=wanted,
-            buckets=buckets,
-            num_workers=workers,
-            batch_size=batch_size,
-            half=half,
             on_progress=lambda done: progress.update(bar, completed=done),
+            **options,
         )
     print_cache(built)
-    typer.echo(f"Written: {out}")
+    return built
 
 
 def print_cache(built: Any) -> None:

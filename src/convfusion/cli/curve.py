@@ -7,24 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.analyze import needs_matplotlib, stock_pipeline
 from convfusion.cli.console import describe, progress_bar
 from convfusion.cli.distill import source_of
-from convfusion.cli.models import equip, is_embedded
-from convfusion.cli.options import Config, Device, Model, Precision, check_new
-from convfusion.distill.config import DistillConfig
+from convfusion.cli.models import equip, is_embedded, needs_matplotlib, stock_pipeline
+from convfusion.cli.options import Config, Data, Device, Model, Precision, Size, check_new
 
-RATES = {True: 2e-2, False: 5e-4}  # best on the embedded model; Grafting's for any other
+RATES = {True: 2e-2, False: 5e-4}  # the demo's on the embedded model; Grafting's for any other
 
 
 def curve(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the curve and the configs.")],
-    data: Annotated[
-        str | None, typer.Option(help="What `convfusion cache` takes, or a cache it wrote.")
-    ] = None,
+    data: Data = None,
     config: Config = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of the pictures.")] = None,
+    size: Size = None,
     steps: Annotated[int, typer.Option(min=1, help="In which each block learns alone.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     learning_rate: Annotated[
@@ -49,29 +45,41 @@ def curve(
     Writes curve.json, curve.csv, curve.png, and configs for `convert` and `distill`.
     """
     needs_matplotlib("convfusion.distill.curve.replacement_curve")
-    from convfusion.distill.curve import chosen_counts, replacement_curve
-    from convfusion.distill.partial import check_ranking, site_costs
+    from convfusion.distill.curve import chosen_counts
+    from convfusion.distill.partial import check_ranking
     from convfusion.distill.settings import RunSettings
 
     check_new(out)
-    check_ranking(by)
-    training = DistillConfig(
-        steps=steps,
-        imitation_steps=steps,
-        start="attention",
-        batch_size=batch_size,
-        learning_rate=RATES[is_embedded(model)] if learning_rate is None else learning_rate,
-        warmup=warmup,
-        decay=1.0,
-        weight_decay=0.0,
-        autocast=autocast,  # type: ignore[arg-type]
-        seed=seed,
-    )
-    run = RunSettings(model=model, data=data or "", size=size or "", distill=training)
+    ranking = check_ranking(by)
+    settings = {
+        "steps": steps,
+        "imitation_steps": steps,
+        "start": "attention",
+        "batch_size": batch_size,
+        "learning_rate": RATES[is_embedded(model)] if learning_rate is None else learning_rate,
+        "warmup": warmup,
+        "decay": 1.0,
+        "weight_decay": 0.0,
+        "autocast": autocast,
+        "seed": seed,
+    }
+    named = {"model": model, "data": data or "", "size": size or "", "distill": settings}
+    run = RunSettings.from_dict(named)
     source = source_of(run)
     pipe = stock_pipeline(model, precision, device)
     counts = chosen_counts(equip(pipe, None, config).converted, sites)
-    train, apart = in_two(pipe, run, source(pipe, out), held_out)
+    found = measured(pipe, run, *in_two(pipe, run, source(pipe, out), held_out))
+    files = found.save(out, counts, ranking)
+    print_curve(found)
+    names = ", ".join(file.name for file in files)
+    typer.echo(f"Written: {out}/curve.png, curve.json, curve.csv, {names}")
+
+
+def measured(pipe: Any, run: Any, train: Any, apart: Any) -> Any:
+    """The costs of all sites and the curve, with a bar for each part of the work."""
+    from convfusion.distill.curve import replacement_curve
+    from convfusion.distill.partial import site_costs
+
     progress = progress_bar()
     with progress:
         bars = [progress.add_task(name, total=None) for name in ("stage 1", "each alone", "curve")]
@@ -81,16 +89,13 @@ def curve(
 
         def on_step(step: int, terms: dict[str, float]) -> None:
             text = f"stage 1  {describe(terms)}"
-            progress.update(bars[0], completed=step, total=steps, description=text)
+            total = run.distill.steps
+            progress.update(bars[0], completed=step, total=total, description=text)
 
         costs = site_costs(
-            pipe, train, apart, training, on_step=on_step, on_progress=advance(bars[1])
+            pipe, train, apart, run.distill, on_step=on_step, on_progress=advance(bars[1])
         )
-        found = replacement_curve(pipe, apart, costs, on_progress=advance(bars[2]))
-    files = found.save(out, counts, by)  # type: ignore[arg-type]
-    print_curve(found)
-    names = ", ".join(file.name for file in files)
-    typer.echo(f"Written: {out}/curve.png, curve.json, curve.csv, {names}")
+        return replacement_curve(pipe, apart, costs, on_progress=advance(bars[2]))
 
 
 def in_two(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:

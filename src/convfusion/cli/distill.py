@@ -9,11 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.cache import print_cache
+from convfusion.cli.cache import encode
 from convfusion.cli.console import describe, progress_bar
 from convfusion.cli.fields import with_fields
 from convfusion.cli.models import equip, guidance_for, is_embedded, load_pipeline
-from convfusion.cli.options import Config, Device, Every, Precision, check_new, parse_size
+from convfusion.cli.options import (
+    Config,
+    Data,
+    Device,
+    Every,
+    Out,
+    Precision,
+    SettingsFile,
+    Size,
+    check_new,
+    parse_size,
+)
 from convfusion.distill.config import DistillConfig
 from convfusion.errors import ConvFusionError
 
@@ -25,16 +36,10 @@ def distill(
         str | None,
         typer.Argument(help="A diffusers pipeline: folder or Hub name; `mini` is embedded."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for blocks, checkpoints, logs and model card.")
-    ] = None,
-    settings: Annotated[
-        Path | None, typer.Option(help="TOML file of a run; what is given beside it goes first.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="What `convfusion cache` takes, or a cache it wrote.")
-    ] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of training pictures.")] = None,
+    out: Out = None,
+    settings: SettingsFile = None,
+    data: Data = None,
+    size: Size = None,
     buckets: Annotated[
         bool | None, typer.Option("--buckets/--no-buckets", help="Keep the ratio of sides, about.")
     ] = None,
@@ -63,21 +68,10 @@ def distill(
     from convfusion.distill.settings import as_toml, read_settings
     from convfusion.surgery import mixers_of
 
-    named: dict[str, Any] = {
-        "model": model,
-        "data": data,
-        "size": size,
-        "buckets": buckets,
-        "config": config,
-    }
-    named |= {"every": every, "first": first}
-    run = read_settings(settings, {**named, "distill": given})
-    if not run.model:
-        raise ConvFusionError("which model? Name a pipeline, or `mini`")
-    if out is None and not dry_run:
-        raise ConvFusionError("--out is needed: a folder for the blocks and checkpoints")
-    if out is not None and not resume and not dry_run:
-        check_new(out)
+    named: dict[str, Any] = {"model": model, "data": data, "size": size, "buckets": buckets}
+    named |= {"config": config, "every": every, "first": first, "distill": given}
+    run = read_settings(settings, named)
+    check_run(run, None if dry_run else out, dry_run=dry_run, resume=resume)
     ready = source_of(run) if not dry_run else None
     main = os.environ.get("RANK", "0") == "0"
     if main:
@@ -89,6 +83,16 @@ def distill(
     if ready is None or out is None:
         return print_plan(pipe, run.distill, parse_size(run.size) if run.size else None)
     train(pipe, ready(pipe, out), run, out, prompts=prompt, resume=resume, show=main)
+
+
+def check_run(run: Any, out: Path | None, *, dry_run: bool, resume: bool) -> None:
+    """Raise a ConvFusionError for a run without a model, or with nowhere to write."""
+    if not run.model:
+        raise ConvFusionError("which model? Name a pipeline, or `mini`")
+    if out is None and not dry_run:
+        raise ConvFusionError("--out is needed: a folder for the blocks and checkpoints")
+    if out is not None and not resume:
+        check_new(out)
 
 
 def train(
@@ -141,7 +145,7 @@ def source_of(run: Any) -> Callable[[Any, Path], Any]:
     What the user named is looked at before the pipeline is loaded.
     """
     from convfusion import mini
-    from convfusion.data import Drawing, build_cache, open_source
+    from convfusion.data import Drawing, open_source
 
     size = parse_size(run.size) if run.size else None
     if not run.data:
@@ -157,23 +161,8 @@ def source_of(run: Any) -> Callable[[Any, Path], Any]:
             "its folder as --data"
         )
 
-    def encoded(pipe: Any, out: Path) -> Any:
-        progress = progress_bar()
-        bar = progress.add_task("encoding", total=source.total)
-        with progress:
-            built = build_cache(
-                pipe,
-                source,
-                out / "cache",
-                size=size,
-                buckets=run.buckets,
-                num_workers=run.distill.workers,
-                on_progress=lambda done: progress.update(bar, completed=done),
-            )
-        print_cache(built)
-        return built
-
-    return encoded
+    options = {"size": size, "buckets": run.buckets, "num_workers": run.distill.workers}
+    return lambda pipe, out: encode(pipe, source, out / "cache", **options)
 
 
 def cached(pipe: Any, run: Any, size: tuple[int, int] | None) -> Any:

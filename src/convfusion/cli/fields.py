@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
@@ -31,11 +31,9 @@ def with_fields(settings: type) -> Callable[[Callable[..., Any]], Callable[..., 
             return command(**mine, given=nested(values))
 
         called.__doc__, called.__name__ = command.__doc__, command.__name__
-        called.__signature__ = inspect.Signature([*own, *options(settings)])  # type: ignore[attr-defined]
-        called.__annotations__ = {
-            p.name: p.annotation
-            for p in called.__signature__.parameters.values()  # type: ignore[attr-defined]
-        }
+        parameters = [*own, *options(settings)]
+        called.__dict__["__signature__"] = inspect.Signature(parameters)  # which typer reads
+        called.__annotations__ = {each.name: each.annotation for each in parameters}
         return called
 
     return decorate
@@ -47,8 +45,8 @@ def options(settings: type, prefix: str = "") -> list[inspect.Parameter]:
     found = []
     for each in fields(settings):
         kind, name = hints[each.name], prefix + each.name
-        if is_dataclass(kind):
-            found += options(kind, f"{name}.")  # type: ignore[arg-type]
+        if isinstance(kind, type) and is_dataclass(kind):
+            found += options(kind, f"{name}.")
             continue
         default = each.default if each.default is not MISSING else None
         option = typer.Option(
@@ -76,9 +74,7 @@ def flags(name: str, kind: Any) -> list[str]:
 
 def plain(kind: Any) -> Any:
     """What typer should read for a field: words of a choice are checked by the settings."""
-    if get_origin(kind) is tuple:
-        return tuple[get_args(kind)]  # type: ignore[misc]
-    return kind if kind in (int, float, bool, str) else str
+    return kind if get_origin(kind) is tuple or kind in (int, float, bool, str) else str
 
 
 def shown(default: Any) -> str:

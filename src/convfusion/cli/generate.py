@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from convfusion.cli.models import guidance_for, load_pipeline
-from convfusion.cli.options import Blocks, Device, Model, Precision, parse_size
+from convfusion.cli.options import Blocks, Device, Model, Precision, Size, parse_size
 
 
 def generate(
@@ -16,7 +16,7 @@ def generate(
     prompt: Annotated[list[str], typer.Option(help="What to draw; give it again for more.")],
     blocks: Blocks = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    size: Size = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 5, and 3 for `mini`.")

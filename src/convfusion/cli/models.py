@@ -46,6 +46,26 @@ def load_pipeline(model: str, precision: str, device: str | None) -> Any:
         raise ConvFusionError(f"the device {device!r} cannot be used: {error}") from None
 
 
+def stock_pipeline(model: str, precision: str, device: str | None) -> Any:
+    """A pipeline with its self-attention in place: a converted one is reverted."""
+    from convfusion import surgery
+
+    pipe = load_pipeline(model, precision, device)
+    if surgery.mixers_of(pipe):
+        surgery.revert(pipe)
+    return pipe
+
+
+def needs_matplotlib(otherwise: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise ConvFusionError(
+            "the figures need matplotlib: pip install 'convfusion[analysis]', or use "
+            f"{otherwise} from Python for the numbers alone"
+        )
+
+
 def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:120]
 

@@ -25,6 +25,16 @@ Config = Annotated[
 ]
 Every = Annotated[int | None, typer.Option(min=1, help="Convert only every N-th of the sites.")]
 First = Annotated[int, typer.Option(min=0, help="With --every: the first of them, from 0.")]
+Data = Annotated[
+    str | None, typer.Option(help="What `convfusion cache` takes, or a cache it wrote.")
+]
+Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of the pictures, in pixels.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for blocks, checkpoints, logs and model card.")
+]
+SettingsFile = Annotated[
+    Path | None, typer.Option(help="TOML file of a run; what is given beside it goes first.")
+]
 Precision = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, …; by default the GPU if there is one.")

@@ -6,6 +6,7 @@ Nothing that a source holds is unpickled or executed: captions are read as text,
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,11 @@ class Source(Protocol):
         ...
 
 
-class Ranges:
+class Ranges(ABC):
     """Units of a source whose samples can be counted: one chunk each."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     @property
     def units(self) -> int:

@@ -112,10 +112,12 @@ class SiteCosts:
         )
 
 
-def check_ranking(by: str) -> None:
-    """Raise a ConvFusionError unless sites can rank by this error."""
-    if by not in get_args(Ranking):
-        raise ConvFusionError(f"sites rank by {' or '.join(get_args(Ranking))}, not {by!r}")
+def check_ranking(by: str) -> Ranking:
+    """What sites rank by; a ConvFusionError for anything else."""
+    for ranking in get_args(Ranking):
+        if by == ranking:
+            return ranking
+    raise ConvFusionError(f"sites rank by {' or '.join(get_args(Ranking))}, not {by!r}")
 
 
 def site_costs(
