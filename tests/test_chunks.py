@@ -1,9 +1,12 @@
 """From samples to latents: pictures that are encoded, and prompts that the teacher draws."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from test_cache import contents, picture, write_pictures
+from test_cache import caption, contents, encoded, picture, write_pictures
+from test_sources import shard
 from tiny_pipelines import PIPELINES, stable_diffusion
 
 import convfusion
@@ -14,6 +17,63 @@ from convfusion.data.cache import build_cache
 from convfusion.data.pictures import encode_pictures, upcast_vae
 from convfusion.data.samples import Sample
 from convfusion.data.sources import Drawing, open_source
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return stable_diffusion()
+
+
+def test_what_cannot_be_used_is_skipped_and_told(pipe, tmp_path):
+    data = write_pictures(tmp_path / "data", 4)
+    (data / "0000.png").write_bytes(b"nothing")
+    (data / "0001.txt").write_text(" \n")
+    (data / "0002.txt").unlink()
+    for i in range(30):
+        picture(i, (16, 15)).save(data / f"small{i:02d}.jpg")
+        (data / f"small{i:02d}.txt").write_text("red")
+    built = build_cache(pipe, open_source(str(data)), tmp_path / "cache", num_workers=2)
+    assert list(built.captions) == [caption(3)]
+    small = [f"small{i:02d}.jpg" for i in range(20)]
+    assert built.skipped == {
+        "unreadable picture": {"count": 1, "names": ["0000.png"]},
+        "no caption": {"count": 2, "names": ["0001.png", "0002.png"]},
+        "picture smaller than its size": {"count": 30, "names": small},
+    }
+    assert json.loads((tmp_path / "cache/cache.json").read_text())["skipped"] == built.skipped
+
+
+def test_a_cut_shard_keeps_what_is_before_the_cut(pipe, tmp_path):
+    members = {"a.png": encoded(0), "a.txt": b"red", "b.png": encoded(1), "b.txt": b"green"}
+    path = shard(tmp_path / "x.tar", members)
+    path.write_bytes(path.read_bytes()[:2800])
+    built = build_cache(pipe, open_source(str(path)), tmp_path / "cache")
+    assert list(built.captions) == ["red"]
+    assert built.skipped == {"damaged shard": {"count": 1, "names": ["x.tar"]}}
+
+
+def test_nothing_that_can_be_used_is_an_error(pipe, tmp_path):
+    data = write_pictures(tmp_path / "data", 3, [(8, 8)])
+    with pytest.raises(ConvFusionError, match="can be used: 3× picture smaller than its size"):
+        build_cache(pipe, open_source(str(data)), tmp_path / "cache")
+    empty = shard(tmp_path / "x.tar", {})
+    with pytest.raises(ConvFusionError, match=r"x\.tar can be used: it is empty"):
+        build_cache(pipe, open_source(str(empty)), tmp_path / "other")
+
+
+def test_a_dit_skips_what_is_no_class(tmp_path):
+    pipe = PIPELINES["dit"]()
+    side = 2 * pipe.transformer.config.sample_size
+    for i, text in enumerate(["red", "blue", "3"]):
+        picture(i, (side, side)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(text)
+    built = build_cache(pipe, open_source(str(tmp_path)), tmp_path / "cache")
+    assert built.skipped["caption is no class of the model"]["names"] == ["1.png"]
+    told = built.take([0, 1, 0], [False, False, True])[1]["class_labels"]
+    assert told.tolist() == [0, 3, 10]
+    assert list(built.manifest["weights"]) == ["vae"]
+    with pytest.raises(ConvFusionError, match="leave size and buckets out"):
+        build_cache(pipe, open_source(str(tmp_path)), tmp_path / "other", buckets=True)
 
 
 def test_latents_that_are_not_finite_are_named(tmp_path):
