@@ -21,6 +21,7 @@ from convfusion.mixers import MIXERS
 from convfusion.surgery import mixers_of
 
 EVERY_MIXER = [settings() for settings in MIXERS.values()]
+EVERY_MIXER += [DeltaConv(mean_branch=False), DeltaConv(stages=1)]
 table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

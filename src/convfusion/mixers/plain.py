@@ -1,0 +1,108 @@
+"""Mixers that compare no tokens: nothing, the mean token, one depthwise convolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convfusion.block import Grid, TokenMixer, check_grid, set_to_uniform_attention
+from convfusion.errors import ConvFusionError
+from convfusion.fields import check_fields
+from convfusion.mixers.base import take_over
+
+
+@dataclass(frozen=True)
+class Removed:
+    """No mixing at all: the site adds nothing."""
+
+    def build(self, channels: int, heads: int = 1) -> TokenMixer:
+        return RemovedMixer(self)
+
+
+@dataclass(frozen=True)
+class MeanOnly:
+    """Uniform attention: every token receives the same projection of the mean token."""
+
+    def build(self, channels: int, heads: int = 1) -> TokenMixer:
+        return MeanOnlyMixer(channels, self)
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """One depthwise convolution between the attention's value and output projections.
+
+        out = W_o·depthwise_K(W_v·x + b_v) + b_o
+
+    Zero-padded by K//2, without a bias of its own. It starts as the mean over K×K tokens: away
+    from the border, attention that is uniform within that window.
+
+    Attributes:
+        kernel_size: odd side K, in tokens.
+    """
+
+    kernel_size: int = 3
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ConvFusionError(f"kernel_size must be odd and positive, not {self.kernel_size}")
+
+    def build(self, channels: int, heads: int = 1) -> TokenMixer:
+        return DepthwiseMixer(channels, self)
+
+
+class RemovedMixer(TokenMixer):
+    """Zeros in the shape of the tokens."""
+
+    def __init__(self, config: Removed) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        check_grid(tokens, grid)
+        return torch.zeros_like(tokens)
+
+
+class MeanOnlyMixer(TokenMixer):
+    """proj(mean over tokens), at every token."""
+
+    def __init__(self, channels: int, config: MeanOnly) -> None:
+        super().__init__()
+        self.config = config
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        check_grid(tokens, grid)
+        return self.proj(tokens.mean(dim=1, keepdim=True)).expand_as(tokens)
+
+    def init_from(self, attention: Any) -> None:
+        """Exactly uniform attention: W_o·W_v and W_o·b_v + b_o."""
+        set_to_uniform_attention(self.proj, attention)
+
+
+class DepthwiseMixer(TokenMixer):
+    """to_out(depthwise(to_v(tokens)))."""
+
+    def __init__(self, channels: int, config: Depthwise) -> None:
+        super().__init__()
+        self.config = config
+        side = config.kernel_size
+        self.to_v = nn.Linear(channels, channels)
+        self.conv = nn.Conv2d(
+            channels, channels, side, padding=side // 2, groups=channels, bias=False
+        )
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        maps = self.to_v(tokens).transpose(1, 2).unflatten(2, check_grid(tokens, grid))
+        return self.to_out(self.conv(maps).flatten(2).transpose(1, 2))
+
+    @torch.no_grad()
+    def init_from(self, attention: Any) -> None:
+        """Take over its value and output projections; the kernel is a mean."""
+        take_over(self.to_v, attention.to_v)
+        take_over(self.to_out, attention.to_out[0])
+        self.conv.weight.fill_(1 / self.config.kernel_size**2)
