@@ -1,0 +1,243 @@
+"""How long a self-attention and what stands in its place take, alone and in the whole denoiser."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convfusion.adapters import Denoiser, Site, list_sites
+from convfusion.bench.inputs import denoiser_inputs
+from convfusion.bench.timing import Timing, interleaved
+from convfusion.block import DeltaConv, Grid
+from convfusion.config import ConvertConfig
+from convfusion.surgery import build_mixers, install, revert
+
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+PARITY_SIDE = 24  # tokens, at most: a double-precision run of the real grid would take too long
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Something that can stand at the sites.
+
+    Attributes:
+        config: the mixers that stand in for the attention; None for the attention itself, which
+            runs on the fastest backend that PyTorch's SDPA finds.
+        compiled: by `torch.compile`, for each size anew.
+    """
+
+    config: ConvertConfig | None = None
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class SiteKind:
+    """Sites of a denoiser that cost the same: one of them is timed for all.
+
+    Attributes:
+        site: the first of them.
+        kernel_size: of the ΔConvBlock that the config puts there; None where it puts none.
+        paths: of them all.
+    """
+
+    site: Site
+    kernel_size: int | None
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found for a variant: a timing, or a note that says why there is none.
+
+    Attributes:
+        timing: None if it was not timed.
+        parity: ‖y − y'‖/‖y'‖ of its output to the reference.
+        note: why it was not timed.
+    """
+
+    timing: Timing | None
+    parity: float | None = None
+    note: str = ""
+
+
+def site_kinds(model: Denoiser, config: ConvertConfig) -> list[SiteKind]:
+    """The kinds of sites of an unconverted denoiser under a config, in module order."""
+    found: dict[tuple[Any, ...], list[Site]] = {}
+    for site in list_sites(model):
+        mixer = config.mixer_for(site.path)
+        found.setdefault((site.channels, site.heads, site.level, mixer), []).append(site)
+    return [
+        SiteKind(
+            sites[0],
+            mixer.kernel_size if isinstance(mixer, DeltaConv) else None,
+            tuple(site.path for site in sites),
+        )
+        for (_, _, _, mixer), sites in found.items()
+    ]
+
+
+def time_site(
+    model: Denoiser,
+    site: Site,
+    variants: Mapping[str, Variant],
+    grid: Grid,
+    *,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = torch.device("cpu"),
+    backward: bool = False,
+    rounds: int = 5,
+    seed: int = 0,
+) -> dict[str, Measured]:
+    """Time what can stand at one site, on random tokens and with random weights.
+
+    A variant is timed only if its output agrees with its own plain form in double precision, on
+    a grid of at most 24×24 tokens.
+
+    Args:
+        model: an unconverted denoiser that has the site; on the meta device it costs nothing.
+        site: of it.
+        variants: by name.
+        grid: (H, W) of the tokens.
+        batch: samples.
+        dtype: of weights and tokens.
+        device: where they lie.
+        backward: work out the gradients of tokens and weights too.
+        rounds: counted ones.
+        seed: of weights and tokens.
+    """
+    found: dict[str, Measured] = {}
+    calls: dict[str, Run] = {}
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(batch, grid[0] * grid[1], site.channels, generator=generator)
+    tokens = tokens.to(device, dtype)
+    small: Grid = (min(grid[0], PARITY_SIDE), min(grid[1], PARITY_SIDE))
+    for name, variant in variants.items():
+        module = site_module(model, site, variant.config, seed).to(device, dtype)
+        forward = _forward(module, variant.compiled)
+        error = _parity(module, forward, tokens[:, : small[0] * small[1]], small)
+        if error > TOLERANCES[dtype]:
+            found[name] = Measured(None, error, f"its output is off by {error:.1e}")
+            continue
+        found[name] = Measured(None, error)
+        calls[name] = _step(forward, tokens, grid, module, backward)
+        if variant.compiled:
+            calls[name]()
+    timings = interleaved(calls, device, rounds)
+    return {
+        name: Measured(timings.get(name), each.parity, each.note) for name, each in found.items()
+    }
+
+
+def site_module(
+    model: Denoiser, site: Site, config: ConvertConfig | None, seed: int = 0
+) -> nn.Module:
+    """A self-attention like that of a site, or its mixer, on the CPU with random weights."""
+    attention = copy.deepcopy(model.get_submodule(site.path)).to_empty(device="cpu").float()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for layer in attention.modules():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+        mixer = None if config is None else config.mixer_for(site.path)
+        if mixer is None:
+            return attention
+        built = mixer.build(site.channels, site.heads)
+        built.init_from(attention)
+    return built
+
+
+def _forward(module: nn.Module, compiled: bool) -> Callable[[Tensor, Grid], Tensor]:
+    def forward(tokens: Tensor, grid: Grid) -> Tensor:
+        return module(tokens, grid) if hasattr(module, "init_from") else module(tokens)
+
+    return torch.compile(forward, dynamic=False) if compiled else forward
+
+
+@torch.no_grad()
+def _parity(
+    module: nn.Module, forward: Callable[[Tensor, Grid], Tensor], tokens: Tensor, grid: Grid
+) -> float:
+    reference = _forward(copy.deepcopy(module).double(), False)(tokens.double(), grid)
+    difference = forward(tokens, grid).double() - reference
+    return (difference.norm() / reference.norm().clamp_min(1e-30)).item()
+
+
+def _step(
+    forward: Callable[..., Tensor], tokens: Tensor, grid: Grid, module: nn.Module, backward: bool
+) -> Run:
+    if not backward:
+        return torch.no_grad()(lambda: forward(tokens, grid))
+    tokens = tokens.detach().requires_grad_()
+    wanted = [tokens, *module.parameters()]
+    return lambda: torch.autograd.grad(forward(tokens, grid).sum(), wanted)
+
+
+def time_denoiser(
+    model: Denoiser,
+    variants: Mapping[str, Variant],
+    latents: tuple[int, int],
+    *,
+    batch: int = 2,
+    backward: bool = False,
+    rounds: int = 3,
+    on_call: Callable[[str], None] | None = None,
+) -> dict[str, Measured]:
+    """Time whole forward passes of a denoiser with each variant at its sites in turn.
+
+    Args:
+        model: unconverted; it comes back as it was.
+        variants: by name.
+        latents: (height, width).
+        batch: samples; two are one picture under classifier-free guidance.
+        backward: work out the gradients of the latents and of what stands at the sites too.
+        rounds: counted ones.
+        on_call: told the name of a variant before each of its calls.
+    """
+    inputs = denoiser_inputs(model, latents, batch)
+    device = next(model.parameters()).device
+    calls = {name: denoiser_call(model, v, inputs, backward) for name, v in variants.items()}
+    timings = interleaved(calls, device, rounds, on_call)
+    return {name: Measured(timing) for name, timing in timings.items()}
+
+
+def denoiser_call(
+    model: Denoiser, variant: Variant, inputs: dict[str, Any], backward: bool = False
+) -> Run:
+    """One forward pass with a variant at the sites, which are as they were when it is over."""
+    mixers = {}
+    if variant.config is not None:
+        mixers = build_mixers(model, list_sites(model), variant.config)
+    forward = torch.compile(model, dynamic=False) if variant.compiled else model
+
+    def run() -> None:
+        with standing(model, mixers), torch.set_grad_enabled(backward):
+            if not backward:
+                forward(**inputs)
+                return
+            sample = next(iter(inputs.values())).requires_grad_()
+            weights = [p for mixer in mixers.values() for p in mixer.parameters()]
+            torch.autograd.grad(forward(**inputs)[0].sum(), [sample, *weights])
+
+    return run
+
+
+@contextmanager
+def standing(model: Denoiser, mixers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let ready mixers stand at the sites of an unconverted denoiser for a while."""
+    if not mixers:
+        yield
+        return
+    install(model, dict(mixers), keep_attention=True)
+    try:
+        yield
+    finally:
+        revert(model)

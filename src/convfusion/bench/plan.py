@@ -1,0 +1,273 @@
+"""Will it be faster here? What a conversion would bring, before anything is converted.
+
+At each kind of site the attention and its block are timed at two sizes, which gives the laws
+
+    attention: a·N + b·N²        block: c·N
+
+of the time over the N tokens (projections and scores; everything in a block is linear). The rest
+of the denoiser is timed with nothing at the sites, and is linear in N too. So one fit tells the
+time at any size, the size from which on the block is the faster one, and the bound: what is left
+when the sites cost nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from convfusion.adapters import denoiser_of, site_grid
+from convfusion.bench.inputs import denoiser_inputs
+from convfusion.bench.latency import SiteKind, Variant, denoiser_call, site_kinds, time_site
+from convfusion.bench.timing import Timing, interleaved
+from convfusion.block import Grid
+from convfusion.config import ConvertConfig, uniform
+from convfusion.errors import ConvFusionError
+from convfusion.mixers import Removed
+from convfusion.surgery import attention_back, mixers_of
+
+LARGEST = 64 * 64  # tokens that are timed; beyond, the fitted laws speak
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Law:
+    """Seconds at N tokens: linear·N + square·N²."""
+
+    linear: float
+    square: float = 0.0
+
+    def __call__(self, tokens: float) -> float:
+        return self.linear * tokens + self.square * tokens**2
+
+
+def fitted(times: dict[int, float]) -> Law:
+    """The law through the measured times, by N, of one or two sizes; no part of it is negative.
+
+    Where both cannot hold, the line or parabola through the larger size alone is taken.
+    """
+    (small, fast), (large, slow) = min(times.items()), max(times.items())
+    if small == large:
+        return Law(slow / large)
+    square = max(0.0, (slow / large - fast / small) / (large - small))
+    if slow / large <= square * large:
+        return Law(0.0, slow / large**2)
+    return Law(slow / large - square * large, square)
+
+
+def proportional(times: dict[int, float]) -> Law:
+    """The line through the origin and the time at the largest N."""
+    tokens, seconds = max(times.items())
+    return Law(seconds / tokens)
+
+
+def shrunk(grid: Grid, tokens: int) -> Grid:
+    """A grid of the same shape, nearly, that has no more than so many tokens, and at least one."""
+    share = min(1.0, math.sqrt(tokens / math.prod(grid)))
+    return max(1, int(grid[0] * share)), max(1, int(grid[1] * share))
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What one kind of sites costs at the planned size.
+
+    Attributes:
+        paths: of the sites.
+        channels, kernel_size: of them.
+        tokens: N at the planned size.
+        attention, block: laws of the seconds of one site.
+        measured: N was timed itself; otherwise the laws speak.
+        attention_weights, block_weights: bytes of the parameters of one site.
+    """
+
+    paths: tuple[str, ...]
+    channels: int
+    kernel_size: int | None
+    tokens: int
+    attention: Law
+    block: Law
+    measured: bool
+    attention_weights: int
+    block_weights: int
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Of the attentions and of the blocks of all these sites."""
+        return (
+            len(self.paths) * self.attention(self.tokens),
+            len(self.paths) * self.block(self.tokens),
+        )
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether the attention is the cheaper one here."""
+        attention, block = self.seconds
+        return attention < block
+
+
+@dataclass(frozen=True)
+class SpeedPlan:
+    """What a conversion brings for latents of one size on one device.
+
+    Attributes:
+        size: (height, width) of the latents.
+        batch: samples of a forward pass.
+        sites: by kind.
+        rest: seconds of the denoiser without its self-attention.
+    """
+
+    size: tuple[int, int]
+    batch: int
+    sites: tuple[SitePlan, ...]
+    rest: float
+
+    @property
+    def attention(self) -> float:
+        """Seconds of a forward pass with the attention everywhere."""
+        return self.rest + sum(site.seconds[0] for site in self.sites)
+
+    @property
+    def converted(self) -> float:
+        """Seconds with a block at every site."""
+        return self.rest + sum(site.seconds[1] for site in self.sites)
+
+    @property
+    def hybrid(self) -> float:
+        """Seconds with the cheaper of the two at each site."""
+        return self.rest + sum(min(site.seconds) for site in self.sites)
+
+    @property
+    def bound(self) -> float:
+        """The speed-up if the sites cost nothing at all."""
+        return self.attention / self.rest
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Paths of the sites at which the attention is the cheaper one."""
+        return tuple(path for site in self.sites if site.keeps_attention for path in site.paths)
+
+    @property
+    def faster_from(self) -> tuple[int, int] | None:
+        """(height, width) of latents of this shape from which on the converted model is faster.
+
+        (0, 0) if it is at every size; None if it is at none, since the attention grows no faster.
+        """
+        own = [(len(s.paths), s.tokens, s.attention, s.block) for s in self.sites]
+        ahead = sum(k * n * (block.linear - attention.linear) for k, n, attention, block in own)
+        square = sum(k * n * n * attention.square for k, n, attention, _ in own)
+        if ahead <= 0:
+            return 0, 0
+        if square == 0:
+            return None
+        side = math.sqrt(ahead / square)  # the square root of how often the planned tokens
+        return round(self.size[0] * side), round(self.size[1] * side)
+
+    @property
+    def weights(self) -> tuple[int, int]:
+        """Bytes of the parameters of all attentions that could be dropped, and of all blocks."""
+        return (
+            sum(len(s.paths) * s.attention_weights for s in self.sites),
+            sum(len(s.paths) * s.block_weights for s in self.sites),
+        )
+
+
+def plan_speed(
+    pipe_or_model: Any,
+    config: ConvertConfig,
+    size: tuple[int, int],
+    *,
+    batch: int = 2,
+    on_case: Callable[[str], None] | None = None,
+) -> SpeedPlan:
+    """Measure what a conversion would bring for latents of a size, without converting.
+
+    Args:
+        pipe_or_model: unconverted, on the device and in the dtype to plan for.
+        config: of the conversion.
+        size: (height, width) of the latents.
+        batch: samples of a forward pass; two are one picture under classifier-free guidance.
+        on_case: told what is measured next.
+
+    Raises:
+        ConvFusionError: it is converted.
+    """
+    model = denoiser_of(pipe_or_model)
+    if mixers_of(model):
+        raise ConvFusionError("this model is converted already: revert it before planning")
+    say = on_case or (lambda text: None)
+    plans = []
+    for kind in site_kinds(model, config):
+        say(f"{kind.site.channels} channels, {len(kind.paths)} sites")
+        plans.append(_plan_site(model, kind, config, size, batch))
+    say("the rest of the denoiser")
+    return SpeedPlan(size, batch, tuple(plans), _rest(model, size, batch))
+
+
+def _plan_site(
+    model: Any, kind: SiteKind, config: ConvertConfig, latents: tuple[int, int], batch: int
+) -> SitePlan:
+    weight = next(model.parameters())
+    grid = site_grid(model, kind.site, latents)
+    tokens = math.prod(grid)
+    variants = {"attention": Variant(), "block": Variant(config)}
+    times: dict[str, dict[int, float]] = {name: {} for name in variants}
+    large = shrunk(grid, LARGEST)
+    for timed in (shrunk(large, math.prod(large) // 4), large):
+        found = time_site(
+            model, kind.site, variants, timed, batch=batch, dtype=weight.dtype,
+            device=weight.device, rounds=ROUNDS,
+        )  # fmt: skip
+        for name, each in found.items():
+            if each.timing is None:
+                raise ConvFusionError(f"{name} at {kind.site.path}: {each.note}")
+            times[name][math.prod(timed)] = each.timing.median
+    own, mixer = _weights(model, kind, config)
+    return SitePlan(
+        paths=kind.paths,
+        channels=kind.site.channels,
+        kernel_size=kind.kernel_size,
+        tokens=tokens,
+        attention=fitted(times["attention"]),
+        block=proportional(times["block"]),
+        measured=large == grid,
+        attention_weights=own,
+        block_weights=mixer,
+    )
+
+
+def _weights(model: Any, kind: SiteKind, config: ConvertConfig) -> tuple[int, int]:
+    """Bytes of the parameters of an attention of this kind, and of what the config puts there."""
+    attention = model.get_submodule(kind.site.path)
+    each = next(attention.parameters()).element_size()
+    settings = config.mixer_for(kind.site.path)
+    with torch.device("meta"):
+        mixer = settings.build(kind.site.channels, kind.site.heads) if settings else attention
+    return tuple(each * sum(p.numel() for p in m.parameters()) for m in (attention, mixer))  # type: ignore[return-value]
+
+
+def _rest(model: Any, latents: tuple[int, int], batch: int) -> float:
+    """Seconds of a forward pass with nothing at the sites, from a smaller one if that is large."""
+    unit = 2 ** (len(model.config.get("block_out_channels", (0,))) - 1)
+    unit *= model.config.get("patch_size", 1)
+    height, width = shrunk((latents[0] // unit, latents[1] // unit), LARGEST // unit**2)
+    small = height * unit, width * unit
+    inputs = denoiser_inputs(model, small, batch)
+    call = denoiser_call(model, Variant(uniform(Removed())), inputs)
+    device = next(model.parameters()).device
+    timing: Timing = interleaved({"rest": call}, device, ROUNDS)["rest"]
+    return timing.median * math.prod(latents) / math.prod(small)
+
+
+@contextmanager
+def hybrid(pipe: Any, plan: SpeedPlan) -> Iterator[None]:
+    """Let a converted pipeline use its attention, for a while, wherever the plan finds it cheaper.
+
+    Raises:
+        ConvFusionError: a site is not converted, or its attention was dropped.
+    """
+    with attention_back(pipe, plan.kept):
+        yield

@@ -1,0 +1,125 @@
+"""A plan's arithmetic, on times that are given, and that it can be made for every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import CASES, randomise, run
+
+import convfusion
+from convfusion import presets
+from convfusion.adapters import list_sites
+from convfusion.bench.latency import site_kinds
+from convfusion.bench.plan import (
+    Law,
+    SitePlan,
+    SpeedPlan,
+    fitted,
+    hybrid,
+    plan_speed,
+    proportional,
+    shrunk,
+)
+from convfusion.errors import ConvFusionError
+from convfusion.surgery import mixers_of
+
+SIZES = st.tuples(st.integers(1, 5000), st.integers(2, 10)).map(lambda n: (n[0], n[0] * n[1]))
+
+
+@given(SIZES, st.floats(0, 1e-3), st.floats(1e-9, 1e-3))
+def test_a_law_is_found_again(sizes, line, square):
+    law = fitted({n: Law(line, square)(n) for n in sizes})
+    assert law.linear == pytest.approx(line, rel=1e-6, abs=1e-9 * sizes[1] * square + 1e-12)
+    assert law.square == pytest.approx(square, rel=1e-6)
+
+
+@given(SIZES, st.floats(1e-6, 1), st.floats(1e-6, 1))
+def test_a_law_has_no_negative_part_and_passes_the_larger_size(sizes, fast, slow):
+    small, large = sizes
+    law = fitted({small: fast, large: slow})
+    assert law.linear >= 0 and law.square >= 0
+    assert law(large) == pytest.approx(slow)
+
+
+def test_one_size_gives_a_line():
+    assert fitted({4: 2.0}) == proportional({4: 2.0}) == Law(0.5)
+
+
+@given(st.tuples(st.integers(1, 300), st.integers(1, 300)), st.integers(1, 4096))
+def test_a_shrunk_grid_fits(grid, tokens):
+    height, width = shrunk(grid, tokens)
+    assert 1 <= height <= grid[0] and 1 <= width <= grid[1]
+    assert height * width <= max(tokens, 300)
+    if grid[0] * grid[1] <= tokens:
+        assert (height, width) == grid
+
+
+def plan(*, rest=1.0, attention=Law(1e-4, 1e-7), block=Law(2e-4), tokens=4096):
+    near = SitePlan(("a", "b"), 320, 7, tokens, attention, block, True, 10, 4)
+    far = SitePlan(("c",), 640, 9, tokens // 4, attention, block, True, 40, 16)
+    return SpeedPlan((512, 512), 2, (near, far), rest)
+
+
+def test_the_sums():
+    own = plan()
+    n, m = 4096, 1024
+    attention = 2 * (1e-4 * n + 1e-7 * n * n) + 1e-4 * m + 1e-7 * m * m
+    assert own.attention == pytest.approx(1 + attention)
+    assert own.converted == pytest.approx(1 + 2 * 2e-4 * n + 2e-4 * m)
+    assert own.bound == pytest.approx(1 + attention)
+    assert own.weights == (2 * 10 + 40, 2 * 4 + 16)
+
+
+def test_the_crossover_is_where_both_take_as_long():
+    height, width = plan().faster_from
+    there = plan(tokens=round(4096 * (height / 512) ** 2))
+    assert height == width
+    assert there.attention == pytest.approx(there.converted, rel=1e-2)
+
+
+def test_faster_everywhere_and_nowhere():
+    assert plan(block=Law(5e-5)).faster_from == (0, 0)
+    assert plan(attention=Law(1e-4)).faster_from is None
+
+
+def test_a_hybrid_takes_the_cheaper_one():
+    own = plan(attention=Law(1e-4, 4e-8))  # 1024 tokens: 1.4e-4 a token against 2e-4
+    assert own.kept == ("c",)
+    assert own.hybrid < min(own.attention, own.converted)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_plans_of_every_family(case):
+    model = case.model()
+    config = presets.by_name(case.preset)
+    before = run(model, case, 16, 16)
+    own = plan_speed(model, config, (16, 16), batch=1)
+    assert sum(len(site.paths) for site in own.sites) == case.sites
+    assert len(own.sites) == len(site_kinds(model, config))
+    assert own.bound > 1 and own.hybrid <= min(own.attention, own.converted)
+    assert torch.equal(run(model, case, 16, 16), before)
+    with torch.device("meta"):
+        full = convfusion.convert(case.make(), config)
+    weights = sum(row.attention_parameters for row in full.sites)
+    assert own.weights == (4 * weights, 4 * sum(row.mixer_parameters for row in full.sites))
+    convfusion.convert(model, config)
+    with pytest.raises(ConvFusionError, match="converted already"):
+        plan_speed(model, config, (16, 16))
+
+
+def test_a_hybrid_is_the_attention_at_the_kept_sites():
+    case = CASES[0]
+    stock, model = case.model(), case.model()
+    paths = [site.path for site in list_sites(model)]
+    convfusion.convert(model)
+    randomise(mixers_of(model))
+    blocks = run(model, case, 16, 16)
+    everywhere = plan(attention=Law(0))
+    everywhere = SpeedPlan(
+        everywhere.size, 2, (SitePlan(tuple(paths), 8, 7, 9, Law(0), Law(1), True, 1, 1),), 1.0
+    )
+    with hybrid(model, everywhere):
+        assert torch.equal(run(model, case, 16, 16), run(stock, case, 16, 16))
+    assert torch.equal(run(model, case, 16, 16), blocks)
