@@ -242,3 +242,32 @@ def test_a_mistake_is_one_clear_line(run, model, tmp_path, mistake):
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
     assert err.startswith("convfusion: ") and err.count("\n") == 1
+
+
+def test_bench_flops_shows_and_writes_what_things_cost(run, tmp_path):
+    out = tmp_path / "flops.csv"
+    options = ("--size", "64x64", "--size", "64x96", "--mixers", "delta_conv,mean_only")
+    code, shown, _ = run("bench", "flops", "mini", *options, "--ratio", 0.25, "--out", out)
+    assert code == 0
+    assert "all 7 self-attention sites" in shown
+    assert "64×96" in shown and "two operations per multiply-add" in shown
+    assert max(map(len, shown.split("Counted")[0].splitlines())) <= 100
+    header, *rows = out.read_text().splitlines()
+    assert header.startswith("model,width,height,mixer,place,sites")
+    assert {row.split(",")[3] for row in rows} == {"attention", "delta_conv 0.25", "mean_only"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("sd3",), "'sd3' is neither a model"),
+        (("mini", "--size", "30x64"), "multiples of 4 pixels along a side, not 30×64"),
+        (("mini", "--mixers", "mamba"), "no mixer 'mamba'; there are delta_conv"),
+        (("mini", "--ratio", "9"), "ratio must lie between 0 and 4"),
+        (("mini", "--out", "nowhere/flops.csv"), "nowhere/flops.csv cannot be a file"),
+    ],
+)
+def test_bench_flops_names_mistakes_before_it_counts(run, options, message):
+    code, shown, err = run("bench", "flops", *options)
+    assert (code, shown) == (2, "")
+    assert message in err and len(err.splitlines()) == 1

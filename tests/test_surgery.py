@@ -4,19 +4,14 @@ import copy
 
 import pytest
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from tiny_models import CASES, Case, randomise, run, sd15
 from torch import nn
 
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, Removed, uniform
 from convfusion.adapters import list_sites
+from convfusion.bench.models import FULL_SIZE, denoiser_on_meta
 from convfusion.mixers import MIXERS
 from convfusion.surgery import mixers_of
 
@@ -194,48 +189,20 @@ def test_half_precision_and_meta(case):
     assert all(p.is_meta for p in model.parameters())
 
 
-FULL_SIZE = {
-    "sd15": (
-        UNet2DConditionModel,
-        {"cross_attention_dim": 768},
-        {0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)},
-        859_520_964,
-        49.6,
-    ),
-    "sdxl": (
-        UNet2DConditionModel,
-        {
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        {1: (10, 640), 2: (60, 1280)},
-        2_567_463_684,
-        409.7,
-    ),
-    "pixart": (
-        PixArtTransformer2DModel,
-        {"sample_size": 128, "caption_channels": 4096, "use_additional_conditions": False},
-        {0: (28, 1152)},
-        610_856_096,
-        148.8,
-    ),
-    "dit": (DiTTransformer2DModel, {"out_channels": 8}, {0: (28, 1152)}, None, None),
+# Sites and channels by level; parameters of the model; of its self-attention, in millions.
+LAYOUTS = {
+    "sd15": ({0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 859_520_964, 49.6),
+    "sd21": ({0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 865_910_724, 49.6),
+    "sdxl": ({1: (10, 640), 2: (60, 1280)}, 2_567_463_684, 409.7),
+    "pixart": ({0: (28, 1152)}, 610_856_096, 148.8),
+    "dit": ({0: (28, 1152)}, None, 148.8),
 }
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_full_size_layouts_on_meta(name):
-    kind, config, levels, parameters, attention = FULL_SIZE[name]
-    with torch.device("meta"):
-        model = kind(**config)
+    levels, parameters, attention = LAYOUTS[name]
+    model = denoiser_on_meta(*FULL_SIZE[name])
     if parameters is not None:
         assert sum(p.numel() for p in model.parameters()) == parameters
     status = convfusion.convert(model)
@@ -244,9 +211,8 @@ def test_full_size_layouts_on_meta(name):
         count = found.get(row.site.level, (0, 0))[0]
         found[row.site.level] = (count + 1, row.site.channels)
     assert found == levels
-    if attention is not None:
-        weights = sum(row.attention_parameters for row in status.sites)
-        assert round(weights / 1e6, 1) == attention
+    weights = sum(row.attention_parameters for row in status.sites)
+    assert round(weights / 1e6, 1) == attention
     assert convfusion.presets.preset_for(model) == name
 
 

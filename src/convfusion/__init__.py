@@ -47,6 +47,7 @@ _HOME = {
 _MODULES = (
     "adapters",
     "analysis",
+    "bench",
     "data",
     "distill",
     "evaluate",

@@ -8,19 +8,28 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from convfusion.adapters import adapter_for, denoiser_of, list_sites
+from convfusion.adapters import denoiser_of, list_sites, site_grid
 from convfusion.errors import ConvFusionError
 from convfusion.surgery import MixedAttention
+
+
+def _sdpa_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# PyTorch's counter knows the attention kernels of GPUs, and passes over the CPU's.
+_MORE = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_on_cpu}
 
 
 def count(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     """Floating-point operations (two per multiply-add) of one call, by PyTorch's counter.
 
-    Matrix products, convolutions and attention count; additions, norms and gates do not.
+    Matrix products, convolutions and attention count, on any device; additions, norms, gates and
+    interpolation do not.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
         module(*args, **kwargs)
     return counter.get_total_flops()
 
@@ -35,7 +44,6 @@ def site_flops(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tuple[int
         ConvFusionError: the attention was dropped, or nothing is converted.
     """
     model = denoiser_of(pipe_or_model)
-    patch = adapter_for(model).grid_hook(model).patch
     counts: dict[str, tuple[int, int]] = {}
     for site in list_sites(model):
         attention = model.get_submodule(site.path)
@@ -43,7 +51,7 @@ def site_flops(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tuple[int
             continue
         if not hasattr(attention, "to_q"):
             raise ConvFusionError("the attention was dropped: there is nothing to compare with")
-        height, width = (-(-(side // patch) // 2**site.level) for side in size)
+        height, width = site_grid(model, site, size)
         mixed: Any = copy.deepcopy(attention).to("meta")
         tokens = torch.empty(
             1, height * width, site.channels, device="meta", dtype=mixed.to_q.weight.dtype

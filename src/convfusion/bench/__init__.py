@@ -1,0 +1,28 @@
+"""What a model's self-attention costs, and what stands in its place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from convfusion.lazy import lazy
+
+if TYPE_CHECKING:
+    from convfusion.bench.flops import Cost, contenders, operation_table, totals, write_costs
+    from convfusion.bench.models import BenchModel, bench_model
+
+_HOME = {
+    "Cost": "flops",
+    "contenders": "flops",
+    "operation_table": "flops",
+    "totals": "flops",
+    "write_costs": "flops",
+    "BenchModel": "models",
+    "bench_model": "models",
+}
+__all__ = sorted(_HOME)
+
+__getattr__ = lazy(__name__, _HOME)
+
+
+def __dir__() -> list[str]:
+    return __all__

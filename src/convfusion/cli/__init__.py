@@ -7,6 +7,7 @@ import sys
 import typer
 
 from convfusion.cli.analyze import ablate, analyze
+from convfusion.cli.bench import bench
 from convfusion.cli.cache import cache
 from convfusion.cli.console import fail, quiet_libraries
 from convfusion.cli.convert import convert
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for command in (demo, analyze, ablate, curve, convert, cache, distill, generate):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

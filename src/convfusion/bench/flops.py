@@ -1,0 +1,241 @@
+"""Operations, parameters and memory of self-attention and its rivals, from shapes alone.
+
+Everything is worked out on the meta device, for one sample, at any size of picture.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convfusion.adapters import Site, list_sites, site_grid
+from convfusion.bench.activations import peak_bytes
+from convfusion.bench.models import BenchModel
+from convfusion.block import DeltaConv, Grid
+from convfusion.checkpoint import write_text
+from convfusion.config import ConvertConfig, uniform
+from convfusion.errors import ConvFusionError
+from convfusion.flops import count
+from convfusion.mixers import MIXERS, Circular, Mixer, Neighbourhood
+from convfusion.presets import by_name, preset_for
+
+SIZES = (
+    *((side, side) for side in (256, 512, 1024, 2048, 4096, 8192, 16384)),
+    (2160, 4096),
+    (8640, 15360),
+)  # (height, width) in pixels
+ATTENTION = "attention"
+RIVALS = ("delta_conv", "linfusion", "neighbourhood", "tome")
+COUNTED = (
+    "Counted: matrix products, convolutions and attention, two operations per multiply-add, of one "
+    "sample; not norms, gates, pooling and interpolation. Windowed attention counts its windows.",
+    "Memory: the most that the tensors of one site take at once in float16, without weights and "
+    "attention scores.",
+)
+EVERY = "all"  # the place of a total
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one site costs with one mixer at one size of picture, for one sample.
+
+    Attributes:
+        model: name.
+        width, height: of the picture, in pixels.
+        mixer: `attention`, or the name of a contender.
+        place: the part of the model, such as `down_blocks.0`; `all` is a total.
+        sites: how many sites of that place cost the same, or all that a total sums up.
+        channels: C of the tokens; 0 in a total.
+        tokens: N; 0 in a total.
+        operations: of one forward of one site; in a total, of all sites.
+        parameters: likewise.
+        activation_bytes: the most that the tensors of one site take at once, in float16
+            (`convfusion.bench.activations.peak_bytes`); in a total, at the worst site.
+    """
+
+    model: str
+    width: int
+    height: int
+    mixer: str
+    place: str
+    sites: int
+    channels: int
+    tokens: int
+    operations: int
+    parameters: int
+    activation_bytes: int
+
+
+def contenders(
+    model: BenchModel, kinds: Sequence[str] = RIVALS, ratios: Sequence[float] = (0.5,)
+) -> dict[str, ConvertConfig | None]:
+    """What to compare, by name: the attention (None), and a config for every rival.
+
+    Args:
+        model: ΔConvBlocks take the kernels of its preset.
+        kinds: names in `convfusion.mixers.MIXERS`, with their default settings.
+        ratios: channel ratios of the ΔConvBlocks, each a contender.
+
+    Raises:
+        ConvFusionError: an unknown kind, or a ratio that no block can have.
+    """
+    found: dict[str, ConvertConfig | None] = {ATTENTION: None}
+    for kind in kinds:
+        if kind not in MIXERS:
+            raise ConvFusionError(f"no mixer {kind!r}; there are {', '.join(MIXERS)}")
+        if kind != "delta_conv":
+            found[kind] = uniform(MIXERS[kind]())
+            continue
+        preset = by_name(preset_for(model.denoiser)).sites
+        for ratio in ratios:
+            found[f"{kind} {ratio:g}"] = ConvertConfig(
+                {p: replace(m, ratio=ratio) for p, m in preset.items() if isinstance(m, DeltaConv)}
+            )
+    return found
+
+
+def operation_table(
+    model: BenchModel,
+    sizes: Iterable[tuple[int, int]] = SIZES,
+    configs: Mapping[str, ConvertConfig | None] | None = None,
+) -> list[Cost]:
+    """The cost of every contender at every place of a model, for pictures of (height, width).
+
+    Raises:
+        ConvFusionError: a size that the model cannot draw, or a block that does not fit its
+            channels.
+    """
+    configs = contenders(model) if configs is None else configs
+    latents = {size: model.latents(size) for size in sizes}
+    groups = _groups(model, configs)
+    attentions = {
+        (group.first.channels, group.first.heads): model.denoiser.get_submodule(group.first.path)
+        for group in groups
+    }
+
+    @cache  # the same at every place of so many channels and tokens
+    def cost(channels: int, heads: int, mixer: Any, grid: Grid) -> tuple[int, int, int]:
+        return site_cost(attentions[channels, heads], mixer, grid)
+
+    found = []
+    for size, group in product(latents, groups):
+        site, (height, width) = group.first, size
+        grid = site_grid(model.denoiser, site, latents[size])
+        for label, mixer in zip(configs, group.mixers, strict=True):
+            what = (model.name, width, height, label, group.place, group.sites, site.channels)
+            numbers = cost(site.channels, site.heads, mixer, grid)
+            found.append(Cost(*what, math.prod(grid), *numbers))
+    return found
+
+
+@dataclass
+class _Group:
+    """Sites of one place that cost the same with every contender."""
+
+    place: str
+    first: Site
+    mixers: tuple[Any, ...]  # settings of each contender's mixer; None for the attention
+    sites: int = 0
+
+
+def _groups(model: BenchModel, configs: Mapping[str, ConvertConfig | None]) -> list[_Group]:
+    groups: dict[Any, _Group] = {}
+    for site in list_sites(model.denoiser):
+        in_unet = ".attentions." in site.path
+        place = site.path.partition(".attentions." if in_unet else ".")[0]
+        mixers = tuple(c.mixer_for(site.path) if c else None for c in configs.values())
+        alike = (place, site.channels, site.heads, site.level, mixers)
+        groups.setdefault(alike, _Group(place, site, mixers)).sites += 1
+    return list(groups.values())
+
+
+def site_cost(attention: Any, mixer: Mixer | None, grid: Grid) -> tuple[int, int, int]:
+    """Operations, parameters and activation bytes (float16) of one site, for one sample.
+
+    Args:
+        attention: the diffusers `Attention` of the site, on the meta device.
+        mixer: settings of what stands in its place; None for the attention itself.
+        grid: (H, W) of its tokens.
+    """
+    channels, count_of_tokens = attention.query_dim, math.prod(grid)
+    with torch.device("meta"):
+        tokens = torch.empty(1, count_of_tokens, channels, dtype=torch.float16)
+        module = mixer.build(channels, attention.heads) if mixer else copy.deepcopy(attention)
+    module = module.to(torch.float16)
+    inputs = (tokens, grid) if mixer else (tokens,)
+    if isinstance(mixer, Neighbourhood | Circular):
+        projections = 4 * 2 * count_of_tokens * channels**2
+        operations = projections + 2 * 2 * channels * pairs_in_windows(mixer, grid)
+    else:
+        operations = count(module, *inputs)
+    parameters = sum(p.numel() for p in module.parameters())
+    return operations, parameters, peak_bytes(module, *inputs)
+
+
+def pairs_in_windows(mixer: Neighbourhood | Circular, grid: Grid) -> int:
+    """How many pairs of query and key a windowed attention compares on a grid (H, W).
+
+    A kernel made for the window works out these and no more; the tiles of
+    `convfusion.neighbourhood` also work out pairs that they then mask.
+    """
+    height, width = grid
+    if isinstance(mixer, Neighbourhood):
+        return height * width * min(mixer.window, height) * min(mixer.window, width)
+    reach = range(1 - mixer.radius, mixer.radius)
+    within = sum(
+        max(0, height - abs(dy)) * max(0, width - abs(dx))
+        for dy, dx in product(reach, reach)
+        if dy**2 + dx**2 < mixer.radius**2
+    )
+    return within + height * width * mixer.mean_token
+
+
+def totals(costs: Iterable[Cost]) -> list[Cost]:
+    """All sites of a model together, for every mixer and size."""
+    whole: dict[tuple[Any, ...], list[Cost]] = {}
+    for cost in costs:
+        whole.setdefault((cost.model, cost.width, cost.height, cost.mixer), []).append(cost)
+    return [
+        replace(
+            parts[0],
+            place=EVERY,
+            sites=sum(part.sites for part in parts),
+            channels=0,
+            tokens=0,
+            operations=sum(part.sites * part.operations for part in parts),
+            parameters=sum(part.sites * part.parameters for part in parts),
+            activation_bytes=max(part.activation_bytes for part in parts),
+        )
+        for parts in whole.values()
+    ]
+
+
+def ratios(costs: Sequence[Cost]) -> list[float | None]:
+    """For each cost, the attention's operations over its own, same model, size and place."""
+
+    def where(cost: Cost) -> tuple[Any, ...]:
+        return (cost.model, cost.width, cost.height, cost.place, cost.channels, cost.tokens)
+
+    attention = {where(cost): cost.operations for cost in costs if cost.mixer == ATTENTION}
+    return [attention[where(cost)] / cost.operations if cost.operations else None for cost in costs]
+
+
+def write_costs(costs: Sequence[Cost], path: Path) -> None:
+    """Costs and their totals as CSV, each with the attention's operations over its own."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([*(each.name for each in fields(Cost)), "attention_over"])
+    for rows in (costs, totals(costs)):
+        for cost, ratio in zip(rows, ratios(rows), strict=True):
+            table.writerow([*astuple(cost), "" if ratio is None else f"{ratio:.6g}"])
+    write_text(path, text.getvalue())

@@ -1,0 +1,115 @@
+"""`convfusion bench …`: what self-attention costs, and what its rivals cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from convfusion.cli.options import parse_size
+from convfusion.errors import ConvFusionError
+
+if TYPE_CHECKING:
+    from convfusion.bench.flops import Cost
+
+DECIMAL = ("", "k", "M", "G", "T", "P")
+BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
+
+bench = typer.Typer(no_args_is_help=True, help="What self-attention and its rivals cost.")
+
+
+@bench.command()
+def flops(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="sd15, sd21, sdxl, pixart, dit, mini (all by default), or a pipeline's folder.",
+        ),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="WIDTHxHEIGHT in pixels; give it again for more. By default nine sizes."),
+    ] = None,
+    mixers: Annotated[
+        str | None, typer.Option(help="Rivals, with commas between: delta_conv,linfusion,…")
+    ] = None,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(help="Channel ratio of the ΔConvBlocks; give it again. By default 0.5."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="CSV file for the cost at every site, and the totals.")
+    ] = None,
+) -> None:
+    """Count operations, parameters and memory from shapes alone: no weights, no GPU."""
+    from convfusion.bench.flops import (
+        COUNTED,
+        RIVALS,
+        SIZES,
+        contenders,
+        operation_table,
+        totals,
+        write_costs,
+    )
+    from convfusion.bench.models import NAMES, bench_model
+
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise ConvFusionError(f"{out} cannot be a file: name one in a folder that is there")
+    kinds = RIVALS if mixers is None else [kind.strip() for kind in mixers.split(",")]
+    found = [bench_model(name) for name in models or NAMES]
+    compared = {model.name: contenders(model, kinds, ratio or (0.5,)) for model in found}
+    sizes = [parse_size(text) for text in size] if size else SIZES
+    for model in found:
+        for each in sizes:
+            model.latents(each)
+    costs: list[Cost] = []
+    for model in found:
+        costs += operation_table(model, sizes, compared[model.name])
+        print_totals([cost for cost in totals(costs) if cost.model == model.name])
+    for line in COUNTED:
+        typer.echo(line)
+    if out is not None:
+        write_costs(costs, out)
+        typer.echo(f"Written: {out}")
+
+
+def print_totals(costs: list[Cost]) -> None:
+    """One model: a row for each size and a column for each contender."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from convfusion.bench.flops import ratios
+
+    table = Table(
+        title=f"{costs[0].model}: all {costs[0].sites} self-attention sites, one forward",
+        caption="operations · attention's over them · memory of the largest site",
+        show_lines=True,
+    )
+    table.add_column("pixels")
+    rows: dict[str, list[str]] = {}
+    parameters: dict[str, str] = {}
+    for cost, ratio in zip(costs, ratios(costs), strict=True):
+        lines = [
+            scaled(cost.operations, 1000, DECIMAL),
+            "–" if ratio is None else f"{ratio:,.1f}×" if ratio < 100 else f"{ratio:,.0f}×",
+            scaled(cost.activation_bytes, 1024, BINARY),
+        ]
+        rows.setdefault(f"{cost.width}×{cost.height}", []).append("\n".join(lines))
+        parameters[cost.mixer] = scaled(cost.parameters, 1000, DECIMAL)
+    for name in parameters:
+        table.add_column(name.replace(" ", "\n"), justify="right")
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    table.add_row("parameters", *parameters.values())
+    Console().print(table)
+
+
+def scaled(number: float, step: int, units: tuple[str, ...]) -> str:
+    """Three digits and a unit: `scaled(1234, 1000, ("", "k"))` is 1.23 k."""
+    power = 0
+    while number >= 999.5 and power < len(units) - 1:
+        number, power = number / step, power + 1
+    digits = 0 if number >= 99.95 else 1 if number >= 9.995 else 2
+    return f"{number:.{digits}f} {units[power]}".strip()
