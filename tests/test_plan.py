@@ -6,24 +6,27 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import CASES, randomise, run
+from tiny_models import CASES, run
 
 import convfusion
 from convfusion import presets
 from convfusion.adapters import list_sites
-from convfusion.bench.latency import site_kinds
+from convfusion.bench import plan as plan_module
+from convfusion.bench.latency import Measured, site_kinds
 from convfusion.bench.plan import (
     Law,
     SitePlan,
     SpeedPlan,
+    cheaper_attention,
     fitted,
-    hybrid,
     plan_speed,
     proportional,
     shrunk,
 )
+from convfusion.bench.timing import Timing
+from convfusion.block import DeltaConv
+from convfusion.config import ConvertConfig, uniform
 from convfusion.errors import ConvFusionError
-from convfusion.surgery import mixers_of
 
 SIZES = st.tuples(st.integers(1, 5000), st.integers(2, 10)).map(lambda n: (n[0], n[0] * n[1]))
 
@@ -109,17 +112,19 @@ def test_plans_of_every_family(case):
         plan_speed(model, config, (16, 16))
 
 
-def test_a_hybrid_is_the_attention_at_the_kept_sites():
+def test_the_attention_is_kept_where_it_is_cheaper(monkeypatch):
     case = CASES[0]
-    stock, model = case.model(), case.model()
+    model = case.model()
     paths = [site.path for site in list_sites(model)]
-    convfusion.convert(model)
-    randomise(mixers_of(model))
-    blocks = run(model, case, 16, 16)
-    everywhere = plan(attention=Law(0))
-    everywhere = SpeedPlan(
-        everywhere.size, 2, (SitePlan(tuple(paths), 8, 7, 9, Law(0), Law(1), True, 1, 1),), 1.0
-    )
-    with hybrid(model, everywhere):
-        assert torch.equal(run(model, case, 16, 16), run(stock, case, 16, 16))
-    assert torch.equal(run(model, case, 16, 16), blocks)
+    slow, fast = uniform(DeltaConv(kernel_size=9)), uniform(DeltaConv(kernel_size=3))
+    convfusion.convert(model, ConvertConfig({paths[0]: slow.sites["*"], "*": fast.sites["*"]}))
+
+    def timed(model, site, variants, grid, **options):
+        kernel = variants["block"].config.mixer_for(site.path).kernel_size
+        times = {"attention": 5.0, "block": float(kernel)}
+        return {name: Measured(Timing((time,), None)) for name, time in times.items()}
+
+    monkeypatch.setattr(plan_module, "time_site", timed)
+    assert cheaper_attention(model, (16, 16)) == (paths[0],)
+    with pytest.raises(ConvFusionError, match="not converted"):
+        cheaper_attention(case.model(), (16, 16))

@@ -13,8 +13,7 @@ when the sites cost nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ from convfusion.block import Grid
 from convfusion.config import ConvertConfig, uniform
 from convfusion.errors import ConvFusionError
 from convfusion.mixers import Removed
-from convfusion.surgery import attention_back, mixers_of
+from convfusion.surgery import attention_teacher, mixers_of
 
 LARGEST = 64 * 64  # tokens that are timed; beyond, the fitted laws speak
 ROUNDS = 3
@@ -207,6 +206,30 @@ def plan_speed(
     return SpeedPlan(size, batch, tuple(plans), _rest(model, size, batch))
 
 
+def cheaper_attention(
+    pipe_or_model: Any, size: tuple[int, int], *, batch: int = 2
+) -> tuple[str, ...]:
+    """Converted sites at which the attention is the cheaper one for latents of a size, measured.
+
+    `convfusion.surgery.attention_back` lets the attention stand in there.
+
+    Args:
+        pipe_or_model: converted, with its attention kept.
+        size: (height, width) of the latents.
+        batch: samples of a forward pass.
+
+    Raises:
+        ConvFusionError: nothing is converted, or the attention was dropped.
+    """
+    student = denoiser_of(pipe_or_model)
+    mixers = mixers_of(student)
+    stock = attention_teacher(student)
+    config = ConvertConfig({path: mixer.config for path, mixer in mixers.items()})
+    kinds = [kind for kind in site_kinds(stock, config) if kind.paths[0] in mixers]
+    plans = [_plan_site(stock, kind, config, size, batch) for kind in kinds]
+    return tuple(path for plan in plans if plan.keeps_attention for path in plan.paths)
+
+
 def _plan_site(
     model: Any, kind: SiteKind, config: ConvertConfig, latents: tuple[int, int], batch: int
 ) -> SitePlan:
@@ -260,14 +283,3 @@ def _rest(model: Any, latents: tuple[int, int], batch: int) -> float:
     device = next(model.parameters()).device
     timing: Timing = interleaved({"rest": call}, device, ROUNDS)["rest"]
     return timing.median * math.prod(latents) / math.prod(small)
-
-
-@contextmanager
-def hybrid(pipe: Any, plan: SpeedPlan) -> Iterator[None]:
-    """Let a converted pipeline use its attention, for a while, wherever the plan finds it cheaper.
-
-    Raises:
-        ConvFusionError: a site is not converted, or its attention was dropped.
-    """
-    with attention_back(pipe, plan.kept):
-        yield

@@ -15,6 +15,8 @@ from convfusion.cli.curve import curve
 from convfusion.cli.demo import demo
 from convfusion.cli.distill import distill
 from convfusion.cli.generate import generate
+from convfusion.cli.latency import latency
+from convfusion.cli.plan import plan
 from convfusion.errors import ConvFusionError
 
 app = typer.Typer(
@@ -24,8 +26,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, analyze, ablate, curve, convert, cache, distill, generate):
+for command in (demo, analyze, ablate, curve, plan, convert, cache, distill, generate):
     app.command()(command)
+bench.command()(latency)
 app.add_typer(bench, name="bench")
 
 

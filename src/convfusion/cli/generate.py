@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +23,12 @@ def generate(
         float | None, typer.Option(help="Classifier-free guidance; 5, and 3 for `mini`.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count on.")] = 0,
+    hybrid: Annotated[
+        bool,
+        typer.Option(
+            help="Measure first, and use the attention wherever it is the cheaper one at this size."
+        ),
+    ] = False,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
@@ -39,9 +46,24 @@ def generate(
     seeds = [seed + i for i in range(len(prompt))]
     out.mkdir(parents=True, exist_ok=True)
     guidance = guidance_for(model) if guidance is None else guidance
-    images = run(pipe, prompt, seeds=seeds, steps=steps, guidance=guidance, size=wanted)
+    with with_cheaper_attention(pipe, wanted) if hybrid else nullcontext():
+        images = run(pipe, prompt, seeds=seeds, steps=steps, guidance=guidance, size=wanted)
     first = len(list(out.glob("*.png")))
     for i, (image, number) in enumerate(zip(images, seeds, strict=True)):
         path = out / f"{first + i:05d}-seed{number}.png"
         image.save(path)
         typer.echo(str(path))
+
+
+def with_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractContextManager[None]:
+    """Let the attention stand in at the sites where it is the cheaper one at a size in pixels."""
+    from convfusion.adapters import denoiser_of
+    from convfusion.bench.plan import cheaper_attention
+    from convfusion.conditioning import latent_scale
+    from convfusion.surgery import attention_back, mixers_of
+
+    scale = latent_scale(pipe)
+    height, width = size or (denoiser_of(pipe).config.sample_size * scale,) * 2
+    kept = cheaper_attention(pipe, (height // scale, width // scale))
+    typer.echo(f"The attention is the cheaper one at {len(kept)} of {len(mixers_of(pipe))} sites.")
+    return attention_back(pipe, kept)

@@ -9,39 +9,54 @@ from typing import Any
 from convfusion.cli.console import hide_loading_bars
 from convfusion.errors import ConvFusionError
 
+PRECISIONS = ("float32", "bfloat16", "float16")
+
 
 def load_pipeline(model: str, precision: str, device: str | None) -> Any:
     """A pipeline by name: embedded, converted on disk, or diffusers' own."""
-    import torch
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HFValidationError
 
     from convfusion import checkpoint, mini
 
     hide_loading_bars()
-    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-    if precision not in dtypes:
-        raise ConvFusionError(f"precision must be one of {', '.join(dtypes)}, not {precision!r}")
-    if device is None:  # under a launcher each process has a GPU of its own
-        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        device = own if torch.cuda.is_available() else "cpu"
+    dtype, place = torch_dtype(precision), torch_device(device)
     if is_embedded(model):
         pipe = mini.load_student() if model == "mini" else mini.load_teacher()
-        pipe.to(dtypes[precision])
+        pipe.to(dtype)
     elif (Path(model) / "convfusion").is_dir():
-        pipe = checkpoint.load_pipeline(model, torch_dtype=dtypes[precision])
+        pipe = checkpoint.load_pipeline(model, torch_dtype=dtype)
     else:
         try:
-            pipe = DiffusionPipeline.from_pretrained(
-                model, torch_dtype=dtypes[precision], use_safetensors=True
-            )
+            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
         except (OSError, HFValidationError) as error:
             raise ConvFusionError(
                 f"{model} is no pipeline: no diffusers folder is there, or the Hub has none of "
                 f"that name or cannot be reached ({first_line(error)})"
             ) from None
+    return pipe.to(place)
+
+
+def torch_dtype(precision: str) -> Any:
+    """The dtype of that name."""
+    import torch
+
+    if precision not in PRECISIONS:
+        raise ConvFusionError(
+            f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}"
+        )
+    return getattr(torch, precision)
+
+
+def torch_device(device: str | None) -> Any:
+    """The device of that name, tried; without one the GPU if there is one, else the CPU."""
+    import torch
+
+    if device is None:  # under a launcher each process has a GPU of its own
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = own if torch.cuda.is_available() else "cpu"
     try:
-        return pipe.to(device)
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ConvFusionError(f"the device {device!r} cannot be used: {error}") from None
 
@@ -96,9 +111,8 @@ def equip(
         every: convert only every so many-th of the sites, with new blocks.
         first: of them, from 0.
     """
-    from convfusion import checkpoint, presets, surgery
+    from convfusion import checkpoint, surgery
     from convfusion.adapters import denoiser_of
-    from convfusion.config import ConvertConfig
 
     if blocks is not None and (config is not None or every is not None):
         raise ConvFusionError(
@@ -112,13 +126,20 @@ def equip(
         surgery.revert(pipe)
     if blocks is not None:
         return checkpoint.load(pipe, blocks)
-    if config is not None and config not in presets.PRESETS and Path(config).suffix == ".json":
-        chosen = ConvertConfig.load(config)
-    else:
-        chosen = presets.by_name(config or presets.preset_for(denoiser_of(pipe)))
+    chosen = conversion_for(denoiser_of(pipe), config)
     if every is not None:
         from convfusion.distill import partial
 
         paths = [row.site.path for row in surgery.status(pipe).sites]
         chosen = partial.every(chosen, paths, every, first)
     return surgery.convert(pipe, chosen)
+
+
+def conversion_for(denoiser: Any, config: str | None) -> Any:
+    """The conversion of that name or in that file; without one the preset of the layout."""
+    from convfusion import presets
+    from convfusion.config import ConvertConfig
+
+    if config is not None and config not in presets.PRESETS and Path(config).suffix == ".json":
+        return ConvertConfig.load(config)
+    return presets.by_name(config or presets.preset_for(denoiser))
