@@ -87,7 +87,7 @@ def print_totals(costs: list[Cost]) -> None:
         caption="operations · attention's over them · memory of the largest site",
         show_lines=True,
     )
-    table.add_column("pixels")
+    table.add_column("pixels", no_wrap=True)
     rows: dict[str, list[str]] = {}
     parameters: dict[str, str] = {}
     for cost, ratio in zip(costs, ratios(costs), strict=True):
