@@ -99,7 +99,7 @@ def print_totals(costs: list[Cost]) -> None:
         rows.setdefault(f"{cost.width}×{cost.height}", []).append("\n".join(lines))
         parameters[cost.mixer] = scaled(cost.parameters, 1000, DECIMAL)
     for name in parameters:
-        table.add_column(name.replace(" ", "\n"), justify="right")
+        table.add_column(name.replace(" ", "\n"), justify="right", overflow="fold")
     for name, cells in rows.items():
         table.add_row(name, *cells)
     table.add_row("parameters", *parameters.values())
