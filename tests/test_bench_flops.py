@@ -311,6 +311,9 @@ def test_a_folder_is_read_by_its_configuration_alone(tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "Flux"}))
     with pytest.raises(ConvFusionError, match="Flux is not supported"):
         bench_model(str(tmp_path))
+    config.write_text(json.dumps({"_class_name": "PixArtTransformer2DModel", "num_layers": "x"}))
+    with pytest.raises(ConvFusionError, match="holds no usable configuration"):
+        bench_model(str(tmp_path))
     config.write_text("{")
     with pytest.raises(ConvFusionError, match=r"config\.json cannot be read"):
         bench_model(str(tmp_path))

@@ -114,7 +114,9 @@ def _from_folder(name: str, folder: Path) -> BenchModel:
     try:
         denoiser = denoiser_on_meta(config["_class_name"], config)
         halvings = len(autoencoder["block_out_channels"]) - 1
-    except (KeyError, TypeError) as error:
+    except ConvFusionError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ConvFusionError(
             f"{folder} holds no configuration that can be used: {error}"
         ) from None
@@ -122,7 +124,10 @@ def _from_folder(name: str, folder: Path) -> BenchModel:
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConvFusionError(f"{folder / 'config.json'} cannot be read: {error}") from None
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConvFusionError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConvFusionError(f"{file} cannot be read: {error}") from None

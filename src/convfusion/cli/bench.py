@@ -87,7 +87,7 @@ def print_totals(costs: list[Cost]) -> None:
         caption="operations · attention's over them · memory of the largest site",
         show_lines=True,
     )
-    table.add_column("pixels")
+    table.add_column("pixels", no_wrap=True)
     rows: dict[str, list[str]] = {}
     parameters: dict[str, str] = {}
     for cost, ratio in zip(costs, ratios(costs), strict=True):
@@ -99,7 +99,7 @@ def print_totals(costs: list[Cost]) -> None:
         rows.setdefault(f"{cost.width}×{cost.height}", []).append("\n".join(lines))
         parameters[cost.mixer] = scaled(cost.parameters, 1000, DECIMAL)
     for name in parameters:
-        table.add_column(name.replace(" ", "\n"), justify="right")
+        table.add_column(name.replace(" ", "\n"), justify="right", overflow="fold")
     for name, cells in rows.items():
         table.add_row(name, *cells)
     table.add_row("parameters", *parameters.values())
