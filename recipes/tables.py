@@ -7,31 +7,18 @@ page; with `--check` it only says which pages are out of date, and fails if ther
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import math
 import re
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "results"
+import speed_tables
+from pages import RESULTS, ROOT, read, table
+
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-
-
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """Markdown, the first column to the left and the others to the right."""
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def read(name: str) -> list[dict[str, str]]:
-    with open(RESULTS / name, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -245,70 +232,6 @@ rank correlation of the two errors {found["rank_correlation"]:.2f}; teacher `{fo
     return f"{table(heads, lines)}\n\n{note}"
 
 
-def flops_totals() -> dict[str, dict[tuple[int, int], dict[str, dict[str, str]]]]:
-    """Of results/flops.csv the totals, by model, size in pixels and mixer."""
-    found = defaultdict(lambda: defaultdict(dict))
-    for row in read("flops.csv"):
-        if row["place"] == "all":
-            size = (int(row["width"]), int(row["height"]))
-            found[row["model"]][size][row["mixer"]] = row
-    return found
-
-
-def tera(operations: str) -> str:
-    number = float(operations) / 1e12
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
-def times(row: dict[str, str]) -> str:
-    ratio = float(row["attention_over"])
-    return f"{ratio:,.0f}×" if ratio >= 100 else f"{ratio:.1f}×"
-
-
-def flops() -> str:
-    """SD1.5: operations of attention and blocks, and attention's over those of each rival."""
-    rivals = {
-        "delta_conv 0.5": "ΔConvBlock 1/2",
-        "delta_conv 0.25": "ΔConvBlock 1/4",
-        "linfusion": "LinFusion",
-        "neighbourhood": "13×13 window",
-        "tome": "ToMe",
-    }
-    heads = ["pixels", "attention", "ΔConvBlock 1/2", *(f"over {name}" for name in rivals.values())]
-    found = flops_totals()["sd15"]
-    lines = []
-    for width, height in sorted(found, key=math.prod):
-        by = found[width, height]
-        own = [tera(by[name]["operations"]) for name in ("attention", "delta_conv 0.5")]
-        lines.append([f"{width}×{height}", *own, *(times(by[name]) for name in rivals)])
-    return table(heads, lines)
-
-
-def flops_models() -> str:
-    """Attention over ΔConvBlocks of ratio 1/2, for every model."""
-    found = flops_totals()
-    heads = ["pixels", *(f"`{name}`" for name in found)]
-    sizes = sorted(next(iter(found.values())), key=math.prod)
-    lines = [
-        [f"{w}×{h}", *(times(by[w, h]["delta_conv 0.5"]) for by in found.values())]
-        for w, h in sizes
-    ]
-    return table(heads, lines)
-
-
-def flops_memory() -> str:
-    """SD1.5: the most that one site takes at once."""
-    found = flops_totals()["sd15"]
-    mixers = list(next(iter(found.values())))
-    lines = [["parameters, millions"]]
-    lines[0] += [f"{int(found[512, 512][name]['parameters']) / 1e6:.1f}" for name in mixers]
-    for width, height in sorted(found, key=math.prod):
-        by = found[width, height]
-        sizes = [int(by[name]["activation_bytes"]) / 2**20 for name in mixers]
-        lines.append([f"MiB at {width}×{height}", *(f"{size:,.0f}" for size in sizes)])
-    return table(["", *(f"`{name}`" for name in mixers)], lines)
-
-
 def psnr(row: dict[str, float | None]) -> str:
     return "equal" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
 
@@ -322,12 +245,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "pixart ablation": partial(ablation, "ablation-pixart"),
     "curve": curve,
     "efficiency": efficiency,
-    "flops": flops,
-    "flops models": flops_models,
-    "flops memory": flops_memory,
     "memory": memory,
     "mini": partial(layers, "analysis-mini"),
     "pixart": partial(layers, "analysis-pixart"),
+    **speed_tables.TABLES,
 }
 
 

@@ -18,6 +18,7 @@ from convfusion.bench.activations import peak_bytes
 from convfusion.bench.flops import (
     SIZES,
     contenders,
+    denoiser_operations,
     operation_table,
     pairs_in_windows,
     ratios,
@@ -344,3 +345,11 @@ def test_the_file_holds_every_place_and_the_totals(tmp_path):
     expected = int(attention["operations"]) / int(last["operations"])
     assert float(last["attention_over"]) == pytest.approx(expected, rel=1e-5)
     assert {r["attention_over"] for r in rows if r["mixer"] == "removed"} == {""}
+
+
+@pytest.mark.parametrize(("side", "bound"), [(1024, 1.82), (2048, 4.12)])
+def test_what_the_operations_of_sd15_allow_at_most(side, bound):
+    model = bench_model("sd15")
+    costs = totals(operation_table(model, [(side, side)], {"attention": None}))
+    total = denoiser_operations(model, (side, side))
+    assert total / (total - costs[0].operations) == pytest.approx(bound, abs=0.006)

@@ -20,6 +20,7 @@ import torch
 
 from convfusion.adapters import Site, list_sites, site_grid
 from convfusion.bench.activations import peak_bytes
+from convfusion.bench.inputs import denoiser_inputs
 from convfusion.bench.models import BenchModel
 from convfusion.block import DeltaConv, Grid
 from convfusion.checkpoint import write_text
@@ -102,6 +103,12 @@ def contenders(
                 {p: replace(m, ratio=ratio) for p, m in preset.items() if isinstance(m, DeltaConv)}
             )
     return found
+
+
+def denoiser_operations(model: BenchModel, size: tuple[int, int]) -> int:
+    """Operations of a whole forward pass for one picture of (height, width) pixels."""
+    denoiser = model.denoiser
+    return count(denoiser, **denoiser_inputs(denoiser, model.latents(size), batch=1))
 
 
 def operation_table(

@@ -1,0 +1,245 @@
+"""The tables of docs/speed.md: operations counted, times measured."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+from convfusion.bench.flops import denoiser_operations
+from convfusion.bench.models import bench_model
+from convfusion.bench.rows import ATTENTION, Crossover, Row, crossovers, growth, read_rows
+from pages import RESULTS, read, table
+
+NAMES = {
+    "delta_conv 0.5": "ΔConvBlock",
+    "delta_conv 0.5 compiled": "ΔConvBlock, compiled",
+    "linfusion": "LinFusion",
+    "neighbourhood": "13×13 window",
+    "tome": "ToMe",
+}
+
+
+def flops_totals() -> dict[str, dict[tuple[int, int], dict[str, dict[str, str]]]]:
+    """Of results/flops.csv the totals, by model, size in pixels and mixer."""
+    found = defaultdict(lambda: defaultdict(dict))
+    for row in read("flops.csv"):
+        if row["place"] == "all":
+            size = (int(row["width"]), int(row["height"]))
+            found[row["model"]][size][row["mixer"]] = row
+    return found
+
+
+def tera(operations: str) -> str:
+    number = float(operations) / 1e12
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def times(row: dict[str, str]) -> str:
+    ratio = float(row["attention_over"])
+    return f"{ratio:,.0f}×" if ratio >= 100 else f"{ratio:.1f}×"
+
+
+def flops() -> str:
+    """SD1.5: operations of attention and blocks, and attention's over those of each rival."""
+    rivals = {
+        "delta_conv 0.5": "ΔConvBlock 1/2",
+        "delta_conv 0.25": "ΔConvBlock 1/4",
+        "linfusion": "LinFusion",
+        "neighbourhood": "13×13 window",
+        "tome": "ToMe",
+    }
+    heads = ["pixels", "attention", "ΔConvBlock 1/2", *(f"over {name}" for name in rivals.values())]
+    found = flops_totals()["sd15"]
+    lines = []
+    for width, height in sorted(found, key=math.prod):
+        by = found[width, height]
+        own = [tera(by[name]["operations"]) for name in ("attention", "delta_conv 0.5")]
+        lines.append([f"{width}×{height}", *own, *(times(by[name]) for name in rivals)])
+    return table(heads, lines)
+
+
+def flops_models() -> str:
+    """Attention over ΔConvBlocks of ratio 1/2, for every model."""
+    found = flops_totals()
+    heads = ["pixels", *(f"`{name}`" for name in found)]
+    sizes = sorted(next(iter(found.values())), key=math.prod)
+    lines = [
+        [f"{w}×{h}", *(times(by[w, h]["delta_conv 0.5"]) for by in found.values())]
+        for w, h in sizes
+    ]
+    return table(heads, lines)
+
+
+def flops_memory() -> str:
+    """SD1.5: the most that one site takes at once."""
+    found = flops_totals()["sd15"]
+    mixers = list(next(iter(found.values())))
+    lines = [["parameters, millions"]]
+    lines[0] += [f"{int(found[512, 512][name]['parameters']) / 1e6:.1f}" for name in mixers]
+    for width, height in sorted(found, key=math.prod):
+        by = found[width, height]
+        sizes = [int(by[name]["activation_bytes"]) / 2**20 for name in mixers]
+        lines.append([f"MiB at {width}×{height}", *(f"{size:,.0f}" for size in sizes)])
+    return table(["", *(f"`{name}`" for name in mixers)], lines)
+
+
+def measured() -> list[Row]:
+    return read_rows(RESULTS / "latency.csv")
+
+
+def place(row: Row) -> str:
+    """`level 0, C 320, K 7`: the kind of site that a row is of."""
+    return f"`{row.site.partition('.attentions')[0]}`, C {row.channels}, K {row.kernel_size}"
+
+
+def milliseconds(value: float) -> str:
+    return (
+        f"{value / 1e3:,.1f} s"
+        if value >= 1e4
+        else f"{value:,.0f} ms"
+        if value >= 100
+        else f"{value:.3g} ms"
+    )
+
+
+def cases(rows: Iterable[Row]) -> list[dict[str, Row]]:
+    """The variants of each case that was timed, by name, in the order of the file."""
+    found: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        found[row.case][row.variant] = row
+    return list(found.values())
+
+
+def faster(by: dict[str, Row], variant: str) -> str:
+    """How many times as fast as the attention, with the range that the rounds allow."""
+    attention, own = by.get(ATTENTION), by.get(variant)
+    if attention is None or own is None or None in (attention.median_ms, own.median_ms):
+        return "–"
+    ratio = attention.median_ms / own.median_ms
+    low, high = attention.fastest_ms / own.slowest_ms, attention.slowest_ms / own.fastest_ms
+    digits = 0 if ratio >= 20 else 1 if ratio >= 3 else 2
+    return f"**{ratio:.{digits}f}×** ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def sites(backward: bool = False) -> str:
+    rows = [r for r in measured() if r.site and r.backward == backward]
+    known = {r.variant for r in rows}
+    variants = [name for name in NAMES if name in known]
+    heads = ["site, tokens", "attention", *(NAMES[name] for name in variants)]
+    lines = []
+    for by in cases(rows):
+        first = next(iter(by.values()))
+        attention = by.get(ATTENTION)
+        timed = attention is not None and attention.median_ms is not None
+        own = milliseconds(attention.median_ms) if timed else "left out"
+        lines.append([f"{place(first)}, {first.tokens:,}", own, *(faster(by, v) for v in variants)])
+    return f"{table(heads, lines)}\n\n{where(rows)}"
+
+
+def where(rows: list[Row]) -> str:
+    first = rows[0]
+    rounds = sorted({row.rounds for row in rows if row.rounds})
+    return (
+        f"{first.device}, {first.threads} threads, {first.dtype}, PyTorch {first.torch}; batch "
+        f"{' and '.join(map(str, sorted({row.batch for row in rows})))}; "
+        f"{' or '.join(map(str, rounds))} rounds."
+    )
+
+
+def bound(model: str, width: int, height: int) -> float:
+    """What the operations allow at most: all of the denoiser's over all but its attention's."""
+    attention = int(flops_totals()[model][width, height][ATTENTION]["operations"])
+    total = denoiser_operations(bench_model(model), (height, width))
+    return total / (total - attention)
+
+
+def denoiser() -> str:
+    rows = [r for r in measured() if not r.site]
+    known = {r.variant for r in rows}
+    variants = [name for name in NAMES if name in known]
+    heads = ["pixels, batch", "attention", *(NAMES[name] for name in variants)]
+    heads += ["nothing there", "bound of the operations"]
+    lines = []
+    for by in cases(rows):
+        first = next(iter(by.values()))
+        size = f"{first.width}×{first.height}, {first.batch}"
+        limit = f"{bound(first.model, first.width, first.height):.2f}×"
+        own = milliseconds(by[ATTENTION].median_ms)
+        ratios = [faster(by, name) for name in (*variants, "removed")]
+        lines.append([size, own, *ratios, limit])
+    return f"{table(heads, lines)}\n\n{where(rows)}"
+
+
+def crossover() -> str:
+    """From which size on each variant is the faster one, per kind of site and for the whole."""
+    rows = measured()
+    names = {row.series: place(row) if row.site else "the whole denoiser" for row in rows}
+    found: dict[tuple, dict[str, Crossover]] = defaultdict(dict)
+    for each in crossovers(row for row in rows if not row.backward):
+        found[each.series][each.variant] = each
+    variants = [name for name in NAMES if any(name in by for by in found.values())]
+    lines = []
+    for series, by in found.items():
+        sizes = sorted(next(iter(by.values())).speedup)
+        span = f"{sizes[0]:,} – {sizes[-1]:,}"
+        lines.append([names[series], span, *(said(by.get(v)) for v in variants)])
+    return table(["", "tokens measured", *(NAMES[name] for name in variants)], lines)
+
+
+def said(found: Crossover | None) -> str:
+    if found is None:
+        return "–"
+    if found.tokens is None:
+        return "at none of them"
+    return "at all of them" if found.always else f"from about {found.tokens:,.0f} tokens"
+
+
+def exponents() -> str:
+    """The exponent e of time ∝ Nᵉ and of memory ∝ Nᵉ, per kind of site and variant."""
+    found: dict[tuple, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    names = {}
+    for row in measured():
+        if row.site and not row.backward and row.median_ms is not None:
+            found[row.series][row.variant].append(row)
+            names[row.series] = place(row)
+    variants = (ATTENTION, *NAMES)
+    known = [v for v in variants if any(v in by for by in found.values())]
+    heads = ["", *(NAMES.get(v, v) for v in known)]
+    lines = [[names[s], *(exponent(by.get(v, [])) for v in known)] for s, by in found.items()]
+    return table(heads, lines)
+
+
+def exponent(rows: list[Row]) -> str:
+    if len(rows) < 3:
+        return "–"
+    time = growth({row.tokens: row.median_ms for row in rows})
+    memory = growth({row.tokens: row.peak_mib for row in rows if row.tokens >= 4096})
+    low, high = (min(r.tokens for r in rows), max(r.tokens for r in rows))
+    return f"{time:.2f}, {memory:.2f} ({low:,} – {high:,})"
+
+
+def layouts() -> str:
+    rows = read("layouts.csv")
+    ways = list(dict.fromkeys(row["way"] for row in rows if row["way"] != "block"))
+    found = {(r["channels"], r["side"], r["kernel_size"], r["dtype"], r["way"]): r for r in rows}
+    lines = []
+    for key in dict.fromkeys(key[:4] for key in found):
+        channels, side, kernel, dtype = key
+        own = [found[(*key, way)] for way in ways]
+        cells = [f"{r['over_block']} ({r['over_block_low']}–{r['over_block_high']})" for r in own]
+        lines.append([f"C {channels}, {side}×{side}, K {kernel}, {dtype}", *cells])
+    return table(["", *ways], lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "flops": flops,
+    "flops models": flops_models,
+    "flops memory": flops_memory,
+    "latency": sites,
+    "latency backward": lambda: sites(backward=True),
+    "denoiser": denoiser,
+    "crossover": crossover,
+    "growth": exponents,
+    "layouts": layouts,
+}
