@@ -148,10 +148,11 @@ def where(rows: list[Row]) -> str:
 
 
 def bound(model: str, width: int, height: int) -> float:
-    """What the operations allow at most: all of the denoiser's over all but its attention's."""
-    attention = int(flops_totals()[model][width, height][ATTENTION]["operations"])
+    """The denoiser's operations with attention over those with ΔConvBlocks."""
+    by = flops_totals()[model][width, height]
+    attention, blocks = (int(by[name]["operations"]) for name in (ATTENTION, "delta_conv 0.5"))
     total = denoiser_operations(bench_model(model), (height, width))
-    return total / (total - attention)
+    return total / (total - attention + blocks)
 
 
 def denoiser() -> str:
@@ -159,7 +160,7 @@ def denoiser() -> str:
     known = {r.variant for r in rows}
     variants = [name for name in NAMES if name in known]
     heads = ["pixels, batch", "attention", *(NAMES[name] for name in variants)]
-    heads += ["nothing there", "bound of the operations"]
+    heads += ["nothing there", "ΔConvBlock by operations"]
     lines = []
     for by in cases(rows):
         first = next(iter(by.values()))
