@@ -118,6 +118,8 @@ def operation_table(
 ) -> list[Cost]:
     """The cost of every contender at every place of a model, for pictures of (height, width).
 
+    A site that a config leaves alone costs what its attention costs.
+
     Raises:
         ConvFusionError: a size that the model cannot draw, or a block that does not fit its
             channels.

@@ -117,9 +117,7 @@ def _from_folder(name: str, folder: Path) -> BenchModel:
     except ConvFusionError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ConvFusionError(
-            f"{folder} holds no configuration that can be used: {error}"
-        ) from None
+        raise ConvFusionError(f"{folder} holds no usable configuration: {error}") from None
     return BenchModel(name, denoiser, 2**halvings)
 
 
