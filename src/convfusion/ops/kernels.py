@@ -1,8 +1,8 @@
 """The Triton kernels: what one program does. `launch` calls them in order.
 
 Layout. Maps are tokens [B, H·W, channels], channels contiguous, so neighbouring threads read
-neighbouring addresses. A program of a convolution owns ROWS rows × COLS columns × CHANNELS channels.
-The columns are not an axis of its tensors but a tuple of them, which stays in registers: an input
+neighbouring addresses. A program of a convolution owns ROWS rows × COLS columns × CHANNELS
+channels. The columns are not an axis of its tensors but a tuple of them, which stays in registers: an input
 value is loaded once per kernel row and meets every column that needs it, so COLS·K multiply-adds
 cost COLS + K - 1 loads. The rows of a program share their K - 1 halo rows through the L1 cache.
 
@@ -74,15 +74,15 @@ def convolve(
             if FLIP:
                 tap = KERNEL * KERNEL - 1 - tap
             weight = tl.load(weights + tap * C + channels, mask=known, other=0.0)
-            taps = taps + (weight.to(tl.float32)[None, :],)
+            taps += (weight.to(tl.float32)[None, :],)
         for j in tl.static_range(COLS + KERNEL - 1):
             value = read(line, col0 + j - KERNEL // 2, width, inside, C)
             met = ()
             for t in tl.static_range(COLS):
+                total = acc[t]
                 if j - t >= 0 and j - t < KERNEL:
-                    met = met + (acc[t] + value * taps[j - t],)
-                else:
-                    met = met + (acc[t],)
+                    total += value * taps[j - t]
+                met += (total,)
             acc = met
     return acc
 
@@ -247,15 +247,15 @@ def conv_weight_grad(
         for col0 in range(0, width, COLS):
             given = ()
             for t in tl.static_range(COLS):
-                given = given + (read(grads, col0 + t, width, here, C),)
+                given += (read(grads, col0 + t, width, here, C),)
             for j in tl.static_range(COLS + KERNEL - 1):
                 value = read(line, col0 + j - KERNEL // 2, width, there, C)
                 met = ()
                 for kx in tl.static_range(KERNEL):
+                    total = acc[kx]
                     if j - kx >= 0 and j - kx < COLS:
-                        met = met + (acc[kx] + value * given[j - kx],)
-                    else:
-                        met = met + (acc[kx],)
+                        total += value * given[j - kx]
+                    met += (total,)
                 acc = met
     line = partial + (tl.cast(chunk, tl.int64) * KERNEL + ky) * KERNEL * C + channels
     for kx in tl.static_range(KERNEL):

@@ -26,10 +26,14 @@ AVAILABLE = find_spec("triton") is not None and os.environ.get("CONVFUSION_KERNE
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def fused(tokens: Tensor, pooling: str = "ceil") -> bool:
-    """Whether the kernels take tokens of this device and dtype, pooled in this way."""
+def fused(tokens: Tensor, weights: Sequence[Tensor], pooling: str = "ceil") -> bool:
+    """Whether the kernels take tokens of this device and dtype, pooled in this way.
+
+    Weights that wait on another device, as under sequential offload, are left to their modules.
+    """
     here = tokens.is_cuda or (INTERPRETED and tokens.device.type == "cpu")
-    return here and AVAILABLE and pooling == "ceil" and tokens.dtype in DTYPES
+    known = AVAILABLE and pooling == "ceil" and tokens.dtype in DTYPES
+    return here and known and all(weight.device == tokens.device for weight in weights)
 
 
 def pyramid(
@@ -45,7 +49,7 @@ def pyramid(
     them; sums are float32. Gradients reach tokens and weights and are the same bits every time;
     gradients of gradients need the reference.
     """
-    if not fused(tokens, pooling):
+    if not fused(tokens, weights, pooling):
         return reference.pyramid(tokens, weights, grid, gate, pooling)
     packed = torch.stack([weight.flatten(1).t() for weight in weights]).to(tokens.dtype)
     return pyramid_op(tokens, packed, *grid, gate)

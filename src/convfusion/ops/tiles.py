@@ -1,4 +1,4 @@
-"""How the kernels cut their work: a rule of shapes alone, so that it is the same on every device."""
+"""How the kernels cut their work: by shapes alone, so that every device adds in the same order."""
 
 from __future__ import annotations
 
