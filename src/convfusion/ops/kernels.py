@@ -2,9 +2,10 @@
 
 Layout. Maps are tokens [B, H·W, channels], channels contiguous, so neighbouring threads read
 neighbouring addresses. A program of a convolution owns ROWS rows × COLS columns × CHANNELS
-channels. The columns are not an axis of its tensors but a tuple of them, which stays in registers: an input
-value is loaded once per kernel row and meets every column that needs it, so COLS·K multiply-adds
-cost COLS + K - 1 loads. The rows of a program share their K - 1 halo rows through the L1 cache.
+channels. The columns are not an axis of its tensors but a tuple of them, which stays in registers:
+an input value is loaded once per kernel row and meets every column that needs it, so COLS·K
+multiply-adds cost COLS + K - 1 loads. The rows of a program share their K - 1 halo rows through
+the L1 cache.
 
 Arithmetic is float32 whatever the dtype of the maps. Every offset into a map is 64 bits wide. No
 kernel adds into memory that another program writes, so the same input gives the same bits.
@@ -115,11 +116,11 @@ def halve(
 @triton.jit
 def conv_gate(
     x, weights, out, pooled, scale, height, width,
-    OUT_STRIDE: tl.constexpr, OUT_START: tl.constexpr, C: tl.constexpr, KERNEL: tl.constexpr,
+    OUT_STRIDE: tl.constexpr, C: tl.constexpr, KERNEL: tl.constexpr,
     SIGMOID: tl.constexpr, POOL: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One stage: x [B, N, C] → gate(depthwise(x)), into channels OUT_START… of `out`.
+    """One stage: x [B, N, C] → gate(depthwise(x)), into the first C/2 channels of `out`.
 
     With POOL also the input of the next stage, [B, ⌈H/2⌉·⌈W/2⌉, C].
     """
@@ -137,7 +138,7 @@ def conv_gate(
     )  # fmt: skip
     rows = row0 + tl.arange(0, ROWS)
     inside = (rows < height)[:, None] & known[None, :]
-    line = lines(out, picture, rows, channels + OUT_START, height, width, OUT_STRIDE)
+    line = lines(out, picture, rows, channels, height, width, OUT_STRIDE)
     for t in tl.static_range(COLS):
         other = tl.sigmoid(second[t]) if SIGMOID else second[t] * scale
         write(line, col0 + t, width, inside, first[t] * other, OUT_STRIDE)

@@ -22,20 +22,18 @@ def forward(tokens: Tensor, weights: Tensor, grid: Grid, gate: str) -> Tensor:
     half = channels // 2
     sides = pooled_sides(grid, len(weights))
     out = tokens.new_empty(batch, pixels, half * len(weights))
+    inputs = _with_room(tokens, sides)
     with torch.cuda.device_of(tokens):
-        pooled = tokens
         for i, side in enumerate(sides):
-            small = tokens.new_empty(batch, side[0] * side[1], half) if i else out
-            coarser = _coarser(pooled, sides, i)
+            mixed = tokens.new_empty(batch, side[0] * side[1], half) if i else out
             _over_tiles(
                 kernels.conv_gate, weights[i], side, half,
-                pooled, weights[i], small, coarser, _scale(channels, gate), *side,
-                OUT_STRIDE=small.shape[-1], OUT_START=0, SIGMOID=gate == "sigmoid",
-                POOL=coarser is not None,
+                inputs[i], weights[i], mixed, inputs[i + 1], _scale(channels, gate), *side,
+                OUT_STRIDE=mixed.shape[-1], SIGMOID=gate == "sigmoid",
+                POOL=inputs[i + 1] is not None,
             )  # fmt: skip
             if i:
-                _upsample(small, out, side, grid, i * half)
-            pooled = coarser
+                _upsample(mixed, out, side, grid, i * half)
     return out
 
 
@@ -54,47 +52,32 @@ def backward(
     stages' inputs.
     """
     sides = pooled_sides(grid, len(weights))
-    inputs, before = [tokens], []
+    inputs, before = _with_room(tokens, sides), []
+    flows: list[Any] = [*map(torch.empty_like, inputs[:-1]), None]
     with torch.cuda.device_of(tokens):
-        for i in range(len(sides)):
-            coarser = _coarser(inputs[i], sides, i)
-            before.append(_gate_grad(grad, inputs[i], coarser, weights[i], grid, sides[i], i, gate))
-            if coarser is not None:
-                inputs.append(coarser)
-        flow: Tensor | None = None
+        for i, side in enumerate(sides):
+            given = grad if i == 0 else _upsample_grad(grad, inputs[i], side, grid, i)
+            before.append(_gate_grad(given, inputs[i], inputs[i + 1], weights[i], side, gate))
         for i in reversed(range(len(sides))):
-            out = torch.empty_like(inputs[i])
             _over_tiles(
                 kernels.conv_input_grad, weights[i], sides[i], tokens.shape[-1],
-                before[i], weights[i], flow, out, *sides[i], COARSE=flow is not None,
+                before[i], weights[i], flows[i + 1], flows[i], *sides[i],
+                COARSE=flows[i + 1] is not None,
             )  # fmt: skip
-            flow = out
         if not weight_grad:
-            return flow, weights.new_empty(0)
-        parts = zip(inputs, before, sides, strict=True)
+            return flows[0], weights.new_empty(0)
+        parts = zip(inputs[:-1], before, sides, strict=True)
         grads = [_weight_grad(x, given, weights, side) for x, given, side in parts]
-    return flow, torch.stack(grads)
+    return flows[0], torch.stack(grads)
 
 
 def _gate_grad(
-    grad: Tensor,
-    x: Tensor,
-    coarser: Tensor | None,
-    weights: Tensor,
-    grid: Grid,
-    side: Grid,
-    stage: int,
-    gate: str,
+    grad: Tensor, x: Tensor, coarser: Tensor | None, weights: Tensor, side: Grid, gate: str
 ) -> Tensor:
     """Gradient before the gate of one stage [B, N_i, C']; fills `coarser` on the way."""
-    half = x.shape[-1] // 2
-    if stage:
-        small = x.new_empty(*x.shape[:2], half)
-        _upsample_grad(grad, small, side, grid, stage * half)
-        grad = small
     out = torch.empty_like(x)
     _over_tiles(
-        kernels.conv_gate_grad, weights, side, half,
+        kernels.conv_gate_grad, weights, side, x.shape[-1] // 2,
         x, weights, grad, out, coarser, _scale(x.shape[-1], gate), *side,
         GRAD_STRIDE=grad.shape[-1], SIGMOID=gate == "sigmoid", POOL=coarser is not None,
     )  # fmt: skip
@@ -141,26 +124,27 @@ def _upsample(small: Tensor, out: Tensor, side: Grid, grid: Grid, start: int) ->
     )  # fmt: skip
 
 
-def _upsample_grad(grad: Tensor, small: Tensor, side: Grid, grid: Grid, start: int) -> None:
-    """The transpose of `_upsample`: write `small` from channels start… of `grad`."""
-    channels = small.shape[-1]
+def _upsample_grad(grad: Tensor, x: Tensor, side: Grid, grid: Grid, stage: int) -> Tensor:
+    """The transpose of `_upsample`, of one stage's slice of `grad`: [B, N_i, C'/2]."""
+    channels = x.shape[-1] // 2
+    small = x.new_empty(*x.shape[:2], channels)
     block = block_for(channels)
     blocks = len(small) * triton.cdiv(side[0] * side[1], PIXELS)
     # A pixel is part of the targets in an open interval of two of its own widths.
     reach = [-(-2 * large // few) + 2 for few, large in zip(side, grid, strict=True)]
     kernels.upsample_grad[(blocks, triton.cdiv(channels, block))](
         grad, small, *side, *grid, side[0] / grid[0], side[1] / grid[1], *reach,
-        GRAD_STRIDE=grad.shape[-1], GRAD_START=start, C=channels,
+        GRAD_STRIDE=grad.shape[-1], GRAD_START=stage * channels, C=channels,
         PIXELS=PIXELS, CHANNELS=block, num_warps=WARPS,
     )  # fmt: skip
+    return small
 
 
-def _coarser(x: Tensor, sides: list[Grid], stage: int) -> Tensor | None:
-    """Room for the next stage's input, if there is one."""
-    if stage + 1 == len(sides):
-        return None
-    height, width = sides[stage + 1]
-    return x.new_empty(len(x), height * width, x.shape[-1])
+def _with_room(tokens: Tensor, sides: list[Grid]) -> list[Any]:
+    """The input of every stage, [B, N_i, C'], still empty but for the first; and None."""
+    batch, _, channels = tokens.shape
+    rooms = [tokens.new_empty(batch, height * width, channels) for height, width in sides[1:]]
+    return [tokens, *rooms, None]
 
 
 def _side_of(weights: Tensor) -> int:

@@ -1,7 +1,7 @@
 """The operation that PyTorch knows, and who computes it.
 
 `pyramid` is for everyone. It goes to the kernels if `fused` says so, and to `reference` otherwise.
-The rule, in one line: CUDA tensors of half, bfloat16 or float32, `ceil` pooling, Triton installed.
+The rule, in one line: CUDA tensors in half, bfloat16 or float32, `ceil` pooling, Triton ≥ 3.3.
 
 The environment, read when this module is imported: CONVFUSION_KERNELS=0 keeps to the reference;
 TRITON_INTERPRET=1, Triton's own variable, sends tensors of the CPU to the kernels too, which its
@@ -12,17 +12,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from convfusion.ops import reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-AVAILABLE = find_spec("triton") is not None and os.environ.get("CONVFUSION_KERNELS") != "0"
+OLDEST = (3, 3)  # Triton: the first with tuples of tensors that loops can carry
+
+
+def _available() -> bool:
+    """Whether kernels are wanted and a Triton that compiles them is installed; not imported yet."""
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:
+        return False
+    recent = tuple(int(part) for part in installed.split(".")[:2]) >= OLDEST
+    return recent and os.environ.get("CONVFUSION_KERNELS") != "0"
+
+
+AVAILABLE = _available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -113,36 +125,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None
 
 
 pyramid_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def convolution_flops(tokens: Sequence[int], weights: Sequence[int], grid: tuple[int, int]) -> int:
-    """Operations of the depthwise convolutions, two per multiply-add; gates are not counted.
-
-    Args:
-        tokens: their shape (B, N, C').
-        weights: their shape (n, K·K, C').
-        grid: (H, W).
-    """
-    stages, taps, channels = weights
-    pixels = sum(height * width for height, width in reference.pooled_sides(grid, stages))
-    return 2 * tokens[0] * pixels * taps * channels
-
-
-@register_flop_formula(torch.ops.convfusion.pyramid)
-def _(tokens: Any, weights: Any, height: int, width: int, *args: Any, **kwargs: Any) -> int:
-    return convolution_flops(tokens, weights, (height, width))
-
-
-@register_flop_formula(torch.ops.convfusion.pyramid_backward)
-def _(
-    grad: Any,
-    tokens: Any,
-    weights: Any,
-    height: int,
-    width: int,
-    gate: str,
-    weight_grad: bool,
-    **kwargs: Any,
-) -> int:
-    """The sums before the gate again, their transpose, and the weights' gradient."""
-    return (3 if weight_grad else 2) * convolution_flops(tokens, weights, (height, width))

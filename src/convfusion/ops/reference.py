@@ -38,7 +38,8 @@ def pyramid(
     stages, pooled = [], maps
     for i, weight in enumerate(weights):
         if i and pooling == "adaptive":
-            pooled = F.adaptive_avg_pool2d(maps, [max(1, side // 2**i) for side in grid])
+            sides = max(1, grid[0] // 2**i), max(1, grid[1] // 2**i)
+            pooled = F.adaptive_avg_pool2d(maps, sides)
         elif i:
             pooled = F.avg_pool2d(pooled, 2, ceil_mode=True, count_include_pad=False)
         summed = F.conv2d(pooled, weight, padding=weight.shape[-1] // 2, groups=len(weight))
