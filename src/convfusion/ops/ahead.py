@@ -114,7 +114,8 @@ class _Recorder:
 @contextmanager
 def _recorded() -> Iterator[list[Launch]]:
     found: list[Launch] = []
-    with patch.multiple(kernels, **{name: _Recorder(name, found) for name in ENTRIES}):
+    stands: Any = {name: _Recorder(name, found) for name in ENTRIES}
+    with patch.multiple(kernels, **stands):
         yield found
 
 
