@@ -18,7 +18,7 @@ from convfusion.ops.tiles import Tile
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 BOUND = {FULL: 2e-6, HALF: 2e-3, BRAIN: 2e-2}  # of the error's norm, relative
-SMALL = Tile(2, 2, 16)  # an interpreted tile costs by its columns
+SMALL = Tile(4, 2, 16)  # an interpreted tile costs by its columns
 
 
 @pytest.fixture(params=[SMALL], ids=["small"], autouse=True)
@@ -36,7 +36,7 @@ def _unwritten_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def problem(grid, kernel, stages, dtype, channels=6, batch=2):
+def problem(grid, kernel, stages, dtype, channels=6, batch=1):
     tokens = torch.randn(batch, grid[0] * grid[1], channels).to(dtype)
     weights = [(torch.randn(channels, 1, kernel, kernel) / kernel).to(dtype) for _ in range(stages)]
     return tokens, weights
@@ -74,18 +74,16 @@ def check(grid, kernel, stages, gate, dtype, **shape):
     "grid, kernel, stages, gate, dtype",
     [
         ((5, 7), 3, 2, "scaled", FULL),
-        ((4, 6), 3, 3, "reference", HALF),
+        ((6, 3), 3, 3, "reference", HALF),
         ((1, 1), 3, 3, "sigmoid", FULL),
-        ((7, 1), 5, 3, "sigmoid", BRAIN),
-        ((1, 9), 5, 2, "reference", FULL),
-        ((5, 3), 5, 3, "scaled", FULL),
-        ((6, 5), 7, 2, "sigmoid", HALF),
-        ((4, 3), 7, 1, "reference", BRAIN),
-        ((3, 5), 13, 2, "scaled", HALF),
+        ((7, 1), 5, 2, "sigmoid", BRAIN),
+        ((1, 5), 5, 3, "reference", FULL),
+        ((5, 3), 7, 2, "sigmoid", HALF),
+        ((4, 3), 7, 1, "scaled", BRAIN),
+        ((3, 4), 13, 2, "scaled", HALF),
         ((2, 3), 13, 1, "sigmoid", FULL),
         ((3, 2), 21, 2, "reference", FULL),
-        ((2, 2), 21, 1, "scaled", BRAIN),
-        ((5, 4), 1, 3, "scaled", FULL),
+        ((5, 4), 1, 2, "scaled", FULL),
     ],
 )
 def test_kernels_equal_the_reference(grid, kernel, stages, gate, dtype):
@@ -94,41 +92,40 @@ def test_kernels_equal_the_reference(grid, kernel, stages, gate, dtype):
 
 
 @pytest.mark.parametrize("tile", [None], ids=["usual tile"], indirect=True)
-@pytest.mark.parametrize("grid, kernel", [((7, 9), 3), ((3, 11), 5)])
-def test_usual_tiles(grid, kernel, tile):
-    check(grid, kernel, 2, "scaled", FULL, batch=1)
+@pytest.mark.parametrize("grid, kernel, stages", [((5, 6), 3, 2), ((2, 9), 5, 1)])
+def test_usual_tiles(grid, kernel, stages, tile):
+    check(grid, kernel, stages, "scaled", FULL)
 
 
-@pytest.mark.parametrize("channels", [2, 36, 64])
+@pytest.mark.parametrize("channels", [2, 36])
 def test_channels_need_not_fill_their_blocks(channels):
-    check((3, 4), 3, 2, "scaled", FULL, channels=channels, batch=1)
+    check((3, 2), 3, 2, "scaled", FULL, channels=channels)
 
 
 def test_same_bits_twice_and_whatever_the_chunks_hold(monkeypatch):
     """The partial sums of the weights' gradient: several chunks, the last one shorter."""
     monkeypatch.setattr(launch, "chunks_for", lambda groups, kernel, blocks: (-(-groups // 3), 3))
-    tokens, weights, grad, found = check((7, 3), 3, 2, "scaled", FULL)
-    again = gradients(library.pyramid, tokens, weights, (7, 3), "scaled", grad)
+    tokens, weights, grad, found = check((6, 2), 3, 1, "scaled", FULL, batch=2)  # 4 groups
+    again = gradients(library.pyramid, tokens, weights, (6, 2), "scaled", grad)
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 
 def test_gate_holds_large_halves():
-    """±1000 in float16: the product overflows, its scaled value does not."""
-    tokens = torch.full((1, 4, 128), 1000.0, dtype=HALF)
-    weights = [torch.ones(128, 1, 1, 1, dtype=HALF)]
-    found = library.pyramid(tokens, weights, (2, 2), "scaled")
-    assert torch.allclose(found.double(), torch.tensor(1e6 / 128**0.5).double(), rtol=1e-3)
+    """500 in float16: the product overflows, its scaled value does not."""
+    tokens = torch.full((1, 2, 64), 500.0, dtype=HALF)
+    weights = [torch.ones(64, 1, 1, 1, dtype=HALF)]
+    found = library.pyramid(tokens, weights, (1, 2), "scaled")
+    assert torch.allclose(found.double(), torch.tensor(500**2 / 64**0.5).double(), rtol=1e-3)
 
 
 def test_operations_are_registered_properly():
-    tokens, weights = problem((2, 3), 3, 2, FULL)
-    packed = torch.stack([w.flatten(1).t() for w in weights])
+    tokens, packed = torch.randn(1, 2, 4, requires_grad=True), torch.randn(2, 1, 4)
     torch.library.opcheck(
-        library.pyramid_op, (tokens.requires_grad_(), packed.requires_grad_(), 2, 3, "scaled")
+        library.pyramid_op, (tokens, packed.clone().requires_grad_(), 1, 2, "scaled")
     )
-    grad = torch.randn(2, 6, 6)
+    grad = torch.randn(1, 2, 4)
     for wanted in (True, False):
-        args = (grad, tokens.detach(), packed.detach(), 2, 3, "scaled", wanted)
+        args = (grad, tokens.detach(), packed, 1, 2, "scaled", wanted)
         torch.library.opcheck(library.pyramid_backward_op, args)
 
 
@@ -139,7 +136,7 @@ def test_an_empty_batch_passes():
 
 
 def test_frozen_weights_cost_no_gradient():
-    tokens, weights = problem((2, 3), 3, 1, FULL)
+    tokens, weights = problem((1, 3), 3, 1, FULL)
     seen = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -148,69 +145,47 @@ def test_frozen_weights_cost_no_gradient():
             return function(*args, **(kwargs or {}))
 
     with Watch():
-        library.pyramid(tokens.requires_grad_(), weights, (2, 3), "scaled").sum().backward()
+        library.pyramid(tokens.requires_grad_(), weights, (1, 3), "scaled").sum().backward()
     args = next(args for name, args in seen if "pyramid_backward" in name)
     assert args[-1] is False and tokens.grad.any()
 
 
 # The block
 
+GRID = (3, 2)
 
-def block_and_tokens(grid=(3, 5)):
+
+def block_and_tokens():
     block = DeltaConvBlock(8, DeltaConv(kernel_size=3))
-    return block, torch.randn(2, grid[0] * grid[1], 8, requires_grad=True)
+    return block, torch.randn(1, GRID[0] * GRID[1], 8, requires_grad=True)
 
 
-def through(block, tokens, grid, monkeypatch=None):
-    """Output and gradients; with a monkeypatch, by plain PyTorch."""
-    with pytest.MonkeyPatch.context() as patch:
-        if monkeypatch == "plain":
-            patch.setattr(library, "AVAILABLE", False)
-        out = block(tokens, grid)
-        grads = torch.autograd.grad(out.square().sum(), [tokens, *block.parameters()])
-    return [out, *grads]
+def through(block, tokens):
+    """Output and gradients."""
+    out = block(tokens, GRID)
+    return [out, *torch.autograd.grad(out.square().sum(), [tokens, *block.parameters()])]
 
 
-def test_block_gives_the_same_by_both_paths():
+def test_block_gives_the_same_compiled_copied_checkpointed_and_by_plain_pytorch(monkeypatch):
     block, tokens = block_and_tokens()
-    for found, plain in zip(
-        through(block, tokens, (3, 5)), through(block, tokens, (3, 5), "plain"), strict=True
-    ):
-        torch.testing.assert_close(found, plain)
+    expected = through(block, tokens)
+    replayed = checkpoint(copy.deepcopy(block), tokens, GRID, use_reentrant=False)
+    assert torch.equal(replayed, expected[0])
+    assert torch.equal(torch.autograd.grad(replayed.square().sum(), tokens)[0], expected[1])
 
-
-def test_block_compiles_whole_with_the_operation_in_it():
-    block, tokens = block_and_tokens()
     graphs = []
 
     def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def keeps(graph):
-        return any(
-            node.target is torch.ops.convfusion.pyramid.default for node in graph.graph.nodes
-        )
+        graphs.append([node.target for node in graph.graph.nodes])
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     torch._dynamo.reset()
-    torch.testing.assert_close(
-        torch.compile(block, fullgraph=True, backend=backend)(tokens, (3, 5)), block(tokens, (3, 5))
-    )
-    assert len(graphs) == 1 and keeps(graphs[0])
-    torch._dynamo.reset()
-    whole = torch.compile(block, fullgraph=True, backend="aot_eager")
-    for found, plain in zip(
-        through(whole, tokens, (3, 5)), through(block, tokens, (3, 5)), strict=True
-    ):
-        torch.testing.assert_close(found, plain)
-
-
-def test_block_copies_and_checkpoints():
-    block, tokens = block_and_tokens()
-    expected = through(block, tokens, (3, 5))
-    replayed = checkpoint(copy.deepcopy(block), tokens, (3, 5), use_reentrant=False)
-    assert torch.equal(replayed, expected[0])
-    assert torch.equal(torch.autograd.grad(replayed.square().sum(), tokens)[0], expected[1])
+    compiled = through(torch.compile(block, fullgraph=True, backend=backend), tokens)
+    assert len(graphs) == 1 and torch.ops.convfusion.pyramid.default in graphs[0]
+    monkeypatch.setattr(library, "AVAILABLE", False)
+    for one, other, plain in zip(expected, compiled, through(block, tokens), strict=True):
+        torch.testing.assert_close(other, one)
+        torch.testing.assert_close(plain, one)
 
 
 def test_block_leaves_other_work_to_its_modules(monkeypatch):
@@ -227,9 +202,9 @@ def test_block_leaves_other_work_to_its_modules(monkeypatch):
 def test_autocast_weights_follow_the_tokens():
     block, tokens = block_and_tokens()
     with torch.autocast("cpu", BRAIN):
-        found = through(block, tokens, (3, 5))
+        found = through(block, tokens)
     assert found[0].dtype == BRAIN and all(grad.dtype == FULL for grad in found[1:])
-    assert_matches(found, [t.double() for t in through(block, tokens, (3, 5))], 3e-2)
+    assert_matches(found, [t.double() for t in through(block, tokens)], 3e-2)
 
 
 # Offsets beyond 2^31
@@ -238,13 +213,15 @@ FAR = 2**30  # elements between two pixels
 SEEN = 16  # channels that a program looks at
 
 
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on
+
+
 class Huge:
     """A map of three pixels 2^30 elements apart, in memory that is only there where touched."""
 
     def __init__(self, *values):
-        self.memory = mmap.mmap(
-            -1, (3 * FAR) * 2, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
-        )
+        lazily = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+        self.memory = mmap.mmap(-1, 3 * FAR * 2, lazily)
         self.numbers = np.frombuffer(self.memory, np.float16)
         # The interpreter copies the tensor that it is given, so that one is short.
         self.tensor = torch.frombuffer(self.memory, dtype=HALF, count=SEEN)

@@ -1,4 +1,4 @@
-"""The fused operation: who computes it, what it costs, and its kernels by interpreter or compiler."""
+"""The fused operation: who computes it, what it costs, its kernels by interpreter and compiler."""
 
 import os
 import re
@@ -48,8 +48,9 @@ def fake_cuda(*shape):
 def test_cuda_tensors_meet_the_operation():
     """Told by tensors that claim to be on a GPU and hold nothing."""
     block = DeltaConvBlock(8)
+    shapes = {name: value.shape for name, value in block.state_dict().items()}
     with FakeTensorMode():
-        state = {name: fake_cuda(*value.shape) for name, value in block.state_dict().items()}
+        state = {name: fake_cuda(*shape) for name, shape in shapes.items()}
         call = torch.func.functional_call
         tokens, seen = fake_cuda(2, 15, 8), []
 
@@ -218,7 +219,7 @@ def test_parity_is_checked(monkeypatch):
         return reference.pyramid(*args) * 1.01
 
     monkeypatch.setattr(library, "pyramid", wrong)
-    with pytest.raises(ConvFusionError, match="the output is off by 1.0e-02"):
+    with pytest.raises(ConvFusionError, match=r"the output is off by 1\.0e-02"):
         bench.check_parity(case, "float32", "cpu")
     noise = iter(range(1, 100))
     monkeypatch.setattr(

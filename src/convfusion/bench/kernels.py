@@ -15,6 +15,7 @@ import csv
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -255,35 +256,21 @@ def measure(case: Case, dtype: str, limits: tuple[float, float]) -> list[Row]:
     from triton import __version__ as triton_version
 
     tokens, weights, grad = tensors(case, DTYPES[dtype], "cuda")
+    device = torch.cuda.get_device_name()
+    versions = (str(torch.__version__), str(triton_version), str(torch.version.cuda))
+    copy, fp32 = limits
     rows = []
-    for work, (path, pyramid) in product(PASSES, PATHS.items()):
+    for work, path in product(PASSES, PATHS):
         wanted = None if work == "forward" else grad
-        middle, low, high = timed(lambda f=pyramid, g=wanted: run(f, tokens, weights, g, case))
-        moved, operations = work_of(case, tokens.element_size(), work)
-        seconds, (copy, fp32) = middle * 1e-3, limits
-        rows.append(
-            Row(
-                case.name,
-                dtype,
-                work,
-                path,
-                middle,
-                low,
-                high,
-                moved,
-                operations,
-                operations / moved,
-                bound_of(moved, operations, copy, fp32),
-                moved / seconds / copy,
-                operations / seconds / fp32,
-                copy / 1e9,
-                fp32 / 1e12,
-                torch.cuda.get_device_name(),
-                torch.__version__,
-                triton_version,
-                str(torch.version.cuda),
-            )  # fmt: skip
-        )
+        ms, low, high = timed(partial(run, PATHS[path], tokens, weights, wanted, case))
+        moved, count = work_of(case, tokens.element_size(), work)
+        bound = bound_of(moved, count, copy, fp32)
+        of_copy, of_fp32 = moved / copy / (ms * 1e-3), count / fp32 / (ms * 1e-3)
+        found = Row(
+            case.name, dtype, work, path, ms, low, high, moved, count, count / moved, bound,
+            of_copy, of_fp32, copy / 1e9, fp32 / 1e12, device, *versions,
+        )  # fmt: skip
+        rows.append(found)
     return rows
 
 

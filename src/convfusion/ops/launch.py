@@ -22,6 +22,8 @@ def forward(tokens: Tensor, weights: Tensor, grid: Grid, gate: str) -> Tensor:
     half = channels // 2
     sides = pooled_sides(grid, len(weights))
     out = tokens.new_empty(batch, pixels, half * len(weights))
+    if not out.numel():
+        return out
     inputs = _with_room(tokens, sides)
     with torch.cuda.device_of(tokens):
         for i, side in enumerate(sides):
@@ -52,6 +54,8 @@ def backward(
     stages' inputs.
     """
     sides = pooled_sides(grid, len(weights))
+    if not tokens.numel():
+        return torch.empty_like(tokens), torch.zeros_like(weights[: None if weight_grad else 0])
     inputs, before = _with_room(tokens, sides), []
     flows: list[Any] = [*map(torch.empty_like, inputs[:-1]), None]
     with torch.cuda.device_of(tokens):
