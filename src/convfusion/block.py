@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
 from convfusion.fields import check_fields
+from convfusion.ops import library
 
 Gate = Literal["scaled", "reference", "sigmoid"]
 Pooling = Literal["ceil", "adaptive"]
@@ -124,11 +125,21 @@ class DeltaConvBlock(TokenMixer):
             ValueError: N ≠ H·W.
         """
         height, width = check_grid(tokens, grid)
-        maps = self.proj_in(tokens).transpose(1, 2).unflatten(2, (height, width))
-        mixed = self.proj_out(self.pyramid(maps).flatten(2).transpose(1, 2))
+        inner, weights = self.proj_in(tokens), self.stage_weights()
+        if weights and library.fused(inner, weights, self.config.pooling):
+            mixed = library.pyramid(inner, weights, (height, width), self.config.gate)
+        else:
+            maps = inner.transpose(1, 2).unflatten(2, (height, width))
+            mixed = self.pyramid(maps).flatten(2).transpose(1, 2)
+        mixed = self.proj_out(mixed)
         if self.mean_proj is not None:
             mixed = mixed + self.mean_proj(tokens.mean(dim=1, keepdim=True))
         return mixed
+
+    def stage_weights(self) -> list[Tensor]:
+        """The kernels of all stages; none where a stage is no plain convolution, as with LoRA."""
+        convs = [conv for conv in self.convs if type(conv) is nn.Conv2d]
+        return [conv.weight for conv in convs] if len(convs) == len(self.convs) else []
 
     def pyramid(self, maps: Tensor) -> Tensor:
         """All stages of maps [B, C', H, W], concatenated: [B, stages·C'/2, H, W]."""

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from convfusion.adapters import denoiser_of, list_sites, site_grid
 from convfusion.errors import ConvFusionError
+from convfusion.ops import flops as _fused  # noqa: F401 - so that the counter knows the operation
 from convfusion.surgery import MixedAttention
 
 

@@ -1,0 +1,127 @@
+"""The operation that PyTorch knows, and who computes it.
+
+`pyramid` is for everyone. It goes to the kernels if `fused` says so, and to `reference` otherwise.
+The rule, in one line: CUDA tensors in half, bfloat16 or float32, `ceil` pooling, Triton ≥ 3.3.
+
+The environment, read when this module is imported: CONVFUSION_KERNELS=0 keeps to the reference;
+TRITON_INTERPRET=1, Triton's own variable, sends tensors of the CPU to the kernels too, which its
+interpreter then runs, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convfusion.ops import reference
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST = (3, 3)  # Triton: the first with tuples of tensors that loops can carry
+
+
+def _available() -> bool:
+    """Whether kernels are wanted and a Triton that compiles them is installed; not imported yet."""
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:
+        return False
+    recent = tuple(int(part) for part in installed.split(".")[:2]) >= OLDEST
+    return recent and os.environ.get("CONVFUSION_KERNELS") != "0"
+
+
+AVAILABLE = _available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def fused(tokens: Tensor, weights: Sequence[Tensor], pooling: str = "ceil") -> bool:
+    """Whether the kernels take tokens of this device and dtype, pooled in this way.
+
+    Weights that wait on another device, as under sequential offload, are left to their modules.
+    """
+    here = tokens.is_cuda or (INTERPRETED and tokens.device.type == "cpu")
+    known = AVAILABLE and pooling == "ceil" and tokens.dtype in DTYPES
+    return here and known and all(weight.device == tokens.device for weight in weights)
+
+
+def pyramid(
+    tokens: Tensor,
+    weights: Sequence[Tensor],
+    grid: tuple[int, int],
+    gate: str,
+    pooling: str = "ceil",
+) -> Tensor:
+    """All stages of tokens [B, N, C'], side by side: [B, N, n·C'/2]; see `reference.pyramid`.
+
+    On the kernels' path the weights are taken in the dtype of the tokens, as autocast would have
+    them; sums are float32. Gradients reach tokens and weights and are the same bits every time;
+    gradients of gradients need the reference.
+    """
+    if not fused(tokens, weights, pooling):
+        return reference.pyramid(tokens, weights, grid, gate, pooling)
+    packed = torch.stack([weight.flatten(1).t() for weight in weights]).to(tokens.dtype)
+    return pyramid_op(tokens, packed, *grid, gate)
+
+
+@torch.library.custom_op("convfusion::pyramid", mutates_args=())
+def pyramid_op(tokens: Tensor, weights: Tensor, height: int, width: int, gate: str) -> Tensor:
+    """The kernels' forward pass; weights [n, K·K, C'] in the dtype of the tokens [B, N, C']."""
+    from convfusion.ops import launch
+
+    return launch.forward(tokens.contiguous(), weights.contiguous(), (height, width), gate)
+
+
+@torch.library.custom_op("convfusion::pyramid_backward", mutates_args=())
+def pyramid_backward_op(
+    grad: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    height: int,
+    width: int,
+    gate: str,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of tokens and weights; the second is empty without `weight_grad`."""
+    from convfusion.ops import launch
+
+    tensors = (grad.contiguous(), tokens.contiguous(), weights.contiguous())
+    return launch.backward(*tensors, (height, width), gate, weight_grad)
+
+
+@pyramid_op.register_fake
+def _(tokens: Tensor, weights: Tensor, height: int, width: int, gate: str) -> Tensor:
+    return tokens.new_empty(*tokens.shape[:2], weights.shape[0] * (weights.shape[2] // 2))
+
+
+@pyramid_backward_op.register_fake
+def _(
+    grad: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    height: int,
+    width: int,
+    gate: str,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = weights.shape if weight_grad else (0,)
+    return tokens.new_empty(tokens.shape), weights.new_empty(shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, weights, ctx.height, ctx.width, ctx.gate = inputs
+    ctx.save_for_backward(tokens, weights)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    wanted = ctx.needs_input_grad[1]
+    tokens_grad, weights_grad = pyramid_backward_op(
+        grad, *ctx.saved_tensors, ctx.height, ctx.width, ctx.gate, wanted
+    )
+    return tokens_grad, weights_grad if wanted else None, None, None, None
+
+
+pyramid_op.register_autograd(_backward, setup_context=_setup_context)
