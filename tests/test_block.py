@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from convfusion import ConvFusionError, DeltaConv, DeltaConvBlock
@@ -172,3 +173,27 @@ def test_mean_branch_starts_as_uniform_attention():
     block.init_from(attention)
     tokens = torch.randn(2, 30, 16)
     torch.testing.assert_close(block(tokens, (5, 6)), attention(tokens), rtol=1e-4, atol=1e-6)
+
+
+class Copies(TorchDispatchMode):
+    """Collects the operations that only copy a tensor of at least so many elements."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.seen = least, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        out = func(*args, **(kwargs or {}))
+        if name in ("clone", "copy_", "_to_copy", "contiguous") and out.numel() >= self.least:
+            self.seen.append(name)
+        return out
+
+
+@pytest.mark.parametrize("pooling", ["ceil", "adaptive"])
+def test_tokens_become_maps_and_tokens_again_without_a_copy(pooling):
+    block = DeltaConv(kernel_size=5, stages=3, pooling=pooling).build(16)
+    tokens = torch.randn(2, 12 * 8, 16)
+    with torch.no_grad(), Copies(tokens.numel() // 16) as copies:
+        block(tokens, (12, 8))
+    assert not copies.seen

@@ -133,7 +133,7 @@ class DeltaConvBlock(TokenMixer):
             mixed = self.pyramid(maps).flatten(2).transpose(1, 2)
         mixed = self.proj_out(mixed)
         if self.mean_proj is not None:
-            mixed = mixed + self.mean_proj(tokens.mean(dim=1, keepdim=True))
+            mixed += self.mean_proj(tokens.mean(dim=1, keepdim=True))  # in place: one map less
         return mixed
 
     def stage_weights(self) -> list[Tensor]:
