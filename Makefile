@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,18 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Half an hour on two cores that have nothing else to do; the last line takes half of it.
+LATENCY := $(BIN)/convfusion bench latency sd15 --out results/latency.csv
+SIZES := $(foreach side,256 512 1024 2048 4096,--size $(side)x$(side))
+bench: $(VENV)/.installed
+	$(BIN)/python recipes/layouts.py
+	$(LATENCY) $(SIZES) --limit 12
+	$(LATENCY) --backward --size 512x512 --mixers delta_conv,linfusion
+	$(LATENCY) --whole --mixers delta_conv,linfusion,removed --size 512x512 --rounds 3
+	$(LATENCY) --whole --mixers delta_conv,removed --size 1024x1024 --rounds 2 --no-warm-up
+	$(LATENCY) --whole --mixers delta_conv --size 2048x2048 --batch 1 --rounds 1 --no-warm-up
+	$(BIN)/python recipes/tables.py
 
 clean:
 	rm -rf $(VENV) out build dist

@@ -118,6 +118,10 @@ def test_calls_take_turns():
     calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
     found = interleaved(calls, torch.device("cpu"), rounds=3)
     assert order == list("ab" + "ab" * 3)
+    order.clear()
+    cold = interleaved(calls, torch.device("cpu"), rounds=2, warm_up=False)
+    assert order == list("abab")
+    assert all(len(each.seconds) == 2 for each in cold.values())
     assert all(len(each.seconds) == 3 for each in found.values())
 
 

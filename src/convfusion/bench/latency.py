@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from convfusion.adapters import Denoiser, Site, list_sites
 from convfusion.bench.inputs import denoiser_inputs
 from convfusion.bench.timing import Timing, interleaved
-from convfusion.block import DeltaConv, Grid
+from convfusion.block import DeltaConv, Grid, TokenMixer
 from convfusion.config import ConvertConfig
 from convfusion.surgery import build_mixers, install, revert
 
@@ -189,6 +189,7 @@ def time_denoiser(
     batch: int = 2,
     backward: bool = False,
     rounds: int = 3,
+    warm_up: bool = True,
     on_call: Callable[[str], None] | None = None,
 ) -> dict[str, Measured]:
     """Time whole forward passes of a denoiser with each variant at its sites in turn.
@@ -200,12 +201,13 @@ def time_denoiser(
         batch: samples; two are one picture under classifier-free guidance.
         backward: work out the gradients of the latents and of what stands at the sites too.
         rounds: counted ones.
+        warm_up: call each once before, uncounted.
         on_call: told the name of a variant before each of its calls.
     """
     inputs = denoiser_inputs(model, latents, batch)
     device = next(model.parameters()).device
     calls = {name: denoiser_call(model, v, inputs, backward) for name, v in variants.items()}
-    timings = interleaved(calls, device, rounds, on_call)
+    timings = interleaved(calls, device, rounds, on_call, warm_up)
     return {name: Measured(timing) for name, timing in timings.items()}
 
 
@@ -213,7 +215,7 @@ def denoiser_call(
     model: Denoiser, variant: Variant, inputs: dict[str, Any], backward: bool = False
 ) -> Run:
     """One forward pass with a variant at the sites, which are as they were when it is over."""
-    mixers = {}
+    mixers: dict[str, TokenMixer] = {}
     if variant.config is not None:
         mixers = build_mixers(model, list_sites(model), variant.config)
     forward = torch.compile(model, dynamic=False) if variant.compiled else model
@@ -231,12 +233,12 @@ def denoiser_call(
 
 
 @contextmanager
-def standing(model: Denoiser, mixers: Mapping[str, nn.Module]) -> Iterator[None]:
+def standing(model: Denoiser, mixers: dict[str, TokenMixer]) -> Iterator[None]:
     """Let ready mixers stand at the sites of an unconverted denoiser for a while."""
     if not mixers:
         yield
         return
-    install(model, dict(mixers), keep_attention=True)
+    install(model, mixers, keep_attention=True)
     try:
         yield
     finally:

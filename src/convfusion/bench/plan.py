@@ -269,7 +269,8 @@ def _weights(model: Any, kind: SiteKind, config: ConvertConfig) -> tuple[int, in
     settings = config.mixer_for(kind.site.path)
     with torch.device("meta"):
         mixer = settings.build(kind.site.channels, kind.site.heads) if settings else attention
-    return tuple(each * sum(p.numel() for p in m.parameters()) for m in (attention, mixer))  # type: ignore[return-value]
+    own, other = (sum(p.numel() for p in m.parameters()) for m in (attention, mixer))
+    return each * own, each * other
 
 
 def _rest(model: Any, latents: tuple[int, int], batch: int) -> float:

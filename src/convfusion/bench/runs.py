@@ -36,6 +36,7 @@ class Conditions:
         batch: samples; two are one picture under classifier-free guidance.
         backward: gradients are worked out too.
         rounds: counted ones of each variant.
+        warm_up: call each variant once before, uncounted; sites always do.
         limit: seconds; a variant is left out where one call would probably take longer.
     """
 
@@ -44,6 +45,7 @@ class Conditions:
     batch: int = 2
     backward: bool = False
     rounds: int = 5
+    warm_up: bool = True
     limit: float = 60.0
 
 
@@ -102,7 +104,7 @@ def denoiser_rows(
 
         found = time_denoiser(
             denoiser, variants, latents, batch=under.batch, backward=under.backward,
-            rounds=under.rounds, on_call=say,
+            rounds=under.rounds, warm_up=under.warm_up, on_call=say,
         )  # fmt: skip
         tokens = math.prod(site_grid(denoiser, sites[0], latents))
         case = _case(model, first, tokens, size, under) | {"site": "", "channels": None}

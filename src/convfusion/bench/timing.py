@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,20 @@ def interleaved(
     device: torch.device,
     rounds: int = 5,
     on_call: Callable[[str], None] | None = None,
+    warm_up: bool = True,
 ) -> dict[str, Timing]:
     """Time each call once a round, A B C A B C …, so that a drift of the machine meets all.
 
     A first call of each warms the caches up; it is not counted, and its memory is measured. What
-    compiles at its first call should have been called before.
+    compiles at its first call should have been called before. Calls that take minutes can do
+    without: then the memory is that of the first round.
 
     Args:
         calls: by name; what they return is thrown away.
         device: that they work on; it is waited for before the clock is read.
         rounds: counted ones.
         on_call: told the name before each call.
+        warm_up: make the first, uncounted call.
     """
 
     def run(name: str) -> float:
@@ -68,11 +72,16 @@ def interleaved(
         synchronise(device)
         return time.perf_counter() - start
 
-    peaks = {name: peak_memory(lambda n=name: run(n), device) for name in calls}  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+
+    def count(name: str) -> None:
+        seconds[name].append(run(name))
+
+    first = run if warm_up else count
+    peaks = {name: peak_memory(partial(first, name), device) for name in calls}
+    for _ in range(rounds if warm_up else rounds - 1):
         for name in calls:
-            seconds[name].append(run(name))
+            count(name)
     return {name: Timing(tuple(seconds[name]), peaks[name]) for name in calls}
 
 

@@ -41,6 +41,9 @@ def latency(
         int, typer.Option(min=1, help="Two are a picture under classifier-free guidance.")
     ] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Counted calls of each variant.")] = 5,
+    warm_up: Annotated[
+        bool, typer.Option(help="Of a whole denoiser, an uncounted call of each variant first.")
+    ] = True,
     limit: Annotated[
         float, typer.Option(min=0, help="Leave out what would take so many seconds a call.")
     ] = 60.0,
@@ -70,7 +73,8 @@ def latency(
     sizes = sorted((parse_size(text) for text in size), key=lambda s: s[0] * s[1])
     for each in sizes:
         found.latents(each)
-    under = Conditions(torch_device(device), torch_dtype(precision), batch, backward, rounds, limit)
+    place, dtype = torch_device(device), torch_dtype(precision)
+    under = Conditions(place, dtype, batch, backward, rounds, warm_up, limit)
     rows: list[Row] = []
     measure = denoiser_rows if whole else site_rows
     for case in shown(lambda say: measure(found, variants, sizes, under, say)):
