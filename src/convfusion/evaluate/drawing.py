@@ -230,7 +230,9 @@ def settings_of(pipe: Any, teacher: Denoiser, draws: Draws) -> dict[str, Any]:
     student = denoiser_of(pipe)
     parts = {"teacher": teacher, "student": student}
     parts |= {name: getattr(pipe, name, None) for name in ("vae", "text_encoder", "text_encoder_2")}
-    scheduler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
+    # What diffusers notes beside the settings lies in another order in every process.
+    config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
+    scheduler = json.dumps(config, sort_keys=True, default=str)
     return {
         "pipeline": type(pipe).__name__,
         "weights": {name: fingerprint(part) for name, part in parts.items() if part is not None},

@@ -27,7 +27,8 @@ def mean_psnr(images: list[Image.Image], references: list[Image.Image]) -> float
 def ssim(image: Image.Image | np.ndarray, reference: Image.Image | np.ndarray) -> float:
     """Structural similarity of two 8-bit pictures of one size, over Gaussian windows of σ = 1.5.
 
-    Wang et al. 2004, mean over RGB; 1 for equal pictures. Needs the extra `eval`.
+    Wang et al. 2004, mean over RGB and all pixels; windows at the border see the picture mirrored.
+    1 for equal pictures. Needs the extra `eval`.
 
     Raises:
         ConvFusionError: the pictures are smaller than a window, 11 × 11.

@@ -171,7 +171,7 @@ def _radii(features: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
         own = torch.arange(len(part))
         apart[own, start + own] = torch.inf  # a row is no neighbour of itself; its twin is
         nearest.append(apart.topk(max(counts), largest=False).values)
-    found = torch.cat(nearest)
+    found = torch.cat(nearest) * (1 + 1e-9)  # a ball holds, despite rounding, what it ends at
     return [found[:, k - 1] for k in counts]
 
 
