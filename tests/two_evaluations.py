@@ -1,4 +1,4 @@
-"""What each process of `test_evaluate_run.py` runs under a launcher's environment."""
+"""The second process of `test_evaluate_run.py`, under a launcher's environment."""
 
 import sys
 

@@ -57,6 +57,7 @@ class Draws:
         guidance: classifier-free guidance scale.
         size: (height, width) in pixels, or None for the pipeline's own.
         batch_size: samples drawn at once.
+        timesteps: where ε-errors are measured, on what the teacher drew.
     """
 
     prompts: tuple[str, ...]
@@ -65,6 +66,7 @@ class Draws:
     guidance: float = 5.0
     size: tuple[int, int] | None = None
     batch_size: int = 8
+    timesteps: tuple[int, ...] = TIMESTEPS
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.seeds):
@@ -80,6 +82,8 @@ class Draws:
             raise ConvFusionError(f"seeds must be 0 or more, not {min(self.seeds)}")
         if self.steps < 1 or self.batch_size < 1:
             raise ConvFusionError("steps and batch_size must be at least 1")
+        if not self.timesteps or min(self.timesteps) < 0:
+            raise ConvFusionError("timesteps must be 0 or more, and at least one is needed")
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -282,7 +286,7 @@ def _draw_batch(pipe: Any, teacher: Denoiser, draws: Draws, rows: range, folder:
         "timesteps": [t for t, _ in paths[TEACHER]],
         "trajectory": _strayed(paths[STUDENT], paths[TEACHER]),
         "trajectory_other_seed": _strayed(paths[OTHER], paths[TEACHER]),
-        "epsilon_errors": _epsilon(pipe, teacher, final, prompts, seeds),
+        "epsilon_errors": _epsilon(pipe, teacher, draws, final, rows),
     }
     write_text(_record_of(folder, rows), json.dumps(record) + "\n")
 
@@ -296,14 +300,17 @@ def _strayed(
 
 
 def _epsilon(
-    pipe: Any, teacher: Denoiser, latents: Tensor, prompts: list[str], seeds: list[int]
+    pipe: Any, teacher: Denoiser, draws: Draws, latents: Tensor, rows: range
 ) -> list[list[float]]:
-    """ε-errors of each sample at each of `TIMESTEPS`, on what the teacher drew: [B][T]."""
+    """ε-errors of each sample at each timestep, on what the teacher drew: [B][T]."""
     scale = latent_scale(pipe)
     size = (latents.shape[-2] * scale, latents.shape[-1] * scale)
-    noises = {t: torch.stack([_noise(latents[0], seed, t) for seed in seeds]) for t in TIMESTEPS}
+    noises = {
+        t: torch.stack([_noise(latents[0], draws.seeds[i], t) for i in rows])
+        for t in draws.timesteps
+    }
     schedule = noise_schedule(pipe.scheduler)
-    conditioning = encode_conditioning(pipe, prompts, size)
+    conditioning = encode_conditioning(pipe, [draws.prompts[i] for i in rows], size)
     found = epsilon_errors(denoiser_of(pipe), teacher, schedule, latents, noises, conditioning)
     return found.T.tolist()
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from convfusion.evaluate.drawing import OTHER, SIDES, STUDENT, TEACHER, Draws, read_pictures
-from convfusion.evaluate.epsilon import TIMESTEPS
 from convfusion.evaluate.extractors import Clip, Extractor, Features
 from convfusion.evaluate.images import psnr, ssim
 from convfusion.evaluate.scores import (
@@ -132,14 +131,14 @@ class Curves:
     latent_errors_other_seed: list[float]
 
 
-def curves(records: list[dict[str, Any]]) -> Curves:
+def curves(draws: Draws, records: list[dict[str, Any]]) -> Curves:
     """The curves that the records of a drawing give."""
 
     def mean(name: str) -> list[float]:
         return np.mean(list(chain.from_iterable(r[name] for r in records)), axis=0).tolist()
 
     return Curves(
-        timesteps=list(TIMESTEPS),
+        timesteps=list(draws.timesteps),
         epsilon_errors=mean("epsilon_errors"),
         steps=records[0]["timesteps"],
         latent_errors=mean("trajectory"),

@@ -27,10 +27,10 @@ WORDS = {
     OTHER: "teacher, other seeds",
     REAL: "real pictures",
 }
-STYLE = """<style>td.text, th.text { text-align: left; } td { vertical-align: top; }
+STYLE = """<style>td { vertical-align: top; }
 table.list img { width: 128px; height: auto; image-rendering: pixelated; display: block; }
-table.list td { padding: .35rem .5rem; } td.text { max-width: 24rem; }
-tr.floor td { color: #57606a; } table td:nth-child(2) { text-align: inherit; }</style>"""
+table.list td { padding: .35rem .5rem; }
+tr.floor td { color: #57606a; }</style>"""
 
 
 def write_page(found: Evaluation, folder: Path) -> None:
@@ -49,6 +49,7 @@ def page(found: Evaluation, folder: Path) -> str:
         f"drew {told['samples']} pictures of {width}×{height} from {told['prompts']} prompts by "
         f"equal noises, in {told['steps']} steps at guidance {told['guidance']:g}. The teacher "
         "drew them once more from other noises: what differs then is chance alone.</p>",
+        _in_short(found),
         _grid(found, folder),
         "<h2>Picture by picture</h2>",
         _pairs(found),
@@ -65,6 +66,30 @@ def page(found: Evaluation, folder: Path) -> str:
         f"<h2>Prompt by prompt, the worst first</h2>{_worst(found, folder)}",
     ]
     return report.PAGE.format(title="Student and teacher", body="\n".join(body))
+
+
+def _in_short(found: Evaluation) -> str:
+    """The two answers that numbers of this kind can give."""
+    psnr = [
+        mean_of([value for each in found.samples if (value := side(each).psnr) is not None])[0]
+        for side in (lambda each: each.student, lambda each: each.other_seed)
+    ]
+    alike = "pictures equal to the teacher’s" if psnr[0] is None else f"a PSNR of {psnr[0]:.1f} dB"
+    other = "equal ones" if psnr[1] is None else f"{psnr[1]:.1f} dB"
+    student, floor = found.distributions[:2]
+    apart = student.kid - floor.kid
+    chance = 2 * (student.kid_error**2 + floor.kid_error**2) ** 0.5
+    verdict = "no further from its pictures than the teacher itself at other seeds, within chance"
+    if abs(apart) > chance:
+        verdict = ("further" if apart > 0 else "less far") + (
+            " from its pictures than the teacher itself at other seeds, beyond chance"
+        )
+    return (
+        f"<p><b>From equal noise the student reaches {alike} against the teacher, where another "
+        f"noise gives {other}. As a set, its pictures are {verdict}</b> (kernel distance × 10³: "
+        f"{_thousandths(student.kid, student.kid_error)}, and "
+        f"{_thousandths(floor.kid, floor.kid_error)}; chance is two standard errors of both).</p>"
+    )
 
 
 def _grid(found: Evaluation, folder: Path) -> str:
@@ -113,7 +138,7 @@ def _pairs(found: Evaluation) -> str:
 def _sets(found: Evaluation) -> str:
     """Distances between sets of pictures, and what is said of a set by itself."""
     name = html.escape(found.extractor["name"])
-    heads = ("pictures", "compared with", "samples", "Fréchet distance", "kernel distance ×10³")
+    heads = ("pictures", "samples", "Fréchet distance", "kernel distance ×10³")
     near = ("precision", "recall", "density", "coverage")
     tables = [f"<p>By the features of {name}.</p>"]
     for reference, words in (
@@ -141,12 +166,15 @@ def _distribution(row: Distribution) -> tuple[str, ...]:
     near = (row.precision, row.recall, row.density, row.coverage)
     return (
         WORDS[row.pictures],
-        WORDS[row.reference],
-        f"{row.samples} | {row.reference_samples}",
+        f"{row.samples} against {row.reference_samples}",
         f"{row.frechet:.4g}",
-        f"{1e3 * row.kid:.3g} ± {1e3 * row.kid_error:.2g}",
+        _thousandths(row.kid, row.kid_error),
         *("–" if value is None else f"{value:.2f}" for value in near),
     )
+
+
+def _thousandths(value: float, error: float) -> str:
+    return f"{1e3 * value:.3g} ± {1e3 * error:.2g}".replace("-", "−")
 
 
 def _bias(found: Evaluation) -> str:

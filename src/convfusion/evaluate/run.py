@@ -19,6 +19,7 @@ from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import RealPictures
 from convfusion.evaluate.results import Evaluation
 from convfusion.generate import check_size
+from convfusion.schedule import noise_schedule
 
 Progress = Callable[[str, int], None]
 
@@ -85,7 +86,7 @@ def evaluate(
         clip=_about(clip.images) if clip else None,
         real=_about_real(real, seen[REAL]) if real else None,
         samples=measure.sample_results(folder, draws, records, seen),
-        curves=measure.curves(records),
+        curves=measure.curves(draws, records),
         distributions=measure.distributions(seen),
         scores=measure.set_scores(seen, scores),
     )
@@ -105,6 +106,11 @@ def size_of(pipe: Any, draws: Draws) -> tuple[int, int]:
 def check_draws(pipe: Any, draws: Draws) -> None:
     """Raise a ConvFusionError unless a pipeline can draw this."""
     size = size_of(pipe, draws)
+    count = len(noise_schedule(pipe.scheduler)[0])
+    if max(draws.timesteps) >= count:
+        raise ConvFusionError(
+            f"the timestep {max(draws.timesteps)} is beyond the last, {count - 1}"
+        )
     if adapter_for(denoiser_of(pipe)).family == "dit":
         class_labels(pipe, list(draws.prompts))
         if draws.size is not None:
