@@ -58,6 +58,7 @@ def evaluate(
     launcher such as torchrun, processes share the drawing.
     """
     from convfusion.evaluate import open_clip, open_extractor, plan
+    from convfusion.evaluate.drawing import process
     from convfusion.evaluate.extractors import check_installed
     from convfusion.evaluate.run import evaluate as run
 
@@ -78,7 +79,7 @@ def evaluate(
     place = pipe.device
     progress = progress_bar()
     with progress:
-        bar = progress.add_task("drawing", total=len(draws))
+        bar = progress.add_task("drawing", total=len(draws), visible=process()[0] == 0)
         found = run(
             pipe,
             draws,

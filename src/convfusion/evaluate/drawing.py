@@ -153,7 +153,7 @@ def draw(
     Raises:
         ConvFusionError: the folder holds something else, or what is drawn is not finite.
     """
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, processes = process()
     begin(folder, settings, rank)
 
     missing = draws.batches
@@ -174,6 +174,11 @@ def draw(
         time.sleep(1)
         look()
     return [json.loads(_record_of(folder, rows).read_text("utf-8")) for rows in draws.batches]
+
+
+def process() -> tuple[int, int]:
+    """The number of this process among those that a launcher started, and how many there are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def begin(folder: Path, settings: dict[str, Any], rank: int = 0) -> None:

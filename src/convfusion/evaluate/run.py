@@ -11,7 +11,7 @@ from convfusion.adapters import adapter_for, denoiser_of
 from convfusion.conditioning import class_labels, latent_scale
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import measure
-from convfusion.evaluate.drawing import STUDENT, Draws, check_place, draw, settings_of
+from convfusion.evaluate.drawing import STUDENT, Draws, check_place, draw, process, settings_of
 from convfusion.evaluate.extractors import Clip, Extractor, Features, check_installed
 from convfusion.evaluate.images import SSIM_SIDE
 from convfusion.evaluate.measure import REAL
@@ -61,9 +61,10 @@ def evaluate(
     check_draws(pipe, draws)
     settings = settings_of(pipe, reference, draws)
     check_place(folder, settings)
-    if real is not None:
+    seen = {}
+    if real is not None and process()[0] == 0:  # the one that measures
         on_progress("real pictures", 0)
-    seen = {} if real is None else {REAL: _look_at(real, extractor)}
+        seen[REAL] = _look_at(real, extractor)
     records = draw(
         pipe,
         reference,
