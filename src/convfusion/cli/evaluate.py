@@ -58,9 +58,7 @@ def evaluate(
     launcher such as torchrun, processes share the drawing.
     """
     from convfusion.evaluate import open_clip, open_extractor, plan
-    from convfusion.evaluate.drawing import process
     from convfusion.evaluate.extractors import check_installed
-    from convfusion.evaluate.run import evaluate as run
 
     check_installed("torchmetrics", "matplotlib")
     wanted = prompts_of(model, prompts)
@@ -76,24 +74,34 @@ def evaluate(
         batch_size=batch_size,
     )
     pipe, other = pipelines(model, blocks, teacher, precision, device)
-    place = pipe.device
-    progress = progress_bar()
-    with progress:
-        bar = progress.add_task("drawing", total=len(draws), visible=process()[0] == 0)
-        found = run(
-            pipe,
-            draws,
-            out,
-            extractor=open_extractor(extractor, place),
-            teacher=other,
-            real=real_pictures(pipe, model, real, prompts, draws),
-            clip=open_clip(clip, place) if clip else None,
-            names=(named(model, blocks), named(teacher) if teacher else "its own attention"),
-            on_progress=lambda stage, done: progress.update(bar, completed=done, description=stage),
-        )
+    found = run(
+        pipe,
+        draws,
+        out,
+        extractor=open_extractor(extractor, pipe.device),
+        teacher=other,
+        real=real_pictures(pipe, model, real, prompts, draws),
+        clip=open_clip(clip, pipe.device) if clip else None,
+        names=(named(model, blocks), named(teacher) if teacher else "its own attention"),
+    )
     if found is not None:
         print_evaluation(found)
         typer.echo(f"Written: {out}/report.html, evaluation.json, evaluation.csv, samples.csv")
+
+
+def run(pipe: Any, draws: Any, out: Path, **options: Any) -> Any:
+    """Evaluate with a progress bar, in the first of several processes."""
+    from convfusion.evaluate import evaluate
+    from convfusion.evaluate.drawing import process
+
+    progress = progress_bar()
+    with progress:
+        bar = progress.add_task("drawing", total=len(draws), visible=process()[0] == 0)
+
+        def on_progress(stage: str, done: int) -> None:
+            progress.update(bar, completed=done, description=stage)
+
+        return evaluate(pipe, draws, out, on_progress=on_progress, **options)
 
 
 def prompts_of(model: str, file: Path | None) -> list[str]:

@@ -79,7 +79,10 @@ def _in_short(found: Evaluation) -> str:
     student, floor = found.distributions[:2]
     apart = student.kid - floor.kid
     chance = 2 * (student.kid_error**2 + floor.kid_error**2) ** 0.5
-    verdict = "no further from its pictures than the teacher itself at other seeds, within chance"
+    verdict = (
+        "no further from its pictures than the teacher itself at other seeds, as far as "
+        f"{student.samples} pictures can tell"
+    )
     if abs(apart) > chance:
         verdict = ("further" if apart > 0 else "less far") + (
             " from its pictures than the teacher itself at other seeds, beyond chance"
@@ -194,8 +197,8 @@ def _bias(found: Evaluation) -> str:
         )
     text += (
         "The kernel distance (KID) has no such bias: 0 is expected of two sets of one kind, and "
-        "half of the time it is less. Precision and density tell how many pictures lie where the "
-        "reference does, recall and coverage how much of it they reach."
+        "less of two sets of the same prompts. Precision and density tell how many pictures lie "
+        "where the reference does, recall and coverage how much of it they reach."
     )
     return f'<p class="note">{text}</p>'
 

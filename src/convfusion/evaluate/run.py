@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -65,19 +66,12 @@ def evaluate(
     if real is not None and process()[0] == 0:  # the one that measures
         on_progress("real pictures", 0)
         seen[REAL] = _look_at(real, extractor)
-    records = draw(
-        pipe,
-        reference,
-        draws,
-        folder,
-        settings,
-        on_progress=lambda done: on_progress("drawing", done),
-    )
+    on_drawn = partial(on_progress, "drawing")
+    records = draw(pipe, reference, draws, folder, settings, on_progress=on_drawn)
     if records is None:
         return None
     on_progress("measuring", len(draws))
     seen = measure.look(extractor, folder, len(draws)) | seen
-    scores = measure.clip_of(clip, folder, draws) if clip else {}
     found = Evaluation(
         student=names[0],
         teacher=names[1],
@@ -89,13 +83,18 @@ def evaluate(
         samples=measure.sample_results(folder, draws, records, seen),
         curves=measure.curves(draws, records),
         distributions=measure.distributions(seen),
-        scores=measure.set_scores(seen, scores),
+        scores=measure.set_scores(seen, measure.clip_of(clip, folder, draws) if clip else {}),
     )
-    found.save(folder)
-    from convfusion.evaluate.page import write_page  # with matplotlib, which was looked for above
-
-    write_page(found, folder)
+    write_results(found, folder)
     return found
+
+
+def write_results(found: Evaluation, folder: Path) -> None:
+    """Write `evaluation.json`, `evaluation.csv`, `samples.csv` and `report.html`."""
+    from convfusion.evaluate.page import write_page  # with matplotlib
+
+    found.save(folder)
+    write_page(found, folder)
 
 
 def size_of(pipe: Any, draws: Draws) -> tuple[int, int]:
