@@ -227,8 +227,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """As `write_tensors`, for text."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As `write_tensors`, for the content of any file."""
     with _aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(data)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

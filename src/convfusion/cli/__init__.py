@@ -14,6 +14,7 @@ from convfusion.cli.convert import convert
 from convfusion.cli.curve import curve
 from convfusion.cli.demo import demo
 from convfusion.cli.distill import distill
+from convfusion.cli.evaluate import evaluate
 from convfusion.cli.generate import generate
 from convfusion.cli.latency import latency
 from convfusion.cli.plan import plan
@@ -26,7 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, analyze, ablate, curve, plan, convert, cache, distill, generate):
+COMMANDS = (demo, analyze, ablate, curve, plan, convert, cache, distill, evaluate, generate)
+for command in COMMANDS:
     app.command()(command)
 bench.command()(latency)
 app.add_typer(bench, name="bench")

@@ -1,13 +1,11 @@
-"""How far a student is from its teacher."""
+"""How far the noise that a student sees is from what its teacher sees."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from convfusion.adapters import Denoiser, denoiser_of
@@ -21,19 +19,6 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     """‖ε̂ − ε̃‖² / ‖ε̃‖² of each sample of [B, C, H, W]; [B] float64."""
     difference = (student - teacher).double().square().flatten(1).sum(dim=1)
     return difference / teacher.double().square().flatten(1).sum(dim=1)
-
-
-def psnr(image: Image.Image | np.ndarray, reference: Image.Image | np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two 8-bit pictures of one size; infinite if equal."""
-    error = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
-    mean = np.square(error).mean()
-    return float("inf") if mean == 0 else float(10 * np.log10(255**2 / mean))
-
-
-def mean_psnr(images: list[Image.Image], references: list[Image.Image]) -> float:
-    """Mean over pairs of pictures of their PSNR in dB."""
-    pairs = zip(images, references, strict=True)
-    return float(np.mean([psnr(image, reference) for image, reference in pairs]))
 
 
 def epsilon_error(

@@ -1,0 +1,168 @@
+"""`convfusion evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from convfusion.cli.analyze import read_prompts
+from convfusion.cli.console import progress_bar
+from convfusion.cli.models import equip, guidance_for, is_embedded, load_pipeline
+from convfusion.cli.options import Blocks, Device, Model, Precision, Size, parse_size
+
+MINI_SAMPLES = 64
+
+
+def evaluate(
+    model: Model,
+    out: Annotated[
+        Path, typer.Option(help="Folder for pictures and report; an unfinished one goes on.")
+    ],
+    blocks: Blocks = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Pipeline to compare with; by default the model's own attention."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file with one prompt per line; `mini` has its own.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Pictures; by default one of each prompt, `mini`: 64.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 5, and 3 for `mini`.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first sample; the next count on.")] = 0,
+    size: Size = None,
+    real: Annotated[
+        str | None,
+        typer.Option(help="Real pictures: a folder, or what `convfusion cache` takes."),
+    ] = None,
+    extractor: Annotated[
+        str,
+        typer.Option(help="Network behind distances: a folder or Hub name, such as DINOv2's."),
+    ] = "efficientnet-lite0",
+    clip: Annotated[
+        str | None, typer.Option(help="CLIP model, a folder or Hub name, for the CLIP score.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
+    precision: Precision = "float32",
+    device: Device = None,
+) -> None:
+    """Draw with student and teacher by equal seeds, and measure whether they are equally good.
+
+    Writes report.html, evaluation.json, evaluation.csv, samples.csv and the pictures. Under a
+    launcher such as torchrun, processes share the drawing.
+    """
+    from convfusion.evaluate import open_clip, open_extractor, plan
+    from convfusion.evaluate.extractors import check_installed
+
+    check_installed("torchmetrics", "matplotlib")
+    wanted = prompts_of(model, prompts)
+    if samples is None and prompts is None:
+        samples = MINI_SAMPLES
+    draws = plan(
+        wanted,
+        samples,
+        seed,
+        steps=steps,
+        guidance=guidance_for(model) if guidance is None else guidance,
+        size=parse_size(size) if size else None,
+        batch_size=batch_size,
+    )
+    pipe, other = pipelines(model, blocks, teacher, precision, device)
+    found = run(
+        pipe,
+        draws,
+        out,
+        extractor=open_extractor(extractor, pipe.device),
+        teacher=other,
+        real=real_pictures(pipe, model, real, prompts, draws),
+        clip=open_clip(clip, pipe.device) if clip else None,
+        names=(named(model, blocks), named(teacher) if teacher else "its own attention"),
+    )
+    if found is not None:
+        print_evaluation(found)
+        typer.echo(f"Written: {out}/report.html, evaluation.json, evaluation.csv, samples.csv")
+
+
+def run(pipe: Any, draws: Any, out: Path, **options: Any) -> Any:
+    """Evaluate with a progress bar, in the first of several processes."""
+    from convfusion.evaluate import evaluate
+    from convfusion.evaluate.drawing import process
+
+    progress = progress_bar()
+    with progress:
+        bar = progress.add_task("drawing", total=len(draws), visible=process()[0] == 0)
+
+        def on_progress(stage: str, done: int) -> None:
+            progress.update(bar, completed=done, description=stage)
+
+        return evaluate(pipe, draws, out, on_progress=on_progress, **options)
+
+
+def prompts_of(model: str, file: Path | None) -> list[str]:
+    """The prompts of a file; of the embedded model, those that no training saw."""
+    from convfusion import mini
+
+    if file is None and is_embedded(model):
+        return list(mini.held_out_data().captions)
+    return read_prompts(model, file)
+
+
+def pipelines(
+    model: str, blocks: Path | None, teacher: str | None, precision: str, device: str | None
+) -> tuple[Any, Any]:
+    """The student, and its teacher if that is another pipeline."""
+    pipe = load_pipeline(model, precision, device)
+    if blocks is not None:
+        equip(pipe, blocks, None)
+    return pipe, load_pipeline(teacher, precision, device) if teacher else None
+
+
+def real_pictures(pipe: Any, model: str, spec: str | None, prompts: Path | None, draws: Any) -> Any:
+    """Real pictures to compare with; the embedded model has some for its own prompts."""
+    from convfusion import mini
+    from convfusion.evaluate.real import decoded, open_real
+    from convfusion.evaluate.run import size_of
+
+    size = size_of(pipe, draws)
+    if spec is not None:
+        return open_real(spec, size)
+    if is_embedded(model) and prompts is None:
+        name = "held-out pictures, as the VAE decodes them"
+        return decoded(pipe, mini.held_out_data(), name, size)
+    return None
+
+
+def named(model: str, blocks: Path | None = None) -> str:
+    """What the report calls a pipeline: no path of this machine."""
+    name = Path(model).name if Path(model).exists() else model
+    return name if blocks is None else f"{name} with the blocks of {blocks.name}"
+
+
+def print_evaluation(found: Any) -> None:
+    """Each number of the student beside the one that the teacher itself has at other seeds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from convfusion.evaluate.results import metrics
+
+    values: dict[tuple[str, str], dict[str, str]] = {}
+    for row in metrics(found):
+        against = "the teacher" if row["reference"].startswith("teacher") else row["reference"]
+        error = row["standard_error"]
+        shown = f"{row['value']:.3g}" + ("" if error is None else f" ± {error:.1g}")
+        values.setdefault((row["metric"], against), {})[row["pictures"]] = shown
+    table = Table(title=f"{found.student} and its teacher, {len(found.samples)} samples")
+    table.add_column("")
+    table.add_column("against")
+    table.add_column("student", justify="right")
+    table.add_column("teacher, other seeds", justify="right")
+    for (metric, against), cells in values.items():
+        chance = cells.get("teacher", cells.get("teacher-other-seed", ""))
+        table.add_row(metric.replace("_", " "), against, cells.get("student", ""), chance)
+    Console().print(table)

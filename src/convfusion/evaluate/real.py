@@ -1,0 +1,95 @@
+"""Real pictures that drawn ones are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from convfusion.data.latents import LatentDataset
+from convfusion.data.pictures import UnusableError, cover, decode_picture, upcast_vae
+from convfusion.data.sources import PICTURES, Prompts, open_source
+from convfusion.errors import ConvFusionError
+
+Counted = dict[str, int]
+
+
+@dataclass(frozen=True)
+class RealPictures:
+    """Pictures of one size, read as they are needed.
+
+    Attributes:
+        spec: what the report calls them.
+        read: gives every encoded picture or its file, and None with the reason for what has none.
+        size: (height, width) that they are shrunk to cover, and cropped to.
+        skipped: how many could not be used, by reason; filled while they are read.
+    """
+
+    spec: str
+    read: Callable[[], Iterator[tuple[Any, str]]]
+    size: tuple[int, int]
+    skipped: Counted = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        self.skipped.clear()
+        for picture, problem in self.read():
+            try:
+                if picture is None:
+                    raise UnusableError(problem)
+                if not isinstance(picture, Image.Image):
+                    picture = decode_picture(picture)
+                yield Image.fromarray(cover(picture, self.size))
+            except UnusableError as error:
+                self.skipped[str(error)] = self.skipped.get(str(error), 0) + 1
+
+
+def open_real(spec: str, size: tuple[int, int]) -> RealPictures:
+    """Real pictures by name.
+
+    Args:
+        spec: a folder of pictures, captions or not, or what `data.open_source` takes.
+        size: (height, width) of the drawn pictures.
+
+    Raises:
+        ConvFusionError: there are none.
+    """
+    folder = Path(spec)
+    tables = ("*.tar", "*.parquet", "*.arrow", "metadata.*", "state.json", "dataset_dict.json")
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in tables):
+        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES)
+        if not files:
+            raise ConvFusionError(f"{spec} has no pictures ({', '.join(PICTURES)})")
+        return RealPictures(folder.name, lambda: ((file, "") for file in files), size)
+    source = open_source(spec)
+    if isinstance(source, Prompts):
+        raise ConvFusionError(f"{spec} holds prompts, and real pictures are asked for")
+
+    def samples() -> Iterator[tuple[Any, str]]:
+        for unit in range(source.units):
+            for sample in source.read(unit):
+                yield sample.picture, sample.problem
+
+    return RealPictures(spec, samples, size)
+
+
+@torch.no_grad()
+def decoded(
+    pipe: Any, data: LatentDataset, spec: str, size: tuple[int, int], batch_size: int = 32
+) -> RealPictures:
+    """Pictures that are at hand as latents only, as the pipeline's VAE decodes them."""
+
+    def pictures() -> Iterator[tuple[Any, str]]:
+        vae = pipe.vae
+        with upcast_vae(vae):
+            for part in data.latents.split(batch_size):
+                scaled = part.to(vae.device, vae.dtype) / vae.config.scaling_factor
+                with torch.no_grad():
+                    found = vae.decode(scaled, return_dict=False)[0]
+                for image in pipe.image_processor.postprocess(found, output_type="pil"):
+                    yield image, ""
+
+    return RealPictures(spec, pictures, size)

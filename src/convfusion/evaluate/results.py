@@ -1,0 +1,126 @@
+"""What an evaluation found, and its files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from convfusion.checkpoint import write_text
+from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER
+from convfusion.evaluate.measure import (
+    Curves,
+    Distribution,
+    SampleResult,
+    SetScores,
+    standard_error,
+)
+
+SCHEMA = "convfusion-evaluation-1"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        student: what the report calls the student.
+        teacher: and its teacher.
+        settings: how pictures were drawn: steps, guidance, size, batch_size.
+        model: fingerprints of weights and scheduler.
+        extractor: name, width, side and fingerprint of the network behind the features.
+        clip: name and fingerprint of the CLIP model, or None.
+        real: name, samples and skipped of the real pictures, or None.
+        samples: every prompt and seed.
+        curves: means by timestep and by step.
+        distributions: sets of pictures against references.
+        scores: of each set by itself.
+    """
+
+    student: str
+    teacher: str
+    settings: dict[str, Any]
+    model: dict[str, Any]
+    extractor: dict[str, Any]
+    clip: dict[str, Any] | None
+    real: dict[str, Any] | None
+    samples: list[SampleResult]
+    curves: Curves
+    distributions: list[Distribution]
+    scores: list[SetScores]
+
+    def save(self, folder: Path) -> None:
+        """Write `evaluation.json`, `evaluation.csv` and `samples.csv`."""
+        from convfusion import __version__
+
+        told = {"schema": SCHEMA, "version": __version__, **asdict(self)}
+        text = json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False)
+        write_text(folder / "evaluation.json", text + "\n")
+        write_text(folder / "evaluation.csv", _table(metrics(self)))
+        write_text(folder / "samples.csv", _table([_flat(each) for each in self.samples]))
+
+
+def metrics(found: Evaluation) -> list[dict[str, Any]]:
+    """Every number that sums up an evaluation, as the rows of `evaluation.csv`."""
+    rows: list[dict[str, Any]] = []
+    count = len(found.samples)
+
+    def add(
+        metric: str, pictures: str, reference: str, value: float | None, error: float | None = None
+    ) -> None:
+        if value is not None:
+            rows.append(
+                {
+                    "metric": metric,
+                    "pictures": pictures,
+                    "reference": reference,
+                    "value": value,
+                    "standard_error": error,
+                    "samples": counts.get(pictures, count),
+                    "reference_samples": counts.get(reference),
+                }
+            )
+
+    counts = {each.pictures: each.samples for each in found.scores}
+    for name in ("epsilon_error", "latent_error"):
+        add(name, STUDENT, TEACHER, *mean_of([getattr(each, name) for each in found.samples]))
+    for side, name in ((STUDENT, "student"), (OTHER, "other_seed")):
+        for metric in ("psnr", "ssim", "cosine"):
+            values = [getattr(getattr(each, name), metric) for each in found.samples]
+            add(metric, side, TEACHER, *mean_of([v for v in values if v is not None]))
+    for row in found.distributions:
+        add("frechet_distance", row.pictures, row.reference, row.frechet)
+        add("kernel_distance", row.pictures, row.reference, row.kid, row.kid_error)
+        for metric in ("precision", "recall", "density", "coverage"):
+            add(metric, row.pictures, row.reference, getattr(row, metric))
+    for each in found.scores:
+        add("inception_score", each.pictures, "", each.inception)
+        add("clip_score", each.pictures, "prompts", each.clip, each.clip_error)
+    return rows
+
+
+def mean_of(values: list[float]) -> tuple[float | None, float | None]:
+    """Mean and standard error; None where there are too few values."""
+    mean = sum(values) / len(values) if values else None
+    return mean, standard_error(values) if len(values) > 1 else None
+
+
+def _flat(row: SampleResult) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in asdict(row).items():
+        if isinstance(value, dict):
+            found |= {f"{key}_{name}": inner for name, inner in value.items()}
+        else:
+            found[key] = value
+    return found
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,160 @@
+"""A whole evaluation: check, draw, look, measure, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from convfusion.adapters import adapter_for, denoiser_of
+from convfusion.conditioning import class_labels, latent_scale
+from convfusion.errors import ConvFusionError
+from convfusion.evaluate import measure
+from convfusion.evaluate.drawing import STUDENT, Draws, check_place, draw, process, settings_of
+from convfusion.evaluate.extractors import Clip, Extractor, Features, check_installed
+from convfusion.evaluate.images import SSIM_SIDE
+from convfusion.evaluate.measure import REAL
+from convfusion.evaluate.pair import teacher_denoiser
+from convfusion.evaluate.real import RealPictures
+from convfusion.evaluate.results import Evaluation
+from convfusion.generate import check_size
+from convfusion.schedule import noise_schedule
+
+Progress = Callable[[str, int], None]
+
+
+def evaluate(
+    pipe: Any,
+    draws: Draws,
+    out: str | Path,
+    *,
+    extractor: Extractor,
+    teacher: Any = None,
+    real: RealPictures | None = None,
+    clip: Clip | None = None,
+    names: tuple[str, str] = ("student", "its own attention"),
+    on_progress: Progress = lambda stage, done: None,
+) -> Evaluation | None:
+    """Draw with student and teacher, and compare what they draw. A killed run goes on.
+
+    Args:
+        pipe: the student's pipeline.
+        draws: prompts, seeds and how to draw them.
+        out: folder for pictures and results: new, empty, or begun with the same settings.
+        extractor: of the features that distances rest on.
+        teacher: another pipeline, or None for the attention that the student's blocks replaced.
+        real: pictures to compare with as well.
+        clip: for the CLIP score.
+        names: of student and teacher, in the report.
+        on_progress: called with the stage of the work and the number of samples done.
+
+    Returns:
+        What was found, also written to `out`; None in every process of a launcher but the first.
+
+    Raises:
+        ConvFusionError: something does not fit. Nothing is drawn then.
+    """
+    folder = Path(out)
+    check_installed("torchmetrics", "matplotlib")
+    reference = teacher_denoiser(pipe, teacher)
+    check_draws(pipe, draws)
+    settings = settings_of(pipe, reference, draws)
+    check_place(folder, settings)
+    seen = {}
+    if real is not None and process()[0] == 0:  # the one that measures
+        on_progress("real pictures", 0)
+        seen[REAL] = _look_at(real, extractor)
+    on_drawn = partial(on_progress, "drawing")
+    records = draw(pipe, reference, draws, folder, settings, on_progress=on_drawn)
+    if records is None:
+        return None
+    on_progress("measuring", len(draws))
+    seen = measure.look(extractor, folder, len(draws)) | seen
+    found = Evaluation(
+        student=names[0],
+        teacher=names[1],
+        settings=_about_draws(pipe, draws),
+        model={key: value for key, value in settings.items() if key != "draws"},
+        extractor=_about(extractor) | {"features": seen[STUDENT].features.shape[1]},
+        clip=_about(clip.images) if clip else None,
+        real=_about_real(real, seen[REAL]) if real else None,
+        samples=measure.sample_results(folder, draws, records, seen),
+        curves=measure.curves(draws, records),
+        distributions=measure.distributions(seen),
+        scores=measure.set_scores(seen, measure.clip_of(clip, folder, draws) if clip else {}),
+    )
+    write_results(found, folder)
+    return found
+
+
+def write_results(found: Evaluation, folder: Path) -> None:
+    """Write `evaluation.json`, `evaluation.csv`, `samples.csv` and `report.html`."""
+    from convfusion.evaluate.page import write_page  # with matplotlib
+
+    found.save(folder)
+    write_page(found, folder)
+
+
+def size_of(pipe: Any, draws: Draws) -> tuple[int, int]:
+    """(height, width) of the pictures that are drawn."""
+    side = denoiser_of(pipe).config.sample_size * latent_scale(pipe)
+    return draws.size or (side, side)
+
+
+def check_draws(pipe: Any, draws: Draws) -> None:
+    """Raise a ConvFusionError unless a pipeline can draw this."""
+    size = size_of(pipe, draws)
+    count = len(noise_schedule(pipe.scheduler)[0])
+    if max(draws.timesteps) >= count:
+        raise ConvFusionError(
+            f"the timestep {max(draws.timesteps)} is beyond the last, {count - 1}"
+        )
+    if adapter_for(denoiser_of(pipe)).family == "dit":
+        class_labels(pipe, list(draws.prompts))
+        if draws.size is not None:
+            raise ConvFusionError("a DiT pipeline draws at its own size only: leave the size out")
+    else:
+        check_size(pipe, size)
+    if min(size) < SSIM_SIDE:
+        raise ConvFusionError(
+            f"pictures of {size[1]}×{size[0]} are too small: SSIM needs {SSIM_SIDE}×{SSIM_SIDE}"
+        )
+
+
+def _look_at(real: RealPictures, extractor: Extractor) -> Features:
+    """Features of real pictures.
+
+    Raises:
+        ConvFusionError: there are fewer than two that can be used.
+    """
+    pictures = iter(real)
+    first = list(islice(pictures, 2))
+    if len(first) < 2:
+        reasons = ", ".join(f"{n}× {reason}" for reason, n in real.skipped.items())
+        raise ConvFusionError(
+            f"{real.spec} has {len(first)} pictures that can be used, and 2 or more are needed"
+            + (f" ({reasons})" if reasons else "")
+        )
+    return extractor(chain(first, pictures))
+
+
+def _about_draws(pipe: Any, draws: Draws) -> dict[str, Any]:
+    return {
+        "samples": len(draws),
+        "prompts": len(set(draws.prompts)),
+        "steps": draws.steps,
+        "guidance": draws.guidance,
+        "size": list(size_of(pipe, draws)),
+        "batch_size": draws.batch_size,
+    }
+
+
+def _about(extractor: Extractor) -> dict[str, Any]:
+    told = {"name": extractor.name, "weights": extractor.weights}
+    return told | {"side": extractor.preprocessing.side}
+
+
+def _about_real(real: RealPictures, seen: Features) -> dict[str, Any]:
+    return {"name": real.spec, "samples": len(seen.features), "skipped": dict(real.skipped)}

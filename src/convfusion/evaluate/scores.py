@@ -1,0 +1,212 @@
+"""Distances and scores of sets of pictures, from their features. All arithmetic is in float64.
+
+A set is [n, d] features, one row for each picture. How large a distance between two sets of one
+distribution is depends on n: compare numbers of equal n only, and with what the teacher itself
+has at other seeds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convfusion.errors import ConvFusionError
+
+ROWS = 1024  # of a matrix of distances that are held at once
+
+
+def frechet_distance(one: Tensor, other: Tensor) -> float:
+    """Fréchet distance of two Gaussians fitted to features [n, d] and [m, d].
+
+    ‖μ − μ'‖² + tr Σ + tr Σ' − 2·tr (ΣΣ')^½ (Dowson and Landau 1982; on features, Heusel et al.
+    2017). With Σ = AᵀA and Σ' = BᵀB the last trace is the sum of the singular values of ABᵀ,
+    which needs no root of a matrix and stays right where there are fewer pictures than features.
+
+    Raises:
+        ConvFusionError: a set has fewer than two rows, another width, or values not finite.
+    """
+    one, other = checked(one, other)
+    shift = (one.mean(dim=0) - other.mean(dim=0)).square().sum()
+    roots = [_root(each) for each in (one, other)]
+    spread = sum(root.square().sum() for root in roots)
+    shared = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    return max(0.0, (shift + spread - 2 * shared).item())
+
+
+def _root(features: Tensor) -> Tensor:
+    """A of at most d rows with AᵀA = Σ, the unbiased covariance of features [n, d]."""
+    centred = (features - features.mean(dim=0)) / (len(features) - 1) ** 0.5
+    return torch.linalg.qr(centred, mode="r").R if len(centred) > centred.shape[1] else centred
+
+
+@dataclass(frozen=True)
+class KernelDistance:
+    """A kernel distance: its value, and the standard error that subsets give it."""
+
+    value: float
+    error: float
+
+
+def kernel_distance(
+    one: Tensor, other: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0
+) -> KernelDistance:
+    """KID: the unbiased squared maximum mean discrepancy under k(x, y) = (x·y/d + 1)³.
+
+    Bińkowski et al. 2018. Unlike the Fréchet distance it has no bias: two sets of one
+    distribution have 0 on average, and less than 0 half of the time.
+
+    Args:
+        one: features [n, d].
+        other: features [m, d].
+        subsets: each drawn without replacement from both sets.
+        size: rows of a subset; of smaller sets, half of the smaller one.
+        seed: of the subsets.
+
+    Returns:
+        The value over all rows, and its standard error: the delete-d jackknife's, from the
+        deviation over the subsets (Shao and Wu 1989).
+    """
+    one, other = checked(one, other)
+    generator = torch.Generator().manual_seed(seed)
+    smaller = min(len(one), len(other))
+    size = max(2, min(size, smaller // 2))
+    found = []
+    for _ in range(subsets):
+        rows = torch.randperm(len(one), generator=generator)[:size]
+        columns = torch.randperm(len(other), generator=generator)[:size]
+        found.append(_discrepancy(one[rows], other[columns]))
+    variance = torch.tensor(found, dtype=torch.float64).var().item()
+    if size < smaller:
+        variance *= size / (smaller - size)
+    return KernelDistance(_discrepancy(one, other), variance**0.5)
+
+
+def _discrepancy(one: Tensor, other: Tensor) -> float:
+    """The unbiased squared discrepancy: a row is not compared with itself."""
+    n, m = len(one), len(other)
+    own = (_kernel_sum(one, one) - _kernel_diagonal(one)) / (n * (n - 1))
+    theirs = (_kernel_sum(other, other) - _kernel_diagonal(other)) / (m * (m - 1))
+    return own + theirs - 2 * _kernel_sum(one, other) / (n * m)
+
+
+def _kernel_sum(one: Tensor, other: Tensor) -> float:
+    width = one.shape[1]
+    return sum(((p @ other.T / width + 1) ** 3).sum().item() for p in one.split(ROWS))
+
+
+def _kernel_diagonal(features: Tensor) -> float:
+    return ((features.square().mean(dim=1) + 1) ** 3).sum().item()
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """How a set of pictures lies in another one.
+
+    Attributes:
+        precision: share of the pictures that lie within the reference (Kynkäänniemi et al. 2019).
+        recall: share of the reference that lies within the pictures.
+        density: how many balls of the reference a picture lies in, over k (Naeem et al. 2020);
+            1 on average for one distribution, and not bounded by it.
+        coverage: share of the reference's balls that hold a picture; 1 − 2^(−k) or so for one
+            distribution.
+    """
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def neighbourhoods(
+    pictures: Tensor, reference: Tensor, *, k: int = 3, k_density: int = 5
+) -> Neighbourhoods:
+    """Precision, recall, density and coverage of features [n, d] against a reference [m, d].
+
+    A set is taken for the union of the balls round its points, each of the radius of its k-th
+    nearest neighbour in the set (itself not counted).
+
+    Args:
+        pictures: what is judged.
+        reference: what it is judged by.
+        k: neighbours for precision and recall.
+        k_density: neighbours for density and coverage.
+
+    Raises:
+        ConvFusionError: a set has no more rows than there are neighbours to find.
+    """
+    pictures, reference = checked(pictures, reference)
+    most = max(k, k_density)
+    if min(len(pictures), len(reference)) <= most:
+        raise ConvFusionError(
+            f"{min(len(pictures), len(reference))} pictures have no {most} nearest neighbours: "
+            f"at least {most + 1} are needed"
+        )
+    own, wide = _radii(reference, (k, k_density))
+    (theirs,) = _radii(pictures, (k,))
+    inside = hits = 0
+    covered = torch.zeros(len(reference), dtype=torch.bool)
+    reached = torch.zeros(len(reference), dtype=torch.bool)
+    for part in pictures.split(ROWS):
+        apart = torch.cdist(part, reference)
+        inside += int((apart <= own).any(dim=1).sum())
+        hits += int((apart <= wide).sum())
+        covered |= (apart <= wide).any(dim=0)
+    for start, part in zip(range(0, len(reference), ROWS), reference.split(ROWS), strict=True):
+        reached[start : start + ROWS] = (torch.cdist(part, pictures) <= theirs).any(dim=1)
+    return Neighbourhoods(
+        precision=inside / len(pictures),
+        recall=reached.double().mean().item(),
+        density=hits / (k_density * len(pictures)),
+        coverage=covered.double().mean().item(),
+    )
+
+
+def _radii(features: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
+    """For each count k, the distance [n] of every row of [n, d] to its k-th nearest other row."""
+    nearest = []
+    for start, part in zip(range(0, len(features), ROWS), features.split(ROWS), strict=True):
+        apart = torch.cdist(part, features)
+        own = torch.arange(len(part))
+        apart[own, start + own] = torch.inf  # a row is no neighbour of itself; its twin is
+        nearest.append(apart.topk(max(counts), largest=False).values)
+    found = torch.cat(nearest) * (1 + 1e-9)  # a ball holds, despite rounding, what it ends at
+    return [found[:, k - 1] for k in counts]
+
+
+def inception_score(logits: Tensor) -> float:
+    """exp of the mean of KL(p(y|x) ‖ p(y)) over class logits [n, classes] (Salimans et al. 2016).
+
+    On Inception's logits it is the inception score; on those of a DINOv2 head, the DINO score. It
+    lies between 1 and the number of classes, grows with n, and knows nothing of a reference.
+    """
+    told = checked(logits)[0].log_softmax(dim=1)
+    overall = told.logsumexp(dim=0) - torch.log(torch.tensor(float(len(told))))
+    return (told.exp() * (told - overall)).sum(dim=1).mean().exp().item()
+
+
+def clip_scores(pictures: Tensor, texts: Tensor) -> Tensor:
+    """100·max(cos, 0) of each picture's embedding with its text's (Hessel et al. 2021); [n]."""
+    cosine = torch.cosine_similarity(pictures.double(), texts.double(), dim=1)
+    return 100 * cosine.clamp(min=0)
+
+
+def checked(*sets: Tensor) -> list[Tensor]:
+    """Features in float64 on the CPU, after a look at their shapes and values.
+
+    Raises:
+        ConvFusionError: a set is no [n, d] with n ≥ 2, is of another d, or is not finite.
+    """
+    for each in sets:
+        if each.ndim != 2 or len(each) < 2:
+            raise ConvFusionError(
+                f"features must be [n, d] of two pictures or more, not {list(each.shape)}"
+            )
+        if each.shape[1] != sets[0].shape[1]:
+            raise ConvFusionError(
+                f"features of {each.shape[1]} and {sets[0].shape[1]} numbers cannot be compared"
+            )
+        if not each.isfinite().all():
+            raise ConvFusionError("some features are not finite: is a picture's network in fp16?")
+    return [each.detach().cpu().double() for each in sets]

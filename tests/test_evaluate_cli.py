@@ -1,0 +1,139 @@
+"""`convfusion evaluate`: what it writes, and how it answers a mistake."""
+
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from tiny_pipelines import stable_diffusion
+from transformers import Dinov2Config, Dinov2Model
+
+import convfusion
+from convfusion import cli, mini
+from convfusion.checkpoint import write_tensors
+from convfusion.cli.evaluate import named, prompts_of, real_pictures
+from convfusion.evaluate import plan
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command in this process: exit status, standard output and error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["convfusion", "evaluate", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A model, blocks for it, prompts, real pictures, a small extractor and what is no good."""
+    root = tmp_path_factory.mktemp("places")
+    pipe = stable_diffusion()
+    pipe.save_pretrained(root / "model")
+    convfusion.convert(pipe)
+    convfusion.save(pipe, root / "blocks")
+    (root / "prompts.txt").write_text("red apple\n\ngreen apple\n")
+    (root / "none.txt").write_text("\n")
+    (root / "real").mkdir()
+    (root / "empty").mkdir()
+    for name in ("red", "green", "blue"):
+        Image.new("RGB", (20, 20), name).save(root / "real" / f"{name}.png")
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(root / "dino")
+    other = stable_diffusion()
+    torch.nn.init.zeros_(other.vae.quant_conv.weight)
+    other.save_pretrained(root / "other-vae")
+    write_tensors(root / "network.safetensors", {"x": torch.zeros(1)})
+    (root / "full").mkdir()
+    (root / "full" / "thesis.tex").write_text("x")
+    return root
+
+
+def test_evaluate(run, places, tmp_path):
+    out = tmp_path / "out"
+    options = ("--blocks", places / "blocks", "--prompts", places / "prompts.txt", "--steps", 2)
+    options += ("--extractor", places / "dino", "--real", places / "real", "--samples", 4)
+    code, said, err = run(places / "model", "--out", out, *options)
+    assert code == 0, err
+    told = json.loads((out / "evaluation.json").read_text())
+    assert told["student"] == "model with the blocks of blocks"
+    assert told["extractor"]["name"] == "dino" and told["real"]["name"] == "real"
+    assert [each["prompt"] for each in told["samples"]] == ["red apple", "green apple"] * 2
+    assert told["settings"] | {"samples": 4, "steps": 2, "guidance": 5.0} == told["settings"]
+    assert "frechet distance" in said and str(out) in said
+    assert str(places) not in (out / "evaluation.json").read_text()
+    assert len(list(out.glob("*/*.png"))) == 12
+    code, _, err = run(places / "model", "--out", out, *options, "--seed", 9)
+    assert code == 2 and "drawn with another draws.seeds" in err
+
+
+def test_the_embedded_model_brings_prompts_and_pictures_of_its_own():
+    """Those that neither teacher nor student has seen."""
+    held = mini.held_out_data()
+    assert prompts_of("mini", None) == list(held.captions)
+    pipe = mini.load_teacher()
+    real = real_pictures(pipe, "mini", None, None, plan(["a", "b"], None, 0))
+    assert real is not None and real.size == (64, 64)
+    first = next(iter(real))
+    assert first.size == (64, 64)
+    latents = held.latents[:1] / pipe.vae.config.scaling_factor
+    with torch.no_grad():
+        expected = pipe.vae.decode(latents).sample[0, :, 32, 32]
+    pixel = torch.tensor(first.getpixel((32, 32))) / 127.5 - 1
+    torch.testing.assert_close(pixel, expected.clamp(-1, 1), rtol=0, atol=0.01)
+    assert real_pictures(pipe, "mini", None, "own.txt", plan(["a", "b"], None, 0)) is None
+
+
+def test_a_report_names_no_folder_of_this_machine(tmp_path):
+    assert named("mini") == "mini" and named("org/name") == "org/name"
+    assert named(str(tmp_path), tmp_path / "x") == f"{tmp_path.name} with the blocks of x"
+
+
+MISTAKES = {
+    "not converted": (["model"], "not converted, so there is nothing to compare"),
+    "no prompts": (["model", "--prompts", None], "--prompts is needed"),
+    "no such prompts": (["model", "--prompts", "gone.txt"], "cannot be read"),
+    "empty prompts": (["model", "--prompts", "none.txt"], "has no prompts"),
+    "uneven samples": (["model", "--samples", 3], "give 4 samples, or up to 2"),
+    "other vae": (["model", "--teacher", "other-vae"], "different weights in their vae"),
+    "no such teacher": (["model", "--teacher", "no/such"], "no/such is no pipeline"),
+    "other family": (["mini", "--teacher", "model"], "not its teacher's twin"),
+    "no extractor": (["mini", "--extractor", "empty"], "has no safetensors"),
+    "a file": (["mini", "--extractor", "network.safetensors"], "is a file: TorchScript"),
+    "no clip": (["mini", "--clip", "dino"], "knows no texts"),
+    "no real": (["mini", "--real", "empty"], "has no pictures"),
+    "no such real": (["mini", "--real", "gone"], "does not exist"),
+    "prompts as real": (["mini", "--real", "prompts.txt"], "real pictures are asked for"),
+    "small real": (["mini", "--real", "real"], "3× picture smaller than its size"),
+    "full folder": (["mini", "--out", "full"], "no evaluation: choose another folder"),
+    "odd size": (["mini", "--size", "33x32"], "multiples of 8"),
+    "one sample": (["mini", "--samples", 1], "--samples"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line_before_anything_is_drawn(run, places, tmp_path, mistake):
+    given, message = MISTAKES[mistake]
+    arguments = [places / each if (places / str(each)).exists() else each for each in given]
+    options = {"--out": tmp_path / "out", "--prompts": places / "prompts.txt"}
+    for name, value in options.items():
+        if name not in given:
+            arguments += [name, value]
+    if None in arguments:
+        place = arguments.index(None)
+        del arguments[place - 1 : place + 1]
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert message in err
+    assert err.startswith("convfusion: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (places / "full").iterdir()] == ["thesis.tex"]

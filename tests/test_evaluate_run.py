@@ -1,0 +1,522 @@
+"""A whole evaluation on tiny pipelines: what it writes, that it resumes, what it refuses."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_pipelines import PIPELINES, stable_diffusion
+
+import convfusion
+from convfusion import ConvFusionError, checkpoint
+from convfusion.conditioning import encode_conditioning
+from convfusion.evaluate import Draws, epsilon_errors, evaluate, plan, psnr
+from convfusion.evaluate import drawing as drawing_module
+from convfusion.evaluate.drawing import picture_of, recorded_latents
+from convfusion.evaluate.extractors import Extractor, Preprocessing
+from convfusion.evaluate.pair import teacher_denoiser
+from convfusion.evaluate.real import open_real
+from convfusion.fingerprint import fingerprint
+from convfusion.generate import generate
+from convfusion.schedule import noise_schedule
+from convfusion.surgery import attention_teacher, mixers_of
+
+PROMPTS = ["red apple", "green", "apple"]
+
+
+class Thumbnails(torch.nn.Module):
+    """Features that a test can foresee: the pixels of a 4 × 4 picture. And five classes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(48, 5)
+
+    @torch.no_grad()
+    def forward(self, pixels):
+        return pixels.flatten(1), self.head(pixels.flatten(1))
+
+
+def thumbnails():
+    network = Thumbnails()
+    told = Preprocessing(4, (0.5,) * 3, (0.5,) * 3)
+    return Extractor("thumbnails", network, told, fingerprint(network))
+
+
+def student(kind="sd"):
+    """A converted pipeline whose blocks do something else than its attention."""
+    pipe = PIPELINES[kind]()
+    convfusion.convert(pipe, convfusion.uniform(convfusion.DeltaConv(kernel_size=3)))
+    with torch.no_grad():
+        for mixer in mixers_of(pipe).values():
+            mixer.proj_out.bias.add_(0.3)
+    return pipe
+
+
+def draws(**options):
+    settings = {"steps": 2, "guidance": 2.0, "batch_size": 3, "timesteps": (50, 950)} | options
+    return plan(settings.pop("prompts", PROMPTS), settings.pop("samples", 6), 5, **settings)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing interrupted, its folder and what it found."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    real = tmp_path_factory.mktemp("real")
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(real / f"{i}.png")
+    (real / "broken.jpg").write_bytes(b"no picture")
+    Image.new("RGB", (8, 8)).save(real / "small.png")
+    pipe = student()
+    found = evaluate(
+        pipe, draws(), folder, extractor=thumbnails(), real=open_real(str(real), (16, 16))
+    )
+    return folder, found, pipe, real
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_pictures_are_those_that_each_side_draws(finished):
+    folder, _, pipe, _ = finished
+    told = draws()
+    options = {"steps": 2, "guidance": 2.0, "batch_size": 3}
+    teacher = stable_diffusion()  # the same weights, never converted
+    expected = {
+        "teacher": generate(teacher, list(told.prompts), seeds=list(told.seeds), **options),
+        "student": generate(pipe, list(told.prompts), seeds=list(told.seeds), **options),
+        "teacher-other-seed": generate(
+            teacher, list(told.prompts), seeds=list(told.other_seeds), **options
+        ),
+    }
+    for side, images in expected.items():
+        for i, image in enumerate(images):
+            with Image.open(picture_of(folder, side, i)) as held:
+                assert np.array_equal(np.asarray(held), np.asarray(image)), (side, i)
+    assert not set(told.seeds) & set(told.other_seeds)
+
+
+def test_every_number_is_there_and_holds_together(finished):
+    folder, found, _, _ = finished
+    told = json.loads((folder / "evaluation.json").read_text())
+    assert told["schema"] == "convfusion-evaluation-1"
+    assert told["settings"]["samples"] == 6 and told["settings"]["prompts"] == 3
+    assert told["extractor"] == {
+        "name": "thumbnails",
+        "weights": thumbnails().weights,
+        "side": 4,
+        "features": 48,
+    }
+    assert told["real"]["samples"] == 7
+    assert told["real"]["skipped"] == {"unreadable picture": 1, "picture smaller than its size": 1}
+    pairs = [(row["pictures"], row["reference"]) for row in told["distributions"]]
+    other = "teacher-other-seed"
+    assert pairs[:2] == [("student", other), ("teacher", other)]
+    assert pairs[2:] == [("student", "real"), ("teacher", "real"), (other, "real")]
+    assert {row["pictures"]: row["samples"] for row in told["scores"]} == {
+        "teacher": 6, "student": 6, other: 6, "real": 7,
+    }  # fmt: skip
+    assert [each["index"] for each in told["samples"]] == list(range(6))
+    assert len(told["curves"]["steps"]) == len(told["curves"]["latent_errors"]) == 2
+    mean = np.mean([each.epsilon_error for each in found.samples])
+    assert mean == pytest.approx(np.mean(found.curves.epsilon_errors))
+    assert found.curves.latent_errors_other_seed[-1] > found.curves.latent_errors[-1] > 0
+
+
+def test_tables_say_what_the_json_says(finished):
+    folder, found, _, _ = finished
+    with open(folder / "samples.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["student_psnr"]) for row in rows] == [s.student.psnr for s in found.samples]
+    with open(folder / "evaluation.csv", newline="", encoding="utf-8") as file:
+        table = {(r["metric"], r["pictures"], r["reference"]): r for r in csv.DictReader(file)}
+    row = table["frechet_distance", "student", "real"]
+    assert float(row["value"]) == found.distributions[2].frechet
+    assert (row["samples"], row["reference_samples"]) == ("6", "7")
+    floor = table["frechet_distance", "teacher", "teacher-other-seed"]
+    assert float(floor["value"]) == found.distributions[1].frechet
+    mean = table["psnr", "student", "teacher"]
+    values = [each.student.psnr for each in found.samples]
+    assert float(mean["value"]) == pytest.approx(np.mean(values))
+    assert float(mean["standard_error"]) == pytest.approx(np.std(values, ddof=1) / 6**0.5)
+
+
+def test_pairs_are_of_equal_seeds(finished):
+    folder, found, _, _ = finished
+    for each in found.samples:
+        pair = [Image.open(picture_of(folder, s, each.index)) for s in ("student", "teacher")]
+        assert each.student.psnr == psnr(*pair)
+        assert each.seed == 5 + each.index
+
+
+def test_errors_along_the_way_are_those_of_the_denoisers():
+    """The recorded ε-errors, by hand; and nothing but the starting noise is shared at first."""
+    pipe = student()
+    teacher = attention_teacher(pipe.unet)
+    with drawing_module.swapped_denoiser(pipe, teacher), recorded_latents(pipe, 2) as path:
+        generate(pipe, PROMPTS[:2], steps=3, guidance=2.0)
+    assert [t for t, _ in path] == pipe.scheduler.timesteps.tolist()
+    assert "step" not in vars(pipe.scheduler)
+    final = path[-1][1]
+    told = draws(prompts=PROMPTS[:2], samples=2)
+    found = drawing_module._epsilon(pipe, teacher, told, final, range(2))
+    noises = {950: torch.stack([drawing_module._noise(final[0], s, 950) for s in told.seeds])}
+    start = torch.randn(final[:1].shape, generator=torch.Generator().manual_seed(5))
+    assert not torch.allclose(noises[950][:1], start)
+    conditioning = encode_conditioning(pipe, PROMPTS[:2], (16, 16))
+    by_hand = epsilon_errors(
+        pipe.unet, teacher, noise_schedule(pipe.scheduler), final, noises, conditioning
+    )
+    assert [row[-1] for row in found] == pytest.approx(by_hand[0].tolist(), rel=1e-4)
+
+
+def test_latents_that_were_recorded_are_those_of_the_picture():
+    pipe = stable_diffusion()
+    with recorded_latents(pipe, 1) as path:
+        generate(pipe, ["green"], steps=3, guidance=2.0)
+    latents = generate(pipe, ["green"], steps=3, guidance=2.0, output_type="latent")[0]
+    torch.testing.assert_close(path[-1][1][0], latents)
+
+
+def test_a_teacher_against_itself_has_no_distance(tmp_path):
+    """Equal pictures have no PSNR; all that is left is the floor, which the student shares."""
+    pipe = stable_diffusion()
+    found = evaluate(pipe, draws(), tmp_path, extractor=thumbnails(), teacher=stable_diffusion())
+    assert all(each.student.psnr is None for each in found.samples)
+    assert all(each.student.ssim == pytest.approx(1) for each in found.samples)
+    assert all(each.epsilon_error == each.latent_error == 0 for each in found.samples)
+    one, floor = found.distributions
+    assert (one.frechet, one.kid, one.recall) == (floor.frechet, floor.kid, floor.recall)
+    cells = re.findall(r"<td>([^<>]*)</td>", (tmp_path / "report.html").read_text())
+    assert "equal" in cells and not any("nan" in cell or "inf" in cell for cell in cells)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "pixart", "dit"])
+def test_every_family_can_be_evaluated(kind, tmp_path):
+    prompts = ["red", "green"]
+    found = evaluate(
+        student(kind),
+        # The tiny DiT has no label of no class where its pipeline looks for one under guidance.
+        draws(prompts=prompts, samples=2, batch_size=2, guidance=1.0 if kind == "dit" else 2.0),
+        tmp_path,
+        extractor=thumbnails(),
+    )
+    assert all(np.isfinite(each.epsilon_error) and each.latent_error > 0 for each in found.samples)
+    assert found.distributions[0].precision is None  # two pictures have no five neighbours
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", [5, 11, 22])
+def test_a_killed_run_ends_in_the_same_bits(finished, tmp_path, monkeypatch, moment):
+    """Killed while a file is written: what is left of it never counts.
+
+    Settings are the first file, then nine pictures and a record for each of two batches, then what
+    was found.
+    """
+    complete, _, _, real = finished
+    write, written = drawing_module.write_bytes, []
+
+    def killed(path, data):
+        written.append(path)
+        if len(written) == moment:
+            path.with_name(path.name + ".tmp").write_bytes(data[: len(data) // 2])
+            raise Killed
+        write(path, data)
+
+    out = tmp_path / "out"
+    options = {"extractor": thumbnails(), "real": open_real(str(real), (16, 16))}
+    with monkeypatch.context() as patched:
+        for module in (drawing_module, checkpoint):
+            patched.setattr(module, "write_bytes", killed)
+        with pytest.raises(Killed):
+            evaluate(student(), draws(), out, **options)
+    assert not (out / "evaluation.json").exists()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("records/*.json")}
+    evaluate(student(), draws(), out, **options)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert files(out) == files(complete)
+
+
+def test_a_finished_run_draws_nothing_again(finished, monkeypatch):
+    folder, _, pipe, real = finished
+    before = files(folder)
+    monkeypatch.setattr(drawing_module, "generate", None)
+    done = []
+    found = evaluate(
+        pipe,
+        draws(),
+        folder,
+        extractor=thumbnails(),
+        real=open_real(str(real), (16, 16)),
+        on_progress=lambda stage, count: done.append((stage, count)),
+    )
+    assert found is not None and files(folder) == before
+    assert ("drawing", 6) in done
+
+
+def test_a_picture_that_was_taken_away_is_drawn_again(tmp_path):
+    """And the pipeline is left as it was; and names on the page are text."""
+    pipe = student()
+    before = pipe.unet, fingerprint(pipe.unet), vars(pipe.scheduler).keys()
+    told = draws(prompts=["<script>alert(1)</script>", "a & b"], samples=2)
+    options = {"extractor": thumbnails(), "names": ("<b>student", "teacher")}
+    evaluate(pipe, told, tmp_path, **options)
+    written = files(tmp_path)
+    picture_of(tmp_path, "student", 1).unlink()
+    evaluate(pipe, told, tmp_path, **options)
+    assert files(tmp_path) == written
+    assert (pipe.unet, fingerprint(pipe.unet)) == before[:2]
+    assert vars(pipe.scheduler).keys() - before[2] <= {"num_inference_steps"}
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;student" in page
+
+
+def other_weights(pipe):
+    with torch.no_grad():
+        next(iter(mixers_of(pipe).values())).proj_out.bias.add_(0.1)
+
+
+def other_scheduler(pipe):
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=True)
+
+
+OTHERS = {
+    "steps": (lambda: (student(), draws(steps=3)), "draws.steps"),
+    "prompts": (lambda: (student(), draws(prompts=["red", "green", "apple"])), "draws.prompts"),
+    "seeds": (lambda: (student(), replace(draws(), seeds=tuple(range(6)))),
+              "draws.seeds"),
+    "batches": (lambda: (student(), draws(batch_size=2)), "draws.batch_size"),
+    "weights": (lambda: (changed(other_weights), draws()), "weights.student"),
+    "scheduler": (lambda: (changed(other_scheduler), draws()), "scheduler.config"),
+}  # fmt: skip
+
+
+def changed(change):
+    pipe = student()
+    change(pipe)
+    return pipe
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_folder_of_another_run_is_refused(finished, case):
+    folder = finished[0]
+    before = files(folder)
+    (pipe, told), name = OTHERS[case][0](), OTHERS[case][1]
+    with pytest.raises(ConvFusionError, match=f"drawn with another {name}: choose another"):
+        evaluate(pipe, told, folder, extractor=thumbnails())
+    assert files(folder) == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConvFusionError, match="no evaluation: choose another folder"):
+        evaluate(student(), draws(), tmp_path, extractor=thumbnails())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(ConvFusionError, match="is damaged"):
+        evaluate(student(), draws(), tmp_path, extractor=thumbnails())
+
+
+def unconverted():
+    return stable_diffusion(), None
+
+
+def dropped():
+    pipe = student()
+    convfusion.drop_attention(pipe)
+    return pipe, None
+
+
+def other_vae():
+    teacher = stable_diffusion()
+    torch.nn.init.zeros_(teacher.vae.post_quant_conv.weight)
+    return student(), teacher
+
+
+def other_text_encoder():
+    teacher = stable_diffusion()
+    torch.nn.init.zeros_(next(teacher.text_encoder.parameters()))
+    return student(), teacher
+
+
+def other_size():
+    teacher = stable_diffusion()
+    teacher.unet.register_to_config(sample_size=16)
+    return student(), teacher
+
+
+def other_channels():
+    teacher = stable_diffusion()
+    teacher.unet.register_to_config(in_channels=8)
+    return student(), teacher
+
+
+def other_schedule():
+    teacher = stable_diffusion()
+    teacher.scheduler = type(teacher.scheduler)(beta_end=0.03)
+    return student(), teacher
+
+
+def other_family():
+    return student(), PIPELINES["pixart"]()
+
+
+NO_TWINS = {
+    unconverted: "not converted, so there is nothing to compare",
+    dropped: "was dropped: give the original pipeline",
+    other_vae: "different weights in their vae",
+    other_text_encoder: "different weights in their text_encoder",
+    other_size: "latent size 8, and the teacher's 16",
+    other_channels: "latent channels 4, and the teacher's 8",
+    other_schedule: "other noise schedules",
+    other_family: "a StableDiffusionPipeline cannot be compared with a PixArtSigmaPipeline",
+}
+
+
+@pytest.mark.parametrize("pair", NO_TWINS, ids=lambda pair: pair.__name__)
+def test_no_twins_are_refused_before_anything_is_drawn(pair, tmp_path):
+    pipe, teacher = pair()
+    with pytest.raises(ConvFusionError, match=NO_TWINS[pair]):
+        evaluate(pipe, draws(), tmp_path / "out", extractor=thumbnails(), teacher=teacher)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_student_without_attention_is_compared_with_the_original(tmp_path):
+    pipe, _ = dropped()
+    found = evaluate(pipe, draws(), tmp_path, extractor=thumbnails(), teacher=stable_diffusion())
+    own = student()
+    assert found.model["weights"]["teacher"] == fingerprint(attention_teacher(own.unet))
+    assert teacher_denoiser(own) is not own.unet
+
+
+def test_what_is_not_finite_is_named(tmp_path):
+    pipe = student()
+    torch.nn.init.constant_(next(iter(mixers_of(pipe).values())).proj_out.bias, float("nan"))
+    with pytest.raises(ConvFusionError, match="what student draws from the seeds 5 to 7 is not"):
+        evaluate(pipe, draws(), tmp_path, extractor=thumbnails())
+
+
+REAL = {
+    "empty": ([], "has no pictures"),
+    "broken": (["a.png", "b.jpg"], r"0 pictures that can be used.*2× unreadable picture"),
+}
+
+
+@pytest.mark.parametrize("case", REAL)
+def test_a_folder_without_real_pictures_is_refused(case, tmp_path):
+    names, message = REAL[case]
+    folder = tmp_path / "real"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    with pytest.raises(ConvFusionError, match=message):
+        real = open_real(str(folder), (16, 16))
+        evaluate(student(), draws(), tmp_path / "out", extractor=thumbnails(), real=real)
+    assert not (tmp_path / "out").exists()
+
+
+def test_real_pictures_come_from_data_sources_too(tmp_path):
+    for name in ("red", "green"):
+        Image.new("RGB", (20, 18), name).save(tmp_path / f"{name}.png")
+    lines = [json.dumps({"file_name": f"{n}.png", "text": n}) for n in ("red", "green")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    real = open_real(str(tmp_path), (16, 16))
+    assert [image.getpixel((8, 8)) for image in real] == [(255, 0, 0), (0, 128, 0)]
+    assert [image.size for image in real] == [(16, 16)] * 2
+
+
+def test_small_pictures_and_unknown_classes_are_refused(tmp_path):
+    pipe = student()
+    with pytest.raises(ConvFusionError, match="8×8 are too small"):
+        evaluate(pipe, draws(size=(8, 8)), tmp_path / "out", extractor=thumbnails())
+    with pytest.raises(ConvFusionError, match="'cat' is no class"):
+        evaluate(
+            student("dit"),
+            draws(prompts=["red", "cat"]),
+            tmp_path / "out",
+            extractor=thumbnails(),
+        )
+    with pytest.raises(ConvFusionError, match="1000 is beyond the last, 999"):
+        evaluate(pipe, draws(timesteps=(5, 1000)), tmp_path / "out", extractor=thumbnails())
+    with pytest.raises(ConvFusionError, match="multiples of 8"):
+        evaluate(pipe, draws(size=(20, 16)), tmp_path / "out", extractor=thumbnails())
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_of_prompts():
+    assert plan(["a", "b", "c", "d"], 2, 7).prompts == ("b", "d")
+    six = plan(["a", "b", "c"], 6, 7)
+    assert six.prompts == ("a", "b", "c", "a", "b", "c")
+    assert six.seeds == (7, 8, 9, 10, 11, 12)
+    assert set(six.other_seeds).isdisjoint(six.seeds)
+    assert plan(["a", "b"], None, 0).prompts == ("a", "b")
+    for prompts, samples, message in (
+        ([], None, "no prompts"),
+        (["a", "b", "c"], 4, "give 6 samples, or up to 3"),
+        (["a"], 1, "1 samples tell nothing"),
+    ):
+        with pytest.raises(ConvFusionError, match=message):
+            plan(prompts, samples, 0)
+    for fields, message in (
+        ({"prompts": ("a", "b"), "seeds": (0, 1), "timesteps": ()}, "at least one is needed"),
+        ({"prompts": ("a", "b"), "seeds": (1,)}, "2 prompts and 1 seeds"),
+        ({"prompts": ("a", "a"), "seeds": (1, 1)}, "drawn twice"),
+        ({"prompts": ("a", "b"), "seeds": (-1, 1)}, "0 or more"),
+        ({"prompts": ("a", "b"), "seeds": (0, 1), "steps": 0}, "at least 1"),
+    ):
+        with pytest.raises(ConvFusionError, match=message):
+            Draws(**fields)
+
+
+def test_two_processes_share_the_drawing(finished, tmp_path, monkeypatch):
+    """Each in an environment as a launcher sets it: the same bits as of one."""
+    complete = finished[0]
+    script, out = Path(__file__).parent / "two_evaluations.py", tmp_path / "out"
+    second = os.environ | {"RANK": "1", "WORLD_SIZE": "2"}
+    running = subprocess.Popen([sys.executable, script, out], env=second, stderr=subprocess.PIPE)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def check(stage, done):
+        assert not running.poll(), running.stderr.read().decode()
+
+    found = evaluate(student(), draws(), out, extractor=thumbnails(), on_progress=check)
+    running.communicate()
+    assert found is not None and running.returncode == 0
+    drawn, expected = files(out), files(complete)
+    shared = [name for name in drawn if not name.startswith(("evaluation", "report"))]
+    assert len(shared) == 18 + 2 + 2  # pictures, records, settings and samples
+    for name in shared:  # the others tell of real pictures too
+        assert drawn[name] == expected[name], name
+
+
+def test_the_page_needs_no_other_file_and_shows_the_worst_first(finished):
+    folder, found, _, _ = finished
+    page = (folder / "report.html").read_text()
+    assert "http://" not in page and "https://" not in page and 'src="data:image' in page
+    assert "6 pictures with 48 features: a Fréchet distance is mostly bias" in page
+    assert "thumbnails" in page and "FID" not in page
+    by_prompt = {
+        prompt: np.mean([s.student.psnr for s in found.samples if s.prompt == prompt])
+        for prompt in PROMPTS
+    }
+    listed = page[page.index("the worst first") :]
+    places = [listed.index(f"{p}<br>") for p in sorted(PROMPTS, key=by_prompt.get)]
+    assert places == sorted(places)
