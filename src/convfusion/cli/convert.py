@@ -13,7 +13,7 @@ from convfusion.cli.options import Blocks, Config, Every, First, Model, Precisio
 
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for the converted pipeline.")],
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")],
     config: Config = None,
     blocks: Blocks = None,
     every: Every = None,
@@ -21,19 +21,30 @@ def convert(
     drop_attention: Annotated[
         bool, typer.Option("--drop-attention", help="Leave the replaced weights out.")
     ] = False,
+    blocks_only: Annotated[
+        bool, typer.Option("--blocks-only", help="Write the blocks alone, without their base.")
+    ] = False,
+    average: Annotated[
+        bool,
+        typer.Option(help="Of a released file that holds both: its moving average."),
+    ] = True,
     precision: Precision = "float32",
 ) -> None:
     """Put ΔConvBlocks in place of self-attention and write the pipeline to a folder.
 
-    Without --blocks they are untrained: go on with `convfusion distill`.
+    Without --blocks they are untrained: go on with `convfusion distill`. With a file of released
+    weights as --blocks, what is written is in this package's own format.
     """
     from convfusion import checkpoint, surgery
 
     check_new(out)
     pipe = load_pipeline(model, precision, "cpu")
-    status = equip(pipe, blocks, config, every, first)
+    status = equip(pipe, blocks, config, every, first, average)
     if drop_attention:
         status = surgery.drop_attention(pipe)
-    checkpoint.save_pipeline(pipe, out)
+    if blocks_only:
+        checkpoint.save(pipe, out)
+    else:
+        checkpoint.save_pipeline(pipe, out)
     typer.echo(str(status))
     typer.echo(f"Written: {out}")

@@ -100,16 +100,22 @@ def guidance_for(model: str) -> float:
 
 
 def equip(
-    pipe: Any, blocks: Path | None, config: str | None, every: int | None = None, first: int = 0
+    pipe: Any,
+    blocks: Path | None,
+    config: str | None,
+    every: int | None = None,
+    first: int = 0,
+    average: bool = True,
 ) -> Any:
     """Convert a pipeline by preset or config file, or with trained blocks.
 
     Args:
         pipe: a converted one is left as it is if nothing is asked for, and is reverted otherwise.
-        blocks: folder of trained blocks.
+        blocks: trained blocks, as `checkpoint.load` takes them.
         config: name of a preset, or path of a JSON file.
         every: convert only every so many-th of the sites, with new blocks.
         first: of them, from 0.
+        average: of a released file of blocks, take the moving average.
     """
     from convfusion import checkpoint, surgery
     from convfusion.adapters import denoiser_of
@@ -125,7 +131,7 @@ def equip(
             return surgery.status(pipe)
         surgery.revert(pipe)
     if blocks is not None:
-        return checkpoint.load(pipe, blocks)
+        return checkpoint.load(pipe, blocks, average=average)
     chosen = conversion_for(denoiser_of(pipe), config)
     if every is not None:
         from convfusion.distill import partial

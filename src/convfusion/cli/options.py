@@ -17,7 +17,11 @@ Model = Annotated[
     ),
 ]
 Blocks = Annotated[
-    Path | None, typer.Option(help="Trained blocks: a folder that `distill` or `save` wrote.")
+    Path | None,
+    typer.Option(
+        help="Trained blocks: a folder that `distill` or `save` wrote, or a .safetensors file "
+        "that the paper's authors released."
+    ),
 ]
 Config = Annotated[
     str | None,
