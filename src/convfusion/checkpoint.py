@@ -156,6 +156,7 @@ def load_pipeline(folder: str | Path, **options: Any) -> Any:
     if not (folder / "convfusion" / MANIFEST).is_file():
         raise CheckpointError(f"{folder} is no converted pipeline: it has no convfusion/{MANIFEST}")
     bare = next(iter(sorted(folder.glob(f"*/{BARE}"))), None)
+    _check_index(folder)
     if "dtype" not in options:
         options.setdefault("torch_dtype", torch.float32)
     parts: dict[str, Any] = {}
@@ -174,15 +175,39 @@ def load_pipeline(folder: str | Path, **options: Any) -> Any:
     return pipe
 
 
+def _check_index(folder: Path) -> None:
+    """Refuse a pipeline that brings code along, or names what lies outside its folder."""
+    from diffusers import pipelines
+
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise CheckpointError(f"{folder}/model_index.json names no diffusers pipeline")
+    for name, part in index.items():
+        if not isinstance(part, list):  # a setting, and no component
+            continue
+        library = part[0] if part else None
+        ours = library in (None, "diffusers", "transformers") or hasattr(pipelines, str(library))
+        if not (name.isidentifier() and ours):
+            raise CheckpointError(
+                f"{folder}/model_index.json: {name[:60]!r} from {str(library)[:60]!r} is no "
+                "component of diffusers or transformers"
+            )
+    if code := next(folder.glob("*/*.py"), None):
+        raise CheckpointError(f"{code} is code, which no pipeline may bring along")
+    for shards in folder.glob("*/*.index.json"):
+        weights = read_json(shards)
+        files = weights.get("weight_map") if isinstance(weights, dict) else None
+        if not isinstance(files, dict) or any(Path(str(f)).name != f for f in files.values()):
+            raise CheckpointError(f"{shards} must name files of its own folder")
+
+
 def _load_bare(weights: Path, blocks: Path) -> nn.Module:
     """A converted denoiser without attention, from its config and the two weight files."""
     import diffusers
 
-    try:
-        config = json.loads((weights.parent / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{weights.parent}/config.json cannot be read: {error}") from None
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    config = read_json(weights.parent / "config.json")
+    named = config.get("_class_name") if isinstance(config, dict) else None
+    kind = getattr(diffusers, str(named), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         raise CheckpointError(f"{weights.parent}/config.json names no diffusers model")
     with init_empty_weights(include_buffers=False):  # buffers that no file holds stay real
