@@ -22,17 +22,19 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from convfusion import released
+from convfusion import hub, released
 from convfusion.adapters import Denoiser, adapter_for, denoiser_of, list_sites
 from convfusion.block import TokenMixer
 from convfusion.config import ConvertConfig
 from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.files import (
     FLOATS,
+    check_pipeline_index,
     few,
     read_header,
     read_json,
     read_tensors,
+    replace_folder,
     write_tensors,
     write_text,
 )
@@ -49,6 +51,7 @@ from convfusion.surgery import (
 Blocks: TypeAlias = tuple[dict[str, Mixer], dict[str, dict[str, Tensor]]]  # settings, values
 
 FORMAT = 1
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BLOCKS, MANIFEST = "blocks.safetensors", "convfusion.json"
 BARE = "model_without_attention.safetensors"  # a name that no stock loader looks for
 
@@ -78,8 +81,56 @@ def save(pipe_or_model: Any, folder: str | Path) -> None:
     write_text(folder / MANIFEST, json.dumps(_manifest(pipe_or_model, mixers), indent=2) + "\n")
 
 
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str = "Blocks by ConvFusion",
+) -> str:
+    """Upload blocks that `save` or `distill` wrote to the Hugging Face Hub, with their model card.
+
+    The blocks, their manifest, the card and the pictures that it shows go there; checkpoints and
+    caches stay. A folder without a card gets one from its manifest. One must be logged in, as with
+    `hf auth login`.
+
+    Args:
+        folder: with the blocks.
+        repo_id: `user/name`; the repository is made if there is none.
+        private: of a repository that is new.
+        revision: branch to write to, by default the main one.
+        message: of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        CheckpointError: the folder holds no blocks, or the Hub refuses or cannot be reached.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder / MANIFEST)
+    read_header(folder / BLOCKS)
+    written = folder / hub.CARD
+    card = written.read_text(encoding="utf-8") if written.is_file() else hub.plain_card(manifest)
+    return hub.upload(
+        folder,
+        (BLOCKS, MANIFEST),
+        repo_id,
+        card=card,
+        private=private,
+        revision=revision,
+        message=message,
+    )
+
+
 def load(
-    pipe_or_model: Any, source: str | Path, *, keep_attention: bool = True, average: bool = True
+    pipe_or_model: Any,
+    source: str | Path,
+    *,
+    keep_attention: bool = True,
+    average: bool = True,
+    revision: str | None = None,
 ) -> Status:
     """Convert a pipeline or denoiser to what a checkpoint holds, or update a converted one.
 
@@ -88,19 +139,19 @@ def load(
     Args:
         pipe_or_model: the base model as it was converted, or converted already at the same sites
             with the same settings.
-        source: a folder written by `save`, or a `.safetensors` file that the paper's authors
-            released (see `convfusion.released`).
+        source: a folder written by `save`; a `.safetensors` file that the paper's authors
+            released (see `convfusion.released`); or the name on the Hub, `user/name`, of what
+            `push` put there, where no folder of that name is here.
         keep_attention: as in `ConvertConfig`.
         average: of a released file that holds both, take the moving average and not the weights
             of the last step.
+        revision: branch, tag or commit of a name on the Hub.
 
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit this model, which is unchanged.
     """
-    model, source = denoiser_of(pipe_or_model), Path(source)
-    released_file = source.suffix == ".safetensors" and not source.is_dir()
-    read = _read_released if released_file else _read_folder
-    wanted, states = read(source, model, average)
+    model = denoiser_of(pipe_or_model)
+    wanted, states = _read_source(str(source), model, average, revision)
     present = mixers_of(model)
     if present and {path: mixer.config for path, mixer in present.items()} != wanted:
         raise CheckpointError(
@@ -136,7 +187,7 @@ def save_pipeline(pipe: Any, folder: str | Path) -> None:
         file.unlink()  # what diffusers wrote has the blocks among the stock weights
     stock, _ = _parted(model)
     write_tensors(aside / name / weights, {k: v.contiguous() for k, v in stock.items()})
-    _replace_folder(aside, folder)
+    replace_folder(aside, folder)
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> Any:
@@ -156,7 +207,7 @@ def load_pipeline(folder: str | Path, **options: Any) -> Any:
     if not (folder / "convfusion" / MANIFEST).is_file():
         raise CheckpointError(f"{folder} is no converted pipeline: it has no convfusion/{MANIFEST}")
     bare = next(iter(sorted(folder.glob(f"*/{BARE}"))), None)
-    _check_index(folder)
+    check_pipeline_index(folder)
     if "dtype" not in options:
         options.setdefault("torch_dtype", torch.float32)
     parts: dict[str, Any] = {}
@@ -173,32 +224,6 @@ def load_pipeline(folder: str | Path, **options: Any) -> Any:
     if bare is None:
         load(pipe, folder / "convfusion")
     return pipe
-
-
-def _check_index(folder: Path) -> None:
-    """Refuse a pipeline that brings code along, or names what lies outside its folder."""
-    from diffusers import pipelines
-
-    index = read_json(folder / "model_index.json")
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise CheckpointError(f"{folder}/model_index.json names no diffusers pipeline")
-    for name, part in index.items():
-        if not isinstance(part, list):  # a setting, and no component
-            continue
-        library = part[0] if part else None
-        ours = library in (None, "diffusers", "transformers") or hasattr(pipelines, str(library))
-        if not (name.isidentifier() and ours):
-            raise CheckpointError(
-                f"{folder}/model_index.json: {name[:60]!r} from {str(library)[:60]!r} is no "
-                "component of diffusers or transformers"
-            )
-    if code := next(folder.glob("*/*.py"), None):
-        raise CheckpointError(f"{code} is code, which no pipeline may bring along")
-    for shards in folder.glob("*/*.index.json"):
-        weights = read_json(shards)
-        files = weights.get("weight_map") if isinstance(weights, dict) else None
-        if not isinstance(files, dict) or any(Path(str(f)).name != f for f in files.values()):
-            raise CheckpointError(f"{shards} must name files of its own folder")
 
 
 def _load_bare(weights: Path, blocks: Path) -> nn.Module:
@@ -236,16 +261,6 @@ def _parted(model: Denoiser) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     state = model.state_dict()
     trained = {key: value for key, value in state.items() if key.startswith(mixers)}
     return {key: value for key, value in state.items() if key not in trained}, trained
-
-
-def _replace_folder(aside: Path, folder: Path) -> None:
-    """Put a finished folder in the place of another one, or of none."""
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer]) -> dict[str, Any]:
@@ -305,12 +320,21 @@ def _check_family(model: Denoiser, manifest: dict[str, Any]) -> None:
             )
 
 
-def _read_released(path: Path, model: Denoiser, average: bool) -> Blocks:
-    layout = released.read_layout(path, model, average=average)
-    return dict(layout.mixers), released.read_states(path, layout)
+def _read_source(source: str, model: Denoiser, average: bool, revision: str | None) -> Blocks:
+    """Settings and state of every mixer of a released file, a folder, or a name on the Hub."""
+    path = Path(source)
+    released_file = path.suffix == ".safetensors" and not path.is_dir()
+    if not released_file and not path.exists() and HUB_NAME.fullmatch(source):
+        return _read_folder(hub.fetch(source, (BLOCKS, MANIFEST), revision), model)
+    if revision is not None:
+        raise CheckpointError(f"a revision is of a name on the Hub, user/name, not of {source}")
+    if released_file:
+        layout = released.read_layout(path, model, average=average)
+        return dict(layout.mixers), released.read_states(path, layout)
+    return _read_folder(path, model)
 
 
-def _read_folder(folder: Path, model: Denoiser, average: bool) -> Blocks:
+def _read_folder(folder: Path, model: Denoiser) -> Blocks:
     """Settings and state of every mixer, checked to be complete, without extras, of right shapes.
 
     The shapes that the settings ask for are compared with the header of the file before anything

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,6 +98,42 @@ def write_text(path: Path, text: str) -> None:
     """As `write_tensors`, for text."""
     with _aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def replace_folder(aside: Path, folder: Path) -> None:
+    """Put a finished folder in the place of another one, or of none."""
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_pipeline_index(folder: Path) -> None:
+    """Refuse a pipeline that brings code along, or names what lies outside its folder."""
+    from diffusers import pipelines
+
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise CheckpointError(f"{folder}/model_index.json names no diffusers pipeline")
+    for name, part in index.items():
+        if not isinstance(part, list):  # a setting, and no component
+            continue
+        library = part[0] if part else None
+        ours = library in (None, "diffusers", "transformers") or hasattr(pipelines, str(library))
+        if not (name.isidentifier() and ours):
+            raise CheckpointError(
+                f"{folder}/model_index.json: {name[:60]!r} from {str(library)[:60]!r} is no "
+                "component of diffusers or transformers"
+            )
+    if code := next(folder.glob("*/*.py"), None):
+        raise CheckpointError(f"{code} is code, which no pipeline may bring along")
+    for shards in folder.glob("*/*.index.json"):
+        weights = read_json(shards)
+        files = weights.get("weight_map") if isinstance(weights, dict) else None
+        if not isinstance(files, dict) or any(Path(str(f)).name != f for f in files.values()):
+            raise CheckpointError(f"{shards} must name files of its own folder")
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from convfusion.cli.models import equip, load_pipeline
-from convfusion.cli.options import Blocks, Config, Every, First, Model, Precision, check_new
+from convfusion.cli.options import (
+    Blocks,
+    Config,
+    Every,
+    First,
+    Model,
+    Precision,
+    Revision,
+    check_new,
+)
 
 
 def convert(
@@ -28,6 +37,7 @@ def convert(
         bool,
         typer.Option(help="Of a released file that holds both: its moving average."),
     ] = True,
+    revision: Revision = None,
     precision: Precision = "float32",
 ) -> None:
     """Put ΔConvBlocks in place of self-attention and write the pipeline to a folder.
@@ -38,7 +48,7 @@ def convert(
     from convfusion import checkpoint, surgery
 
     check_new(out)
-    pipe = load_pipeline(model, precision, "cpu")
+    pipe = load_pipeline(model, precision, "cpu", revision)
     status = equip(pipe, blocks, config, every, first, average)
     if drop_attention:
         status = surgery.drop_attention(pipe)
