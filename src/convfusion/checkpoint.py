@@ -176,6 +176,11 @@ def save_pipeline(pipe: Any, folder: str | Path) -> None:
     """
     model = denoiser_of(pipe)
     name = _component(pipe, model)
+    if any(".base_layer." in key for key in model.state_dict()):
+        raise ConvFusionError(
+            "a LoRA is loaded: pipe.fuse_lora() folds it in, and pipe.unload_lora_weights() takes "
+            "it off; then save"
+        )
     bare = any(not site.attention_kept for site in status(model).sites)
     weights = BARE if bare else "diffusion_pytorch_model.safetensors"
     folder = Path(folder)
