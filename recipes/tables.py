@@ -167,6 +167,26 @@ Batch 1, latents of {side}×{side}, {rows[0]["dtype"]} on the CPU; the peak is o
 [results/memory.csv](../results/memory.csv), written by `python recipes/memory.py`."""
 
 
+def pooling() -> str:
+    """How far a prediction moves when the blocks pool otherwise than they were trained to."""
+    rows = read("pooling.csv")
+    heads = ["latents", "change of the prediction", "ε-error, `ceil`", "ε-error, `adaptive`"]
+    lines = []
+    for row in rows:
+        change = float(row["change"])
+        errors = [f"{float(row[key]):.2e}" for key in ("student_error", "changed_student_error")]
+        none = change < 1e-10  # what float32 rounds
+        lines.append(
+            [f"{row['height']}×{row['width']}", "none" if none else f"{change:.2e}", *errors]
+        )
+    return f"""{table(heads, lines)}
+
+Mean of ‖ε̂′ − ε̂‖²/‖ε̂‖² over {rows[0]["samples"]} held-out samples of the embedded model and ten
+timesteps; its blocks were trained with `ceil` and have three stages. From
+[results/pooling.csv](../results/pooling.csv), written by `python recipes/pooling.py`; teacher
+`{rows[0]["teacher_sha256"]}`."""
+
+
 def layers(folder: str) -> str:
     """The layers of an analysis under docs, beside its untrained control."""
     found, control = (
@@ -246,6 +266,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "curve": curve,
     "efficiency": efficiency,
     "memory": memory,
+    "pooling": pooling,
     "mini": partial(layers, "analysis-mini"),
     "pixart": partial(layers, "analysis-pixart"),
     **speed_tables.TABLES,

@@ -18,7 +18,6 @@ from test_sources import shard
 from tiny_pipelines import PIPELINES, stable_diffusion
 
 from convfusion import CheckpointError, ConvFusionError
-from convfusion.checkpoint import write_tensors
 from convfusion.conditioning import encode_conditioning, flat
 from convfusion.data import TrainingData, cache, chunks
 from convfusion.data.cache import build_cache, open_cache
@@ -26,6 +25,7 @@ from convfusion.data.pictures import cover, encode_pictures
 from convfusion.data.samples import CHUNK
 from convfusion.data.sources import open_source
 from convfusion.data.store import LatentCache
+from convfusion.files import write_tensors
 
 COUNT = 2 * CHUNK + 10
 SIZES = [(32, 32), (24, 40), (40, 24)]  # (height, width), beside each other in the buckets

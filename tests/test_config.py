@@ -31,7 +31,7 @@ def test_a_config_of_the_wrong_form_is_refused(values):
         ({"kernel_size": "5"}, "must be int"),
         ({"kernel_size": True}, "must be int"),
         ({"gate": "tanh"}, "one of scaled, reference, sigmoid"),
-        ({"stages": 0}, "at least 1"),
+        ({"stages": 0}, "from 1 to 10"),
         ({"ratio": float("nan")}, "finite number"),
         ({"kind": []}, "needs a kind"),
         ({"colour": 1}, "no setting 'colour'"),

@@ -11,9 +11,9 @@ from transformers import Dinov2Config, Dinov2Model
 
 import convfusion
 from convfusion import cli, mini
-from convfusion.checkpoint import write_tensors
 from convfusion.cli.evaluate import named, prompts_of, real_pictures
 from convfusion.evaluate import plan
+from convfusion.files import write_tensors
 
 
 @pytest.fixture

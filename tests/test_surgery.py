@@ -143,7 +143,7 @@ def test_dropping_attention_frees_it_and_draws_the_same(case):
     status = convfusion.drop_attention(model)
     assert weights > 0
     assert sum(p.numel() for p in model.parameters()) == total - weights
-    assert "IP-Adapter" in str(status)
+    assert "fuse_qkv_projections" in str(status)
     assert torch.equal(run(model, case, *case.sizes[0]), expected)
     with pytest.raises(AttributeError, match="keep_attention=True"):
         _ = model.get_submodule(status.sites[0].site.path).to_q

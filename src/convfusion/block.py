@@ -26,6 +26,8 @@ Pooling = Literal["ceil", "adaptive"]
 Init = Literal["mean", "mean_zero", "random"]
 Grid = tuple[int, int]
 
+MAX_KERNEL = 255  # spans a grid of 128×128 from any of its tokens
+MAX_STAGES = 10  # the last at 1/512
 SMALL = 0.1  # of `proj_out` under the `mean` initialisation, relative to PyTorch's default
 
 
@@ -34,8 +36,8 @@ class DeltaConv:
     """Settings of a ΔConvBlock.
 
     Attributes:
-        kernel_size: odd side K of every depthwise kernel, in tokens of its own stage.
-        stages: number n of pyramid stages, at scales 1, 1/2, …, 1/2^(n-1).
+        kernel_size: odd side K of every depthwise kernel, in tokens of its own stage; at most 255.
+        stages: number n of pyramid stages, at scales 1, 1/2, …, 1/2^(n-1); at most 10.
         ratio: C'/C, the channels that the stages work on; C·ratio must be an even integer.
         gate: how the two halves f1, f2 of the C' channels meet. `scaled`: f1·f2/√C' (the paper);
             `reference`: f1·f2·√(C'/2) (the authors' SD1.5 and SDXL weights); `sigmoid`:
@@ -59,12 +61,14 @@ class DeltaConv:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ConvFusionError(f"kernel_size must be odd and positive, not {self.kernel_size}")
+        if not 1 <= self.kernel_size <= MAX_KERNEL or self.kernel_size % 2 == 0:
+            raise ConvFusionError(
+                f"kernel_size must be odd and from 1 to {MAX_KERNEL}, not {self.kernel_size}"
+            )
         if not 0 < self.ratio <= 4:
             raise ConvFusionError(f"ratio must lie between 0 and 4, not {self.ratio}")
-        if self.stages < 1:
-            raise ConvFusionError(f"stages must be at least 1, not {self.stages}")
+        if not 1 <= self.stages <= MAX_STAGES:
+            raise ConvFusionError(f"stages must be from 1 to {MAX_STAGES}, not {self.stages}")
 
     def build(self, channels: int, heads: int = 1) -> DeltaConvBlock:
         """A block for tokens of `channels` channels; heads mean nothing to it."""

@@ -12,25 +12,33 @@ Only safetensors and JSON are read, so a file from outside cannot run code.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from convfusion import hub, released
 from convfusion.adapters import Denoiser, adapter_for, denoiser_of, list_sites
 from convfusion.block import TokenMixer
 from convfusion.config import ConvertConfig
 from convfusion.errors import CheckpointError, ConvFusionError
-from convfusion.mixers import mixer_from_dict, mixer_to_dict
+from convfusion.files import (
+    FLOATS,
+    check_pipeline_index,
+    few,
+    read_header,
+    read_json,
+    read_tensors,
+    replace_folder,
+    write_tensors,
+    write_text,
+)
+from convfusion.mixers import Mixer, mixer_from_dict, mixer_to_dict
 from convfusion.surgery import (
     Status,
     build_mixers,
@@ -40,7 +48,10 @@ from convfusion.surgery import (
     status,
 )
 
+Blocks: TypeAlias = tuple[dict[str, Mixer], dict[str, dict[str, Tensor]]]  # settings, values
+
 FORMAT = 1
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BLOCKS, MANIFEST = "blocks.safetensors", "convfusion.json"
 BARE = "model_without_attention.safetensors"  # a name that no stock loader looks for
 
@@ -70,7 +81,57 @@ def save(pipe_or_model: Any, folder: str | Path) -> None:
     write_text(folder / MANIFEST, json.dumps(_manifest(pipe_or_model, mixers), indent=2) + "\n")
 
 
-def load(pipe_or_model: Any, folder: str | Path, *, keep_attention: bool = True) -> Status:
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str = "Blocks by ConvFusion",
+) -> str:
+    """Upload blocks that `save` or `distill` wrote to the Hugging Face Hub, with their model card.
+
+    The blocks, their manifest, the card and the pictures that it shows go there; checkpoints and
+    caches stay. A folder without a card gets one from its manifest. One must be logged in, as with
+    `hf auth login`.
+
+    Args:
+        folder: with the blocks.
+        repo_id: `user/name`; the repository is made if there is none.
+        private: of a repository that is new.
+        revision: branch to write to, by default the main one.
+        message: of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        CheckpointError: the folder holds no blocks, or the Hub refuses or cannot be reached.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder / MANIFEST)
+    read_header(folder / BLOCKS)
+    written = folder / hub.CARD
+    card = written.read_text(encoding="utf-8") if written.is_file() else hub.plain_card(manifest)
+    return hub.upload(
+        folder,
+        (BLOCKS, MANIFEST),
+        repo_id,
+        card=card,
+        private=private,
+        revision=revision,
+        message=message,
+    )
+
+
+def load(
+    pipe_or_model: Any,
+    source: str | Path,
+    *,
+    keep_attention: bool = True,
+    average: bool = True,
+    revision: str | None = None,
+) -> Status:
     """Convert a pipeline or denoiser to what a checkpoint holds, or update a converted one.
 
     Everything is checked before the model is touched. Blocks take the model's dtype and device.
@@ -78,27 +139,25 @@ def load(pipe_or_model: Any, folder: str | Path, *, keep_attention: bool = True)
     Args:
         pipe_or_model: the base model as it was converted, or converted already at the same sites
             with the same settings.
-        folder: written by `save`.
+        source: a folder written by `save`; a `.safetensors` file that the paper's authors
+            released (see `convfusion.released`); or the name on the Hub, `user/name`, of what
+            `push` put there, where no folder of that name is here.
         keep_attention: as in `ConvertConfig`.
+        average: of a released file that holds both, take the moving average and not the weights
+            of the last step.
+        revision: branch, tag or commit of a name on the Hub.
 
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit this model, which is unchanged.
     """
     model = denoiser_of(pipe_or_model)
-    folder = Path(folder)
-    manifest = _read_manifest(folder / MANIFEST)
-    _check_family(model, manifest)
-    wanted = {path: mixer_from_dict(site["mixer"]) for path, site in manifest["sites"].items()}
+    wanted, states = _read_source(str(source), model, average, revision)
     present = mixers_of(model)
-    if present:
-        if {path: mixer.config for path, mixer in present.items()} != wanted:
-            raise CheckpointError(
-                "the model is converted otherwise than this checkpoint: revert it first"
-            )
-        mixers = present
-    else:
-        mixers = build_mixers(model, list_sites(model), ConvertConfig(sites=wanted))
-    states = _read_blocks(folder / BLOCKS, mixers)
+    if present and {path: mixer.config for path, mixer in present.items()} != wanted:
+        raise CheckpointError(
+            "the model is converted otherwise than this checkpoint: revert it first"
+        )
+    mixers = present or build_mixers(model, list_sites(model), ConvertConfig(sites=wanted))
     for path, mixer in mixers.items():
         fill(mixer, states[path])
     if not present:
@@ -117,6 +176,11 @@ def save_pipeline(pipe: Any, folder: str | Path) -> None:
     """
     model = denoiser_of(pipe)
     name = _component(pipe, model)
+    if any(".base_layer." in key for key in model.state_dict()):
+        raise ConvFusionError(
+            "a LoRA is loaded: pipe.fuse_lora() folds it in, and pipe.unload_lora_weights() takes "
+            "it off; then save"
+        )
     bare = any(not site.attention_kept for site in status(model).sites)
     weights = BARE if bare else "diffusion_pytorch_model.safetensors"
     folder = Path(folder)
@@ -128,7 +192,7 @@ def save_pipeline(pipe: Any, folder: str | Path) -> None:
         file.unlink()  # what diffusers wrote has the blocks among the stock weights
     stock, _ = _parted(model)
     write_tensors(aside / name / weights, {k: v.contiguous() for k, v in stock.items()})
-    _replace_folder(aside, folder)
+    replace_folder(aside, folder)
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> Any:
@@ -148,6 +212,7 @@ def load_pipeline(folder: str | Path, **options: Any) -> Any:
     if not (folder / "convfusion" / MANIFEST).is_file():
         raise CheckpointError(f"{folder} is no converted pipeline: it has no convfusion/{MANIFEST}")
     bare = next(iter(sorted(folder.glob(f"*/{BARE}"))), None)
+    check_pipeline_index(folder)
     if "dtype" not in options:
         options.setdefault("torch_dtype", torch.float32)
     parts: dict[str, Any] = {}
@@ -170,11 +235,9 @@ def _load_bare(weights: Path, blocks: Path) -> nn.Module:
     """A converted denoiser without attention, from its config and the two weight files."""
     import diffusers
 
-    try:
-        config = json.loads((weights.parent / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{weights.parent}/config.json cannot be read: {error}") from None
-    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    config = read_json(weights.parent / "config.json")
+    named = config.get("_class_name") if isinstance(config, dict) else None
+    kind = getattr(diffusers, str(named), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         raise CheckpointError(f"{weights.parent}/config.json names no diffusers model")
     with init_empty_weights(include_buffers=False):  # buffers that no file holds stay real
@@ -185,7 +248,7 @@ def _load_bare(weights: Path, blocks: Path) -> nn.Module:
     wrong = {k for k in stock.keys() & tensors.keys() if stock[k].shape != tensors[k].shape}
     wrong |= stock.keys() ^ tensors.keys()
     if wrong:
-        raise CheckpointError(f"{weights} does not fit its config: {_few(wrong)}")
+        raise CheckpointError(f"{weights} does not fit its config: {few(wrong)}")
     model.load_state_dict({**tensors, **trained}, assign=True)
     return model.eval()
 
@@ -203,64 +266,6 @@ def _parted(model: Denoiser) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     state = model.state_dict()
     trained = {key: value for key, value in state.items() if key.startswith(mixers)}
     return {key: value for key, value in state.items() if key not in trained}, trained
-
-
-def _replace_folder(aside: Path, folder: Path) -> None:
-    """Put a finished folder in the place of another one, or of none."""
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file aside, flush it to disk and rename it into place.
-
-    Raises:
-        CheckpointError: it cannot be written, as on a full disk; nothing is left of it.
-    """
-    with _aside(path) as aside:
-        save_file(tensors, aside, metadata={"format": "pt"})
-
-
-def write_text(path: Path, text: str) -> None:
-    """As `write_tensors`, for text."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """As `write_tensors`, for the content of any file."""
-    with _aside(path) as aside:
-        aside.write_bytes(data)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    try:
-        # Copies lie as aligned in memory as fresh tensors do: products round the same.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A name to write to, which takes the place of another file once it is on disk."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        yield aside
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written: {error}") from None
 
 
 def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer]) -> dict[str, Any]:
@@ -292,10 +297,7 @@ def _public_name(name: str) -> str:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a manifest of format {FORMAT}")
     sites = manifest.get("sites")
@@ -323,25 +325,62 @@ def _check_family(model: Denoiser, manifest: dict[str, Any]) -> None:
             )
 
 
-def _read_blocks(path: Path, mixers: dict[str, TokenMixer]) -> dict[str, dict[str, Tensor]]:
-    """The state of every mixer, checked to be complete, without extras and of the right shapes."""
+def _read_source(source: str, model: Denoiser, average: bool, revision: str | None) -> Blocks:
+    """Settings and state of every mixer of a released file, a folder, or a name on the Hub."""
+    path = Path(source)
+    released_file = path.suffix == ".safetensors" and not path.is_dir()
+    if not released_file and not path.exists() and HUB_NAME.fullmatch(source):
+        return _read_folder(hub.fetch(source, (BLOCKS, MANIFEST), revision), model)
+    if revision is not None:
+        raise CheckpointError(f"a revision is of a name on the Hub, user/name, not of {source}")
+    if released_file:
+        layout = released.read_layout(path, model, average=average)
+        return dict(layout.mixers), released.read_states(path, layout)
+    return _read_folder(path, model)
+
+
+def _read_folder(folder: Path, model: Denoiser) -> Blocks:
+    """Settings and state of every mixer, checked to be complete, without extras, of right shapes.
+
+    The shapes that the settings ask for are compared with the header of the file before anything
+    is allocated, so that no more memory is taken than the file has tensors for.
+    """
+    manifest = _read_manifest(folder / MANIFEST)
+    _check_family(model, manifest)
+    wanted = {path: mixer_from_dict(site["mixer"]) for path, site in manifest["sites"].items()}
+    path = folder / BLOCKS
+    header, expected = read_header(path), _expected_tensors(model, wanted)
+    if missing := expected.keys() - header.keys():
+        raise CheckpointError(f"{path} lacks {few(missing)}")
+    if extra := header.keys() - expected.keys():
+        raise CheckpointError(f"{path} has tensors of no site in its manifest: {few(extra)}")
+    for key, (_, _, shape) in expected.items():
+        found = header[key]
+        if found.shape != shape or found.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{path}: {key} has shape {found.shape}, expected {shape}"
+                if found.shape != shape
+                else f"{path}: {key} is {found.dtype}, expected one of {', '.join(sorted(FLOATS))}"
+            )
     tensors = read_tensors(path)
-    expected = {
-        f"{site}.mixer.{name}": (site, name, tensor.shape)
-        for site, mixer in mixers.items()
-        for name, tensor in mixer.state_dict().items()
-    }
-    if missing := expected.keys() - tensors.keys():
-        raise CheckpointError(f"{path} lacks {_few(missing)}")
-    if extra := tensors.keys() - expected.keys():
-        raise CheckpointError(f"{path} has tensors of no site in its manifest: {_few(extra)}")
-    states: dict[str, dict[str, Tensor]] = {site: {} for site in mixers}
-    for key, (site, name, shape) in expected.items():
-        if tensors[key].shape != shape:
-            found = tuple(tensors[key].shape)
-            raise CheckpointError(f"{path}: {key} has shape {found}, expected {tuple(shape)}")
+    states: dict[str, dict[str, Tensor]] = {site: {} for site in wanted}
+    for key, (site, name, _) in expected.items():
         states[site][name] = tensors[key]
-    return states
+    return wanted, states
+
+
+def _expected_tensors(
+    model: Denoiser, wanted: dict[str, Mixer]
+) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+    """Site, name within its mixer and shape of every tensor of a checkpoint, by its full name."""
+    expected = {}
+    for site in list_sites(model):
+        if site.path in wanted:
+            with torch.device("meta"):
+                mixer = wanted[site.path].build(site.channels, site.heads)
+            for name, tensor in mixer.state_dict().items():
+                expected[f"{site.path}.mixer.{name}"] = (site.path, name, tuple(tensor.shape))
+    return expected
 
 
 def _component(pipe: Any, model: Denoiser) -> str:
@@ -349,9 +388,3 @@ def _component(pipe: Any, model: Denoiser) -> str:
         if getattr(pipe, name, None) is model:
             return name
     raise ConvFusionError("save_pipeline takes a pipeline; for a denoiser alone use save")
-
-
-def _few(names: Any) -> str:
-    ordered = sorted(names)
-    rest = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
-    return ", ".join(ordered[:3]) + rest

@@ -12,11 +12,11 @@ from PIL import Image
 
 from convfusion import mini, presets, report
 from convfusion.adapters import denoiser_of
-from convfusion.checkpoint import write_text
 from convfusion.config import uniform
 from convfusion.data import LatentDataset
 from convfusion.distill import DistillConfig, DistillResult, LossWeights, distill
 from convfusion.evaluate import epsilon_error, mean_psnr
+from convfusion.files import write_text
 from convfusion.flops import flops_ratio
 from convfusion.generate import generate
 from convfusion.mixers import Removed

@@ -1,8 +1,14 @@
 """The errors that a user's mistake raises; the command line prints them as one line."""
 
+LONGEST = 2000  # characters of a message
+
 
 class ConvFusionError(ValueError):
     """Something asked for cannot be done; the message says what would work."""
+
+    def __str__(self) -> str:
+        text = super().__str__()  # which may quote a value from a file, of any length
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 class UnsupportedModelError(ConvFusionError, TypeError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -43,7 +43,7 @@ def check_value(name: str, value: Any, declared: Any) -> None:
         for part in value:
             check_value(name, part, float)
     elif declared is float:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             raise ConvFusionError(f"{name} must be a finite number, not {value!r}")
     elif declared in (int, bool, str) and type(value) is not declared:
         raise ConvFusionError(f"{name} must be {declared.__name__}, not {value!r}")

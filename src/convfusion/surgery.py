@@ -25,11 +25,12 @@ from convfusion.block import TokenMixer
 from convfusion.config import ConvertConfig
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.mixers import Mixer
+from convfusion.plugins import projections, tell_idle_lora, unwrapped
 
 LOST_WITHOUT_ATTENTION = (
     "revert",
     "distillation (the attention is the teacher)",
-    "IP-Adapter and other processors that read to_q, to_k or to_v of a self-attention",
+    "processors that read to_q, to_k or to_v of a self-attention",
     "LoRA weights for a self-attention",
     "fuse_qkv_projections",
     "ControlNetModel.from_unet",
@@ -281,12 +282,11 @@ def _plain_attention(model: Denoiser, site: Site) -> Attention:
         raise UnsupportedModelError(
             f"{site.path} is a {type(attention).__name__}, not a plain diffusers Attention"
         )
-    layers = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+    layers = [unwrapped(layer) for layer in projections(attention)]
     if any(type(layer) is not nn.Linear for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers} - {"Linear"}))
         raise UnsupportedModelError(
-            f"{site.path} has projections of the kind {kinds}: fuse a LoRA first "
-            "(pipe.fuse_lora(), then pipe.unload_lora_weights()), and convert before quantising"
+            f"{site.path} has projections of the kind {kinds}: convert before quantising"
         )
     return attention
 
@@ -311,11 +311,15 @@ def _hooked(model: Denoiser) -> Iterator[tuple[Any, Any]]:
 
 
 def _connect(model: Denoiser) -> None:
+    model._convfusion_adapters = ()
+    model._convfusion_teller = model.register_forward_pre_hook(tell_idle_lora, with_kwargs=True)
     for module, hook in _hooked(model):
         module._convfusion_hook = module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _disconnect(model: Denoiser) -> None:
+    model._convfusion_teller.remove()
+    del model._convfusion_teller, model._convfusion_adapters
     for module, _ in _hooked(model):
         module._convfusion_hook.remove()
         del module._convfusion_hook

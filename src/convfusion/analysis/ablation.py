@@ -22,11 +22,11 @@ from convfusion.analysis.capture import (
     recorded_calls,
     stock_denoiser,
 )
-from convfusion.checkpoint import write_text
 from convfusion.conditioning import latent_scale
 from convfusion.config import ConvertConfig
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import psnr, relative_error
+from convfusion.files import write_text
 from convfusion.generate import generate
 from convfusion.mixers import MeanOnly, Mixer, Neighbourhood, Removed
 from convfusion.report import labelled_grid

@@ -14,7 +14,7 @@ from convfusion.analysis import plots
 from convfusion.analysis.kernels import recommend
 from convfusion.analysis.study import Analysis, SiteAnalysis
 from convfusion.block import DeltaConv
-from convfusion.checkpoint import write_text
+from convfusion.files import write_text
 
 RESOLUTION = 110  # dots per inch
 

@@ -29,8 +29,8 @@ from convfusion.analysis.streaming import (
     uniform_score_mass,
 )
 from convfusion.block import Grid
-from convfusion.checkpoint import write_text
 from convfusion.errors import ConvFusionError
+from convfusion.files import write_text
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import generate
 

@@ -23,9 +23,9 @@ from convfusion.bench.activations import peak_bytes
 from convfusion.bench.inputs import denoiser_inputs
 from convfusion.bench.models import BenchModel
 from convfusion.block import DeltaConv, Grid
-from convfusion.checkpoint import write_text
 from convfusion.config import ConvertConfig, uniform
 from convfusion.errors import ConvFusionError
+from convfusion.files import write_text
 from convfusion.flops import count
 from convfusion.mixers import MIXERS, Circular, Mixer, Neighbourhood
 from convfusion.presets import by_name, preset_for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 
 from convfusion.bench.latency import Measured
 from convfusion.errors import ConvFusionError
+from convfusion.files import write_text
 
 ATTENTION = "attention"  # the variant that all others are compared with
 
@@ -145,13 +147,12 @@ def _parsed(text: str, kind: str) -> Any:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as CSV, aside first, so that a file that is there is whole at any time."""
-    aside = path.with_name(path.name + ".part")
-    with open(aside, "w", newline="") as file:
-        table = csv.DictWriter(file, [each.name for each in fields(Row)], lineterminator="\n")
-        table.writeheader()
-        table.writerows(asdict(row) for row in rows)
-    aside.replace(path)
+    """Write rows as CSV; a file that is there is whole at any time."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, [each.name for each in fields(Row)], lineterminator="\n")
+    table.writeheader()
+    table.writerows(asdict(row) for row in rows)
+    write_text(path, text.getvalue())
 
 
 def renewed(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:

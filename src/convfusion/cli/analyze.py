@@ -10,7 +10,7 @@ import typer
 
 from convfusion.cli.console import progress_bar
 from convfusion.cli.models import guidance_for, is_embedded, needs_matplotlib, stock_pipeline
-from convfusion.cli.options import Device, Model, Precision, Size, check_new, parse_size
+from convfusion.cli.options import Device, Model, Precision, Revision, Size, check_new, parse_size
 from convfusion.errors import ConvFusionError
 
 Prompts = Annotated[
@@ -44,6 +44,7 @@ def analyze(
     size: Size = None,
     guidance: Guidance = None,
     batch_size: BatchSize = 4,
+    revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
@@ -69,7 +70,7 @@ def analyze(
         batch_size=batch_size,
     )
     drawn = read_prompts(model, prompts)
-    pipe = stock_pipeline(model, precision, device)
+    pipe = stock_pipeline(model, precision, device, revision)
     calls = len(sampling_timesteps(pipe, steps)) * math.ceil(len(drawn) / batch_size)
     progress = progress_bar()
     with progress:
@@ -100,6 +101,7 @@ def ablate(
     size: Size = None,
     guidance: Guidance = None,
     batch_size: BatchSize = 4,
+    revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
@@ -112,7 +114,7 @@ def ablate(
     drawn = read_prompts(model, prompts, mini_prompts=9)
     tried = variants(window or [13, 7, 3], sites=site)
     looked_at, wanted = parse_timesteps(timesteps), parse_size(size) if size else None
-    pipe = stock_pipeline(model, precision, device)
+    pipe = stock_pipeline(model, precision, device, revision)
     calls = len(sampling_timesteps(pipe, steps)) * math.ceil(len(drawn) / batch_size)
     calls *= 1 + len(tried)
     progress = progress_bar()

@@ -9,7 +9,7 @@ import typer
 
 from convfusion.cli.console import progress_bar
 from convfusion.cli.models import guidance_for, load_pipeline
-from convfusion.cli.options import Device, Model, Precision, Size, parse_size
+from convfusion.cli.options import Device, Model, Precision, Revision, Size, parse_size
 
 
 def cache(
@@ -40,6 +40,7 @@ def cache(
     seed: Annotated[int, typer.Option(help="Of the first drawing; the next count on.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Of a drawing.")] = 25,
     guidance: Annotated[float | None, typer.Option(help="Of a drawing.")] = None,
+    revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
@@ -53,7 +54,7 @@ def cache(
     drawing = Drawing(per_prompt, seed, steps, guidance)
     wanted = parse_size(size) if size else None
     source = open_source(data, image=image, caption=caption, split=split, drawing=drawing)
-    pipe = load_pipeline(model, precision, device)
+    pipe = load_pipeline(model, precision, device, revision)
     encode(
         pipe,
         source,

@@ -8,12 +8,21 @@ from typing import Annotated
 import typer
 
 from convfusion.cli.models import equip, load_pipeline
-from convfusion.cli.options import Blocks, Config, Every, First, Model, Precision, check_new
+from convfusion.cli.options import (
+    Blocks,
+    Config,
+    Every,
+    First,
+    Model,
+    Precision,
+    Revision,
+    check_new,
+)
 
 
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for the converted pipeline.")],
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")],
     config: Config = None,
     blocks: Blocks = None,
     every: Every = None,
@@ -21,19 +30,31 @@ def convert(
     drop_attention: Annotated[
         bool, typer.Option("--drop-attention", help="Leave the replaced weights out.")
     ] = False,
+    blocks_only: Annotated[
+        bool, typer.Option("--blocks-only", help="Write the blocks alone, without their base.")
+    ] = False,
+    average: Annotated[
+        bool,
+        typer.Option(help="Of a released file that holds both: its moving average."),
+    ] = True,
+    revision: Revision = None,
     precision: Precision = "float32",
 ) -> None:
     """Put ΔConvBlocks in place of self-attention and write the pipeline to a folder.
 
-    Without --blocks they are untrained: go on with `convfusion distill`.
+    Without --blocks they are untrained: go on with `convfusion distill`. With a file of released
+    weights as --blocks, what is written is in this package's own format.
     """
     from convfusion import checkpoint, surgery
 
     check_new(out)
-    pipe = load_pipeline(model, precision, "cpu")
-    status = equip(pipe, blocks, config, every, first)
+    pipe = load_pipeline(model, precision, "cpu", revision)
+    status = equip(pipe, blocks, config, every, first, average)
     if drop_attention:
         status = surgery.drop_attention(pipe)
-    checkpoint.save_pipeline(pipe, out)
+    if blocks_only:
+        checkpoint.save(pipe, out)
+    else:
+        checkpoint.save_pipeline(pipe, out)
     typer.echo(str(status))
     typer.echo(f"Written: {out}")

@@ -10,7 +10,7 @@ import typer
 from convfusion.cli.console import describe, progress_bar
 from convfusion.cli.distill import source_of
 from convfusion.cli.models import equip, is_embedded, needs_matplotlib, stock_pipeline
-from convfusion.cli.options import Config, Data, Device, Model, Precision, Size, check_new
+from convfusion.cli.options import Config, Data, Device, Model, Precision, Revision, Size, check_new
 
 RATES = {True: 2e-2, False: 5e-4}  # the demo's on the embedded model; Grafting's for any other
 
@@ -37,6 +37,7 @@ def curve(
         str, typer.Option(help="What these sites rank by: imitation or epsilon.")
     ] = "imitation",
     seed: int = 0,
+    revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
@@ -66,7 +67,7 @@ def curve(
     named = {"model": model, "data": data or "", "size": size or "", "distill": settings}
     run = RunSettings.from_dict(named)
     source = source_of(run)
-    pipe = stock_pipeline(model, precision, device)
+    pipe = stock_pipeline(model, precision, device, revision)
     counts = chosen_counts(equip(pipe, None, config).converted, sites)
     found = measured(pipe, run, *in_two(pipe, run, source(pipe, out), held_out))
     files = found.save(out, counts, ranking)

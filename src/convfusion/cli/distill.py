@@ -20,6 +20,7 @@ from convfusion.cli.options import (
     Every,
     Out,
     Precision,
+    Revision,
     SettingsFile,
     Size,
     check_new,
@@ -58,6 +59,7 @@ def distill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would train, memory and time, and stop.")
     ] = False,
+    revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
@@ -69,14 +71,20 @@ def distill(
     from convfusion.surgery import mixers_of
 
     named: dict[str, Any] = {"model": model, "data": data, "size": size, "buckets": buckets}
-    named |= {"config": config, "every": every, "first": first, "distill": given}
+    named |= {
+        "revision": revision,
+        "config": config,
+        "every": every,
+        "first": first,
+        "distill": given,
+    }
     run = read_settings(settings, named)
     check_run(run, None if dry_run else out, dry_run=dry_run, resume=resume)
     ready = source_of(run) if not dry_run else None
     main = os.environ.get("RANK", "0") == "0"
     if main:
         typer.echo(as_toml(run))
-    pipe = load_pipeline(run.model, precision, device)
+    pipe = load_pipeline(run.model, precision, device, run.revision or None)
     if run.config and mixers_of(pipe) and main:
         typer.echo(f"{run.model} is converted anew by {run.config}: its blocks are set aside.\n")
     equip(pipe, None, run.config or None, run.every if run.every > 1 else None, run.first)

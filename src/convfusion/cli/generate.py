@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.models import guidance_for, load_pipeline
-from convfusion.cli.options import Blocks, Device, Model, Precision, Size, parse_size
+from convfusion.cli.options import Blocks, Device, Model, Precision, Revision, Size, parse_size
 
 
 def generate(
@@ -29,6 +29,7 @@ def generate(
             help="Measure first, and use the attention wherever it is the cheaper one at this size."
         ),
     ] = False,
+    revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
@@ -37,7 +38,7 @@ def generate(
     from convfusion.generate import check_size
     from convfusion.generate import generate as run
 
-    pipe = load_pipeline(model, precision, device)
+    pipe = load_pipeline(model, precision, device, revision)
     if blocks is not None:
         checkpoint.load(pipe, blocks)
     wanted = parse_size(size) if size else None

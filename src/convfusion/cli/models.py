@@ -11,9 +11,25 @@ from convfusion.errors import ConvFusionError
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
+# What tells the pipelines of single files apart: the first tensor whose name begins so.
+SINGLE_FILES = {
+    "conditioner.embedders.1.": "StableDiffusionXLPipeline",
+    "conditioner.embedders.0.": "StableDiffusionXLImg2ImgPipeline",  # SDXL's refiner
+    "model.diffusion_model.input_blocks.": "StableDiffusionPipeline",
+}
 
-def load_pipeline(model: str, precision: str, device: str | None) -> Any:
-    """A pipeline by name: embedded, converted on disk, or diffusers' own."""
+
+def load_pipeline(
+    model: str, precision: str, device: str | None, revision: str | None = None
+) -> Any:
+    """A pipeline by name: embedded, converted on disk, diffusers' own, or in a single file.
+
+    Args:
+        model: its name, folder or file.
+        precision: `float32`, `bfloat16` or `float16`.
+        device: by default the GPU if there is one.
+        revision: branch, tag or commit of a name on the Hub.
+    """
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HFValidationError
 
@@ -21,18 +37,25 @@ def load_pipeline(model: str, precision: str, device: str | None) -> Any:
 
     hide_loading_bars()
     dtype, place = torch_dtype(precision), torch_device(device)
+    if revision is not None and (is_embedded(model) or Path(model).exists()):
+        raise ConvFusionError(f"--revision is of a name on the Hub: {model} is none")
     if is_embedded(model):
         pipe = mini.load_student() if model == "mini" else mini.load_teacher()
         pipe.to(dtype)
     elif (Path(model) / "convfusion").is_dir():
         pipe = checkpoint.load_pipeline(model, torch_dtype=dtype)
+    elif Path(model).suffix == ".safetensors":
+        pipe = _single_file(Path(model), dtype)
     else:
         try:
-            pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True)
+            pipe = DiffusionPipeline.from_pretrained(
+                model, revision=revision, torch_dtype=dtype, use_safetensors=True
+            )
         except (OSError, HFValidationError) as error:
+            wanted = f" (revision {revision})" if revision else ""
             raise ConvFusionError(
                 f"{model} is no pipeline: no diffusers folder is there, or the Hub has none of "
-                f"that name or cannot be reached ({first_line(error)})"
+                f"that name{wanted} or cannot be reached ({first_line(error)})"
             ) from None
     return pipe.to(place)
 
@@ -61,11 +84,34 @@ def torch_device(device: str | None) -> Any:
         raise ConvFusionError(f"the device {device!r} cannot be used: {error}") from None
 
 
-def stock_pipeline(model: str, precision: str, device: str | None) -> Any:
+def _single_file(path: Path, dtype: Any) -> Any:
+    """A pipeline of SD1.x, SD2.x or SDXL whose weights are one file in its makers' layout."""
+    import diffusers
+
+    from convfusion.files import read_header
+
+    names = list(read_header(path))
+    kind = next((k for p, k in SINGLE_FILES.items() if any(n.startswith(p) for n in names)), None)
+    if kind is None:
+        raise ConvFusionError(
+            f"{path} is no single file of SD1.x, SD2.x or SDXL: give a diffusers folder"
+        )
+    try:
+        return getattr(diffusers, kind).from_single_file(str(path), torch_dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConvFusionError(
+            f"{path} cannot be made a {kind}: a single file lacks configs and tokenisers, which "
+            f"diffusers takes from the Hub or its cache ({first_line(error)})"
+        ) from None
+
+
+def stock_pipeline(
+    model: str, precision: str, device: str | None, revision: str | None = None
+) -> Any:
     """A pipeline with its self-attention in place: a converted one is reverted."""
     from convfusion import surgery
 
-    pipe = load_pipeline(model, precision, device)
+    pipe = load_pipeline(model, precision, device, revision)
     if surgery.mixers_of(pipe):
         surgery.revert(pipe)
     return pipe
@@ -100,16 +146,22 @@ def guidance_for(model: str) -> float:
 
 
 def equip(
-    pipe: Any, blocks: Path | None, config: str | None, every: int | None = None, first: int = 0
+    pipe: Any,
+    blocks: Path | None,
+    config: str | None,
+    every: int | None = None,
+    first: int = 0,
+    average: bool = True,
 ) -> Any:
     """Convert a pipeline by preset or config file, or with trained blocks.
 
     Args:
         pipe: a converted one is left as it is if nothing is asked for, and is reverted otherwise.
-        blocks: folder of trained blocks.
+        blocks: trained blocks, as `checkpoint.load` takes them.
         config: name of a preset, or path of a JSON file.
         every: convert only every so many-th of the sites, with new blocks.
         first: of them, from 0.
+        average: of a released file of blocks, take the moving average.
     """
     from convfusion import checkpoint, surgery
     from convfusion.adapters import denoiser_of
@@ -125,7 +177,7 @@ def equip(
             return surgery.status(pipe)
         surgery.revert(pipe)
     if blocks is not None:
-        return checkpoint.load(pipe, blocks)
+        return checkpoint.load(pipe, blocks, average=average)
     chosen = conversion_for(denoiser_of(pipe), config)
     if every is not None:
         from convfusion.distill import partial

@@ -12,12 +12,16 @@ from convfusion.errors import ConvFusionError
 Model = Annotated[
     str,
     typer.Argument(
-        help="A diffusers pipeline: folder or Hub name; `mini` is the embedded model with "
-        "its trained blocks, `mini-teacher` as it was trained."
+        help="A diffusers pipeline: folder, Hub name or single .safetensors file; `mini` is the "
+        "embedded model with its trained blocks, `mini-teacher` as it was trained."
     ),
 ]
 Blocks = Annotated[
-    Path | None, typer.Option(help="Trained blocks: a folder that `distill` or `save` wrote.")
+    Path | None,
+    typer.Option(
+        help="Trained blocks: a folder that `distill` or `save` wrote, or a .safetensors file "
+        "that the paper's authors released."
+    ),
 ]
 Config = Annotated[
     str | None,
@@ -34,6 +38,9 @@ Out = Annotated[
 ]
 SettingsFile = Annotated[
     Path | None, typer.Option(help="TOML file of a run; what is given beside it goes first.")
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a model that is a Hub name.")
 ]
 Precision = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[

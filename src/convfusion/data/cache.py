@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from convfusion.adapters import adapter_for, denoiser_of
-from convfusion.checkpoint import write_tensors, write_text
 from convfusion.conditioning import latent_scale
 from convfusion.data.buckets import Size, step_for
 from convfusion.data.buckets import buckets as sizes_about
@@ -31,6 +30,7 @@ from convfusion.data.store import (
     write_manifest,
 )
 from convfusion.errors import ConvFusionError
+from convfusion.files import write_tensors, write_text
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import check_size, swapped_denoiser
 from convfusion.surgery import attention_teacher, mixers_of

@@ -22,9 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from convfusion.checkpoint import read_tensors, write_text
 from convfusion.data.buckets import Size
 from convfusion.errors import CheckpointError, ConvFusionError
+from convfusion.files import read_tensors, write_text
 
 FORMAT = 1
 MANIFEST, EMPTY, CHUNKS = "cache.json", "empty.safetensors", "chunks"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
-from convfusion import __version__, checkpoint, mini
+from convfusion import __version__, checkpoint, hub, mini
 from convfusion.adapters import denoiser_of
 from convfusion.distill.logs import read_history
 from convfusion.distill.settings import RunSettings, as_toml
@@ -17,7 +17,7 @@ from convfusion.distill.trainer import DistillResult
 from convfusion.fingerprint import fingerprint
 from convfusion.surgery import mixers_of, status
 
-CARD, CURVES = "README.md", "losses.png"
+CARD, CURVES = hub.CARD, "losses.png"
 
 
 def write_card(folder: Path, pipe: Any, run: RunSettings, result: DistillResult) -> None:
@@ -26,14 +26,10 @@ def write_card(folder: Path, pipe: Any, run: RunSettings, result: DistillResult)
     embedded = run.model in mini.NAMES
     base = run.model if embedded else manifest["base_model"] or run.model
     history = read_history(folder)
-    data = ModelCardData(
-        library_name="diffusers",
-        base_model=base if base.count("/") == 1 else None,
-        tags=["convfusion", "attention-free", "distillation"],
-    )
     curves = draw_curves(history, folder / CURVES)
     body = CONTENT.format(
         base=base,
+        here=hub.HERE,
         how=FROM_PACKAGE if embedded else FROM_DIFFUSERS.format(base=base),
         version=__version__,
         sites=status(pipe).converted,
@@ -46,7 +42,7 @@ def write_card(folder: Path, pipe: Any, run: RunSettings, result: DistillResult)
         settings=as_toml(run).rstrip(),
         table=str(status(pipe)),
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+    card = ModelCard(hub.front_matter(base, "distillation") + body)
     checkpoint.write_text(folder / CARD, str(card).rstrip() + "\n")
 
 
@@ -67,7 +63,7 @@ licence holds.
 
 ```python
 {how}
-convfusion.load(pipe, "this-folder")
+convfusion.load(pipe, {here})
 ```
 
 Fingerprint of the base's denoiser: `{weights}`.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from convfusion.adapters import denoiser_of
-from convfusion.checkpoint import write_text
 from convfusion.config import ConvertConfig
 from convfusion.data.latents import LatentDataset, TrainingData
 from convfusion.distill.partial import (
@@ -25,6 +24,7 @@ from convfusion.distill.partial import (
 )
 from convfusion.distill.task import DistillTask
 from convfusion.errors import ConvFusionError
+from convfusion.files import write_text
 from convfusion.fingerprint import fingerprint
 from convfusion.flops import site_flops
 from convfusion.surgery import mixers_of

@@ -11,8 +11,8 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 
-from convfusion.checkpoint import write_text
 from convfusion.errors import ConvFusionError
+from convfusion.files import write_text
 
 HISTORY = "losses.jsonl"
 

@@ -24,6 +24,7 @@ class RunSettings:
 
     Attributes:
         model: a diffusers pipeline, folder or Hub name; `mini` is the embedded model.
+        revision: branch, tag or commit of a Hub name.
         data: a source of pictures or prompts, or a cache.
         size: WIDTHxHEIGHT of the training pictures, by default the model's own.
         buckets: keep the ratio of sides of the pictures, about.
@@ -34,6 +35,7 @@ class RunSettings:
     """
 
     model: str = ""
+    revision: str = ""
     data: str = ""
     size: str = ""
     buckets: bool = False

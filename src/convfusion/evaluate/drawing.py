@@ -31,10 +31,10 @@ from PIL import Image
 from torch import Tensor
 
 from convfusion.adapters import Denoiser, denoiser_of
-from convfusion.checkpoint import write_bytes, write_text
 from convfusion.conditioning import encode_conditioning, latent_scale
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate.epsilon import TIMESTEPS, epsilon_errors, relative_error
+from convfusion.files import write_bytes, write_text
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import generate, swapped_denoiser
 from convfusion.schedule import noise_schedule

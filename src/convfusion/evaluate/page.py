@@ -11,11 +11,11 @@ from PIL import Image
 
 from convfusion import report
 from convfusion.analysis.page import picture
-from convfusion.checkpoint import write_text
 from convfusion.evaluate import plots
 from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER, picture_of
 from convfusion.evaluate.measure import REAL, Distribution, SampleResult
 from convfusion.evaluate.results import Evaluation, mean_of
+from convfusion.files import write_text
 
 SHOWN = 8  # samples in the grid
 WORST = 24  # prompts in the list

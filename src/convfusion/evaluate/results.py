@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from convfusion.checkpoint import write_text
 from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER
 from convfusion.evaluate.measure import (
     Curves,
@@ -18,6 +17,7 @@ from convfusion.evaluate.measure import (
     SetScores,
     standard_error,
 )
+from convfusion.files import write_text
 
 SCHEMA = "convfusion-evaluation-1"
 

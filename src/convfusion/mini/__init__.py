@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convfusion.checkpoint import load, read_tensors
+from convfusion.checkpoint import load
 from convfusion.data.latents import LatentDataset
+from convfusion.files import read_tensors
 
 FOLDER = Path(__file__).parent
 TEACHER, STUDENT, DATA = FOLDER / "teacher", FOLDER / "student", FOLDER / "data"

@@ -1,0 +1,176 @@
+"""Files on disk: written whole or not at all, and read without trust.
+
+What is read is safetensors or JSON, so a file from outside cannot run code. The header of a
+safetensors file tells every shape before any tensor is read, and the library behind it refuses
+headers that are too long, offsets out of range, tensors that overlap and shapes that overflow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from convfusion.errors import CheckpointError
+
+JSON_BYTES = 16 * 2**20  # a manifest of SDXL's 70 sites takes 30 kB
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # dtypes, in the words of safetensors
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header of a safetensors file says of a tensor; dtype in its own words (`F32`)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Shapes and dtypes of a safetensors file by name; the tensors themselves are not read.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    with _opened(path) as file:
+        names = file.keys()
+        slices = {name: file.get_slice(name) for name in names}
+        return {
+            name: TensorInfo(tuple(each.get_shape()), each.get_dtype())
+            for name, each in slices.items()
+        }
+
+
+def read_some(path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Some tensors of a safetensors file, each under the name that `names` gives its own."""
+    with _opened(path) as file:
+        # Copies lie as aligned in memory as fresh tensors do: products round the same.
+        return {new: file.get_tensor(name).clone() for name, new in names.items()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise unreadable(path, error) from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of at most `JSON_BYTES`.
+
+    Raises:
+        CheckpointError: it is missing, too large, or no JSON.
+    """
+    try:
+        if path.stat().st_size > JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {JSON_BYTES >> 20} MB: not read")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable(path, error) from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file aside, flush it to disk and rename it into place.
+
+    Raises:
+        CheckpointError: it cannot be written, as on a full disk; nothing is left of it.
+    """
+    with _aside(path) as aside:
+        save_file(tensors, aside, metadata={"format": "pt"})
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_tensors`, for text."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As `write_tensors`, for the content of any file."""
+    with _aside(path) as aside:
+        aside.write_bytes(data)
+
+
+def replace_folder(aside: Path, folder: Path) -> None:
+    """Put a finished folder in the place of another one, or of none."""
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_pipeline_index(folder: Path) -> None:
+    """Refuse a pipeline that brings code along, or names what lies outside its folder."""
+    from diffusers import pipelines
+
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise CheckpointError(f"{folder}/model_index.json names no diffusers pipeline")
+    for name, part in index.items():
+        if not isinstance(part, list):  # a setting, and no component
+            continue
+        library = part[0] if part else None
+        ours = library in (None, "diffusers", "transformers") or hasattr(pipelines, str(library))
+        if not (name.isidentifier() and ours):
+            raise CheckpointError(
+                f"{folder}/model_index.json: {name[:60]!r} from {str(library)[:60]!r} is no "
+                "component of diffusers or transformers"
+            )
+    if code := next(folder.glob("*/*.py"), None):
+        raise CheckpointError(f"{code} is code, which no pipeline may bring along")
+    for shards in folder.glob("*/*.index.json"):
+        weights = read_json(shards)
+        files = weights.get("weight_map") if isinstance(weights, dict) else None
+        if not isinstance(files, dict) or any(Path(str(f)).name != f for f in files.values()):
+            raise CheckpointError(f"{shards} must name files of its own folder")
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file that cannot be read, with the first words of the cause."""
+    return CheckpointError(f"{path} cannot be read: {str(error)[:200]}")
+
+
+def few(names: Any) -> str:
+    """The first three of some names, and how many more there are."""
+    ordered = sorted(names)
+    rest = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return ", ".join(name[:200] for name in ordered[:3]) + rest
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise unreadable(path, error) from None
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A name to write to, which takes the place of another file once it is on disk."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        yield aside
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error}") from None

@@ -1,0 +1,114 @@
+"""Blocks on the Hugging Face Hub: uploaded with a model card, and fetched by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from convfusion.errors import CheckpointError
+
+CARD = "README.md"
+BESIDE = ("losses.png", "validation/*.png")  # what a card may show
+HERE = '"this-folder"'  # how a card calls the blocks that it lies beside
+
+FAILURES = (OSError, HfHubHTTPError, HFValidationError)
+
+
+def upload(
+    folder: Path,
+    files: tuple[str, ...],
+    repo_id: str,
+    *,
+    card: str,
+    private: bool,
+    revision: str | None,
+    message: str,
+) -> str:
+    """Put some files of a folder into a repository, made if need be, in one commit; its address.
+
+    Args:
+        folder: on disk.
+        files: names within it; pictures that a card may show go along.
+        repo_id: `user/name`.
+        card: text of the card, whose `HERE` becomes the repository's name.
+        private: of a repository that is new.
+        revision: branch to write to, by default the main one.
+        message: of the commit.
+
+    Raises:
+        CheckpointError: the Hub refuses or cannot be reached.
+    """
+    pictures = sorted(path for pattern in BESIDE for path in folder.glob(pattern))
+    names = [*files, *(path.relative_to(folder).as_posix() for path in pictures)]
+    text = card.replace(HERE, f'"{repo_id}"').encode()
+    operations = [CommitOperationAdd(CARD, text)]
+    operations += [CommitOperationAdd(name, folder / name) for name in names]
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        done = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    except FAILURES as error:
+        raise CheckpointError(f"{repo_id} cannot be written to: {first_line(error)}") from None
+    return done.commit_url
+
+
+def fetch(repo_id: str, files: tuple[str, ...], revision: str | None) -> Path:
+    """The folder of the cache with some files of a repository, fetched unless the Hub is off.
+
+    Raises:
+        CheckpointError: there is no such repository, or the Hub cannot be reached.
+    """
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files)))
+    except FAILURES as error:
+        raise CheckpointError(
+            f"{repo_id} is no folder here, and the Hub has no repository of that name and "
+            f"revision or cannot be reached ({first_line(error)})"
+        ) from None
+
+
+def front_matter(base_model: str, *tags: str) -> str:
+    """The head of a model card, which the Hub reads."""
+    data = ModelCardData(
+        library_name="diffusers",
+        base_model=base_model if base_model.count("/") == 1 else None,
+        tags=["convfusion", "attention-free", *tags],
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n"
+
+
+def plain_card(manifest: Mapping[str, Any]) -> str:
+    """A card for blocks of which only the manifest is known."""
+    base = manifest.get("base_model") or "the base model"
+    kinds: dict[str, int] = {}
+    for site in manifest["sites"].values():
+        mixer = dict(site["mixer"])
+        kind = mixer.pop("kind")
+        words = f"`{kind}`: " + ", ".join(f"{name} {value}" for name, value in mixer.items())
+        kinds[words] = kinds.get(words, 0) + 1
+    listed = "\n".join(f"- {count} × {words}" for words, count in kinds.items())
+    return f"""{front_matter(base)}# {base}: blocks in place of self-attention
+
+Made with ConvFusion {manifest.get("version")}. Everything but these blocks is the base model, whose
+licence holds.
+
+```python
+import convfusion
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{base}")
+convfusion.load(pipe, {HERE})
+```
+
+{listed}
+"""
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
