@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from convfusion import ConvFusionError, checkpoint
+from convfusion import ConvFusionError, files
 from convfusion.distill import DistillConfig
 from convfusion.distill.draws import Draws
 
@@ -24,7 +24,7 @@ def launched(out, processes, *options):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     losses = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
-    return checkpoint.read_tensors(out / "blocks.safetensors"), losses
+    return files.read_tensors(out / "blocks.safetensors"), losses
 
 
 def test_two_processes_step_as_one(tmp_path):

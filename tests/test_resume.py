@@ -14,7 +14,7 @@ import torch
 from tiny_pipelines import block_weights, stable_diffusion
 
 import convfusion
-from convfusion import CheckpointError, DeltaConv, checkpoint, uniform
+from convfusion import CheckpointError, DeltaConv, checkpoint, files, uniform
 from convfusion.data import LatentDataset
 from convfusion.distill import DistillConfig, distill
 from convfusion.distill.state import last_checkpoint, optimizer_tensors, restore_optimizer
@@ -90,9 +90,9 @@ def test_a_killed_run_ends_in_the_same_bits(straight, tmp_path):
 
 
 def test_what_is_saved_in_the_end_is_the_average(straight):
-    averages = checkpoint.read_tensors(last_checkpoint(straight) / "average.safetensors")
-    raw = checkpoint.read_tensors(last_checkpoint(straight) / "blocks.safetensors")
-    saved = checkpoint.read_tensors(straight / "blocks.safetensors")
+    averages = files.read_tensors(last_checkpoint(straight) / "average.safetensors")
+    raw = files.read_tensors(last_checkpoint(straight) / "blocks.safetensors")
+    saved = files.read_tensors(straight / "blocks.safetensors")
     for key, tensor in saved.items():
         assert torch.equal(tensor, averages[key.replace(".mixer.", ".")])
     assert any(not torch.equal(tensor, raw[key]) for key, tensor in saved.items())
@@ -174,7 +174,7 @@ def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path, monkeypatc
 
     def told(step, terms):
         if step == 3:
-            monkeypatch.setattr(checkpoint, "write_text", refuse)
+            monkeypatch.setattr(files, "write_text", refuse)
 
     with pytest.raises(CheckpointError, match="step 3 cannot be written: no space left"):
         distill(converted(), samples(), config, tmp_path, on_step=told)
@@ -188,7 +188,7 @@ def test_a_run_that_has_ended_resumes_to_the_same_end(tmp_path):
     again = converted()
     result = distill(again, samples(), config, tmp_path, resume=True)
     assert result.steps == 2
-    saved = checkpoint.read_tensors(tmp_path / "blocks.safetensors")
+    saved = files.read_tensors(tmp_path / "blocks.safetensors")
     for name, tensor in saved.items():
         assert torch.equal(tensor, block_weights(again)[name.replace(".mixer.", ".")])
 

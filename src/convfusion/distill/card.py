@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from convfusion import __version__, checkpoint, hub, mini
+from convfusion import __version__, checkpoint, files, hub, mini
 from convfusion.adapters import denoiser_of
 from convfusion.distill.logs import read_history
 from convfusion.distill.settings import RunSettings, as_toml
@@ -43,7 +43,7 @@ def write_card(folder: Path, pipe: Any, run: RunSettings, result: DistillResult)
         table=str(status(pipe)),
     )
     card = ModelCard(hub.front_matter(base, "distillation") + body)
-    checkpoint.write_text(folder / CARD, str(card).rstrip() + "\n")
+    files.write_text(folder / CARD, str(card).rstrip() + "\n")
 
 
 FROM_DIFFUSERS = """import convfusion

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convfusion import checkpoint
+from convfusion import checkpoint, files
 from convfusion.adapters import Denoiser
 from convfusion.errors import CheckpointError, ConvFusionError
 
@@ -95,9 +95,9 @@ def write_run(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         checkpoint.save(student, aside)
-        checkpoint.write_tensors(aside / OPTIMIZER, state.optimizer)
+        files.write_tensors(aside / OPTIMIZER, state.optimizer)
         if state.average:
-            checkpoint.write_tensors(aside / AVERAGE, state.average)
+            files.write_tensors(aside / AVERAGE, state.average)
         facts = {
             "step": state.step,
             "skipped": state.skipped,
@@ -107,7 +107,7 @@ def write_run(
             "base": base,
             "config": config,
         }
-        checkpoint.write_text(aside / STATE, json.dumps(facts, indent=2) + "\n")
+        files.write_text(aside / STATE, json.dumps(facts, indent=2) + "\n")
         flush_folder(aside)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
@@ -177,7 +177,7 @@ def read_run(
 
 def _read(path: Path, expected: list[str], named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The tensors of a file: those that are expected, of parameters that are trained here."""
-    tensors = checkpoint.read_tensors(path)
+    tensors = files.read_tensors(path)
     known = {name for name in tensors if name.partition("/")[0] in (*named, "updates")}
     if sorted(tensors) != expected or known != tensors.keys():
         raise CheckpointError(f"{path} does not hold the state of these blocks")
