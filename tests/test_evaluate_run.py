@@ -147,9 +147,12 @@ def test_tables_say_what_the_json_says(finished):
     row = table["frechet_distance", "student", "real"]
     assert float(row["value"]) == found.distributions[2].frechet
     assert (row["samples"], row["reference_samples"]) == ("6", "7")
+    assert row["network"] == "thumbnails"
+    assert table["class_score", "real", ""]["network"] == "thumbnails"
     floor = table["frechet_distance", "teacher", "teacher-other-seed"]
     assert float(floor["value"]) == found.distributions[1].frechet
     mean = table["psnr", "student", "teacher"]
+    assert mean["network"] == ""
     values = [each.student.psnr for each in found.samples]
     assert float(mean["value"]) == pytest.approx(np.mean(values))
     assert float(mean["standard_error"]) == pytest.approx(np.std(values, ddof=1) / 6**0.5)
