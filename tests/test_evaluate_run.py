@@ -16,7 +16,8 @@ from PIL import Image
 from tiny_pipelines import PIPELINES, stable_diffusion
 
 import convfusion
-from convfusion import ConvFusionError, checkpoint
+from convfusion import ConvFusionError
+from convfusion import files as files_module
 from convfusion.conditioning import encode_conditioning
 from convfusion.evaluate import Draws, epsilon_errors, evaluate, plan, psnr
 from convfusion.evaluate import drawing as drawing_module
@@ -147,9 +148,12 @@ def test_tables_say_what_the_json_says(finished):
     row = table["frechet_distance", "student", "real"]
     assert float(row["value"]) == found.distributions[2].frechet
     assert (row["samples"], row["reference_samples"]) == ("6", "7")
+    assert row["network"] == "thumbnails"
+    assert table["class_score", "real", ""]["network"] == "thumbnails"
     floor = table["frechet_distance", "teacher", "teacher-other-seed"]
     assert float(floor["value"]) == found.distributions[1].frechet
     mean = table["psnr", "student", "teacher"]
+    assert mean["network"] == ""
     values = [each.student.psnr for each in found.samples]
     assert float(mean["value"]) == pytest.approx(np.mean(values))
     assert float(mean["standard_error"]) == pytest.approx(np.std(values, ddof=1) / 6**0.5)
@@ -243,7 +247,7 @@ def test_a_killed_run_ends_in_the_same_bits(finished, tmp_path, monkeypatch, mom
     out = tmp_path / "out"
     options = {"extractor": thumbnails(), "real": open_real(str(real), (16, 16))}
     with monkeypatch.context() as patched:
-        for module in (drawing_module, checkpoint):
+        for module in (drawing_module, files_module):
             patched.setattr(module, "write_bytes", killed)
         with pytest.raises(Killed):
             evaluate(student(), draws(), out, **options)

@@ -145,7 +145,7 @@ def named(model: str, blocks: Path | None = None) -> str:
 
 
 def print_evaluation(found: Any) -> None:
-    """Each number of the student beside the one that the teacher itself has at other seeds."""
+    """Each number of the student beside the teacher's own, that of its other seeds where it can."""
     from rich.console import Console
     from rich.table import Table
 
@@ -157,7 +157,8 @@ def print_evaluation(found: Any) -> None:
         error = row["standard_error"]
         shown = f"{row['value']:.3g}" + ("" if error is None else f" ± {error:.1g}")
         values.setdefault((row["metric"], against), {})[row["pictures"]] = shown
-    table = Table(title=f"{found.student} and its teacher, {len(found.samples)} samples")
+    title = f"{found.student} and its teacher, {len(found.samples)} samples"
+    table = Table(title=f"{title}, features of {found.extractor['name']}")
     table.add_column("")
     table.add_column("against")
     table.add_column("student", justify="right")

@@ -100,14 +100,14 @@ class SetScores:
     Attributes:
         pictures: `student`, `teacher`, `teacher-other-seed` or `real`.
         samples: of them.
-        inception: exp of the mean KL divergence of the extractor's class logits.
+        class_score: exp of the mean KL divergence of the extractor's class logits.
         clip: mean CLIP score with the prompts.
         clip_error: its standard error.
     """
 
     pictures: str
     samples: int
-    inception: float | None
+    class_score: float | None
     clip: float | None
     clip_error: float | None
 

@@ -79,18 +79,14 @@ def _in_short(found: Evaluation) -> str:
     student, floor = found.distributions[:2]
     apart = student.kid - floor.kid
     chance = 2 * (student.kid_error**2 + floor.kid_error**2) ** 0.5
-    verdict = (
-        "no further from its pictures than the teacher itself at other seeds, as far as "
-        f"{student.samples} pictures can tell"
-    )
+    than = "from the teacher’s than the teacher’s own at other seeds"
+    verdict = f"no further {than}, as far as {student.samples} pictures can tell"
     if abs(apart) > chance:
-        verdict = ("further" if apart > 0 else "less far") + (
-            " from its pictures than the teacher itself at other seeds, beyond chance"
-        )
+        verdict = f"{'further' if apart > 0 else 'less far'} {than}, beyond chance"
     return (
         f"<p><b>From equal noise the student reaches {alike} against the teacher, where another "
-        f"noise gives {other}. As a set, its pictures are {verdict}</b> (kernel distance × 10³: "
-        f"{_thousandths(student.kid, student.kid_error)}, and "
+        f"noise gives {other}. As a set, the student’s pictures are {verdict}</b> "
+        f"(kernel distance ×10³: {_thousandths(student.kid, student.kid_error)}, and "
         f"{_thousandths(floor.kid, floor.kid_error)}; chance is two standard errors of both).</p>"
     )
 
@@ -205,9 +201,9 @@ def _bias(found: Evaluation) -> str:
 
 def _scores(found: Evaluation) -> str:
     heads, columns = ["pictures", "samples"], []
-    if any(each.inception is not None for each in found.scores):
+    if any(each.class_score is not None for each in found.scores):
         heads.append(f"class score, {html.escape(found.extractor['name'])}")
-        columns.append([_number(each.inception, ".2f") for each in found.scores])
+        columns.append([_number(each.class_score, ".2f") for each in found.scores])
     if any(each.clip is not None for each in found.scores):
         heads.append("CLIP score")
         columns.append(

@@ -81,9 +81,13 @@ def metrics(found: Evaluation) -> list[dict[str, Any]]:
                     "standard_error": error,
                     "samples": counts.get(pictures, count),
                     "reference_samples": counts.get(reference),
+                    "network": networks.get(metric, found.extractor["name"]),
                 }
             )
 
+    # What no network is asked for, and what another one than the extractor is.
+    networks = dict.fromkeys(("epsilon_error", "latent_error", "psnr", "ssim"), "")
+    networks["clip_score"] = found.clip["name"] if found.clip else ""
     counts = {each.pictures: each.samples for each in found.scores}
     for name in ("epsilon_error", "latent_error"):
         add(name, STUDENT, TEACHER, *mean_of([getattr(each, name) for each in found.samples]))
@@ -97,7 +101,7 @@ def metrics(found: Evaluation) -> list[dict[str, Any]]:
         for metric in ("precision", "recall", "density", "coverage"):
             add(metric, row.pictures, row.reference, getattr(row, metric))
     for each in found.scores:
-        add("inception_score", each.pictures, "", each.inception)
+        add("class_score", each.pictures, "", each.class_score)
         add("clip_score", each.pictures, "prompts", each.clip, each.clip_error)
     return rows
 
