@@ -3,6 +3,8 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: threads would be in the way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
