@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from convfusion.ops import reference
 
@@ -30,8 +31,7 @@ def _available() -> bool:
         installed = version("triton")
     except PackageNotFoundError:
         return False
-    recent = tuple(int(part) for part in installed.split(".")[:2]) >= OLDEST
-    return recent and os.environ.get("CONVFUSION_KERNELS") != "0"
+    return TorchVersion(installed) >= OLDEST and os.environ.get("CONVFUSION_KERNELS") != "0"
 
 
 AVAILABLE = _available()
