@@ -22,7 +22,7 @@ from torch.torch_version import TorchVersion
 from convfusion.ops import reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-OLDEST = "3.3"  # Triton: the first with tuples of tensors that loops can carry
+OLDEST = "3.3"  # Triton: the oldest that kernels were compiled with
 
 
 def _available() -> bool:
