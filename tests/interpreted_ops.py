@@ -82,7 +82,7 @@ def check(grid, kernel, stages, gate, dtype, **shape):
         ((4, 3), 7, 1, "scaled", BRAIN),
         ((3, 4), 13, 2, "scaled", HALF),
         ((2, 3), 13, 1, "sigmoid", FULL),
-        ((3, 2), 21, 2, "reference", FULL),
+        ((3, 2), 21, 1, "reference", FULL),
         ((5, 4), 1, 2, "scaled", FULL),
     ],
 )

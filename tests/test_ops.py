@@ -134,6 +134,14 @@ def test_bytes_of_one_stage_and_of_two():
     )
 
 
+def test_share_of_the_mean_that_the_page_gives():
+    """In units of C a token: proj_in, pyramid, proj_out, mean, adding it."""
+    case = bench.Case("", 4096, 64, 64, 32, 1, 2)  # so many that the weights do not count
+    pyramid = bench.forward_bytes(case, 1) / (4096 * 64 * 64 * 2 * 32)
+    assert pyramid == pytest.approx(1.375, abs=1e-6)
+    assert 1 / (1.5 + pyramid + 1.5 + 1 + 2) == pytest.approx(0.1356, abs=1e-4)
+
+
 def test_a_kernel_of_13_has_about_113_operations_a_byte():
     moved, operations = bench.work_of(bench.Case("", 8, 64, 64, 1152, 13, 1), 2, "forward")
     assert round(operations / moved) == 112  # 113 without the weights' own bytes
@@ -176,13 +184,17 @@ def test_kernels_by_the_interpreter():
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_kernels_compile_for_a_gpu(dtype, tmp_path, monkeypatch):
-    """For compute capability 9.0, from real launches; no kernel adds into memory of another."""
+@pytest.mark.parametrize("grid, kernel", [((7, 9), 3), ((1, 1), 1)])
+def test_kernels_compile_for_a_gpu(grid, kernel, tmp_path, monkeypatch):
+    """For compute capability 9.0, from real launches; no kernel adds into memory of another.
+
+    Sides of 1 are a case of their own: the launcher makes such arguments constants.
+    """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from convfusion.ops.ahead import ENTRIES, compile_for, launches
 
-    found = launches((2, 63, 96), (7, 9), 3, 2, "sigmoid", dtype)
+    tokens = (2, grid[0] * grid[1], 96)
+    found = launches(tokens, grid, kernel, 2, "sigmoid", torch.bfloat16)
     first = {launch.kernel: launch for launch in reversed(found)}
     assert set(first) == set(ENTRIES)
     for name, launch in first.items():

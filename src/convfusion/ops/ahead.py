@@ -84,11 +84,11 @@ def compile_for(capability: int, wanted: Launch) -> Compiled:
     signature: dict[str, str] = dict.fromkeys(kernel.arg_names, "constexpr")
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, wanted.args, strict=False)):
-        if value is None:
-            constants[name] = None
-        else:
-            signature[name] = _type_of(value)
-        if isinstance(value, Tensor):
+        if value is None or (isinstance(value, int) and value == 1):  # as Triton's launcher does
+            constants[name] = value
+            continue
+        signature[name] = _type_of(value)
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             aligned[i,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

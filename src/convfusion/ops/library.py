@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from convfusion.ops import reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-OLDEST = (3, 3)  # Triton: the first with tuples of tensors that loops can carry
+OLDEST = "3.3"  # Triton: the oldest that kernels were compiled with
 
 
 def _available() -> bool:
@@ -30,8 +31,7 @@ def _available() -> bool:
         installed = version("triton")
     except PackageNotFoundError:
         return False
-    recent = tuple(int(part) for part in installed.split(".")[:2]) >= OLDEST
-    return recent and os.environ.get("CONVFUSION_KERNELS") != "0"
+    return TorchVersion(installed) >= OLDEST and os.environ.get("CONVFUSION_KERNELS") != "0"
 
 
 AVAILABLE = _available()
