@@ -28,8 +28,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python recipes/layouts.py
 	$(LATENCY) $(SIZES) --limit 12
 	$(LATENCY) --backward --size 512x512 --mixers delta_conv,linfusion
-	$(LATENCY) --whole --mixers delta_conv,linfusion,removed --size 512x512 --rounds 3
-	$(LATENCY) --whole --mixers delta_conv,removed --size 1024x1024 --rounds 2 --no-warm-up
+	$(LATENCY) --whole --mixers delta_conv,linfusion,removed --size 512x512 --rounds 2
+	$(LATENCY) --whole --mixers delta_conv,removed --size 1024x1024 --rounds 1 --no-warm-up
 	$(LATENCY) --whole --mixers delta_conv --size 2048x2048 --batch 1 --rounds 1 --no-warm-up
 	$(BIN)/python recipes/tables.py
 

@@ -45,8 +45,9 @@ def fake_cuda(*shape):
 
 
 @needs_triton
-def test_cuda_tensors_meet_the_operation():
+def test_cuda_tensors_meet_the_operation(monkeypatch):
     """Told by tensors that claim to be on a GPU and hold nothing."""
+    monkeypatch.setattr(library, "WANTED", True)
     block = DeltaConvBlock(8)
     shapes = {name: value.shape for name, value in block.state_dict().items()}
     with FakeTensorMode():
@@ -66,9 +67,11 @@ def test_cuda_tensors_meet_the_operation():
 
 
 @needs_triton
-def test_the_rule():
+def test_the_rule(monkeypatch):
     with FakeTensorMode():
         cuda, weights = fake_cuda(1, 4, 8), [fake_cuda(8, 1, 3, 3)]
+        assert not library.fused(cuda, weights)  # not asked for
+        monkeypatch.setattr(library, "WANTED", True)
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             assert library.fused(cuda.to(dtype), weights)
         assert not library.fused(cuda.double(), weights)
@@ -80,6 +83,7 @@ def test_the_rule():
 
 
 def test_without_the_kernels_it_is_the_reference(monkeypatch):
+    monkeypatch.setattr(library, "WANTED", True)
     monkeypatch.setattr(library, "AVAILABLE", False)
     with FakeTensorMode():
         assert not library.fused(fake_cuda(1, 4, 8), [fake_cuda(8, 1, 3, 3)])

@@ -332,7 +332,9 @@ def check_and_measure(dtypes: Sequence[str], out: Path) -> None:
             "no CUDA GPU here: --dry-run lists the cases and --compile 90 compiles them without one"
         )
     if not library.AVAILABLE:
-        raise ConvFusionError("no Triton ≥ 3.3 here, or CONVFUSION_KERNELS=0: there are no kernels")
+        raise ConvFusionError("there is no Triton ≥ 3.3 here: pip install 'convfusion[triton]'")
+    if not library.WANTED:
+        raise ConvFusionError("the kernels wait to be asked for: set CONVFUSION_KERNELS=1")
     shapes = parity_cases()
     for case, dtype in product(shapes, dtypes):
         check_parity(case, dtype)

@@ -1,10 +1,11 @@
 """The operation that PyTorch knows, and who computes it.
 
 `pyramid` is for everyone. It goes to the kernels if `fused` says so, and to `reference` otherwise.
-The rule, in one line: CUDA tensors in half, bfloat16 or float32, `ceil` pooling, Triton ≥ 3.3.
+The rule, in one line: CUDA tensors in half, bfloat16 or float32, `ceil` pooling, Triton ≥ 3.3, and
+CONVFUSION_KERNELS=1 in the environment when this module is imported. They wait to be asked for
+until they have run on a GPU.
 
-The environment, read when this module is imported: CONVFUSION_KERNELS=0 keeps to the reference;
-TRITON_INTERPRET=1, Triton's own variable, sends tensors of the CPU to the kernels too, which its
+TRITON_INTERPRET=1, Triton's own variable, sends tensors of the CPU to the kernels, which its
 interpreter then runs, slowly, for tests.
 """
 
@@ -26,15 +27,16 @@ OLDEST = "3.3"  # Triton: the oldest that kernels were compiled with
 
 
 def _available() -> bool:
-    """Whether kernels are wanted and a Triton that compiles them is installed; not imported yet."""
+    """Whether a Triton that compiles the kernels is installed; it is not imported yet."""
     try:
         installed = version("triton")
     except PackageNotFoundError:
         return False
-    return TorchVersion(installed) >= OLDEST and os.environ.get("CONVFUSION_KERNELS") != "0"
+    return TorchVersion(installed) >= OLDEST
 
 
 AVAILABLE = _available()
+WANTED = os.environ.get("CONVFUSION_KERNELS") == "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -43,7 +45,7 @@ def fused(tokens: Tensor, weights: Sequence[Tensor], pooling: str = "ceil") -> b
 
     Weights that wait on another device, as under sequential offload, are left to their modules.
     """
-    here = tokens.is_cuda or (INTERPRETED and tokens.device.type == "cpu")
+    here = WANTED and tokens.is_cuda or INTERPRETED and tokens.device.type == "cpu"
     known = AVAILABLE and pooling == "ceil" and tokens.dtype in DTYPES
     return here and known and all(weight.device == tokens.device for weight in weights)
 
