@@ -26,8 +26,8 @@ from convfusion.distill import distill
 # Wider than the live demo's blocks: there is time to train them.
 SHIPPED = ConvertConfig(
     sites={
-        "*blocks.[02].*": DeltaConv(kernel_size=9, stages=3, ratio=2.0),
-        "*": DeltaConv(kernel_size=7, ratio=2.0),
+        "*blocks.[02].*": DeltaConv(kernel_size=9, stages=3, ratio=2.0, gate="sigmoid"),
+        "*": DeltaConv(kernel_size=7, ratio=2.0, gate="sigmoid"),
     }
 )
 
