@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convfusion.cli.models import torch_device, torch_dtype
+from convfusion.cli.models import needs_matplotlib, torch_device, torch_dtype
 from convfusion.cli.options import Device, Precision, parse_size
 from convfusion.errors import ConvFusionError
 
@@ -51,6 +51,9 @@ def latency(
         Path | None,
         typer.Option(help="CSV file; in one that is there, cases measured again are replaced."),
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of all times in the CSV file, such as times.png.")
+    ] = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
@@ -61,8 +64,11 @@ def latency(
     from convfusion.bench.rows import read_rows, renewed, write_rows
     from convfusion.bench.runs import Conditions, denoiser_rows, site_rows, with_compiled
 
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise ConvFusionError(f"{out} cannot be a file: name one in a folder that is there")
+    for file in (out, plot):
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            raise ConvFusionError(f"{file} cannot be a file: name one in a folder that is there")
+    if plot is not None:
+        needs_matplotlib("--out")
     before = read_rows(out) if out is not None and out.exists() else []
     found = bench_model(model)
     kinds = [kind.strip() for kind in mixers.split(",") if kind.strip()]
@@ -82,8 +88,13 @@ def latency(
         if out is not None:
             write_rows(out, renewed(before, rows))
     print_rows(rows)
-    if out is not None:
-        typer.echo(f"Written: {out}")
+    if plot is not None:
+        from convfusion.bench import plots
+
+        plots.latency(renewed(before, rows)).savefig(plot, dpi=150)
+    for file in (out, plot):
+        if file is not None:
+            typer.echo(f"Written: {file}")
 
 
 def shown(measure: Any) -> Any:

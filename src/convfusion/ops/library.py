@@ -45,7 +45,7 @@ def fused(tokens: Tensor, weights: Sequence[Tensor], pooling: str = "ceil") -> b
 
     Weights that wait on another device, as under sequential offload, are left to their modules.
     """
-    here = WANTED and tokens.is_cuda or INTERPRETED and tokens.device.type == "cpu"
+    here = (WANTED and tokens.is_cuda) or (INTERPRETED and tokens.device.type == "cpu")
     known = AVAILABLE and pooling == "ceil" and tokens.dtype in DTYPES
     return here and known and all(weight.device == tokens.device for weight in weights)
 
