@@ -6,8 +6,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: threads would be in the way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
+
+# A test says what holds, not how fast, and says it of the same examples each time.
+hypothesis.settings.register_profile("convfusion", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("convfusion")
 
 
 @pytest.fixture(autouse=True)

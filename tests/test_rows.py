@@ -93,7 +93,7 @@ def test_a_case_that_is_measured_again_replaces_all_its_rows():
 def test_the_crossover_lies_where_the_lines_meet():
     table = [r for n in (1024, 4096, 16384) for r in rows(n, attention=n * n, block=n * 3000)]
     (found,) = crossovers(table)
-    assert found.tokens == pytest.approx(3000) and not found.always
+    assert found.tokens == pytest.approx(3000, rel=1e-2) and not found.always
     assert found.speedup[4096] == pytest.approx(4096 / 3000, rel=1e-3)
 
 
