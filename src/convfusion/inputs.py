@@ -31,7 +31,9 @@ def example_inputs(
     generator = None if str(device) == "meta" else torch.Generator().manual_seed(0)
 
     def values(*shape: int) -> Tensor:
-        made = torch.randn(*shape, generator=generator, device="meta" if generator is None else None)
+        made = torch.randn(
+            *shape, generator=generator, device="meta" if generator is None else None
+        )
         return made.to(device, model.dtype)
 
     maps = values(batch, config.in_channels, *size)

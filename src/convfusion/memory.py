@@ -58,7 +58,8 @@ def denoiser_peak(
     model = denoiser_of(pipe_or_model)
     shapes = on_meta(model)
     return peak_of(
-        shapes, lambda: shapes(**example_inputs(shapes, size, batch=batch, words=words, device="meta"))
+        shapes,
+        lambda: shapes(**example_inputs(shapes, size, batch=batch, words=words, device="meta")),
     )
 
 
@@ -80,7 +81,7 @@ def on_meta(model: nn.Module) -> Any:
 
 def peak_of(model: nn.Module, call: Callable[[], Any]) -> Peak:
     """The peak of what a call of a model on the meta device makes."""
-    ledger = _Ledger()
+    ledger = _Ledger(model)
     hooks = [
         hook
         for path, module in model.named_modules()
@@ -113,10 +114,12 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Ledger(TorchDispatchMode):
-    """The storages that are alive, and how many bytes they were at most."""
+    """The storages that are alive, without a model's weights, and how many bytes they held."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        weights = (*model.parameters(), *model.buffers())
+        self._weights = {StorageWeakRef(tensor.untyped_storage()) for tensor in weights}
         self.path: list[str] = []
         self.peak, self.where = 0, ""
         self._alive: dict[StorageWeakRef, int] = {}
@@ -127,7 +130,9 @@ class _Ledger(TorchDispatchMode):
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                self._alive.setdefault(StorageWeakRef(storage), storage.nbytes())
+                reference = StorageWeakRef(storage)
+                if reference not in self._weights:  # a view of a weight
+                    self._alive[reference] = storage.nbytes()
         held = sum(self._alive.values())
         if held > self.peak:
             self.peak, self.where = held, self.path[-1] if self.path else ""

@@ -189,7 +189,9 @@ def _joined(
             sides = [side * unit for side in size]
             whole = part.new_zeros(*part.shape[:2], *sides)
             weight = part.new_zeros(sides)
-        cover = torch.outer(*(_cover(s, n, unit, tiles, part) for s, n in zip(place, size)))
+        cover = torch.outer(
+            *(_cover(s, n, unit, tiles, part) for s, n in zip(place, size, strict=True))
+        )
         rows, columns = (slice(s.window[0] * unit, s.window[1] * unit) for s in place)
         whole[..., rows, columns] += part * cover
         weight[rows, columns] += cover
@@ -269,16 +271,18 @@ class _SharedNorms:
             return None
         scale, shift = (each.to(maps.dtype) for each in self._known[norm])
         beyond = (1,) * (maps.dim() - 2)
-        return torch.addcmul(shift.unflatten(1, (-1, *beyond)), maps, scale.unflatten(1, (-1, *beyond)))
+        return torch.addcmul(
+            shift.unflatten(1, (-1, *beyond)), maps, scale.unflatten(1, (-1, *beyond))
+        )
 
     def _sum(self, norm: nn.Module, maps: Tensor) -> Tensor:
         """Count, sum and sum of squares of each group in the tile's core: [3, B, groups]."""
-        (down, across), groups = self.place, norm.num_groups
+        groups = norm.num_groups
         window = [stop - start for _, (start, stop) in self.place]
         if maps.dim() == 3:  # tokens of the attention, at the size of the latents
             maps = maps.unflatten(2, window)
         cuts = []
-        for span, side, length in zip(self.place, window, maps.shape[-2:]):
+        for span, side, length in zip(self.place, window, maps.shape[-2:], strict=True):
             unit = length // side
             first = span.window[0]
             cuts.append(slice((span.core[0] - first) * unit, (span.core[1] - first) * unit))
