@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from convfusion.tiles import Tiles
 
 Size = tuple[int, int]
 
+# Feed-forward layers in chunks, samples one at a time: from the cheapest in time to the cheapest in
+# memory. The two halves of the guidance are two samples.
+MEANS = ((False, False), (True, False), (True, True))
 CHUNK = 16384  # tokens that a feed-forward layer takes at most, where it takes them in chunks
 
 
@@ -64,15 +67,17 @@ def choose_means(pipe: Any, size: Size, memory: float, batch: int) -> Means:
     """
     if not memory:
         return Means(math.nan, tiles=default_tiles(pipe, size))
-    means = _fitting(pipe, size, memory, batch)
-    if means is not None:
-        return means
-    least = _denoiser_means(pipe, size, batch)[-1].gib
-    fits = _largest(pipe, size, memory, batch, math.sqrt(memory / least))
+    tiles, decoding = _decoding(pipe, size, memory)
+    least = math.inf
+    for chunks, alone in MEANS:
+        least = _denoising(pipe, size, batch, chunks, alone)
+        if max(least, decoding) <= memory:
+            return Means(max(least, decoding), chunks, alone and batch > 1, tiles)
+    fits = _largest(pipe, size, memory, batch, math.sqrt(memory / max(least, decoding)))
     advice = f"the largest of this shape that fits is {fits[1]}×{fits[0]}" if fits else "none fits"
     raise ConvFusionError(
-        f"{size[1]}×{size[0]} takes about {least:.2f} GiB of activations at the least, and "
-        f"{memory:g} GiB are allowed: {advice}"
+        f"{size[1]}×{size[0]} takes about {max(least, decoding):.3g} GiB of activations at the "
+        f"least, and {memory:g} GiB are allowed: {advice}"
     )
 
 
@@ -83,27 +88,12 @@ def default_tiles(pipe: Any, size: Size) -> Tiles | None:
     return tiles if math.prod(size) > window**2 else None
 
 
-def _fitting(pipe: Any, size: Size, memory: float, batch: int) -> Means | None:
-    tiles, decoding = _decoding(pipe, size, memory)
-    if decoding > memory:
-        return None
-    for means in _denoiser_means(pipe, size, batch):
-        if means.gib <= memory:
-            return replace(means, gib=max(means.gib, decoding), tiles=tiles)
-    return None
-
-
-def _denoiser_means(pipe: Any, size: Size, batch: int) -> list[Means]:
-    """From the cheapest in time to the cheapest in memory, each with what it takes."""
-    latents = _latents(pipe, size)
-    words = 300 if adapter_for(denoiser_of(pipe)).family == "pixart" else 77
-    found = []
-    for chunks, alone in ((False, False), (True, False), (True, True)):
-        samples = 1 if alone else batch
-        with chunked_feed_forward(denoiser_of(pipe), latents) if chunks else nullcontext():
-            peak = denoiser_peak(pipe, latents, batch=samples, words=words)
-        found.append(Means(peak.gib, chunks, alone and batch > 1))
-    return found
+def _denoising(pipe: Any, size: Size, batch: int, chunks: bool, alone: bool) -> float:
+    """GiB of one pass of the denoiser."""
+    latents, model = _latents(pipe, size), denoiser_of(pipe)
+    words = 300 if adapter_for(model).family == "pixart" else 77
+    with chunked_feed_forward(model, latents) if chunks else nullcontext():
+        return denoiser_peak(model, latents, batch=1 if alone else batch, words=words).gib
 
 
 def _decoding(pipe: Any, size: Size, memory: float) -> tuple[Tiles | None, float]:
@@ -122,17 +112,18 @@ def _decoding(pipe: Any, size: Size, memory: float) -> tuple[Tiles | None, float
     return tiles, gib
 
 
-def _largest(pipe: Any, size: Size, memory: float, batch: int, start: float) -> Size | None:
-    """The largest size of this shape that fits, tried from a share of it downwards."""
-    unit, share = size_unit(pipe), min(start, 1.0)
-    while share > 0.01:
+def _largest(pipe: Any, size: Size, memory: float, batch: int, share: float) -> Size | None:
+    """The largest size of this shape that fits, tried from a share of its sides downwards."""
+    unit = size_unit(pipe)
+    while True:
         height, width = (math.floor(side * share / unit) * unit for side in size)
         if min(height, width) < unit:
             return None
-        if _fitting(pipe, (height, width), memory, batch):
+        decoding = _decoding(pipe, (height, width), memory)[1]
+        denoising = _denoising(pipe, (height, width), batch, *MEANS[-1])
+        if max(decoding, denoising) <= memory:
             return height, width
-        share *= 0.9
-    return None
+        share *= 0.95
 
 
 def _latents(pipe: Any, size: Size) -> Size:
