@@ -24,7 +24,7 @@ Size = tuple[int, int]
 # Feed-forward layers in chunks, samples one at a time: from the cheapest in time to the cheapest in
 # memory. The two halves of the guidance are two samples.
 MEANS = ((False, False), (True, False), (True, True))
-CHUNK = 16384  # tokens that a feed-forward layer takes at most, where it takes them in chunks
+CHUNK = 4096  # tokens that a feed-forward layer takes at most, where it takes them in chunks
 
 
 @dataclass(frozen=True)
