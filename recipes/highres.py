@@ -45,6 +45,7 @@ from convfusion.report import labelled_grid
 
 ROOT = Path(__file__).parent.parent
 FORWARD, RUNGS = ROOT / "results" / "highres.csv", ROOT / "results" / "highres_rungs.csv"
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else freed tensors below 32 MiB stay with glibc
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODELS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -132,7 +133,8 @@ def forward(args: argparse.Namespace) -> None:
     if any(key.items() <= row.items() for row in read(FORWARD)):
         print("there already:", *key.values())
         return
-    said = subprocess.run([*[sys.executable, *sys.argv], "--here"], capture_output=True, text=True)
+    command = [sys.executable, *sys.argv, "--here"]
+    said = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MALLOC})
     if said.returncode:
         sys.exit(said.stderr.strip().splitlines()[-1])
     facts = {"torch": torch.__version__, "diffusers": diffusers.__version__}

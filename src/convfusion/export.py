@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -154,6 +153,8 @@ class _Flat(nn.Module):
         self.model, self.names, self.absent = model, names, absent
 
     def forward(self, *tensors: Tensor) -> Tensor:
+        for tensor in tensors:  # or each input has a batch of its own
+            torch._check(tensor.shape[0] == tensors[0].shape[0])
         told: dict[str, Tensor | None] = dict.fromkeys(self.absent)
         told.update(zip(self.names, tensors, strict=True))
         return self.model(**nested(told), return_dict=False)[0]
@@ -171,7 +172,7 @@ def _write(model: Denoiser, path: Path) -> tuple[str, ...]:
     unit, free = size_unit(model), torch.export.Dim.DYNAMIC
     given = _inputs(model, (2 * unit, 3 * unit), batch=2, words=7)
     tensors = {name: value for name, value in given.items() if value is not None}
-    wrapped = _Flat(model, tuple(tensors), tuple(given.keys() - tensors.keys()))
+    wrapped = _Flat(model, tuple(tensors), tuple(given.keys() - tensors.keys())).eval()
     shapes = []
     for name, value in tensors.items():
         dims = {0: free}
@@ -184,14 +185,12 @@ def _write(model: Denoiser, path: Path) -> tuple[str, ...]:
     weights = sum(p.nbytes for p in model.parameters())
     try:
         with torch.no_grad():
+            traced = torch.export.export(
+                wrapped, tuple(tensors.values()), dynamic_shapes=(tuple(shapes),), strict=False
+            )
+            _drop_idle_squeezes(traced)
             program = torch.onnx.export(
-                wrapped,
-                tuple(tensors.values()),
-                dynamo=True,
-                input_names=list(names),
-                output_names=["output"],
-                dynamic_shapes=(tuple(shapes),),
-                verbose=False,
+                traced, dynamo=True, input_names=list(names), output_names=["output"], verbose=False
             )
     except Exception as error:  # the exporter raises its own kinds, and others of what it calls
         reason = " ".join(str(error.__cause__ or error).split())[:300]
@@ -199,6 +198,17 @@ def _write(model: Denoiser, path: Path) -> tuple[str, ...]:
     assert program is not None
     program.save(path, external_data=weights > SINGLE_FILE)
     return names
+
+
+def _drop_idle_squeezes(program: torch.export.ExportedProgram) -> None:
+    """Take out squeezes of a dimension that is not 1: PyTorch ignores them, ONNX fails."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.squeeze.dim:
+            source = node.args[0]
+            if node.meta["val"].dim() == source.meta["val"].dim():
+                node.replace_all_uses_with(source)
+                program.graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 @torch.no_grad()
@@ -212,8 +222,6 @@ def _difference(model: Denoiser, path: Path, size: tuple[int, int], batch: int) 
         name.rpartition(".")[2]: value.numpy() for name, value in given.items() if value is not None
     }
     wanted = model(**nested(given), return_dict=False)[0]
-    with suppress(KeyError):
-        feed["timestep"] = given["timestep"].numpy()
     found = torch.from_numpy(session.run(None, feed)[0])
     if found.shape != wanted.shape or not found.isfinite().all():
         return math.inf
