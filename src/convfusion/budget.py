@@ -165,8 +165,7 @@ def one_at_a_time(model: Denoiser) -> Iterator[None]:
     forward = model.forward
 
     def in_turn(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        maps = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        count = len(maps)
+        count = len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states", ())))
         outputs = [
             forward(*_sample(args, i, count), **_sample({**kwargs, "return_dict": False}, i, count))
             for i in range(count)

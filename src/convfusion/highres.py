@@ -197,15 +197,17 @@ class _Climb:
     ) -> Image.Image:
         """The picture of a rung: from noise, or from the picture below it."""
         size, means, model = self.plan.sizes[rung], self.plan.means, denoiser_of(self.pipe)
-        latents = tuple(side // latent_scale(self.pipe) for side in size)
+        scale = latent_scale(self.pipe)
         seed = self.seed if rung == 0 else mixed_seed(self.seed, rung)
         options = dict(self.options)
         with ExitStack() as stack:
-            if rung or means.tiles:
+            if len(self.plan.sizes) > 1 or means.tiles:
                 stack.enter_context(upcast_vae(self.pipe.vae))
                 stack.enter_context(tiled_vae(self.pipe.vae, means.tiles))
             if means.chunks:
-                stack.enter_context(chunked_feed_forward(model, latents))
+                stack.enter_context(
+                    chunked_feed_forward(model, (size[0] // scale, size[1] // scale))
+                )
             if means.one_at_a_time:
                 stack.enter_context(one_at_a_time(model))
             kept = self.steps if image is None else round(self.steps * strength)

@@ -91,13 +91,14 @@ def tiled_vae(vae: Any, tiles: Tiles | None) -> Iterator[None]:
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
         from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-        moments = tiled_encode(vae, pictures.to(vae.dtype), tiles)
-        posterior = DiagonalGaussianDistribution(moments)
+        pictures = pictures.to(vae.dtype)
+        if tiles is None:
+            return kind.encode(vae, pictures, return_dict=return_dict)
+        posterior = DiagonalGaussianDistribution(tiled_encode(vae, pictures, tiles))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     vae.decode = decode
-    if tiles is not None:
-        vae.encode = encode
+    vae.encode = encode
     try:
         yield
     finally:
@@ -168,7 +169,7 @@ def _in_tiles(
         return piece(maps[..., top:bottom, left:right])
 
     with norms.installed():
-        norms.measure(lambda: [run(place) for place in places] and None)
+        norms.measure(run, places)
         if tiles.exact:
             norms.measure_in_turn(run, places)
         return _joined(run, places, (height, width), units[1], tiles)
@@ -225,10 +226,12 @@ class _SharedNorms:
     place: tuple[Span, Span]
 
     def __init__(self, half: nn.Module) -> None:
-        self._norms = [module for module in half.modules() if isinstance(module, nn.GroupNorm)]
-        self._known: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # scale and shift by channel
-        self._sums: dict[nn.Module, Tensor] = {}
-        self._wanted: nn.Module | None = None
+        self._norms: list[Any] = [
+            module for module in half.modules() if isinstance(module, nn.GroupNorm)
+        ]
+        self._known: dict[Any, tuple[Tensor, Tensor]] = {}  # scale and shift by channel
+        self._sums: dict[Any, Tensor] = {}
+        self._wanted: Any = None
         self._measuring = False
 
     @contextmanager
@@ -238,10 +241,13 @@ class _SharedNorms:
                 stack.callback(norm.register_forward_hook(self._after).remove)
             yield
 
-    def measure(self, passes: Callable[[], None]) -> None:
+    def measure(
+        self, run: Callable[[tuple[Span, Span]], Any], places: list[tuple[Span, Span]]
+    ) -> None:
         """Find the statistics of every norm, each tile being normalised by itself."""
         self._measuring = True
-        passes()
+        for place in places:
+            run(place)
         self._measuring = False
         self._known = {norm: self._affine(norm, sums) for norm, sums in self._sums.items()}
 
@@ -261,7 +267,7 @@ class _SharedNorms:
             self._known[self._wanted] = self._affine(self._wanted, self._sums[self._wanted])
         self._measuring = False
 
-    def _after(self, norm: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def _after(self, norm: Any, args: tuple, output: Tensor) -> Tensor | None:
         maps = args[0]
         if self._measuring and self._wanted in (None, norm):
             self._sums[norm] = self._sums.get(norm, 0) + self._sum(norm, maps)
@@ -275,7 +281,7 @@ class _SharedNorms:
             shift.unflatten(1, (-1, *beyond)), maps, scale.unflatten(1, (-1, *beyond))
         )
 
-    def _sum(self, norm: nn.Module, maps: Tensor) -> Tensor:
+    def _sum(self, norm: Any, maps: Tensor) -> Tensor:
         """Count, sum and sum of squares of each group in the tile's core: [3, B, groups]."""
         groups = norm.num_groups
         window = [stop - start for _, (start, stop) in self.place]
@@ -292,7 +298,7 @@ class _SharedNorms:
         return torch.stack([each.double() for each in sums])
 
     @staticmethod
-    def _affine(norm: nn.Module, sums: Tensor) -> tuple[Tensor, Tensor]:
+    def _affine(norm: Any, sums: Tensor) -> tuple[Tensor, Tensor]:
         """What a norm with these statistics multiplies each channel with, and adds: [B, C]."""
         mean = sums[1] / sums[0]
         inverse = (sums[2] / sums[0] - mean.square() + norm.eps).rsqrt()
