@@ -17,7 +17,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,11 @@ import convfusion
 from convfusion import mini, presets
 from convfusion.adapters import denoiser_of
 from convfusion.budget import chunked_feed_forward
+from convfusion.conditioning import latent_scale
 from convfusion.data.pictures import encode_pictures
-from convfusion.evaluate import mean_psnr
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import generate
-from convfusion.highres import Ladder, highres, last_steps
+from convfusion.highres import Ladder, Start, highres, last_steps
 from convfusion.inputs import example_inputs
 from convfusion.memory import GIB, denoiser_peak
 from convfusion.report import labelled_grid
@@ -151,62 +150,79 @@ def device_name(args: argparse.Namespace) -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
-def starts(pipe: Any, small: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Latents of a rung from pictures of half its size, [B, 3, h, w] in 0…255."""
+def enlarged(pipe: Any, small: Tensor, way: str) -> Start:
+    """What a rung starts from, by pictures [B, 3, h, w] in 0…255 of half its size."""
 
     def encoded(pictures: Tensor) -> Tensor:
         pixels = pictures.clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
         return encode_pictures(pipe.vae, pixels)
 
-    return {
-        "pixels": lambda: encoded(F.interpolate(small, scale_factor=2, mode="bicubic")),
-        "latents": lambda: F.interpolate(encoded(small), scale_factor=2, mode="bicubic"),
-    }
+    if way == "latents":
+        clean = F.interpolate(encoded(small), scale_factor=2, mode="bicubic")
+    else:
+        clean = encoded(F.interpolate(small, scale_factor=2, mode="bicubic"))
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    height, width = clean.shape[-2:]
+    return Start(clean, noise, (height // 2, width // 2))
 
 
 @torch.no_grad()
 def rungs(args: argparse.Namespace) -> None:
-    """Climb from 32 to 64 pixels, where the truth is known."""
+    """From 32 pixels to 64, where the truth is known, and from 64 to 128, beyond what was trained."""
     pipe, data = mini.load_student(), mini.held_out_data()
     places = np.linspace(0, len(data) - 1, args.pictures).round().astype(int).tolist()
+    prompts = [data.captions[i] for i in places]
     decoded = pipe.vae.decode(data.latents[places] / pipe.vae.config.scaling_factor).sample
     truth = ((decoded + 1) * 127.5).clamp(0, 255)
-    wanted = as_images(truth)
     weights = fingerprint(denoiser_of(pipe))
-    for way, start in starts(pipe, F.avg_pool2d(truth, 2)).items():
-        for strength in (0.2, 0.3, 0.4, 0.6, 0.8):
-            key = {"enlarged": way, "strength": str(strength), "weights": weights}
-            if any(key.items() <= row.items() for row in read(RUNGS)):
-                continue
-            drawn = climbed(pipe, start(), [data.captions[i] for i in places], strength)
-            row = key | {
-                "psnr": f"{mean_psnr(drawn, wanted):.2f}",
-                "sharpness": f"{sharpness(drawn) / sharpness(wanted):.3f}",
-                "pictures": args.pictures,
-            }
-            if not args.dry:
-                add(RUNGS, row)
-            print(*row.values(), flush=True)
+    for small, reference in ((F.avg_pool2d(truth, 2), truth), (truth, None)):
+        for way in ("pixels", "pixels, low kept", "latents"):
+            start = enlarged(pipe, small, way)
+            for strength in (0.1, 0.2, 0.3, 0.4, 0.6, 0.8):
+                key = {"to": str(2 * small.shape[-1]), "enlarged": way, "strength": str(strength)}
+                key |= {"pictures": str(args.pictures), "weights": weights}
+                if any(key.items() <= row.items() for row in read(RUNGS)):
+                    continue
+                drawn = as_maps(climbed(pipe, start, prompts, strength, "kept" in way))
+                plain = F.interpolate(small, scale_factor=2, mode="bicubic")
+                row = key | {
+                    "psnr_truth": "" if reference is None else f"{mean_psnr(drawn, reference):.2f}",
+                    "psnr_below": f"{mean_psnr(F.avg_pool2d(drawn, 2), small):.2f}",
+                    "sharpness": f"{sharpness(drawn) / sharpness(plain):.3f}",
+                }
+                if not args.dry:
+                    add(RUNGS, row)
+                print(*row.values(), flush=True)
 
 
-def climbed(pipe: Any, clean: Tensor, prompts: list[str], strength: float) -> list[Image.Image]:
-    """What a rung of 25 steps makes of latents."""
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    with last_steps(pipe, 25, round(25 * strength)) as scheduler:
-        noisy = scheduler.add_noise(clean, noise, scheduler.timesteps[:1])
-        return generate(pipe, prompts, guidance=mini.GUIDANCE, latents=noisy, batch_size=len(noisy))
+def climbed(
+    pipe: Any, start: Start, prompts: list[str], strength: float, keep: bool
+) -> list[Image.Image]:
+    """What a rung of 25 steps makes of a start."""
+    scale = latent_scale(pipe)
+    height, width = start.clean.shape[-2:]
+    with last_steps(pipe, 25, round(25 * strength), start=start if keep else None) as scheduler:
+        noisy = start.noisy(scheduler, scheduler.timesteps[0])
+        return generate(
+            pipe, prompts, size=(height * scale, width * scale), guidance=mini.GUIDANCE,
+            latents=noisy, batch_size=len(noisy),
+        )  # fmt: skip
 
 
-def as_images(pictures: Tensor) -> list[Image.Image]:
-    return [
-        Image.fromarray(p) for p in pictures.round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-    ]
+def as_maps(images: list[Image.Image]) -> Tensor:
+    """Pictures as [B, 3, H, W] in 0…255."""
+    pixels = np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
 
 
-def sharpness(images: list[Image.Image]) -> float:
+def mean_psnr(pictures: Tensor, references: Tensor) -> float:
+    """Mean over pairs, in dB."""
+    errors = (pictures - references).square().flatten(1).mean(dim=1)
+    return (10 * (255**2 / errors).log10()).mean().item()
+
+
+def sharpness(maps: Tensor) -> float:
     """Root mean square of what 2×2 means take away."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float()
-    maps = pixels.permute(0, 3, 1, 2)
     smooth = F.interpolate(F.avg_pool2d(maps, 2), scale_factor=2, mode="nearest")
     return (maps - smooth).square().mean().sqrt().item()
 

@@ -1,9 +1,10 @@
 """Pictures larger than a model was trained for: drawn at its own size, then climbed up.
 
 Each rung of the ladder enlarges the picture before it, adds noise for a late timestep, and lets the
-pipeline denoise from there (SDEdit, arXiv 2108.01073). So the layout is that of the size which the
-model knows, and the rungs add what a larger picture shows. Enlarging is done on the pictures and
-not on the latents, which keeps far more of them (docs/highres.md).
+pipeline denoise from there (SDEdit, arXiv 2108.01073). After each step the low frequencies, those
+that the smaller picture had, are put back to its own with the noise of that step (as in ILVR, arXiv
+2108.02938). So the layout is that of the size which the model knows, and the rungs add what a
+larger picture shows. Enlarging is done on the pictures and not on the latents (docs/highres.md).
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from convfusion.adapters import Denoiser, adapter_for, denoiser_of
+from convfusion.adapters import adapter_for, denoiser_of
 from convfusion.budget import Means, choose_means, chunked_feed_forward, one_at_a_time
 from convfusion.conditioning import latent_scale
 from convfusion.data.pictures import encode_pictures, upcast_vae
@@ -44,12 +46,14 @@ class Ladder:
         factor: at most so many times larger, along a side, is a rung than the one before.
         strength: share of the denoising steps that a rung takes, from the last ones: little keeps
             the picture, much draws it anew and adds detail.
+        keep: put the low frequencies of the picture below back after every step.
         memory: GiB that activations may take at once; 0 sets no bound.
         direct: draw at the size that is wanted at once.
     """
 
     factor: float = 2.0
-    strength: float = 0.4
+    strength: float = 0.3
+    keep: bool = True
     memory: float = 0.0
     direct: bool = False
 
@@ -120,7 +124,7 @@ def highres(
         climb = _Climb(pipe, prompt, seed, steps, guidance, plan, on_step, options)
         image = climb.draw(0)
         for rung in range(1, len(plan.sizes)):
-            image = climb.draw(rung, image, ladder.strength)
+            image = climb.draw(rung, image, ladder)
         images.append(image)
     return images
 
@@ -193,31 +197,35 @@ class _Climb:
     options: dict[str, Any]
 
     def draw(
-        self, rung: int, image: Image.Image | None = None, strength: float = 1.0
+        self, rung: int, image: Image.Image | None = None, ladder: Ladder = Ladder()
     ) -> Image.Image:
         """The picture of a rung: from noise, or from the picture below it."""
-        size, means, model = self.plan.sizes[rung], self.plan.means, denoiser_of(self.pipe)
-        scale = latent_scale(self.pipe)
-        seed = self.seed if rung == 0 else mixed_seed(self.seed, rung)
-        options = dict(self.options)
+        pipe, means, size = self.pipe, self.plan.means, self.plan.sizes[rung]
+        model, scale = denoiser_of(pipe), latent_scale(pipe)
+        seed = self.seed if image is None else mixed_seed(self.seed, rung)
+        options, kept = dict(self.options), self.steps
         with ExitStack() as stack:
             if len(self.plan.sizes) > 1 or means.tiles:
-                stack.enter_context(upcast_vae(self.pipe.vae))
-                stack.enter_context(tiled_vae(self.pipe.vae, means.tiles))
+                stack.enter_context(upcast_vae(pipe.vae))
+                stack.enter_context(tiled_vae(pipe.vae, means.tiles))
             if means.chunks:
                 stack.enter_context(
                     chunked_feed_forward(model, (size[0] // scale, size[1] // scale))
                 )
             if means.one_at_a_time:
                 stack.enter_context(one_at_a_time(model))
-            kept = self.steps if image is None else round(self.steps * strength)
-            scheduler = stack.enter_context(
-                last_steps(self.pipe, self.steps, kept, self._told(rung))
-            )
+            start = None
             if image is not None:
-                options["latents"] = _noised(self.pipe, scheduler, image, size, seed)
+                kept = round(self.steps * ladder.strength)
+                start = Start.of(pipe, image, size, seed)
+            scheduler = stack.enter_context(
+                last_steps(pipe, self.steps, kept, self._told(rung), start if ladder.keep else None)
+            )
+            if start is not None:
+                noisy = start.noisy(scheduler, scheduler.timesteps[0])
+                options["latents"] = noisy / scheduler.init_noise_sigma
             return generate(
-                self.pipe,
+                pipe,
                 [self.prompt],
                 seeds=[seed],
                 steps=self.steps,
@@ -234,6 +242,42 @@ class _Climb:
         return after
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a rung starts from.
+
+    Attributes:
+        clean: latents of the enlarged picture, [B, C, h, w].
+        noise: as they are.
+        below: (height, width) of the latents of the picture below.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    below: Size
+
+    @classmethod
+    def of(cls, pipe: Any, image: Image.Image, size: Size, seed: int) -> Start:
+        """From the picture below, for a size in pixels."""
+        model, scale = denoiser_of(pipe), latent_scale(pipe)
+        large = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS)
+        clean = encode_pictures(pipe.vae, np.array(large)[None])
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+        below = (image.height // scale, image.width // scale)
+        return cls(clean.to(model.device, model.dtype), noise.to(model.device, model.dtype), below)
+
+    def noisy(self, scheduler: Any, timestep: Tensor | None) -> Tensor:
+        """With the noise of a timestep; None is the end, where there is none."""
+        if timestep is None:
+            return self.clean
+        return scheduler.add_noise(self.clean, self.noise, timestep[None])
+
+    def kept(self, latents: Tensor, noisy: Tensor) -> Tensor:
+        """Latents with the low frequencies of others, those that the picture below had."""
+        low = F.interpolate(noisy - latents, size=self.below, mode="area")
+        return latents + F.interpolate(low, size=latents.shape[-2:], mode="bicubic")
+
+
 def mixed_seed(seed: int, rung: int) -> int:
     """A seed of its own for each rung: PyTorch's CPU generator looks at the low 32 bits only."""
     return (seed * 1_000_003 + rung) % 2**32
@@ -245,6 +289,7 @@ def last_steps(
     steps: int,
     kept: int,
     after_step: Callable[[int, int], None] = lambda step, steps: None,
+    start: Start | None = None,
 ) -> Iterator[Any]:
     """Let a pipeline take only the last steps of a schedule, for a while.
 
@@ -254,6 +299,7 @@ def last_steps(
         kept: how many of them are taken.
         after_step: called after each call of the scheduler's `step` with its number, from 1, and
             the number of them all.
+        start: whose low frequencies are put back after each step.
 
     Yields:
         The copy, with its timesteps set.
@@ -279,7 +325,10 @@ def last_steps(
         result = take_step(*args, **kwargs)
         taken += 1
         after_step(taken, len(whole) - first)
-        return result
+        if start is None:
+            return result
+        timestep = whole[first + taken] if first + taken < len(whole) else None
+        return (start.kept(result[0], start.noisy(scheduler, timestep)), *result[1:])
 
     scheduler.set_timesteps, scheduler.step = set_last_timesteps, counted_step
     scheduler.set_timesteps(steps)
@@ -288,13 +337,3 @@ def last_steps(
         yield scheduler
     finally:
         pipe.scheduler = own
-
-
-def _noised(pipe: Any, scheduler: Any, image: Image.Image, size: Size, seed: int) -> Tensor:
-    """Latents of an enlarged picture with the noise of the scheduler's first timestep."""
-    model: Denoiser = denoiser_of(pipe)
-    large = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    clean = encode_pictures(pipe.vae, np.array(large)[None])
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-    noisy = scheduler.add_noise(clean, noise, scheduler.timesteps[:1].cpu())
-    return (noisy / scheduler.init_noise_sigma).to(model.device, model.dtype)

@@ -24,7 +24,10 @@ def generate(
     ] = False,
     strength: Annotated[
         float, typer.Option(help="Share of the steps that a rung of the ladder takes.")
-    ] = 0.4,
+    ] = 0.3,
+    keep: Annotated[
+        bool, typer.Option(help="A rung keeps the low frequencies of the picture below it.")
+    ] = True,
     factor: Annotated[float, typer.Option(help="How much larger a rung is, at most.")] = 2.0,
     memory: Annotated[
         float, typer.Option(help="GiB that activations may take; 0 for no bound.")
@@ -53,7 +56,7 @@ def generate(
     from convfusion.generate import check_size
     from convfusion.highres import Ladder
 
-    ladder = Ladder(factor=factor, strength=strength, memory=memory, direct=direct)
+    ladder = Ladder(factor=factor, strength=strength, keep=keep, memory=memory, direct=direct)
     wanted = parse_size(size) if size else None
     pipe = load_pipeline(model, precision, device, revision)
     if blocks is not None:
