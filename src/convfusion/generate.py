@@ -72,14 +72,19 @@ def generate(
 
 def check_size(pipe: Any, size: tuple[int, int]) -> None:
     """Raise a ConvFusionError unless the denoiser can work on pictures of (height, width)."""
-    unit = latent_scale(pipe) * denoiser_of(pipe).config.get("patch_size", 1)
-    unit = math.lcm(unit, 8)  # which stock pipelines insist on, whatever their VAE
+    unit = size_unit(pipe)
     if any(side < unit or side % unit for side in size):
         near = [max(unit, round(side / unit) * unit) for side in size]
         raise ConvFusionError(
             f"{size[1]}×{size[0]} cannot be drawn: both sides must be multiples of {unit}; "
             f"the nearest size is {near[1]}×{near[0]}"
         )
+
+
+def size_unit(pipe: Any) -> int:
+    """What both sides of a picture must be multiples of, in pixels."""
+    unit = latent_scale(pipe) * denoiser_of(pipe).config.get("patch_size", 1)
+    return math.lcm(unit, 8)  # which stock pipelines insist on, whatever their VAE
 
 
 @contextmanager

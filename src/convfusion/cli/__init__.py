@@ -15,6 +15,7 @@ from convfusion.cli.curve import curve
 from convfusion.cli.demo import demo
 from convfusion.cli.distill import distill
 from convfusion.cli.evaluate import evaluate
+from convfusion.cli.export import export
 from convfusion.cli.generate import generate
 from convfusion.cli.latency import latency
 from convfusion.cli.plan import plan
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-COMMANDS = (demo, analyze, ablate, curve, plan, convert, cache, distill, evaluate, generate)
+COMMANDS = (demo, analyze, ablate, curve, plan, convert, cache, distill, evaluate, generate, export)
 for command in COMMANDS:
     app.command()(command)
 bench.command()(latency)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from convfusion.cli.console import progress_bar
 from convfusion.cli.models import guidance_for, load_pipeline
 from convfusion.cli.options import Blocks, Device, Model, Precision, Revision, Size, parse_size
 
@@ -18,6 +19,19 @@ def generate(
     blocks: Blocks = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
     size: Size = None,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Draw at a large size at once, without a ladder.")
+    ] = False,
+    strength: Annotated[
+        float, typer.Option(help="Share of the steps that a rung of the ladder takes.")
+    ] = 0.3,
+    keep: Annotated[
+        bool, typer.Option(help="A rung keeps the low frequencies of the picture below it.")
+    ] = True,
+    factor: Annotated[float, typer.Option(help="How much larger a rung is, at most.")] = 2.0,
+    memory: Annotated[
+        float, typer.Option(help="GiB that activations may take; 0 for no bound.")
+    ] = 0.0,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 5, and 3 for `mini`.")
@@ -33,22 +47,31 @@ def generate(
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
-    """Draw pictures. `mini` draws with its shipped student, `mini-teacher` with attention."""
+    """Draw pictures. `mini` draws with its shipped student, `mini-teacher` with attention.
+
+    A size beyond one and a half times the model's own is climbed up to: the picture is drawn at the
+    model's size, then enlarged and partly drawn anew, rung by rung.
+    """
     from convfusion import checkpoint
     from convfusion.generate import check_size
-    from convfusion.generate import generate as run
+    from convfusion.highres import Ladder
 
+    ladder = Ladder(factor=factor, strength=strength, keep=keep, memory=memory, direct=direct)
+    wanted = parse_size(size) if size else None
     pipe = load_pipeline(model, precision, device, revision)
     if blocks is not None:
         checkpoint.load(pipe, blocks)
-    wanted = parse_size(size) if size else None
     if wanted:
         check_size(pipe, wanted)
     seeds = [seed + i for i in range(len(prompt))]
-    out.mkdir(parents=True, exist_ok=True)
-    guidance = guidance_for(model) if guidance is None else guidance
+    settings = {
+        "seeds": seeds,
+        "steps": steps,
+        "guidance": guidance_for(model) if guidance is None else guidance,
+    }
     with with_cheaper_attention(pipe, wanted) if hybrid else nullcontext():
-        images = run(pipe, prompt, seeds=seeds, steps=steps, guidance=guidance, size=wanted)
+        images = _draw(pipe, prompt, wanted, ladder, settings)
+    out.mkdir(parents=True, exist_ok=True)
     first = len(list(out.glob("*.png")))
     for i, (image, number) in enumerate(zip(images, seeds, strict=True)):
         path = out / f"{first + i:05d}-seed{number}.png"
@@ -68,3 +91,25 @@ def with_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractC
     kept = cheaper_attention(pipe, (height // scale, width // scale))
     typer.echo(f"The attention is the cheaper one at {len(kept)} of {len(mixers_of(pipe))} sites.")
     return attention_back(pipe, kept)
+
+
+def _draw(pipe: Any, prompts: list[str], size: Any, ladder: Any, settings: dict[str, Any]) -> Any:
+    """Pictures at one go, or by the ladder where the size or a bound on memory asks for it."""
+    from convfusion.generate import generate as run
+    from convfusion.highres import highres, is_large, native_size, plan_for
+
+    if not ladder.memory and (size is None or not is_large(pipe, size)):
+        return run(pipe, prompts, size=size, **settings)
+    size = size or native_size(pipe)
+    plan = plan_for(pipe, size, ladder, steps=settings["steps"], guidance=settings["guidance"])
+    typer.echo(str(plan))
+    progress = progress_bar()
+    bar = progress.add_task("drawing", total=None)
+
+    def show(rung: int, of: int, step: int, steps: int) -> None:
+        height, width = plan.sizes[rung - 1]
+        text = f"{width}×{height}, rung {rung} of {of}"
+        progress.update(bar, description=text, completed=step, total=steps)
+
+    with progress:
+        return highres(pipe, prompts, size, ladder=ladder, on_step=show, **settings)

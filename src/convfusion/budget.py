@@ -1,0 +1,193 @@
+"""Keeping a large picture within memory: what can be done, chosen before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convfusion.adapters import Denoiser, adapter_for, denoiser_of, list_sites, site_grid
+from convfusion.adapters.base import GRID
+from convfusion.conditioning import latent_scale
+from convfusion.errors import ConvFusionError
+from convfusion.generate import size_unit
+from convfusion.memory import GIB, decoder_peak, denoiser_peak
+from convfusion.tiles import Tiles
+
+Size = tuple[int, int]
+
+# Feed-forward layers in chunks, samples one at a time: from the cheapest in time to the cheapest in
+# memory. The two halves of the guidance are two samples.
+MEANS = ((False, False), (True, False), (True, True))
+CHUNK = 4096  # tokens that a feed-forward layer takes at most, where it takes them in chunks
+
+
+@dataclass(frozen=True)
+class Means:
+    """What keeps a picture within memory.
+
+    Attributes:
+        gib: the estimated peak of activations, weights not counted.
+        chunks: feed-forward layers take their tokens in chunks.
+        one_at_a_time: guidance takes two passes of one sample, and not one of two.
+        tiles: of the VAE; None decodes in one piece.
+    """
+
+    gib: float
+    chunks: bool = False
+    one_at_a_time: bool = False
+    tiles: Tiles | None = None
+
+    def __str__(self) -> str:
+        said = [
+            "no bound on memory" if math.isnan(self.gib) else f"about {self.gib:.2f} GiB",
+            "feed-forward layers in chunks" if self.chunks else "",
+            "guidance in two passes" if self.one_at_a_time else "",
+            f"VAE in tiles of {self.tiles.side} latents" if self.tiles else "",
+        ]
+        return ", ".join(part for part in said if part)
+
+
+def choose_means(pipe: Any, size: Size, memory: float, batch: int) -> Means:
+    """The first means in the order of their cost that fit.
+
+    Args:
+        pipe: a pipeline.
+        size: (height, width) of the picture in pixels.
+        memory: GiB for activations; 0 for no bound, and then nothing is estimated.
+        batch: samples in one pass of the denoiser.
+
+    Raises:
+        ConvFusionError: none fits; the message names the largest size of this shape that does.
+    """
+    if not memory:
+        return Means(math.nan, tiles=default_tiles(pipe, size))
+    tiles, decoding = _decoding(pipe, size, memory)
+    least = math.inf
+    for chunks, alone in MEANS:
+        least = _denoising(pipe, size, batch, chunks, alone)
+        if max(least, decoding) <= memory:
+            return Means(max(least, decoding), chunks, alone and batch > 1, tiles)
+    fits = _largest(pipe, size, memory, batch, math.sqrt(memory / max(least, decoding)))
+    advice = f"the largest of this shape that fits is {fits[1]}×{fits[0]}" if fits else "none fits"
+    raise ConvFusionError(
+        f"{size[1]}×{size[0]} takes about {max(least, decoding):.3g} GiB of activations at the "
+        f"least, and {memory:g} GiB are allowed: {advice}"
+    )
+
+
+def default_tiles(pipe: Any, size: Size) -> Tiles | None:
+    """Tiles for a picture that is larger than one tile with its margin."""
+    tiles, scale = Tiles(), latent_scale(pipe)
+    window = (tiles.side + 2 * tiles.margin) * scale
+    return tiles if math.prod(size) > window**2 else None
+
+
+def _denoising(pipe: Any, size: Size, batch: int, chunks: bool, alone: bool) -> float:
+    """GiB of one pass of the denoiser."""
+    latents, model = _latents(pipe, size), denoiser_of(pipe)
+    words = 300 if adapter_for(model).family == "pixart" else 77
+    with chunked_feed_forward(model, latents) if chunks else nullcontext():
+        return denoiser_peak(model, latents, batch=1 if alone else batch, words=words).gib
+
+
+def _decoding(pipe: Any, size: Size, memory: float) -> tuple[Tiles | None, float]:
+    """The largest tiles whose decoding fits, and its GiB; else the smallest."""
+    latents = _latents(pipe, size)
+    picture = 3 * 3 * math.prod(size) * 4 / GIB  # sum of tiles, their weights, and the result
+    whole = decoder_peak(pipe.vae, latents).gib
+    if whole <= memory:
+        return None, whole
+    for side in (256, 128, 64, 32, 16):
+        tiles = Tiles(side=side)
+        window = tuple(min(length, side + 2 * tiles.margin) for length in latents)
+        gib = decoder_peak(pipe.vae, (window[0], window[1])).gib + picture
+        if gib <= memory:
+            break
+    return tiles, gib
+
+
+def _largest(pipe: Any, size: Size, memory: float, batch: int, share: float) -> Size | None:
+    """The largest size of this shape that fits, tried from a share of its sides downwards."""
+    unit = size_unit(pipe)
+    while True:
+        height, width = (math.floor(side * share / unit) * unit for side in size)
+        if min(height, width) < unit:
+            return None
+        decoding = _decoding(pipe, (height, width), memory)[1]
+        denoising = _denoising(pipe, (height, width), batch, *MEANS[-1])
+        if max(decoding, denoising) <= memory:
+            return height, width
+        share *= 0.95
+
+
+def _latents(pipe: Any, size: Size) -> Size:
+    scale = latent_scale(pipe)
+    return size[0] // scale, size[1] // scale
+
+
+@contextmanager
+def chunked_feed_forward(model: Denoiser, latents: Size) -> Iterator[None]:
+    """Let the feed-forward layers of a denoiser take their tokens in chunks, for a while.
+
+    Args:
+        model: a denoiser.
+        latents: (height, width) of the latents that it will be given.
+    """
+    blocks = [
+        (model.get_submodule(site.path.removesuffix(".attn1")), site_grid(model, site, latents))
+        for site in list_sites(model)
+    ]
+    try:
+        for block, grid in blocks:
+            block.set_chunk_feed_forward(chunk_of(math.prod(grid)), dim=1)
+        yield
+    finally:
+        for block, _ in blocks:
+            block.set_chunk_feed_forward(None, dim=0)
+
+
+def chunk_of(tokens: int) -> int | None:
+    """The largest chunk that divides so many tokens and is not above `CHUNK`; None for one."""
+    if tokens <= CHUNK:
+        return None
+    return next(size for size in range(CHUNK, 0, -1) if tokens % size == 0)
+
+
+@contextmanager
+def one_at_a_time(model: Denoiser) -> Iterator[None]:
+    """Let a denoiser work on the samples of a batch one after the other, for a while."""
+    forward = model.forward
+
+    def in_turn(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        count = len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states", ())))
+        outputs = [
+            forward(*_sample(args, i, count), **_sample({**kwargs, "return_dict": False}, i, count))
+            for i in range(count)
+        ]
+        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+    model.forward = in_turn
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+def _sample(given: Any, index: int, count: int) -> Any:
+    """One sample of nested arguments for a batch; what is no part of the batch stays."""
+    if isinstance(given, tuple):
+        return tuple(_sample(value, index, count) for value in given)
+    if isinstance(given, Mapping):
+        return {
+            name: value if name == GRID else _sample(value, index, count)
+            for name, value in given.items()
+        }
+    if isinstance(given, Tensor) and given.dim() and len(given) == count:
+        return given[index : index + 1]
+    return given

@@ -1,0 +1,339 @@
+"""Pictures larger than a model was trained for: drawn at its own size, then climbed up.
+
+Each rung of the ladder enlarges the picture before it, adds noise for a late timestep, and lets the
+pipeline denoise from there (SDEdit, arXiv 2108.01073). After each step the low frequencies, those
+that the smaller picture had, are put back to its own with the noise of that step (as in ILVR, arXiv
+2108.02938). So the layout is that of the size which the model knows, and the rungs add what a
+larger picture shows. Enlarging is done on the pictures and not on the latents (docs/highres.md).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from convfusion.adapters import adapter_for, denoiser_of
+from convfusion.budget import Means, choose_means, chunked_feed_forward, one_at_a_time
+from convfusion.conditioning import latent_scale
+from convfusion.data.pictures import encode_pictures, upcast_vae
+from convfusion.errors import ConvFusionError
+from convfusion.fields import check_fields
+from convfusion.generate import check_size, generate, size_unit
+from convfusion.tiles import tiled_vae
+
+Size = tuple[int, int]  # (height, width) in pixels
+OnStep = Callable[[int, int, int, int], None]  # rung of rungs, step of steps, each from 1
+
+DIRECT = 1.5  # up to so many times its own side, a model is asked at once
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """How to climb.
+
+    Attributes:
+        factor: at most so many times larger, along a side, is a rung than the one before.
+        strength: share of the denoising steps that a rung takes, from the last ones: little keeps
+            the picture, much draws it anew and adds detail.
+        keep: put the low frequencies of the picture below back after every step.
+        memory: GiB that activations may take at once; 0 sets no bound.
+        direct: draw at the size that is wanted at once.
+    """
+
+    factor: float = 2.0
+    strength: float = 0.3
+    keep: bool = True
+    memory: float = 0.0
+    direct: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 1 < self.factor <= 8:
+            raise ConvFusionError(f"factor must lie between 1 and 8, not {self.factor}")
+        if not 0 < self.strength <= 1:
+            raise ConvFusionError(f"strength must lie between 0 and 1, not {self.strength}")
+        if self.memory < 0:
+            raise ConvFusionError(f"memory must not be negative, not {self.memory}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a picture will take.
+
+    Attributes:
+        sizes: of the rungs, from the model's own to the one wanted.
+        means: what keeps it within memory.
+    """
+
+    sizes: tuple[Size, ...]
+    means: Means
+
+    def __str__(self) -> str:
+        path = " → ".join(f"{width}×{height}" for height, width in self.sizes)
+        return f"{path}: {self.means}"
+
+
+def highres(
+    pipe: Any,
+    prompts: list[str],
+    size: Size,
+    *,
+    seeds: list[int] | None = None,
+    steps: int = 25,
+    guidance: float = 5.0,
+    ladder: Ladder = Ladder(),
+    on_step: OnStep | None = None,
+    **options: Any,
+) -> list[Image.Image]:
+    """One large picture per prompt, one after the other.
+
+    With a single rung this is `generate`, bit for bit. The pipeline itself draws every rung; its
+    scheduler is copied for that and put back.
+
+    Args:
+        pipe: a Stable Diffusion (1, 2, XL) or PixArt pipeline, converted or not.
+        prompts: what to draw.
+        size: (height, width) in pixels.
+        seeds: one per prompt, by default 0, 1, 2, …
+        steps: denoising steps of the first rung; the others take a share of them.
+        guidance: classifier-free guidance scale; 1 is none.
+        ladder: how to climb.
+        on_step: called after every step.
+        options: further arguments of the pipeline's call.
+
+    Raises:
+        ConvFusionError: the size, the memory or another number will not do. Nothing is computed.
+    """
+    seeds = list(range(len(prompts))) if seeds is None else seeds
+    if len(seeds) != len(prompts):
+        raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
+    plan = plan_for(pipe, size, ladder, steps=steps, guidance=guidance)
+    images = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        climb = _Climb(pipe, prompt, seed, steps, guidance, plan, on_step, options)
+        image = climb.draw(0)
+        for rung in range(1, len(plan.sizes)):
+            image = climb.draw(rung, image, ladder)
+        images.append(image)
+    return images
+
+
+def plan_for(
+    pipe: Any, size: Size, ladder: Ladder = Ladder(), *, steps: int = 25, guidance: float = 5.0
+) -> Plan:
+    """The rungs to a size, and the means that keep them within memory.
+
+    Raises:
+        ConvFusionError: as for `highres`.
+    """
+    if adapter_for(denoiser_of(pipe)).family == "dit":
+        raise ConvFusionError(
+            "a DiT pipeline draws at its own size only: there is no ladder for it"
+        )
+    check_size(pipe, size)
+    sizes: tuple[Size, ...] = (size,)
+    if is_large(pipe, size) and not ladder.direct:
+        sizes = rungs(native_size(pipe), size, ladder.factor, size_unit(pipe))
+    if len(sizes) > 1 and round(steps * ladder.strength) < 1:
+        raise ConvFusionError(
+            f"a strength of {ladder.strength} leaves none of {steps} steps to a rung: "
+            f"at least {math.ceil(0.5 / ladder.strength + 0.01)} steps are needed"
+        )
+    return Plan(sizes, choose_means(pipe, size, ladder.memory, batch=2 if guidance > 1 else 1))
+
+
+def native_size(pipe: Any) -> Size:
+    """(height, width) in pixels that the denoiser was trained for, by its config."""
+    sides, scale = denoiser_of(pipe).config.sample_size, latent_scale(pipe)
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    return height * scale, width * scale
+
+
+def is_large(pipe: Any, size: Size) -> bool:
+    """Whether a size is so much above the denoiser's own that a ladder leads to it."""
+    return math.prod(size) > DIRECT**2 * math.prod(native_size(pipe))
+
+
+def rungs(native: Size, size: Size, factor: float, unit: int) -> tuple[Size, ...]:
+    """Sizes from about as many pixels as the native size has, in the shape of the wanted one.
+
+    Args:
+        native: what the model was trained for.
+        size: what is wanted, the last rung.
+        factor: at most so much larger along a side is each than the one before, up to rounding.
+        unit: what both sides are multiples of.
+    """
+    growth = math.sqrt(math.prod(size) / math.prod(native))
+    climbs = math.ceil(math.log(growth, factor) - 0.01)
+    shrinks = [growth ** (-climb / climbs) for climb in range(climbs, 0, -1)]
+    below = [
+        tuple(max(unit, round(side * shrink / unit) * unit) for side in size) for shrink in shrinks
+    ]
+    return (*((height, width) for height, width in below), size)
+
+
+@dataclass(frozen=True)
+class _Climb:
+    """One picture on its way up."""
+
+    pipe: Any
+    prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    plan: Plan
+    on_step: OnStep | None
+    options: dict[str, Any]
+
+    def draw(
+        self, rung: int, image: Image.Image | None = None, ladder: Ladder = Ladder()
+    ) -> Image.Image:
+        """The picture of a rung: from noise, or from the picture below it."""
+        pipe, means, size = self.pipe, self.plan.means, self.plan.sizes[rung]
+        model, scale = denoiser_of(pipe), latent_scale(pipe)
+        seed = self.seed if image is None else mixed_seed(self.seed, rung)
+        options, kept = dict(self.options), self.steps
+        with ExitStack() as stack:
+            if len(self.plan.sizes) > 1 or means.tiles:
+                stack.enter_context(upcast_vae(pipe.vae))
+                stack.enter_context(tiled_vae(pipe.vae, means.tiles))
+            if means.chunks:
+                stack.enter_context(
+                    chunked_feed_forward(model, (size[0] // scale, size[1] // scale))
+                )
+            if means.one_at_a_time:
+                stack.enter_context(one_at_a_time(model))
+            start = None
+            if image is not None:
+                kept = round(self.steps * ladder.strength)
+                start = Start.of(pipe, image, size, seed)
+            scheduler = stack.enter_context(
+                last_steps(pipe, self.steps, kept, self._told(rung), start if ladder.keep else None)
+            )
+            if start is not None:
+                noisy = start.noisy(scheduler, scheduler.timesteps[0])
+                options["latents"] = noisy / scheduler.init_noise_sigma
+            return generate(
+                pipe,
+                [self.prompt],
+                seeds=[seed],
+                steps=self.steps,
+                guidance=self.guidance,
+                size=size,
+                **options,
+            )[0]
+
+    def _told(self, rung: int) -> Callable[[int, int], None]:
+        def after(step: int, steps: int) -> None:
+            if self.on_step:
+                self.on_step(rung + 1, len(self.plan.sizes), step, steps)
+
+        return after
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a rung starts from.
+
+    Attributes:
+        clean: latents of the enlarged picture, [B, C, h, w].
+        noise: as they are.
+        below: (height, width) of the latents of the picture below.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    below: Size
+
+    @classmethod
+    def of(cls, pipe: Any, image: Image.Image, size: Size, seed: int) -> Start:
+        """From the picture below, for a size in pixels."""
+        model, scale = denoiser_of(pipe), latent_scale(pipe)
+        large = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS)
+        clean = encode_pictures(pipe.vae, np.array(large)[None])
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+        below = (image.height // scale, image.width // scale)
+        return cls(clean.to(model.device, model.dtype), noise.to(model.device, model.dtype), below)
+
+    def noisy(self, scheduler: Any, timestep: Tensor | None) -> Tensor:
+        """With the noise of a timestep; None is the end, where there is none."""
+        if timestep is None:
+            return self.clean
+        return scheduler.add_noise(self.clean, self.noise, timestep[None])
+
+    def kept(self, latents: Tensor, noisy: Tensor) -> Tensor:
+        """Latents with the low frequencies of others, those that the picture below had."""
+        low = F.interpolate(noisy - latents, size=self.below, mode="area")
+        return latents + F.interpolate(low, size=latents.shape[-2:], mode="bicubic")
+
+
+def mixed_seed(seed: int, rung: int) -> int:
+    """A seed of its own for each rung: PyTorch's CPU generator looks at the low 32 bits only."""
+    return (seed * 1_000_003 + rung) % 2**32
+
+
+@contextmanager
+def last_steps(
+    pipe: Any,
+    steps: int,
+    kept: int,
+    after_step: Callable[[int, int], None] = lambda step, steps: None,
+    start: Start | None = None,
+) -> Iterator[Any]:
+    """Let a pipeline take only the last steps of a schedule, for a while.
+
+    Args:
+        pipe: it gets a copy of its scheduler, whose `set_timesteps` leaves the first ones out.
+        steps: of the whole schedule.
+        kept: how many of them are taken.
+        after_step: called after each call of the scheduler's `step` with its number, from 1, and
+            the number of them all.
+        start: whose low frequencies are put back after each step.
+
+    Yields:
+        The copy, with its timesteps set.
+    """
+    own, scheduler = pipe.scheduler, copy.deepcopy(pipe.scheduler)
+    set_timesteps, take_step = scheduler.set_timesteps, scheduler.step
+    first, taken, whole = (steps - kept) * scheduler.order, 0, torch.empty(0)
+
+    @wraps(set_timesteps)
+    def set_last_timesteps(*args: Any, **kwargs: Any) -> None:
+        nonlocal whole
+        set_timesteps(*args, **kwargs)
+        whole = scheduler.timesteps
+        if first:
+            scheduler.timesteps = whole[first:]
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(first)
+
+    @wraps(take_step)  # pipelines look at its signature
+    def counted_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal taken
+        scheduler.timesteps = whole  # the pipeline has the last ones by now; indices count from 0
+        result = take_step(*args, **kwargs)
+        taken += 1
+        after_step(taken, len(whole) - first)
+        if start is None:
+            return result
+        timestep = whole[first + taken] if first + taken < len(whole) else None
+        return (start.kept(result[0], start.noisy(scheduler, timestep)), *result[1:])
+
+    scheduler.set_timesteps, scheduler.step = set_last_timesteps, counted_step
+    scheduler.set_timesteps(steps)
+    pipe.scheduler = scheduler
+    try:
+        yield scheduler
+    finally:
+        pipe.scheduler = own

@@ -1,0 +1,120 @@
+"""ONNX files: they compute what PyTorch computes, at every size, or they are not written."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from tiny_models import dit, randomise
+
+import convfusion
+from convfusion import ConvFusionError, DeltaConv, export, uniform
+from convfusion.inputs import example_inputs
+from convfusion.surgery import mixers_of
+
+needs_onnx = pytest.mark.skipif(
+    not all(find_spec(name) for name in export.NEEDED), reason="needs the extra onnx"
+)
+
+
+def unet() -> UNet2DConditionModel:
+    """With SDXL's added conditions."""
+    return UNet2DConditionModel(
+        sample_size=6,
+        block_out_channels=(8, 8),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=12,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=16 + 6 * 4,
+    )
+
+
+def pixart() -> PixArtTransformer2DModel:
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        cross_attention_dim=16,
+        sample_size=8,
+        patch_size=2,
+        caption_channels=12,
+    )
+    torch.nn.init.normal_(model.proj_out.weight, std=0.2)
+    return model
+
+
+def converted(make, **settings):
+    torch.manual_seed(1)
+    model = make().eval()
+    convfusion.convert(model, uniform(DeltaConv(kernel_size=3, **settings)))
+    randomise(mixers_of(model), std=0.1)
+    return model
+
+
+@needs_onnx
+@pytest.mark.parametrize("make", [unet, pixart])
+def test_a_file_computes_what_the_model_computes_at_any_size(make, tmp_path):
+    import onnxruntime
+
+    model = converted(make)
+    written = export.export_onnx(model, tmp_path / "model.onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    assert len(written.errors) == 4 and max(written.errors.values()) < 1e-5
+    session = onnxruntime.InferenceSession(written.path, providers=["CPUExecutionProvider"])
+    names = [put.name for put in session.get_inputs()]
+    assert tuple(names) == written.inputs
+    assert make is pixart or {"text_embeds", "time_ids"} <= set(names)
+
+    unit = export.size_unit(model)
+    size = (7 * unit, 9 * unit)  # not among those that the export compares
+    inputs = example_inputs(model, size, batch=4, words=5)
+    with torch.no_grad():
+        wanted = model(**inputs)[0].numpy()
+    flat = {**inputs, **inputs.get("added_cond_kwargs", {})}
+    found = session.run(None, {name: flat[name].numpy() for name in names})[0]
+    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert convfusion.status(model).sites[0].attention_kept  # the model itself is as it was
+
+
+@pytest.mark.parametrize("difference", [0.5, float("nan"), float("inf")])
+def test_a_file_that_is_wrong_is_not_kept(difference, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: True)
+    monkeypatch.setattr(export, "_write", lambda model, path: (path.write_text("new"),))
+    monkeypatch.setattr(export, "_difference", lambda *_: difference)
+    (tmp_path / "model.onnx").write_text("another")
+    with pytest.raises(ConvFusionError, match="wrong by"):
+        export.export_onnx(converted(pixart), tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").read_text() == "another"
+    assert len(list(tmp_path.iterdir())) == 1
+
+    monkeypatch.setattr(export, "_difference", lambda *_: 1e-6)
+    export.export_onnx(converted(pixart), tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_cannot_be_exported_is_told_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    monkeypatch.setattr(export, "find_spec", lambda name: True)
+    with pytest.raises(ConvFusionError, match="not converted"):
+        export.export_onnx(unet(), path)
+    with pytest.raises(ConvFusionError, match='pooling="ceil"'):
+        export.export_onnx(converted(unet, pooling="adaptive"), path)
+    with pytest.raises(ConvFusionError, match="a DiT draws one size"):
+        export.export_onnx(converted(dit), path)
+    with pytest.raises(ConvFusionError, match="float32 on the CPU"):
+        export.export_onnx(converted(unet).to(torch.bfloat16), path)
+    with pytest.raises(ConvFusionError, match="must end in"):
+        export.export_onnx(converted(unet), tmp_path / "model")
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(ConvFusionError, match=r"convfusion\[onnx\]"):
+        export.export_onnx(converted(unet), path)
+    assert not list(tmp_path.iterdir())
