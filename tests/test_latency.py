@@ -11,7 +11,6 @@ from tiny_models import CASES, run
 from convfusion import presets
 from convfusion.adapters import list_sites
 from convfusion.bench import latency
-from convfusion.bench.inputs import denoiser_inputs
 from convfusion.bench.latency import (
     Variant,
     site_kinds,
@@ -21,6 +20,7 @@ from convfusion.bench.latency import (
 )
 from convfusion.bench.timing import interleaved, peak_memory
 from convfusion.config import uniform
+from convfusion.inputs import example_inputs
 from convfusion.mixers import MIXERS
 from convfusion.surgery import build_mixers, mixers_of
 
@@ -33,7 +33,7 @@ def case(request):
 def test_inputs_suit_every_family(case):
     model = case.model()
     with torch.no_grad():
-        output = model(**denoiser_inputs(model, (16, 16), 2))[0]
+        output = model(**example_inputs(model, (16, 16), batch=2))[0]
     assert output.shape[0] == 2 and output.isfinite().all()
 
 

@@ -15,8 +15,8 @@ def example_inputs(
     size: tuple[int, int],
     *,
     batch: int = 1,
-    words: int = 77,
-    device: torch.device | str = "cpu",
+    words: int | None = None,
+    device: torch.device | str | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of one call of a denoiser, filled with fixed random values.
 
@@ -24,10 +24,12 @@ def example_inputs(
         model: a denoiser of a known family.
         size: (height, width) of the latents.
         batch: samples.
-        words: tokens of the text.
-        device: of the tensors; `meta` gives shapes alone.
+        words: tokens of the text; by default CLIP's 77, or the 300 of PixArt-Σ's T5.
+        device: of the tensors, by default the model's; `meta` gives shapes alone.
     """
     config, family = model.config, adapter_for(model).family
+    device = model.device if device is None else device
+    words = words or (300 if family == "pixart" else 77)
     generator = None if str(device) == "meta" else torch.Generator().manual_seed(0)
 
     def values(*shape: int) -> Tensor:

@@ -20,13 +20,13 @@ import torch
 
 from convfusion.adapters import Site, list_sites, site_grid
 from convfusion.bench.activations import peak_bytes
-from convfusion.bench.inputs import denoiser_inputs
 from convfusion.bench.models import BenchModel
 from convfusion.block import DeltaConv, Grid
 from convfusion.config import ConvertConfig, uniform
 from convfusion.errors import ConvFusionError
 from convfusion.files import write_text
 from convfusion.flops import count
+from convfusion.inputs import example_inputs
 from convfusion.mixers import MIXERS, Circular, Mixer, Neighbourhood
 from convfusion.presets import by_name, preset_for
 
@@ -108,7 +108,7 @@ def contenders(
 def denoiser_operations(model: BenchModel, size: tuple[int, int]) -> int:
     """Operations of a whole forward pass for one picture of (height, width) pixels."""
     denoiser = model.denoiser
-    return count(denoiser, **denoiser_inputs(denoiser, model.latents(size), batch=1))
+    return count(denoiser, **example_inputs(denoiser, model.latents(size)))
 
 
 def operation_table(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.adapters import Denoiser, Site, list_sites
-from convfusion.bench.inputs import denoiser_inputs
 from convfusion.bench.timing import Timing, interleaved
 from convfusion.block import DeltaConv, Grid, TokenMixer
 from convfusion.config import ConvertConfig
+from convfusion.inputs import example_inputs
 from convfusion.surgery import build_mixers, install, revert
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -204,7 +204,7 @@ def time_denoiser(
         warm_up: call each once before, uncounted.
         on_call: told the name of a variant before each of its calls.
     """
-    inputs = denoiser_inputs(model, latents, batch)
+    inputs = example_inputs(model, latents, batch=batch)
     device = next(model.parameters()).device
     calls = {name: denoiser_call(model, v, inputs, backward) for name, v in variants.items()}
     timings = interleaved(calls, device, rounds, on_call, warm_up)

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from convfusion.adapters import denoiser_of, site_grid
-from convfusion.bench.inputs import denoiser_inputs
 from convfusion.bench.latency import SiteKind, Variant, denoiser_call, site_kinds, time_site
 from convfusion.bench.timing import Timing, interleaved
 from convfusion.block import Grid
 from convfusion.config import ConvertConfig, uniform
 from convfusion.errors import ConvFusionError
+from convfusion.inputs import example_inputs
 from convfusion.mixers import Removed
 from convfusion.surgery import attention_teacher, mixers_of
 
@@ -279,7 +279,7 @@ def _rest(model: Any, latents: tuple[int, int], batch: int) -> float:
     unit *= model.config.get("patch_size", 1)
     height, width = shrunk((latents[0] // unit, latents[1] // unit), LARGEST // unit**2)
     small = height * unit, width * unit
-    inputs = denoiser_inputs(model, small, batch)
+    inputs = example_inputs(model, small, batch=batch)
     call = denoiser_call(model, Variant(uniform(Removed())), inputs)
     device = next(model.parameters()).device
     timing: Timing = interleaved({"rest": call}, device, ROUNDS)["rest"]
