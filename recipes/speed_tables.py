@@ -130,10 +130,10 @@ def sites(backward: bool = False) -> str:
     lines = []
     for by in cases(rows):
         first = next(iter(by.values()))
-        attention = by.get(ATTENTION)
-        timed = attention is not None and attention.median_ms is not None
-        own = milliseconds(attention.median_ms) if timed else "left out"
-        lines.append([f"{place(first)}, {first.tokens:,}", own, *(faster(by, v) for v in variants)])
+        if by[ATTENTION].median_ms is not None:
+            own = milliseconds(by[ATTENTION].median_ms)
+            ratios = [faster(by, variant) for variant in variants]
+            lines.append([f"{place(first)}, {first.tokens:,}", own, *ratios])
     return f"{table(heads, lines)}\n\n{where(rows)}"
 
 
@@ -215,9 +215,10 @@ def exponent(rows: list[Row]) -> str:
     if len(rows) < 3:
         return "–"
     time = growth({row.tokens: row.median_ms for row in rows})
-    memory = growth({row.tokens: row.peak_mib for row in rows if row.tokens >= 4096})
+    peaks = {row.tokens: row.peak_mib for row in rows if row.tokens >= 4096}
+    memory = f"{growth(peaks):.2f}" if len(peaks) > 1 else "–"
     low, high = (min(r.tokens for r in rows), max(r.tokens for r in rows))
-    return f"{time:.2f}, {memory:.2f} ({low:,} – {high:,})"
+    return f"{time:.2f}, {memory} ({low:,} – {high:,})"
 
 
 def layouts() -> str:
