@@ -168,7 +168,7 @@ def enlarged(pipe: Any, small: Tensor, way: str) -> Start:
 
 @torch.no_grad()
 def rungs(args: argparse.Namespace) -> None:
-    """From 32 pixels to 64, where the truth is known, and from 64 to 128, beyond what was trained."""
+    """From 32 pixels to 64, where the truth is known, and from 64 to 128, beyond the training."""
     pipe, data = mini.load_student(), mini.held_out_data()
     places = np.linspace(0, len(data) - 1, args.pictures).round().astype(int).tolist()
     prompts = [data.captions[i] for i in places]

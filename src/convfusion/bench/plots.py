@@ -32,9 +32,9 @@ def latency(rows: Sequence[Row]) -> Figure:
     colours = dict(zip([v for v in variants if v != ATTENTION], COLOURS, strict=False))
     colours[ATTENTION] = BLUE
     columns = min(COLUMNS, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.1 * lines + 0.7), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False)
+    down = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.1 * down + 0.7), layout="constrained")
+    grid = figure.subplots(down, columns, squeeze=False)
     for axes, series in zip(grid.flat, panels, strict=False):
         own = [row for row in timed if row.series == series]
         for variant in variants:
@@ -46,8 +46,9 @@ def latency(rows: Sequence[Row]) -> Figure:
         axes.remove()
     figure.supxlabel("tokens N", fontsize=10)
     figure.supylabel("milliseconds", fontsize=10)
-    found = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
-    figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=6, frameon=False)
+    found = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+    lines, names = list(found.values()), list(found)
+    figure.legend(lines, names, loc="outside upper center", ncols=6, frameon=False)
     return figure
 
 
