@@ -2,8 +2,8 @@
 
 `python recipes/highres.py forward --side 4096` takes one pass of a converted denoiser of Stable
 Diffusion 1.5's size, without its attention and with random weights, in a fresh process, and adds a
-row to `results/highres.csv` unless it is there. `rungs` climbs from held-out pictures at half their
-size back to their own, in several ways, and compares with the pictures themselves:
+row to `results/highres.csv` unless it is there. `rungs` climbs one rung in several ways and
+compares with the picture below and, where there is one, with the true picture:
 `results/highres_rungs.csv`. `pictures` draws `docs/images/highres.png`.
 """
 
@@ -92,11 +92,10 @@ def one_pass(
     if not finite:
         raise SystemExit("the output is not finite")
     return {
-        "estimated_gib": round(estimate.gib, 3),
+        "estimated_gib": round(estimate, 3),
         "measured_gib": round((peak(device) - held) / GIB, 3),
         "weights_gib": round(sum(p.nbytes for p in unet.parameters()) / GIB, 3),
         "seconds": round(seconds, 2),
-        "where": estimate.where,
     }
 
 
@@ -168,7 +167,7 @@ def enlarged(pipe: Any, small: Tensor, way: str) -> Start:
 
 @torch.no_grad()
 def rungs(args: argparse.Namespace) -> None:
-    """From 32 pixels to 64, where the truth is known, and from 64 to 128, beyond the training."""
+    """From 32 pixels to 64, where the truth is known, and on to 128, beyond the training."""
     pipe, data = mini.load_student(), mini.held_out_data()
     places = np.linspace(0, len(data) - 1, args.pictures).round().astype(int).tolist()
     prompts = [data.captions[i] for i in places]

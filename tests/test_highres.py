@@ -27,7 +27,7 @@ import convfusion
 from convfusion import ConvFusionError, DeltaConv, budget, mini, uniform
 from convfusion.evaluate import psnr
 from convfusion.generate import generate
-from convfusion.highres import Ladder, highres, last_steps, native_size, plan_for, rungs
+from convfusion.highres import Ladder, Start, highres, last_steps, native_size, plan_for, rungs
 from convfusion.tiles import Tiles, spans, tiled_decode, tiled_encode, tiled_vae
 
 BLOCKS = uniform(DeltaConv(kernel_size=3))
@@ -80,7 +80,7 @@ def test_a_ladder_draws_the_size_that_is_wanted(kind):
     height, width = (2 * side for side in native_size(pipe))
     size = (height, width * 3 // 2)
     [drawn] = highres(
-        pipe, ["red apple"], size, steps=3, guidance=2.0, ladder=Ladder(factor=3),
+        pipe, ["red apple"], size, steps=3, guidance=2.0, ladder=Ladder(factor=3, strength=0.4),
         on_step=lambda *step: told.append(step),
     )  # fmt: skip
     assert drawn.size == (size[1], size[0])
@@ -117,19 +117,34 @@ def test_a_rung_takes_the_last_steps_of_any_scheduler(kind):
     assert image[0].size == (32, 32)
 
 
-def test_a_rung_keeps_more_of_the_picture_the_less_strength_it_has():
-    pipe = mini.load_student()
-    small = highres(pipe, ["red apple, noto"], (64, 64), steps=5, guidance=3.0, seeds=[3])[0]
+def test_a_rung_keeps_more_of_the_picture_with_less_strength_and_kept_frequencies():
+    pipe, drawing = mini.load_student(), {"steps": 5, "guidance": 3.0, "seeds": [3]}
+    small = highres(pipe, ["red apple, noto"], (64, 64), **drawing)[0]
 
-    def kept(strength):
-        large = highres(
-            pipe, ["red apple, noto"], (128, 128), steps=5, guidance=3.0, seeds=[3],
-            ladder=Ladder(strength=strength),
-        )[0]  # fmt: skip
+    def alike(strength, keep):
+        ladder = Ladder(strength=strength, keep=keep)
+        large = highres(pipe, ["red apple, noto"], (128, 128), ladder=ladder, **drawing)[0]
         return psnr(large.resize((64, 64), Image.Resampling.BOX), small)
 
-    little, much = kept(0.2), kept(1.0)
-    assert little > 24 and much < little - 4
+    little, much, kept = alike(0.2, False), alike(1.0, False), alike(1.0, True)
+    assert little > much + 4
+    assert kept > much + 4
+
+
+@given(
+    below=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    more=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+)
+@settings(deadline=None, max_examples=30)
+def test_the_low_frequencies_are_those_of_the_start(below, more):
+    size = (below[0] + more[0], below[1] + more[1])
+    latents, noisy = torch.randn(2, 1, 4, *size)
+    start = Start(noisy, noisy, below)
+    assert torch.allclose(start.kept(latents, latents), latents)
+    shifted = start.kept(latents, latents + 3)  # a constant is as low as a frequency can be
+    assert torch.allclose(shifted, latents + 3, atol=1e-5)
+    if size == below:
+        assert torch.allclose(start.kept(latents, noisy), noisy, atol=1e-5)
 
 
 def deep_vae(**options) -> AutoencoderKL:

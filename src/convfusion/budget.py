@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convfusion.adapters import Denoiser, adapter_for, denoiser_of, list_sites, site_grid
+from convfusion.adapters import Denoiser, denoiser_of, list_sites, site_grid
 from convfusion.adapters.base import GRID
 from convfusion.conditioning import latent_scale
 from convfusion.errors import ConvFusionError
@@ -91,22 +91,21 @@ def default_tiles(pipe: Any, size: Size) -> Tiles | None:
 def _denoising(pipe: Any, size: Size, batch: int, chunks: bool, alone: bool) -> float:
     """GiB of one pass of the denoiser."""
     latents, model = _latents(pipe, size), denoiser_of(pipe)
-    words = 300 if adapter_for(model).family == "pixart" else 77
     with chunked_feed_forward(model, latents) if chunks else nullcontext():
-        return denoiser_peak(model, latents, batch=1 if alone else batch, words=words).gib
+        return denoiser_peak(model, latents, batch=1 if alone else batch)
 
 
 def _decoding(pipe: Any, size: Size, memory: float) -> tuple[Tiles | None, float]:
     """The largest tiles whose decoding fits, and its GiB; else the smallest."""
     latents = _latents(pipe, size)
     picture = 3 * 3 * math.prod(size) * 4 / GIB  # sum of tiles, their weights, and the result
-    whole = decoder_peak(pipe.vae, latents).gib
+    whole = decoder_peak(pipe.vae, latents)
     if whole <= memory:
         return None, whole
     for side in (256, 128, 64, 32, 16):
         tiles = Tiles(side=side)
         window = tuple(min(length, side + 2 * tiles.margin) for length in latents)
-        gib = decoder_peak(pipe.vae, (window[0], window[1])).gib + picture
+        gib = decoder_peak(pipe.vae, (window[0], window[1])) + picture
         if gib <= memory:
             break
     return tiles, gib
