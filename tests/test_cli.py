@@ -271,3 +271,24 @@ def test_bench_flops_names_mistakes_before_it_counts(run, options, message):
     code, shown, err = run("bench", "flops", *options)
     assert (code, shown) == (2, "")
     assert message in err and len(err.splitlines()) == 1
+
+
+def test_a_large_size_is_climbed_up_to(run, model, tmp_path):
+    options = ("--prompt", "red apple", "--steps", 4, "--out", tmp_path / "drawn")
+    code, out, err = run("generate", model, "--size", "40x32", *options)
+    assert code == 0, err
+    assert "→ 40×32" in out
+    [drawn] = (tmp_path / "drawn").glob("*.png")
+    assert Image.open(drawn).size == (40, 32)
+    code, _, err = run(
+        "generate", model, "--size", "400x320", "--memory", 0.001, "--prompt", "red",
+        "--out", tmp_path / "none",
+    )  # fmt: skip
+    assert code == 2 and "GiB" in err and err.count("\n") == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_unconverted_model_is_not_exported(run, model, tmp_path):
+    code, _, err = run("export", model, "--out", tmp_path / "model.onnx")
+    assert code == 2 and err.count("\n") == 1
+    assert not (tmp_path / "model.onnx").exists()

@@ -204,8 +204,6 @@ def test_tiles_leave_no_seams():
     vae.enable_tiling()
     stock = vae.decode(latents).sample
     assert worst_step(tiled) < 0.3 * worst_step(stock)
-    with pytest.raises(ConvFusionError, match="own tiling"):
-        tiled_decode(vae, latents, Tiles())
 
 
 def test_values_that_overflow_are_an_error():
@@ -288,6 +286,9 @@ def test_mistakes_are_told_before_anything_is_drawn(monkeypatch):
         highres(pipe, ["red"], (32, 32), seeds=[1, 2])
     with pytest.raises(ConvFusionError, match="no ladder"):
         highres(dit_pipeline(), ["red"], (32, 32))
+    pipe.vae.enable_slicing()
+    with pytest.raises(ConvFusionError, match="own tiling and slicing"):
+        highres(pipe, ["red"], (256, 256))  # 128 latents along a side
     for wrong in ({"factor": 1.0}, {"strength": 0.0}, {"strength": 1.5}, {"memory": -1.0}):
         with pytest.raises(ConvFusionError, match=next(iter(wrong))):
             Ladder(**wrong)

@@ -30,7 +30,7 @@ from convfusion.data.pictures import encode_pictures, upcast_vae
 from convfusion.errors import ConvFusionError
 from convfusion.fields import check_fields
 from convfusion.generate import check_size, generate, size_unit
-from convfusion.tiles import tiled_vae
+from convfusion.tiles import check_tileable, tiled_vae
 
 Size = tuple[int, int]  # (height, width) in pixels
 OnStep = Callable[[int, int, int, int], None]  # rung of rungs, step of steps, each from 1
@@ -150,7 +150,10 @@ def plan_for(
             f"a strength of {ladder.strength} leaves none of {steps} steps to a rung: "
             f"at least {math.ceil(0.5 / ladder.strength + 0.01)} steps are needed"
         )
-    return Plan(sizes, choose_means(pipe, size, ladder.memory, batch=2 if guidance > 1 else 1))
+    means = choose_means(pipe, size, ladder.memory, batch=2 if guidance > 1 else 1)
+    if means.tiles:
+        check_tileable(pipe.vae)
+    return Plan(sizes, means)
 
 
 def native_size(pipe: Any) -> Size:

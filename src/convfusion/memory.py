@@ -1,7 +1,7 @@
 """What a forward pass will hold at its worst moment, told from shapes before it runs.
 
-What counts is what `convfusion.bench.activations` counts: every tensor while something refers to it,
-without weights, and without what a library holds inside of one operation.
+What counts is what `convfusion.bench.activations` counts: every tensor while something refers to
+it, without weights, and without what a library holds inside of one operation.
 """
 
 from __future__ import annotations

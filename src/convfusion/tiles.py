@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
@@ -77,8 +80,6 @@ def tiled_vae(vae: Any, tiles: Tiles | None) -> Iterator[None]:
     kind = type(vae)
 
     def decode(latents: Tensor, return_dict: bool = True, **options: Any) -> Any:
-        from diffusers.models.autoencoders.vae import DecoderOutput
-
         latents = latents.to(vae.dtype)
         if tiles is None:
             pictures = kind.decode(vae, latents, return_dict=False, **options)[0]
@@ -88,9 +89,6 @@ def tiled_vae(vae: Any, tiles: Tiles | None) -> Iterator[None]:
         return DecoderOutput(sample=pictures) if return_dict else (pictures,)
 
     def encode(pictures: Tensor, return_dict: bool = True) -> Any:
-        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-        from diffusers.models.modeling_outputs import AutoencoderKLOutput
-
         pictures = pictures.to(vae.dtype)
         if tiles is None:
             return kind.encode(vae, pictures, return_dict=return_dict)
@@ -104,6 +102,17 @@ def tiled_vae(vae: Any, tiles: Tiles | None) -> Iterator[None]:
     finally:
         for name in ("decode", "encode"):
             vae.__dict__.pop(name, None)
+
+
+def check_tileable(vae: Any) -> None:
+    """Raise a ConvFusionError unless a VAE can be run in these tiles."""
+    if not isinstance(vae, AutoencoderKL):
+        raise ConvFusionError(
+            f"a {type(vae).__name__} cannot be run in tiles, which this picture needs: only an "
+            "AutoencoderKL can"
+        )
+    if vae.use_tiling or vae.use_slicing:
+        raise ConvFusionError("switch the VAE's own tiling and slicing off: tiles are made already")
 
 
 def check_finite(pictures: Tensor, vae: Any) -> None:
@@ -155,8 +164,7 @@ def _in_tiles(
         units: pixels per latent of what goes in and of what comes out.
         tiles: how large.
     """
-    if vae.use_tiling or vae.use_slicing:
-        raise ConvFusionError("switch the VAE's own tiling and slicing off: tiles are made already")
+    check_tileable(vae)
     height, width = (side // units[0] for side in maps.shape[-2:])
     places = [(down, across) for down in spans(height, tiles) for across in spans(width, tiles)]
     norms = _SharedNorms(half)
