@@ -106,7 +106,7 @@ def tiled_vae(vae: Any, tiles: Tiles | None) -> Iterator[None]:
 
 def check_tileable(vae: Any) -> None:
     """Raise a ConvFusionError unless a VAE can be run in these tiles."""
-    if not isinstance(vae, AutoencoderKL):
+    if not issubclass(type(vae), AutoencoderKL):
         raise ConvFusionError(
             f"a {type(vae).__name__} cannot be run in tiles, which this picture needs: only an "
             "AutoencoderKL can"
