@@ -24,6 +24,7 @@ Size = tuple[int, int]
 # Feed-forward layers in chunks, samples one at a time: from the cheapest in time to the cheapest in
 # memory. The two halves of the guidance are two samples.
 MEANS = ((False, False), (True, False), (True, True))
+TILE_SIDES = (256, 128, 64, 32, 16)  # in latents
 CHUNK = 4096  # tokens that a feed-forward layer takes at most, where it takes them in chunks
 
 
@@ -96,18 +97,15 @@ def _denoising(pipe: Any, size: Size, batch: int, chunks: bool, alone: bool) -> 
 
 
 def _decoding(pipe: Any, size: Size, memory: float) -> tuple[Tiles | None, float]:
-    """The largest tiles whose decoding fits, and its GiB; else the smallest."""
+    """The largest tiles whose decoding fits, and its GiB; else the smallest. None is one piece."""
     latents = _latents(pipe, size)
     picture = 3 * 3 * math.prod(size) * 4 / GIB  # sum of tiles, their weights, and the result
-    whole = decoder_peak(pipe.vae, latents)
-    if whole <= memory:
-        return None, whole
-    for side in (256, 128, 64, 32, 16):
-        tiles = Tiles(side=side)
-        window = tuple(min(length, side + 2 * tiles.margin) for length in latents)
-        gib = decoder_peak(pipe.vae, (window[0], window[1])) + picture
-        if gib <= memory:
-            break
+    tiles, gib = None, decoder_peak(pipe.vae, latents)
+    for side in TILE_SIDES:
+        window = side + 2 * Tiles().margin
+        if gib <= memory or window >= min(latents):
+            continue
+        tiles, gib = Tiles(side=side), decoder_peak(pipe.vae, (window, window)) + picture
     return tiles, gib
 
 
