@@ -1,7 +1,5 @@
 """ONNX files: they compute what PyTorch computes, at every size, or they are not written."""
 
-from importlib.util import find_spec
-
 import numpy as np
 import pytest
 import torch
@@ -12,10 +10,6 @@ import convfusion
 from convfusion import ConvFusionError, DeltaConv, export, uniform
 from convfusion.inputs import example_inputs
 from convfusion.surgery import mixers_of
-
-needs_onnx = pytest.mark.skipif(
-    not all(find_spec(name) for name in export.NEEDED), reason="needs the extra onnx"
-)
 
 
 def unet() -> UNet2DConditionModel:
@@ -59,7 +53,6 @@ def converted(make, **settings):
     return model
 
 
-@needs_onnx
 @pytest.mark.parametrize("make", [unet, pixart])
 def test_a_file_computes_what_the_model_computes_at_any_size(make, tmp_path):
     import onnxruntime

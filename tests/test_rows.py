@@ -56,6 +56,7 @@ def rows(tokens=4096, **seconds):
 def test_rows_tell_median_spread_and_what_was_left_out():
     timed, out = rows(attention=0.5, linfusion=0)
     assert (timed.fastest_ms, timed.median_ms, timed.slowest_ms) == (500, 1000, 2000)
+    assert timed.spread == 1.5 and out.spread is None
     assert (timed.peak_mib, timed.rounds, timed.parity) == (1, 3, 1e-7)
     assert out.median_ms is None and out.note == "left out" and out.rounds == 0
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from convfusion.adapters import denoiser_of, list_sites, site_grid
 from convfusion.errors import ConvFusionError
-from convfusion.ops import flops as _fused  # noqa: F401 - so that the counter knows the operation
+from convfusion.ops import library
 from convfusion.surgery import MixedAttention
 
 
@@ -20,8 +20,11 @@ def _sdpa_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) ->
     return sdpa_flop_count(query, key, value)
 
 
-# PyTorch's counter knows the attention kernels of GPUs, and passes over the CPU's.
-_MORE = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_on_cpu}
+# PyTorch's counter knows the attention kernels of GPUs, and passes over the CPU's and ours.
+MORE = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_on_cpu,
+    **library.FLOPS,
+}
 
 
 def count(module: nn.Module, *args: Any, **kwargs: Any) -> int:
@@ -30,7 +33,7 @@ def count(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     Matrix products, convolutions and attention count, on any device; additions, norms, gates and
     interpolation do not.
     """
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=MORE) as counter:
         module(*args, **kwargs)
     return counter.get_total_flops()
 

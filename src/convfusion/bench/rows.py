@@ -68,6 +68,13 @@ class Row:
     diffusers: str
 
     @property
+    def spread(self) -> float | None:
+        """(slowest − fastest) / median; None if it was not timed."""
+        if self.slowest_ms is None or self.fastest_ms is None or self.median_ms is None:
+            return None
+        return (self.slowest_ms - self.fastest_ms) / self.median_ms
+
+    @property
     def series(self) -> tuple[Any, ...]:
         """What stays the same while the size grows."""
         return (self.model, self.site, self.batch, self.dtype, self.backward, self.device)

@@ -36,11 +36,6 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
-    @property
-    def spread(self) -> float:
-        """(slowest − fastest) / median."""
-        return (max(self.seconds) - min(self.seconds)) / self.median
-
 
 def interleaved(
     calls: Mapping[str, Callable[[], Any]],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from convfusion.cli.options import parse_size
-from convfusion.errors import ConvFusionError
+from convfusion.cli.options import Ratio, Rivals, check_file, parse_size
 
 if TYPE_CHECKING:
     from convfusion.bench.flops import Cost
@@ -32,13 +32,8 @@ def flops(
         list[str] | None,
         typer.Option(help="WIDTHxHEIGHT in pixels; give it again for more. By default nine sizes."),
     ] = None,
-    mixers: Annotated[
-        str | None, typer.Option(help="Rivals, with commas between: delta_conv,linfusion,…")
-    ] = None,
-    ratio: Annotated[
-        list[float] | None,
-        typer.Option(help="Channel ratio of the ΔConvBlocks; give it again. By default 0.5."),
-    ] = None,
+    mixers: Rivals = None,
+    ratio: Ratio = None,
     out: Annotated[
         Path | None, typer.Option(help="CSV file for the cost at every site, and the totals.")
     ] = None,
@@ -46,7 +41,6 @@ def flops(
     """Count operations, parameters and memory from shapes alone: no weights, no GPU."""
     from convfusion.bench.flops import (
         COUNTED,
-        RIVALS,
         SIZES,
         contenders,
         operation_table,
@@ -55,9 +49,8 @@ def flops(
     )
     from convfusion.bench.models import NAMES, bench_model
 
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise ConvFusionError(f"{out} cannot be a file: name one in a folder that is there")
-    kinds = RIVALS if mixers is None else [kind.strip() for kind in mixers.split(",")]
+    check_file(out)
+    kinds = rivals(mixers)
     found = [bench_model(name) for name in models or NAMES]
     compared = {model.name: contenders(model, kinds, ratio or (0.5,)) for model in found}
     sizes = [parse_size(text) for text in size] if size else SIZES
@@ -73,6 +66,13 @@ def flops(
     if out is not None:
         write_costs(costs, out)
         typer.echo(f"Written: {out}")
+
+
+def rivals(mixers: str | None) -> Sequence[str]:
+    """The kinds that --mixers names, or those that are compared by default."""
+    from convfusion.bench.flops import RIVALS
+
+    return RIVALS if mixers is None else [kind.strip() for kind in mixers.split(",")]
 
 
 def print_totals(costs: list[Cost]) -> None:

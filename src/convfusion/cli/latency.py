@@ -2,58 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from convfusion.cli.bench import rivals
 from convfusion.cli.models import needs_matplotlib, torch_device, torch_dtype
-from convfusion.cli.options import Device, Precision, parse_size
-from convfusion.errors import ConvFusionError
+from convfusion.cli.options import (
+    Batch,
+    Device,
+    Precision,
+    Ratio,
+    Rivals,
+    check_file,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from convfusion.bench.rows import Row
 
 
+Name = Annotated[
+    str, typer.Argument(help="sd15, sd21, sdxl, pixart, dit, mini, or a pipeline's folder.")
+]
+Sizes = Annotated[list[str], typer.Option(help="WIDTHxHEIGHT in pixels; give it again for more.")]
+Whole = Annotated[
+    bool, typer.Option("--whole/--sites", help="Time the whole denoiser, or site by site.")
+]
+Compiled = Annotated[bool, typer.Option(help="Time the ΔConvBlocks under torch.compile too.")]
+Backward = Annotated[bool, typer.Option(help="Work out gradients too.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Counted calls of each variant.")]
+WarmUp = Annotated[
+    bool, typer.Option(help="Of a whole denoiser, an uncounted call of each variant first.")
+]
+Limit = Annotated[
+    float, typer.Option(min=0, help="Leave out what would take so many seconds a call.")
+]
+Csv = Annotated[
+    Path | None,
+    typer.Option(help="CSV file; in one that is there, cases measured again are replaced."),
+]
+Plot = Annotated[
+    Path | None, typer.Option(help="Picture of all times in the CSV file, such as times.png.")
+]
+
+
 def latency(
-    model: Annotated[
-        str, typer.Argument(help="sd15, sd21, sdxl, pixart, dit, mini, or a pipeline's folder.")
-    ],
-    size: Annotated[
-        list[str], typer.Option(help="WIDTHxHEIGHT in pixels; give it again for more.")
-    ],
-    whole: Annotated[
-        bool, typer.Option("--whole/--sites", help="Time the whole denoiser, or site by site.")
-    ] = False,
-    mixers: Annotated[str, typer.Option(help="Rivals, with commas between.")] = (
-        "delta_conv,linfusion,neighbourhood,tome"
-    ),
-    ratio: Annotated[
-        list[float] | None,
-        typer.Option(help="Channel ratio of the ΔConvBlocks; give it again. By default 0.5."),
-    ] = None,
-    compiled: Annotated[
-        bool, typer.Option(help="Time the ΔConvBlocks under torch.compile too.")
-    ] = False,
-    backward: Annotated[bool, typer.Option(help="Work out gradients too.")] = False,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Two are a picture under classifier-free guidance.")
-    ] = 2,
-    rounds: Annotated[int, typer.Option(min=1, help="Counted calls of each variant.")] = 5,
-    warm_up: Annotated[
-        bool, typer.Option(help="Of a whole denoiser, an uncounted call of each variant first.")
-    ] = True,
-    limit: Annotated[
-        float, typer.Option(min=0, help="Leave out what would take so many seconds a call.")
-    ] = 60.0,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="CSV file; in one that is there, cases measured again are replaced."),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Picture of all times in the CSV file, such as times.png.")
-    ] = None,
+    model: Name,
+    size: Sizes,
+    whole: Whole = False,
+    mixers: Rivals = None,
+    ratio: Ratio = None,
+    compiled: Compiled = False,
+    backward: Backward = False,
+    batch: Batch = 2,
+    rounds: Rounds = 5,
+    warm_up: WarmUp = True,
+    limit: Limit = 60.0,
+    out: Csv = None,
+    plot: Plot = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
@@ -61,40 +71,47 @@ def latency(
     from convfusion.bench.flops import contenders
     from convfusion.bench.latency import Variant
     from convfusion.bench.models import bench_model
-    from convfusion.bench.rows import read_rows, renewed, write_rows
+    from convfusion.bench.rows import read_rows
     from convfusion.bench.runs import Conditions, denoiser_rows, site_rows, with_compiled
 
-    for file in (out, plot):
-        if file is not None and (file.is_dir() or not file.parent.is_dir()):
-            raise ConvFusionError(f"{file} cannot be a file: name one in a folder that is there")
+    check_file(out)
+    check_file(plot)
     if plot is not None:
         needs_matplotlib("--out")
     before = read_rows(out) if out is not None and out.exists() else []
     found = bench_model(model)
-    kinds = [kind.strip() for kind in mixers.split(",") if kind.strip()]
-    configs = contenders(found, kinds, ratio or (0.5,))
+    configs = contenders(found, rivals(mixers), ratio or (0.5,))
     variants = {name: Variant(config) for name, config in configs.items()}
-    if compiled:
-        variants = with_compiled(variants)
-    sizes = sorted((parse_size(text) for text in size), key=lambda s: s[0] * s[1])
+    variants = with_compiled(variants) if compiled else variants
+    sizes = sorted(map(parse_size, size), key=math.prod)
     for each in sizes:
         found.latents(each)
     place, dtype = torch_device(device), torch_dtype(precision)
     under = Conditions(place, dtype, batch, backward, rounds, warm_up, limit)
-    rows: list[Row] = []
     measure = denoiser_rows if whole else site_rows
-    for case in shown(lambda say: measure(found, variants, sizes, under, say)):
+    cases = shown(lambda say: measure(found, variants, sizes, under, say))
+    print_rows(kept(cases, before, out, plot))
+    for file in (out, plot):
+        if file is not None:
+            typer.echo(f"Written: {file}")
+
+
+def kept(
+    cases: Iterable[list[Row]], before: list[Row], out: Path | None, plot: Path | None
+) -> list[Row]:
+    """The rows of all cases; the table is written after each of them, the picture at the end."""
+    from convfusion.bench.rows import renewed, write_rows
+
+    rows: list[Row] = []
+    for case in cases:
         rows += case
         if out is not None:
             write_rows(out, renewed(before, rows))
-    print_rows(rows)
     if plot is not None:
         from convfusion.bench import plots
 
         plots.latency(renewed(before, rows)).savefig(plot, dpi=150)
-    for file in (out, plot):
-        if file is not None:
-            typer.echo(f"Written: {file}")
+    return rows
 
 
 def shown(measure: Any) -> Any:
@@ -128,12 +145,11 @@ def print_rows(rows: Sequence[Row]) -> None:
             table.add_row(*where, row.variant, row.note)
             continue
         stock = attention.get(row.case)
-        spread = (row.slowest_ms - row.fastest_ms) / row.median_ms  # type: ignore[operator]
         table.add_row(
             *where,
             row.variant,
             f"{row.median_ms:,.1f} ms",
-            f"{spread:.0%}",
+            f"{row.spread:.0%}",
             "" if stock is None else f"{stock / row.median_ms:.2f}×",
             "" if row.peak_mib is None else f"{row.peak_mib:,.0f} MiB",
         )

@@ -39,6 +39,17 @@ Out = Annotated[
 SettingsFile = Annotated[
     Path | None, typer.Option(help="TOML file of a run; what is given beside it goes first.")
 ]
+Ratio = Annotated[
+    list[float] | None,
+    typer.Option(help="Channel ratio of the ΔConvBlocks; give it again. By default 0.5."),
+]
+Rivals = Annotated[
+    str | None, typer.Option("--mixers", help="Rivals, with commas between: delta_conv,linfusion,…")
+]
+Batch = Annotated[
+    int,
+    typer.Option("--batch", min=1, help="Two are a picture under classifier-free guidance."),
+]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a model that is a Hub name.")
 ]
@@ -52,6 +63,12 @@ def check_new(out: Path) -> None:
     """Refuse to write into a folder that holds something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConvFusionError(f"{out} exists and is not empty: choose another folder")
+
+
+def check_file(path: Path | None) -> None:
+    """Refuse to write a file where none can be, before any work is done for it."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ConvFusionError(f"{path} cannot be a file: name one in a folder that is there")
 
 
 def parse_size(text: str) -> tuple[int, int]:

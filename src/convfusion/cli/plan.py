@@ -12,7 +12,7 @@ from convfusion.cli.models import (
     torch_device,
     torch_dtype,
 )
-from convfusion.cli.options import Config, Device, Precision, parse_size
+from convfusion.cli.options import Batch, Config, Device, Precision, parse_size
 
 if TYPE_CHECKING:
     from convfusion.bench.plan import SpeedPlan
@@ -28,9 +28,7 @@ def plan(
     ],
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the pictures, in pixels.")],
     config: Config = None,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Two are a picture under classifier-free guidance.")
-    ] = 2,
+    batch: Batch = 2,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:

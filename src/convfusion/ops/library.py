@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from convfusion.ops import reference
+from convfusion.ops.flops import backward_flops, forward_flops
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = "3.3"  # Triton: the oldest that kernels were compiled with
@@ -127,3 +128,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None
 
 
 pyramid_op.register_autograd(_backward, setup_context=_setup_context)
+
+# For `FlopCounterMode(custom_mapping=…)`: by operation, its count from the shapes of its arguments.
+FLOPS = {
+    torch.ops.convfusion.pyramid: forward_flops,
+    torch.ops.convfusion.pyramid_backward: backward_flops,
+}
