@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from tiny_models import dit, randomise
@@ -30,19 +31,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def pixart() -> PixArtTransformer2DModel:
-    model = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        cross_attention_dim=16,
-        sample_size=8,
-        patch_size=2,
-        caption_channels=12,
-    )
-    torch.nn.init.normal_(model.proj_out.weight, std=0.2)
-    return model
+    return tiny_models.pixart(num_layers=1)
 
 
 def converted(make, **settings):

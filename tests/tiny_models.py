@@ -57,13 +57,13 @@ def sdxl() -> UNet2DConditionModel:
     )
 
 
-def pixart() -> PixArtTransformer2DModel:
+def pixart(num_layers: int = 3) -> PixArtTransformer2DModel:
     model = PixArtTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=4,
         out_channels=8,
-        num_layers=3,
+        num_layers=num_layers,
         cross_attention_dim=16,
         sample_size=16,
         patch_size=2,

@@ -15,39 +15,47 @@ from convfusion.cli.options import Blocks, Device, Model, Precision, Size, parse
 MINI_SAMPLES = 64
 
 
+Teacher = Annotated[
+    str | None,
+    typer.Option(help="Pipeline to compare with; by default the model's own attention."),
+]
+Prompts = Annotated[
+    Path | None, typer.Option(help="Text file with one prompt per line; `mini` has its own.")
+]
+Samples = Annotated[
+    int | None, typer.Option(min=2, help="Pictures; by default one of each prompt, `mini`: 64.")
+]
+Real = Annotated[
+    str | None,
+    typer.Option(help="Real pictures: a folder, or what `convfusion cache` takes."),
+]
+Network = Annotated[
+    str,
+    typer.Option(help="Network behind distances: a folder or Hub name, such as DINOv2's."),
+]
+ClipModel = Annotated[
+    str | None, typer.Option(help="CLIP model, a folder or Hub name, for the CLIP score.")
+]
+
+
 def evaluate(
     model: Model,
     out: Annotated[
         Path, typer.Option(help="Folder for pictures and report; an unfinished one goes on.")
     ],
     blocks: Blocks = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="Pipeline to compare with; by default the model's own attention."),
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file with one prompt per line; `mini` has its own.")
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=2, help="Pictures; by default one of each prompt, `mini`: 64.")
-    ] = None,
+    teacher: Teacher = None,
+    prompts: Prompts = None,
+    samples: Samples = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 5, and 3 for `mini`.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first sample; the next count on.")] = 0,
     size: Size = None,
-    real: Annotated[
-        str | None,
-        typer.Option(help="Real pictures: a folder, or what `convfusion cache` takes."),
-    ] = None,
-    extractor: Annotated[
-        str,
-        typer.Option(help="Network behind distances: a folder or Hub name, such as DINOv2's."),
-    ] = "efficientnet-lite0",
-    clip: Annotated[
-        str | None, typer.Option(help="CLIP model, a folder or Hub name, for the CLIP score.")
-    ] = None,
+    real: Real = None,
+    extractor: Network = "efficientnet-lite0",
+    clip: ClipModel = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
     precision: Precision = "float32",
     device: Device = None,

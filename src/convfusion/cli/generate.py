@@ -12,6 +12,24 @@ from convfusion.cli.console import progress_bar
 from convfusion.cli.models import guidance_for, load_pipeline
 from convfusion.cli.options import Blocks, Device, Model, Precision, Revision, Size, parse_size
 
+Direct = Annotated[
+    bool, typer.Option("--direct", help="Draw at a large size at once, without a ladder.")
+]
+Strength = Annotated[
+    float, typer.Option(help="Share of the steps that a rung of the ladder takes.")
+]
+Keep = Annotated[
+    bool, typer.Option(help="A rung keeps the low frequencies of the picture below it.")
+]
+Factor = Annotated[float, typer.Option(help="How much larger a rung is, at most.")]
+Memory = Annotated[float, typer.Option(help="GiB that activations may take; 0 for no bound.")]
+Hybrid = Annotated[
+    bool,
+    typer.Option(
+        help="Measure first, and use the attention wherever it is the cheaper one at this size."
+    ),
+]
+
 
 def generate(
     model: Model,
@@ -19,30 +37,17 @@ def generate(
     blocks: Blocks = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
     size: Size = None,
-    direct: Annotated[
-        bool, typer.Option("--direct", help="Draw at a large size at once, without a ladder.")
-    ] = False,
-    strength: Annotated[
-        float, typer.Option(help="Share of the steps that a rung of the ladder takes.")
-    ] = 0.3,
-    keep: Annotated[
-        bool, typer.Option(help="A rung keeps the low frequencies of the picture below it.")
-    ] = True,
-    factor: Annotated[float, typer.Option(help="How much larger a rung is, at most.")] = 2.0,
-    memory: Annotated[
-        float, typer.Option(help="GiB that activations may take; 0 for no bound.")
-    ] = 0.0,
+    direct: Direct = False,
+    strength: Strength = 0.3,
+    keep: Keep = True,
+    factor: Factor = 2.0,
+    memory: Memory = 0.0,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; 5, and 3 for `mini`.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count on.")] = 0,
-    hybrid: Annotated[
-        bool,
-        typer.Option(
-            help="Measure first, and use the attention wherever it is the cheaper one at this size."
-        ),
-    ] = False,
+    hybrid: Hybrid = False,
     revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,

@@ -72,21 +72,37 @@ def evaluate(
         return None
     on_progress("measuring", len(draws))
     seen = measure.look(extractor, folder, len(draws)) | seen
-    found = Evaluation(
-        student=names[0],
-        teacher=names[1],
-        settings=_about_draws(pipe, draws),
-        model={key: value for key, value in settings.items() if key != "draws"},
-        extractor=_about(extractor) | {"features": seen[STUDENT].features.shape[1]},
-        clip=_about(clip.images) if clip else None,
-        real=_about_real(real, seen[REAL]) if real else None,
+    clips = measure.clip_of(clip, folder, draws) if clip else {}
+    about = {
+        "student": names[0],
+        "teacher": names[1],
+        "settings": _about_draws(pipe, draws),
+        "model": {key: value for key, value in settings.items() if key != "draws"},
+        "extractor": _about(extractor) | {"features": seen[STUDENT].features.shape[1]},
+        "clip": _about(clip.images) if clip else None,
+        "real": _about_real(real, seen[REAL]) if real else None,
+    }
+    found = _measured(about, draws, folder, records, seen, clips)
+    write_results(found, folder)
+    return found
+
+
+def _measured(
+    about: dict[str, Any],
+    draws: Draws,
+    folder: Path,
+    records: list[dict[str, Any]],
+    seen: dict[str, Features],
+    clips: dict[str, Any],
+) -> Evaluation:
+    """An evaluation from all that was drawn and seen; `about` has its other fields."""
+    return Evaluation(
+        **about,
         samples=measure.sample_results(folder, draws, records, seen),
         curves=measure.curves(draws, records),
         distributions=measure.distributions(seen),
-        scores=measure.set_scores(seen, measure.clip_of(clip, folder, draws) if clip else {}),
+        scores=measure.set_scores(seen, clips),
     )
-    write_results(found, folder)
-    return found
 
 
 def write_results(found: Evaluation, folder: Path) -> None:
