@@ -25,9 +25,11 @@ from tiny_pipelines import PIPELINES, autoencoder, dit_pipeline, pixart_sigma, s
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, budget, mini, uniform
+from convfusion.bench.models import bench_model
 from convfusion.evaluate import psnr
 from convfusion.generate import generate
 from convfusion.highres import Ladder, Start, highres, last_steps, native_size, plan_for, rungs
+from convfusion.memory import denoiser_peak
 from convfusion.tiles import Tiles, spans, tiled_decode, tiled_encode, tiled_vae
 
 BLOCKS = uniform(DeltaConv(kernel_size=3))
@@ -262,6 +264,19 @@ def test_a_picture_beyond_the_memory_is_refused_with_one_that_fits():
         plan_for(pipe, size, Ladder(memory=memory))
     width, height = map(int, str(refused.value).split()[-1].split("×"))
     assert height < size[0] and plan_for(pipe, (height, width), Ladder(memory=memory))
+
+
+def test_estimates_that_the_page_tells():
+    """docs/highres.md: SD1.5's UNet without its attention, one sample at 4096×4096 pixels."""
+    model = bench_model("sd15").denoiser
+    convfusion.convert(model, "sd15")
+    convfusion.drop_attention(model)
+    latents = (512, 512)
+    assert round(denoiser_peak(model, latents, batch=1), 2) == 8.13
+    with budget.chunked_feed_forward(model, latents):
+        assert round(denoiser_peak(model, latents, batch=1), 2) == 4.38
+        model.bfloat16()
+        assert round(denoiser_peak(model, (2048, 2048), batch=1), 1) == 35.0
 
 
 def test_the_estimate_is_near_what_is_measured():

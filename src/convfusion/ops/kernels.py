@@ -114,6 +114,31 @@ def halve(
 
 
 @triton.jit
+def halves(
+    x, weights, pooled, picture, row0, col0, channels, known, height, width,
+    C: tl.constexpr, KERNEL: tl.constexpr, POOL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Depthwise sums of a tile in both halves of the channels, which the gate lets meet.
+
+    With POOL the 2×2 means of both are written on the way.
+    """
+    other = channels + C // 2
+    first = convolve(
+        x, weights, picture, row0, col0, channels, known, height, width,
+        C, KERNEL, ROWS, COLS, CHANNELS, False,
+    )  # fmt: skip
+    second = convolve(
+        x, weights, picture, row0, col0, other, known, height, width,
+        C, KERNEL, ROWS, COLS, CHANNELS, False,
+    )  # fmt: skip
+    if POOL:
+        halve(x, pooled, picture, row0, col0, channels, known, height, width, C, ROWS, COLS)
+        halve(x, pooled, picture, row0, col0, other, known, height, width, C, ROWS, COLS)
+    return first, second
+
+
+@triton.jit
 def conv_gate(
     x, weights, out, pooled, scale, height, width,
     OUT_STRIDE: tl.constexpr, C: tl.constexpr, KERNEL: tl.constexpr,
@@ -126,15 +151,10 @@ def conv_gate(
     """
     picture, row0, col0 = place(tl.program_id(0), height, width, ROWS, COLS)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    half: tl.constexpr = C // 2
-    known = channels < half
-    first = convolve(
-        x, weights, picture, row0, col0, channels, known, height, width,
-        C, KERNEL, ROWS, COLS, CHANNELS, False,
-    )  # fmt: skip
-    second = convolve(
-        x, weights, picture, row0, col0, channels + half, known, height, width,
-        C, KERNEL, ROWS, COLS, CHANNELS, False,
+    known = channels < C // 2
+    first, second = halves(
+        x, weights, pooled, picture, row0, col0, channels, known, height, width,
+        C, KERNEL, POOL, ROWS, COLS, CHANNELS,
     )  # fmt: skip
     rows = row0 + tl.arange(0, ROWS)
     inside = (rows < height)[:, None] & known[None, :]
@@ -142,9 +162,6 @@ def conv_gate(
     for t in tl.static_range(COLS):
         other = tl.sigmoid(second[t]) if SIGMOID else second[t] * scale
         write(line, col0 + t, width, inside, first[t] * other, OUT_STRIDE)
-    if POOL:
-        halve(x, pooled, picture, row0, col0, channels, known, height, width, C, ROWS, COLS)
-        halve(x, pooled, picture, row0, col0, channels + half, known, height, width, C, ROWS, COLS)
 
 
 @triton.jit
@@ -162,13 +179,9 @@ def conv_gate_grad(
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     half: tl.constexpr = C // 2
     known = channels < half
-    first = convolve(
-        x, weights, picture, row0, col0, channels, known, height, width,
-        C, KERNEL, ROWS, COLS, CHANNELS, False,
-    )  # fmt: skip
-    second = convolve(
-        x, weights, picture, row0, col0, channels + half, known, height, width,
-        C, KERNEL, ROWS, COLS, CHANNELS, False,
+    first, second = halves(
+        x, weights, pooled, picture, row0, col0, channels, known, height, width,
+        C, KERNEL, POOL, ROWS, COLS, CHANNELS,
     )  # fmt: skip
     rows = row0 + tl.arange(0, ROWS)
     inside = (rows < height)[:, None] & known[None, :]
@@ -186,9 +199,6 @@ def conv_gate_grad(
         else:
             write(to_first, column, width, inside, given * (second[t] * scale), C)
             write(to_second, column, width, inside, given * (first[t] * scale), C)
-    if POOL:
-        halve(x, pooled, picture, row0, col0, channels, known, height, width, C, ROWS, COLS)
-        halve(x, pooled, picture, row0, col0, channels + half, known, height, width, C, ROWS, COLS)
 
 
 @triton.jit
