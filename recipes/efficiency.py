@@ -24,7 +24,7 @@ from convfusion.adapters import denoiser_of
 from convfusion.demo import distillation, error, spread
 from convfusion.distill import DistillConfig, distill
 from convfusion.fingerprint import fingerprint
-from mini.pixart import load_pixart
+from experiment import TEACHERS, unfused
 
 RESULTS = Path(__file__).parent.parent / "results" / "efficiency.csv"
 COLUMNS = ["model", "recipe", "seed", "length", "step", "seconds", "epsilon_error", "weights"]
@@ -66,20 +66,21 @@ class ReachedError(Exception):
 def curve(
     pipe: Any, recipe: Recipe, steps: int, seed: int, marks: list[int], enough: float
 ) -> list[tuple[int, float, float]]:
-    """Step, seconds of training and ε-error at each mark, until the error is low enough."""
-    config = recipe.settings(steps, seed)
+    """Step, processor seconds of training and ε-error at each mark, until it is low enough."""
+    config = replace(recipe.settings(steps, seed), autocast="bf16")
+    unfused(pipe)
     convert(pipe, ConvertConfig(sites=recipe.blocks.sites, seed=seed))
     held_out = spread(mini.held_out_data(), 32)
     found: list[tuple[int, float, float]] = []
-    measuring, started = 0.0, time.perf_counter()
+    measuring, started = 0.0, time.process_time()
 
     def mark(step: int, terms: dict[str, float]) -> None:
         nonlocal measuring
         if step not in marks:
             return
-        before = time.perf_counter()
+        before = time.process_time()
         found.append((step, before - started - measuring, error(pipe, held_out)))
-        measuring += time.perf_counter() - before
+        measuring += time.process_time() - before
         if found[-1][2] <= enough:
             raise ReachedError
 
@@ -109,7 +110,7 @@ def run(name: str, recipe: str, seed: int, steps: int, length: int, enough: floa
     key = {"model": name, "recipe": recipe, "seed": str(seed), "length": str(length)}
     there = [row for row in read() if key.items() <= row.items()]
     if not there:
-        pipe = MODELS[name]()
+        pipe = TEACHERS[name]()
         weights = fingerprint(denoiser_of(pipe))
         every = max(1, steps // 50)
         marks = [*range(every, length, every), length] if length == steps else [length]
@@ -127,7 +128,7 @@ def run(name: str, recipe: str, seed: int, steps: int, length: int, enough: floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     parser.add_argument("--steps", type=int, default=1000, help="of the paper's recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
@@ -138,9 +139,6 @@ def main() -> None:
                 run(name, recipe, seed, args.steps, args.steps, final)
             for share in SHARES:
                 run(name, "this project's", seed, args.steps, round(share * args.steps), 0.0)
-
-
-MODELS: dict[str, Callable[[], Any]] = {"mini": mini.load_teacher, "pixart": load_pixart}
 
 
 if __name__ == "__main__":

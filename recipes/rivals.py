@@ -1,28 +1,27 @@
 """ΔConvBlocks and their rivals under one recipe: the same teacher, data, steps and seeds.
 
 `python recipes/rivals.py` converts each mini model with every token mixer in turn, distils it like
-the demo does, and measures the ε-error on names that no training saw. Each mixer starts from the
-attention it replaces as far as its kind allows, and runs at two learning rates with seed 0; the
-better one is its own for the other seeds. Each run is a row of `results/rivals.csv` as soon as it
-is done, and runs that are there already, for the same weights, are not done again.
+the demo does, and measures the ε-error on names that no training saw (`results/rivals.csv`). Each
+mixer starts from the attention it replaces as far as its kind allows, and runs at two learning
+rates with seed 0; the better one is its own. The ΔConvBlock and the two best rivals run with two
+further seeds. Then they draw: `results/rivals_pictures.csv` has the distances of their pictures to
+real ones and to the teacher's, beside those of the teacher at another seed.
+
+`python recipes/rivals.py --seconds` does nothing but time them, in turn, on a machine that has
+nothing else to do (`results/rivals_seconds.csv`).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import time
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from convfusion import ConvertConfig, DeltaConv, convert, mini, status, uniform
-from convfusion.adapters import denoiser_of
-from convfusion.demo import distillation, error, spread
-from convfusion.distill import distill
-from convfusion.fingerprint import fingerprint
-from convfusion.flops import site_flops
+import torch
+
+from convfusion import DeltaConv, convert, mini, uniform
+from convfusion.bench.timing import interleaved, surroundings
+from convfusion.generate import generate
 from convfusion.mixers import (
     Circular,
     Depthwise,
@@ -33,12 +32,12 @@ from convfusion.mixers import (
     Pooled,
     Removed,
 )
-from mini.pixart import load_pixart
+from experiment import TEACHERS, Recipe, Table, judged, recipe, student, weights_of
+from pictures import Drawn, distances, look, real_pictures
 
-RESULTS = Path(__file__).parent.parent / "results" / "rivals.csv"
-MODELS: dict[str, Callable[[], Any]] = {"mini": mini.load_teacher, "pixart": load_pixart}
+OURS = "ΔConvBlock"
 RIVALS: dict[str, Mixer] = {
-    "ΔConvBlock": DeltaConv(),
+    OURS: DeltaConv(),
     "ΔConvBlock, ratio 2, K 9, 3 stages": DeltaConv(kernel_size=9, stages=3, ratio=2.0),
     "its convolutions alone": DeltaConv(mean_branch=False),
     "one scale": DeltaConv(stages=1),
@@ -52,103 +51,95 @@ RIVALS: dict[str, Mixer] = {
     "nothing": Removed(),
 }
 RATES = (2e-2, 2e-3)
-COLUMNS = [
-    "model",
-    "mixer",
-    "learning_rate",
-    "seed",
-    "steps",
-    "epsilon_error",
-    "parameters",
-    "operations",
-    "attention_operations",
-    "seconds",
-    "weights",
-]
+TRAINED = Table("rivals.csv", ["model", "mixer", "learning_rate", "seed", "steps", "made"])
+TIMED = Table("rivals_seconds.csv", ["model", "mixer"])
+LOOKED = Table("rivals_pictures.csv", ["model", "mixer", "reference", "samples", "made"])
 
 
-def measured(name: str, rival: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
-    """Convert, distil and measure one rival; its row."""
-    pipe = MODELS[name]()
-    weights = fingerprint(denoiser_of(pipe))
-    mixer = RIVALS[rival]
-    convert(pipe, ConvertConfig(uniform(mixer).sites, seed=seed))
-    parameters = sum(site.mixer_parameters for site in status(pipe).sites)
-    costs = site_flops(pipe, (16, 16) if name == "mini" else (32, 32)).values()
-    started = time.perf_counter()
-    if parameters:
-        start = "attention" if isinstance(mixer, DeltaConv) else "converted"
-        config = replace(distillation(steps, seed), learning_rate=rate, start=start)
-        distill(pipe, mini.training_data(), config)
-    seconds = time.perf_counter() - started
-    found = error(pipe, spread(mini.held_out_data(), 64))
-    return {
-        **key(name, rival, rate, seed, steps, weights),
-        "epsilon_error": f"{found:.4e}",
-        "parameters": parameters,
-        "operations": sum(own for _, own in costs),
-        "attention_operations": sum(attention for attention, _ in costs),
-        "seconds": f"{seconds:.1f}",
+def rival(name: str, rate: float, seed: int, steps: int) -> Recipe:
+    blocks = uniform(RIVALS[name])
+    if name == "nothing":
+        return Recipe(blocks, None)
+    return recipe(blocks, steps, seed, learning_rate=rate)
+
+
+def train(teacher: str, name: str, rate: float, seed: int, steps: int) -> dict[str, str]:
+    """The row of a run."""
+    how = rival(name, rate, seed, steps)
+    key = (teacher, name, f"{rate:g}", seed, steps, how.made(teacher))
+    return TRAINED.once(lambda: judged(teacher, how), *key)
+
+
+def draw(teacher: str, chosen: dict[str, Recipe], samples: int) -> None:
+    """Rows of the pictures of the teacher and of some students."""
+    own = Drawn(samples)
+    stock = TEACHERS[teacher]
+    sets = {
+        "real": real_pictures(stock()),
+        "teacher": look(stock, weights_of(teacher), Drawn(samples, first_seed=samples)),
     }
+    makers = {"the teacher": (stock, weights_of(teacher))}
+    for name, how in chosen.items():
+        makers[name] = (lambda how=how: student(teacher, how)[0], how.made(teacher))
+    for name, (maker, made) in makers.items():
+        for reference, features in sets.items():
+            LOOKED.once(
+                lambda maker=maker, made=made, features=features: distances(
+                    look(maker, made, own), features
+                ),
+                *(teacher, name, reference, samples, made),
+            )
 
 
-def key(name: str, rival: str, rate: float, seed: int, steps: int, weights: str) -> dict[str, str]:
-    """What tells a row from the others."""
-    return {
-        "model": name,
-        "mixer": rival,
-        "learning_rate": f"{rate:g}",
-        "seed": str(seed),
-        "steps": str(steps),
-        "weights": weights,
-    }
-
-
-def row(name: str, rival: str, rate: float, seed: int, steps: int) -> dict[str, str]:
-    """The row of a run, which is done unless it is there."""
-    weights = fingerprint(denoiser_of(MODELS[name]()))
-    wanted = key(name, rival, rate, seed, steps, weights)
-    there = [each for each in read() if wanted.items() <= each.items()]
-    if not there:
-        found = measured(name, rival, rate, seed, steps)
-        append(found)
-        print(*[found[column] for column in COLUMNS[:6]], flush=True)
-        there = [{column: str(value) for column, value in found.items()}]
-    return there[0]
-
-
-def read() -> list[dict[str, str]]:
-    if not RESULTS.is_file():
-        return []
-    with open(RESULTS, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(found: dict[str, Any]) -> None:
-    new = not RESULTS.is_file()
-    with open(RESULTS, "a", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            table.writeheader()
-        table.writerow(found)
+def time_all(teacher: str, pictures: int = 8, rounds: int = 3) -> None:
+    """Rows of the seconds a picture takes with each mixer; training changes nothing about them."""
+    pipes: dict[str, Any] = {"the teacher": TEACHERS[teacher]()}
+    for name, mixer in RIVALS.items():
+        pipes[name] = TEACHERS[teacher]()
+        convert(pipes[name], uniform(mixer))
+    prompts = mini.held_out_data().captions[:pictures]
+    calls = {name: partial(generate, pipe, prompts) for name, pipe in pipes.items()}
+    cpu = torch.device("cpu")
+    for name, timing in interleaved(calls, cpu, rounds).items():
+        seconds = {
+            "seconds_per_picture": f"{timing.median / pictures:.4f}",
+            "least": f"{min(timing.seconds) / pictures:.4f}",
+            "most": f"{max(timing.seconds) / pictures:.4f}",
+            **surroundings(cpu),
+        }
+        TIMED.once(lambda seconds=seconds: seconds, teacher, name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, default=1000, help="pictures of a set; 0: none")
+    parser.add_argument("--seconds", action="store_true", help="time them, and nothing else")
     args = parser.parse_args()
-    first, *others = args.seeds
-    for name in args.models:
+    for teacher in args.models:
+        if args.seconds:
+            time_all(teacher)
+            continue
         best = {}
-        for rival in RIVALS:
-            rates = RATES if rival != "nothing" else RATES[:1]
-            rows = [row(name, rival, rate, first, args.steps) for rate in rates]
-            best[rival] = min(rows, key=lambda each: float(each["epsilon_error"]))
-        for rival, each in best.items():
-            for seed in others if rival != "nothing" else ():
-                row(name, rival, float(each["learning_rate"]), seed, args.steps)
+        for name in RIVALS:
+            rates = RATES if name != "nothing" else RATES[:1]
+            rows = [train(teacher, name, rate, 0, args.steps) for rate in rates]
+            best[name] = min(rows, key=error_of)
+        others = [row for name, row in best.items() if not isinstance(RIVALS[name], DeltaConv)]
+        for row in (best[OURS], *sorted(others, key=error_of)[:2]):
+            for seed in (1, 2):
+                train(teacher, row["mixer"], float(row["learning_rate"]), seed, args.steps)
+        if args.samples:
+            chosen = {
+                name: rival(name, float(row["learning_rate"]), 0, args.steps)
+                for name, row in best.items()
+            }
+            draw(teacher, chosen, args.samples)
+
+
+def error_of(row: dict[str, str]) -> float:
+    return float(row["epsilon_error"])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 
+import quality_tables
 import speed_tables
 from pages import RESULTS, ROOT, read, table
 
@@ -124,9 +125,9 @@ def efficiency() -> str:
     first = next(iter(runs.values()))[0]
     return f"""{table(heads, lines)}
 
-Steps (and seconds) until the ε-error on 32 held-out samples is at most so many times that of the
-paper's recipe after {first["length"]} steps with the same seed; median of {len(seeds)} seeds. From
-[results/efficiency.csv](../results/efficiency.csv), written by `python recipes/efficiency.py`."""
+Steps (and processor seconds) until the ε-error on 32 held-out samples is at most so many times that
+of the paper's recipe after {first["length"]} steps of the same seed; median of {len(seeds)} seeds.
+From [results/efficiency.csv](../results/efficiency.csv), by `python recipes/efficiency.py`."""
 
 
 def median_of(reached: list[tuple[int, float] | None]) -> str:
@@ -270,6 +271,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mini": partial(layers, "analysis-mini"),
     "pixart": partial(layers, "analysis-pixart"),
     **speed_tables.TABLES,
+    **quality_tables.TABLES,
 }
 
 

@@ -152,11 +152,15 @@ class DeltaConvBlock(TokenMixer):
         for i, conv in enumerate(self.convs):
             if i:
                 pooled = halve(pooled) if self.config.pooling == "ceil" else shrink(maps, 2**i)
-            mixed = apply_gate(conv(pooled), self.config.gate)
+            mixed = self.meet(conv(pooled))
             if i:
                 mixed = F.interpolate(mixed, size=size, mode="bilinear", align_corners=False)
             stages.append(mixed)
         return torch.cat(stages, dim=1)
+
+    def meet(self, maps: Tensor) -> Tensor:
+        """The gate of a stage: maps [B, C', h, w] to [B, C'/2, h, w]."""
+        return apply_gate(maps, self.config.gate)
 
     @torch.no_grad()
     def init_from(self, attention: Any) -> None:

@@ -1,0 +1,126 @@
+"""Blocks of one base put into a fine-tune of it: do they fit there, and what does distilling bring?
+
+`python recipes/another_base.py` fine-tunes the embedded teacher on one of the two designs that it
+knows. The shipped blocks, which were distilled from the base, go into the fine-tune as they are,
+and are then distilled on; fresh blocks of the same kind are distilled for as long. ε-errors against
+the fine-tune itself, on held-out names of its design, go to `results/another_base.csv`, beside
+those of the shipped blocks in their own base, and the distance of the two bases.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from convfusion import ConvertConfig, convert, load, mini, uniform
+from convfusion.adapters import denoiser_of
+from convfusion.conditioning import encode_conditioning
+from convfusion.data import LatentDataset
+from convfusion.demo import distillation, error
+from convfusion.distill import distill
+from convfusion.evaluate import epsilon_error
+from convfusion.mixers import Removed
+from convfusion.schedule import add_noise, noise_schedule
+from convfusion.surgery import mixers_of
+from experiment import KEPT, Table, digest, weights_of
+
+TABLE = Table("another_base.csv", ["variant", "design", "tuning_steps", "steps", "made"])
+Row = dict[str, str]
+
+
+def of_design(data: LatentDataset, design: str) -> LatentDataset:
+    """The samples whose caption names the design."""
+    picks = [i for i, caption in enumerate(data.captions) if caption.endswith(f", {design}")]
+    return LatentDataset(data.latents[picks], [data.captions[i] for i in picks])
+
+
+def fine_tune(design: str, steps: int) -> Any:
+    """The teacher, trained on with pictures of one design alone; kept for the next time."""
+    pipe = mini.load_teacher()
+    file = KEPT / "fine-tunes" / f"{digest(weights_of('mini'), design, steps)}.safetensors"
+    if not file.is_file():
+        train(pipe, of_design(mini.training_data(), design), steps)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(pipe.unet.state_dict(), file)
+    pipe.unet.load_state_dict(load_file(file))
+    return pipe
+
+
+def train(pipe: Any, data: LatentDataset, steps: int) -> None:
+    """The usual loss ‖ε − ε̂‖² on batches of 32; every weight of the denoiser learns."""
+    alphas_cumprod, _ = noise_schedule(pipe.scheduler)
+    optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    pipe.unet.train()
+    for _ in range(steps):
+        picks = torch.randint(len(data), (32,), generator=generator)
+        noise = torch.randn(32, *data.latents.shape[1:], generator=generator)
+        timesteps = torch.randint(1000, (32,), generator=generator)
+        with torch.no_grad():
+            told = encode_conditioning(pipe, [data.captions[i] for i in picks], (64, 64))
+        noisy = add_noise(data.latents[picks], noise, timesteps, alphas_cumprod)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = pipe.unet(noisy, timestep=timesteps, return_dict=False, **told)[0]
+        loss = F.mse_loss(found.float(), noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    pipe.unet.eval()
+
+
+def measured(variant: str, design: str, tuning: int, steps: int) -> Row:
+    """The ε-error of one variant against the model whose attention it replaces."""
+    held_out = of_design(mini.held_out_data(), design)
+    base = mini.load_teacher() if "their own base" in variant else fine_tune(design, tuning)
+    if variant == "the base itself":
+        found = epsilon_error(mini.load_teacher(), base.unet, held_out.latents, held_out.captions)
+        return {"epsilon_error": f"{found:.4e}"}
+    if variant == "nothing":
+        convert(base, uniform(Removed()))
+    elif variant.startswith("fresh"):
+        convert(base, shipped_kind())
+    else:
+        load(base, mini.STUDENT)
+    if steps:
+        fresh = variant.startswith("fresh")
+        config = distillation(steps)
+        if not fresh:  # they imitate well already
+            config = replace(config, start="converted", imitation_steps=0, learning_rate=5e-3)
+        distill(base, of_design(mini.training_data(), design), config)
+    return {"epsilon_error": f"{error(base, held_out):.4e}"}
+
+
+def shipped_kind() -> ConvertConfig:
+    """A conversion to blocks of the shipped student's kind."""
+    mixers = mixers_of(denoiser_of(mini.load_student()))
+    return ConvertConfig({path: mixer.config for path, mixer in mixers.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--design", choices=("noto", "twemoji"), default="noto")
+    parser.add_argument("--tuning-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=200)
+    args = parser.parse_args()
+    for variant, steps in (
+        ("the base itself", 0),
+        ("nothing", 0),
+        ("shipped blocks in their own base", 0),
+        ("shipped blocks", 0),
+        ("shipped blocks, distilled on", args.steps // 4),
+        ("shipped blocks, distilled on", args.steps),
+        ("fresh blocks", args.steps // 4),
+        ("fresh blocks", args.steps),
+    ):
+        key = (variant, args.design, args.tuning_steps, steps)
+        TABLE.once(partial(measured, *key), *key, weights_of("mini"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What the experiments share: teachers, students that are made once, tables that go on.
+
+A row of a table is written as soon as it is measured, and not measured again while its `made`, a
+hash of the teacher's weights and of every setting, is there. Students are kept beside it, in
+`recipes/run/students`, so that experiments which need the same one train it once.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from diffusers.models.attention_processor import AttnProcessor
+
+from convfusion import ConvertConfig, DeltaConv, convert, load, mini, save, status
+from convfusion.adapters import denoiser_of
+from convfusion.demo import distillation, error, spread
+from convfusion.distill import DistillConfig, distill
+from convfusion.fingerprint import fingerprint
+from convfusion.flops import site_flops
+from mini.pixart import load_pixart
+
+RESULTS = Path(__file__).parent.parent / "results"
+KEPT = Path(__file__).parent / "run"
+TEACHERS: dict[str, Callable[[], Any]] = {"mini": mini.load_teacher, "pixart": load_pixart}
+LATENTS = {"mini": (16, 16), "pixart": (32, 32)}  # that operations are counted for
+JUDGED = 64  # held-out latents that ε-errors are measured on
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is made of a teacher.
+
+    Attributes:
+        blocks: what is converted, and to which mixers.
+        settings: of the distillation; None leaves the blocks as they are converted.
+    """
+
+    blocks: ConvertConfig
+    settings: DistillConfig | None
+
+    def made(self, teacher: str) -> str:
+        """A hash of the teacher's weights and of all settings."""
+        settings = asdict(self.settings) if self.settings else None
+        return digest(weights_of(teacher), self.blocks.to_dict(), settings)
+
+
+def recipe(blocks: ConvertConfig, steps: int, seed: int = 0, **settings: Any) -> Recipe:
+    """The demo's distillation with other blocks, and other settings where some are named.
+
+    In bfloat16, which a CPU of today trains faster.
+    """
+    starts = all(isinstance(mixer, DeltaConv) for mixer in blocks.sites.values())
+    chosen = {"start": "attention" if starts else "converted", "autocast": "bf16", **settings}
+    config = DistillConfig(**{**vars(distillation(steps, seed)), **chosen})
+    return Recipe(ConvertConfig(blocks.sites, seed=seed), config)
+
+
+def student(teacher: str, made_by: Recipe) -> tuple[Any, float]:
+    """The pipeline of a student and the seconds that its distillation took, now or then."""
+    folder = KEPT / "students" / made_by.made(teacher)
+    pipe = TEACHERS[teacher]()
+    if (folder / "seconds.json").is_file():
+        load(pipe, folder)
+        return pipe, json.loads((folder / "seconds.json").read_text())
+    unfused(pipe)
+    convert(pipe, made_by.blocks)
+    started = time.perf_counter()
+    if made_by.settings is not None:
+        distill(pipe, mini.training_data(), made_by.settings)
+    seconds = round(time.perf_counter() - started, 1)
+    save(pipe, folder)
+    (folder / "seconds.json").write_text(json.dumps(seconds))
+    return pipe, seconds
+
+
+def unfused(pipe: Any) -> None:
+    """Attention as products and a softmax: on a CPU faster to train than the fused one."""
+    denoiser_of(pipe).set_attn_processor(AttnProcessor())
+
+
+def judged(teacher: str, made_by: Recipe) -> dict[str, Any]:
+    """A student's ε-error on names that no training saw, and what it costs."""
+    pipe, seconds = student(teacher, made_by)
+    costs = site_flops(pipe, LATENTS[teacher]).values()
+    return {
+        "epsilon_error": f"{error(pipe, spread(mini.held_out_data(), JUDGED)):.4e}",
+        "parameters": sum(site.mixer_parameters for site in status(pipe).sites),
+        "operations": sum(own for _, own in costs),
+        "attention_operations": sum(attention for attention, _ in costs),
+        "seconds": seconds,
+    }
+
+
+class Table:
+    """A CSV in `results/` whose rows are written one by one and found again.
+
+    Args:
+        name: of the file.
+        keys: the columns that tell rows apart.
+    """
+
+    def __init__(self, name: str, keys: Iterable[str]) -> None:
+        self.path, self.keys = RESULTS / name, tuple(keys)
+
+    def rows(self) -> list[dict[str, str]]:
+        if not self.path.is_file():
+            return []
+        with open(self.path, newline="") as file:
+            return list(csv.DictReader(file))
+
+    def once(self, measure: Callable[[], dict[str, Any]], *key: Any) -> dict[str, str]:
+        """The row with this key, which is measured and written unless it is there."""
+        wanted = dict(zip(self.keys, map(str, key), strict=True))
+        for row in self.rows():
+            if wanted.items() <= row.items():
+                return row
+        found = wanted | {name: str(value) for name, value in measure().items()}
+        new = not self.path.is_file()
+        with open(self.path, "a", newline="") as file:
+            table = csv.DictWriter(file, list(found), lineterminator="\n")
+            if new:
+                table.writeheader()
+            table.writerow(found)
+        print(*found.values(), flush=True)
+        return found
+
+
+@cache
+def weights_of(teacher: str) -> str:
+    """Fingerprint of a teacher's denoiser."""
+    return fingerprint(denoiser_of(TEACHERS[teacher]()))
+
+
+def digest(*facts: Any) -> str:
+    """Twelve digits that stand for JSON-ready facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

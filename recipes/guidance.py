@@ -1,0 +1,74 @@
+"""Does a student need another guidance scale, other steps or another solver than its teacher?
+
+`python recipes/guidance.py` draws with the embedded teacher and its shipped student and writes
+`results/guidance.csv`, the kernel distance of either to real pictures over guidance scales, and
+`results/solvers.csv`, the PSNR of the student's pictures to the teacher's at equal seeds over
+solvers and numbers of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+from convfusion import mini
+from convfusion.evaluate import mean_psnr
+from convfusion.generate import generate
+from experiment import Table, weights_of
+from pictures import BATCH, Drawn, distances, look, real_pictures
+from sizes import shipped
+
+SCALES = Table("guidance.csv", ["pipeline", "guidance", "samples", "made"])
+SOLVED = Table("solvers.csv", ["solver", "steps", "guidance", "samples", "made"])
+SOLVERS = {
+    "DDIM": DDIMScheduler,
+    "DPM-Solver++ 2M": DPMSolverMultistepScheduler,
+    "Euler": EulerDiscreteScheduler,
+}
+
+
+def draw(pipe: Any, solver: str, steps: int, guidance: float, samples: int) -> list[Any]:
+    """Pictures of held-out names."""
+    pipe.scheduler = SOLVERS[solver].from_config(pipe.scheduler.config)
+    prompts = mini.held_out_data().captions[:: len(mini.held_out_data()) // samples][:samples]
+    return generate(pipe, prompts, steps=steps, guidance=guidance, batch_size=BATCH)
+
+
+def alike(solver: str, steps: int, guidance: float, samples: int) -> dict[str, str]:
+    """PSNR of the student's pictures to the teacher's."""
+    student, teacher = (
+        draw(pipe, solver, steps, guidance, samples)
+        for pipe in (mini.load_student(), mini.load_teacher())
+    )
+    return {"psnr": f"{mean_psnr(student, teacher):.2f}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=382, help="pictures of a set")
+    parser.add_argument("--pairs", type=int, default=32, help="pictures that are compared")
+    args = parser.parse_args()
+    maker, made = shipped()
+    pipelines = {"teacher": (mini.load_teacher, weights_of("mini")), "student": (maker, made)}
+    real = real_pictures(mini.load_teacher())
+    for guidance in (1.0, 2.0, 3.0, 5.0, 7.5):
+        for name, (make, weights) in pipelines.items():
+            drawn = Drawn(args.samples, guidance=guidance)
+            SCALES.once(
+                lambda make=make, weights=weights, drawn=drawn: distances(
+                    look(make, weights, drawn), real
+                ),
+                *(name, guidance, args.samples, weights),
+            )
+    for solver in SOLVERS:
+        for steps in (10, 25, 50):
+            SOLVED.once(
+                lambda solver=solver, steps=steps: alike(solver, steps, mini.GUIDANCE, args.pairs),
+                *(solver, steps, mini.GUIDANCE, args.pairs, made),
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Pictures of the mini models as sets: drawn once, and seen by one network.
+
+Features are kept in `recipes/run/features`, so that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from convfusion import mini
+from convfusion.evaluate import frechet_distance, kernel_distance, open_extractor
+from convfusion.evaluate.real import decoded
+from convfusion.generate import generate
+from experiment import KEPT, digest
+
+BATCH = 50
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Which pictures: the prompts are the captions of held-out names, in turn.
+
+    Attributes:
+        samples: how many.
+        first_seed: of the first one; the others count on.
+        steps: of the pipeline's own scheduler.
+        guidance: classifier-free guidance scale.
+        size: (height, width) in pixels.
+    """
+
+    samples: int
+    first_seed: int = 0
+    steps: int = 25
+    guidance: float = mini.GUIDANCE
+    size: tuple[int, int] = (64, 64)
+
+
+def look(maker: Callable[[], Any], made: str, drawn: Drawn) -> Tensor:
+    """Features [samples, 1280] of what a pipeline draws; it is made only if it must draw."""
+    file = KEPT / "features" / f"{digest(made, asdict(drawn))}.safetensors"
+    if not file.is_file():
+        captions = mini.held_out_data().captions
+        prompts = [captions[i % len(captions)] for i in range(drawn.samples)]
+        seeds = [drawn.first_seed + i for i in range(drawn.samples)]
+        images = generate(
+            maker(), prompts, seeds=seeds, steps=drawn.steps, guidance=drawn.guidance,
+            size=drawn.size, batch_size=BATCH,
+        )  # fmt: skip
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(".part")
+        save_file({"features": extractor()(images).features.contiguous()}, aside)
+        aside.replace(file)
+    return load_file(file)["features"]
+
+
+def real_pictures(pipe: Any) -> Tensor:
+    """Features of the held-out pictures, as the model's VAE decodes them."""
+    return extractor()(decoded(pipe, mini.held_out_data(), "held out", (64, 64))).features
+
+
+def distances(features: Tensor, reference: Tensor) -> dict[str, str]:
+    """Kernel distance with its error and Fréchet distance, as the columns of a row."""
+    kid = kernel_distance(features, reference)
+    return {
+        "kid": f"{kid.value:.5f}",
+        "kid_error": f"{kid.error:.5f}",
+        "frechet": f"{frechet_distance(features, reference):.3f}",
+        "reference_samples": str(len(reference)),
+    }
+
+
+@cache
+def extractor() -> Any:
+    return open_extractor("efficientnet-lite0", "cpu")

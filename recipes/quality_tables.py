@@ -1,0 +1,173 @@
+"""The tables of docs/quality.md: how good students are, and what it hangs on."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from pages import read, table
+
+Row = dict[str, str]
+
+
+def number(value: str | float) -> str:
+    return f"{float(value):.2e}"
+
+
+def spread(rows: list[Row]) -> str:
+    """Mean ε-error and, of several seeds, its range."""
+    errors = [float(row["epsilon_error"]) for row in rows]
+    mean = number(statistics.mean(errors))
+    return mean if len(errors) == 1 else f"{mean} ({number(min(errors))} … {number(max(errors))})"
+
+
+def cost(row: Row) -> str:
+    """Operations of the attention over those of the mixers."""
+    own = int(row["operations"])
+    return f"{int(row['attention_operations']) / own:.2f}×" if own else "–"
+
+
+def millions(row: Row) -> str:
+    return f"{int(row['parameters']) / 1e6:.2f}M"
+
+
+def rivals(model: str) -> str:
+    """The mixers under one recipe, the best first."""
+    runs: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in read("rivals.csv"):
+        if row["model"] == model:
+            runs[row["mixer"]][row["learning_rate"]].append(row)
+    best = {
+        name: min(by.values(), key=lambda rows: float(rows[0]["epsilon_error"]))
+        for name, by in runs.items()
+    }
+    heads = ["in place of self-attention", "ε-error", "rate", "parameters", "fewer operations"]
+    lines = [
+        [name, spread(rows), rows[0]["learning_rate"], millions(rows[0]), cost(rows[0])]
+        for name, rows in sorted(best.items(), key=lambda pair: mean_error(pair[1]))
+    ]
+    return table(heads, lines)
+
+
+def mean_error(rows: list[Row]) -> float:
+    return statistics.mean(float(row["epsilon_error"]) for row in rows)
+
+
+def rival_pictures(model: str) -> str:
+    """Distances of the pictures to real ones and to the teacher's."""
+    found: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in read("rivals_pictures.csv"):
+        if row["model"] == model:
+            found[row["mixer"]][row["reference"]] = row
+    heads = ["pictures of", "KID to real", "KID to the teacher's", "Fréchet, real", "teacher's"]
+    lines = []
+    for name, by in sorted(found.items(), key=lambda pair: float(pair[1]["teacher"]["kid"])):
+        sets = [by["real"], by["teacher"]]
+        lines.append([name, *map(kid, sets), *(f"{float(row['frechet']):.1f}" for row in sets)])
+    first = next(iter(found.values()))
+    samples = [first[name]["reference_samples"] for name in ("real", "teacher")]
+    return f"""{table(heads, lines)}
+
+{first["real"]["samples"]} pictures each, against {samples[0]} real and {samples[1]} of the teacher
+from other noises. EfficientNet-Lite0 features."""
+
+
+def kid(row: Row) -> str:
+    return f"{float(row['kid']):.3f} ± {float(row['kid_error']):.3f}"
+
+
+def ablation() -> str:
+    rows = read("ablation.csv")
+    runs: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        runs[row["part"], row["variant"]].append(row)
+    whole = mean_error(next(iter(runs.values())))
+    lines = [
+        [part, name, spread(own), f"{mean_error(own) / whole:.2f}", millions(own[0]), cost(own[0])]
+        for (part, name), own in runs.items()
+    ]
+    heads = ["part", "variant", "ε-error", "over the first", "parameters", "fewer operations"]
+    return f"{table(heads, lines)}\n\n{rows[0]['steps']} steps each."
+
+
+def layers() -> str:
+    rows = read("layers.csv")
+    orders = [
+        order for order in dict.fromkeys(row["order"] for row in rows) if "every" not in order
+    ]
+    by = {(row["order"], row["sites"]): row["epsilon_error"] for row in rows}
+    counts = sorted({row["sites"] for row in rows}, key=int)
+    lines = [[k, *(number(by[order, k]) for order in orders)] for k in counts]
+    second = [row for row in rows if "every" in row["order"]]
+    told = "; ".join(f"{r['order']}, {r['sites']}: {number(r['epsilon_error'])}" for r in second)
+    return f"{table(['sites', *orders], lines)}\n\n{told}. {rows[0]['steps']} steps each."
+
+
+def sizes(model: str) -> str:
+    found: dict[tuple[int, int], dict[str, Row]] = defaultdict(dict)
+    for row in read("sizes.csv"):
+        if row["model"] == model:
+            found[int(row["width"]), int(row["height"])][row["pipeline"]] = row
+    heads = ["pixels", "noise error: teacher", "student", "ε-error", "KID: teacher", "student"]
+    lines = []
+    for (width, height), by in found.items():
+        pair = [by["teacher"], by["student"]]
+        errors = [number(row["noise_error"]) for row in pair]
+        own = number(by["student"]["epsilon_error"])
+        lines.append([f"{width}×{height}", *errors, own, *map(kid, pair)])
+    return table(heads, lines)
+
+
+def another_base() -> str:
+    rows = read("another_base.csv")
+    lines = [[r["variant"], r["steps"], number(r["epsilon_error"])] for r in rows]
+    return table(["in the fine-tune", "steps of distillation", "ε-error"], lines)
+
+
+def lighter() -> str:
+    rows = read("lighter.csv")
+    kernels = list(dict.fromkeys(row["kernels"] for row in rows))
+    ratios = list(dict.fromkeys(row["ratio"] for row in rows))
+    by = {(row["ratio"], row["kernels"]): row for row in rows}
+    lines = [
+        [
+            ratio,
+            *(f"{number(by[ratio, k]['epsilon_error'])} ({cost(by[ratio, k])})" for k in kernels),
+        ]
+        for ratio in ratios
+    ]
+    return table(["channel ratio", *(f"K {k}" for k in kernels)], lines)
+
+
+def guidance() -> str:
+    found: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in read("guidance.csv"):
+        found[row["guidance"]][row["pipeline"]] = row
+    lines = [[scale, kid(by["teacher"]), kid(by["student"])] for scale, by in found.items()]
+    return table(["guidance", "KID to real: teacher", "student"], lines)
+
+
+def solvers() -> str:
+    rows = read("solvers.csv")
+    steps = list(dict.fromkeys(row["steps"] for row in rows))
+    by: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        by[row["solver"]][row["steps"]] = f"{float(row['psnr']):.1f} dB"
+    lines = [[name, *(found[each] for each in steps)] for name, found in by.items()]
+    return table(["solver", *(f"{each} steps" for each in steps)], lines)
+
+
+TABLES: dict[str, Callable[[], Any]] = {
+    **{f"rivals {name}": partial(rivals, name) for name in ("mini", "pixart")},
+    **{f"pictures {name}": partial(rival_pictures, name) for name in ("mini", "pixart")},
+    **{f"sizes {name}": partial(sizes, name) for name in ("mini", "pixart")},
+    "parts": ablation,
+    "layers": layers,
+    "another base": another_base,
+    "lighter": lighter,
+    "guidance": guidance,
+    "solvers": solvers,
+}

@@ -1,0 +1,109 @@
+"""Pictures of other sizes than those of the training, by teacher and student.
+
+`python recipes/sizes.py` fits held-out pictures into larger and oblong frames (on white, as they
+are), and measures at each size, for the teacher and for a student of it,
+
+- the noise error ‖ε̂ − ε‖²/‖ε‖² on those pictures, noised: who of the two is nearer to the truth;
+- the ε-error of the student against the teacher;
+- the kernel distance of drawn pictures to those pictures, with its standard error.
+
+It writes `results/sizes.csv`. The embedded model is judged with its shipped student, the small
+PixArt with one that is distilled for `--steps`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from convfusion import DeltaConv, mini, uniform
+from convfusion.adapters import Denoiser, denoiser_of
+from convfusion.conditioning import encode_conditioning
+from convfusion.data import LatentDataset
+from convfusion.data.pictures import encode_pictures
+from convfusion.demo import error, spread
+from convfusion.evaluate import TIMESTEPS, predictions, relative_error
+from convfusion.evaluate.real import decoded
+from convfusion.fingerprint import fingerprint
+from convfusion.schedule import noise_schedule
+from experiment import TEACHERS, Table, digest, recipe, student, weights_of
+from pictures import Drawn, distances, extractor, look
+
+TABLE = Table("sizes.csv", ["model", "pipeline", "width", "height", "samples", "made"])
+SIZES = ((64, 64), (96, 96), (64, 128), (128, 64), (128, 128), (256, 256))  # (height, width)
+JUDGED = 32  # pictures that errors are measured on
+Size = tuple[int, int]
+
+
+@cache
+def framed(size: Size) -> LatentDataset:
+    """Held-out pictures, enlarged into a frame of (height, width), as latents of both models."""
+    pipe, data = mini.load_teacher(), mini.held_out_data()
+    latents = []
+    for image in decoded(pipe, data, "held out", (64, 64)):
+        fitted = ImageOps.pad(image, size[::-1], Image.Resampling.BICUBIC, color="white")
+        with torch.no_grad():
+            latents.append(encode_pictures(pipe.vae, np.asarray(fitted)[None]))
+    return LatentDataset(torch.cat(latents), data.captions)
+
+
+def noise_error(pipe: Any, denoiser: Denoiser, data: LatentDataset, size: Size) -> float:
+    """Mean ‖ε̂ − ε‖²/‖ε‖² over latents and timesteps, each pair with noise of its own."""
+    generator = torch.Generator().manual_seed(123_456)
+    noises = {t: torch.randn(data.latents.shape, generator=generator) for t in TIMESTEPS}
+    told = encode_conditioning(pipe, data.captions, size)
+    schedule = noise_schedule(pipe.scheduler)
+    found = predictions(denoiser, schedule, data.latents, noises, told)
+    errors = [relative_error(e, noise) for e, noise in zip(found, noises.values(), strict=True)]
+    return torch.stack(errors).mean().item()
+
+
+def measured(maker: Callable[[], Any], made: str, size: Size, samples: int) -> dict[str, str]:
+    """The row of a pipeline, converted or not, at one size."""
+    pipe, data = maker(), spread(framed(size), JUDGED)
+    reference = extractor()(decoded(pipe, framed(size), "framed", size)).features
+    own = noise_error(pipe, denoiser_of(pipe), data, size)
+    converted = made not in map(weights_of, TEACHERS)
+    return {
+        "noise_error": f"{own:.4e}",
+        "epsilon_error": f"{error(pipe, data):.4e}" if converted else "",
+        **distances(look(maker, made, Drawn(samples, size=size)), reference),
+    }
+
+
+def shipped() -> tuple[Callable[[], Any], str]:
+    """The embedded model's student, and what tells it from others."""
+    return mini.load_student, digest("shipped", fingerprint(denoiser_of(mini.load_student())))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=TEACHERS, default=list(TEACHERS))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=100)
+    args = parser.parse_args()
+    for model in args.models:
+        how = recipe(uniform(DeltaConv()), args.steps, learning_rate=2e-2)
+        distilled = (lambda model=model, how=how: student(model, how)[0], how.made(model))
+        pipelines = {
+            "teacher": (TEACHERS[model], weights_of(model)),
+            "student": shipped() if model == "mini" else distilled,
+        }
+        for height, width in SIZES:
+            for name, (maker, made) in pipelines.items():
+                TABLE.once(
+                    lambda maker=maker, made=made, size=(height, width): measured(
+                        maker, made, size, args.samples
+                    ),
+                    *(model, name, width, height, args.samples, made),
+                )
+
+
+if __name__ == "__main__":
+    main()
