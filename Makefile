@@ -29,7 +29,7 @@ bench: $(VENV)/.installed
 	$(LATENCY) $(SIZES) --limit 12
 	$(LATENCY) --backward --size 512x512 --mixers delta_conv,linfusion
 	$(LATENCY) --whole --mixers delta_conv,linfusion,removed --size 512x512 --rounds 2
-	$(LATENCY) --whole --mixers delta_conv,removed --size 1024x1024 --rounds 1 --no-warm-up
+	$(LATENCY) --whole --mixers delta_conv,removed --size 1024x1024 --rounds 2
 	$(LATENCY) --whole --mixers delta_conv --size 2048x2048 --batch 1 --rounds 1 --no-warm-up
 	$(BIN)/python recipes/tables.py
 

@@ -172,10 +172,27 @@ def denoiser() -> str:
     return f"{table(heads, lines)}\n\n{where(rows)}"
 
 
+def headline() -> str:
+    """SD1.5's whole denoiser and its first site: operations and time, attention over blocks."""
+    rows = [r for r in measured() if not r.backward]
+    by_size = {(by[ATTENTION].width, bool(by[ATTENTION].site)): by for by in reversed(cases(rows))}
+    lines = []
+    for width in (512, 1024, 2048):
+        whole, site = by_size[width, False], by_size.get((width, True), {})
+        fewer = times(flops_totals()["sd15"][width, width]["delta_conv 0.5"])
+        ratios = [faster(site, "delta_conv 0.5"), faster(whole, "delta_conv 0.5")]
+        lines.append([f"{width}×{width}", fewer, *ratios])
+    heads = ["SD1.5", "fewer operations, all sites", "faster, its first site", "whole denoiser"]
+    return f"{table(heads, lines)}\n\n{where(rows).partition('; ')[0]}."
+
+
 def crossover() -> str:
     """From which size on each variant is the faster one, per kind of site and for the whole."""
     rows = measured()
-    names = {row.series: place(row) if row.site else "the whole denoiser" for row in rows}
+    names = {
+        row.series: place(row) if row.site else f"the whole denoiser, batch {row.batch}"
+        for row in rows
+    }
     found: dict[tuple, dict[str, Crossover]] = defaultdict(dict)
     for each in crossovers(row for row in rows if not row.backward):
         found[each.series][each.variant] = each
@@ -183,7 +200,7 @@ def crossover() -> str:
     lines = []
     for series, by in found.items():
         sizes = sorted(next(iter(by.values())).speedup)
-        span = f"{sizes[0]:,} – {sizes[-1]:,}"
+        span = " – ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
         lines.append([names[series], span, *(said(by.get(v)) for v in variants)])
     return table(["", "tokens measured", *(NAMES[name] for name in variants)], lines)
 
@@ -244,4 +261,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "crossover": crossover,
     "growth": exponents,
     "layouts": layouts,
+    "headline": headline,
 }
