@@ -80,7 +80,7 @@ def variants(steps: int, seed: int) -> dict[tuple[str, str], Recipe]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     for seed in args.seeds:

@@ -113,7 +113,7 @@ def time_all(teacher: str, pictures: int = 8, rounds: int = 3) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=TEACHERS, default=list(TEACHERS))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--samples", type=int, default=1000, help="pictures of a set; 0: none")
     parser.add_argument("--seconds", action="store_true", help="time them, and nothing else")
     args = parser.parse_args()

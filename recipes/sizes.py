@@ -85,7 +85,7 @@ def shipped() -> tuple[Callable[[], Any], str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=TEACHERS, default=list(TEACHERS))
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--samples", type=int, default=100)
     args = parser.parse_args()
     for model in args.models:

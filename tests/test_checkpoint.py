@@ -14,7 +14,6 @@ import convfusion
 from convfusion import CheckpointError, ConvFusionError, DeltaConv, Removed, uniform
 from convfusion.adapters import denoiser_of
 from convfusion.checkpoint import (
-    BARE,
     BLOCKS,
     MANIFEST,
     _public_name,
@@ -22,6 +21,7 @@ from convfusion.checkpoint import (
     write_tensors,
 )
 from convfusion.generate import generate
+from convfusion.pipelines import BARE
 from convfusion.surgery import mixers_of
 
 

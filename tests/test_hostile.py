@@ -239,3 +239,32 @@ def test_shards_lie_in_their_own_folder(pipeline):
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "../../other.safetensors"}}))
     with pytest.raises(CheckpointError, match="must name files of its own folder"):
         convfusion.load_pipeline(pipeline)
+
+
+SIZES = {
+    "a table for a huge picture": ("unet", {"sample_size": 10**9}, "'sample_size' is beyond 1024"),
+    "layers without end": ("unet", {"layers_per_block": 10**9}, "'layers_per_block' is beyond"),
+    "a list of such": ("vae", {"block_out_channels": [32, 10**9]}, "'block_out_channels' is"),
+    "a huge vocabulary": ("text_encoder", {"vocab_size": 10**12}, "'vocab_size' is beyond"),
+}
+
+
+@pytest.mark.parametrize("harm", SIZES)
+def test_a_config_asks_for_no_more_than_models_have(harm, pipeline):
+    part, values, message = SIZES[harm]
+    config = json.loads((pipeline / part / "config.json").read_text())
+    (pipeline / part / "config.json").write_text(json.dumps({**config, **values}))
+    with pytest.raises(CheckpointError, match=message):
+        convfusion.load_pipeline(pipeline)
+
+
+def test_without_attention_nothing_is_built_that_its_weights_do_not_fill(tmp_path):
+    pipe = stable_diffusion()
+    convfusion.convert(pipe)
+    convfusion.drop_attention(pipe)
+    convfusion.save_pipeline(pipe, tmp_path / "bare")
+    file = tmp_path / "bare" / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "block_out_channels": [32768, 65536]}))
+    with pytest.raises(CheckpointError, match="does not fit its config"):
+        convfusion.load_pipeline(tmp_path / "bare")

@@ -150,7 +150,9 @@ def test_a_revision_of_something_local_is_an_error(tmp_path):
             load_pipeline(model, "float32", "cpu", revision="v1")
 
 
-@pytest.mark.parametrize("command", ["convert", "generate", "cache", "analyze", "ablate", "curve"])
+@pytest.mark.parametrize(
+    "command", ["convert", "generate", "cache", "analyze", "ablate", "curve", "plan"]
+)
 def test_commands_pass_the_revision_on(command, cached, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("red\n")
     options = {
@@ -159,9 +161,10 @@ def test_commands_pass_the_revision_on(command, cached, tmp_path, monkeypatch, c
         "ablate": ["--prompts", tmp_path / "prompts.txt"],
         "cache": ["--data", tmp_path / "prompts.txt"],
         "curve": ["--data", tmp_path / "prompts.txt"],
+        "plan": ["--size", "64x64"],
     }
-    line = [command, cached, "--revision", "v9", "--out", tmp_path / "out"]
-    line += options.get(command, [])
+    line = [command, cached, "--revision", "v9"]
+    line += options.get(command, []) + ([] if command == "plan" else ["--out", tmp_path / "out"])
     monkeypatch.setattr("sys.argv", ["convfusion", *map(str, line)])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -17,10 +17,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from convfusion.block import DeltaConv, DeltaConvBlock
-    from convfusion.checkpoint import load, load_pipeline, save, save_pipeline
+    from convfusion.checkpoint import load, save
     from convfusion.config import ConvertConfig, uniform, with_kernel_sizes
     from convfusion.errors import CheckpointError, ConvFusionError, UnsupportedModelError
     from convfusion.mixers import MeanOnly, Removed
+    from convfusion.pipelines import load_pipeline, save_pipeline
     from convfusion.surgery import convert, drop_attention, revert, status
 
 # Loaded at first use, so that `convfusion --help` does not wait for torch and diffusers.
@@ -28,9 +29,9 @@ _HOME = {
     "DeltaConv": "block",
     "DeltaConvBlock": "block",
     "load": "checkpoint",
-    "load_pipeline": "checkpoint",
+    "load_pipeline": "pipelines",
     "save": "checkpoint",
-    "save_pipeline": "checkpoint",
+    "save_pipeline": "pipelines",
     "ConvertConfig": "config",
     "uniform": "config",
     "with_kernel_sizes": "config",

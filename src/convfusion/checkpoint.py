@@ -1,4 +1,4 @@
-"""Checkpoints: the mixers of a model alone, or a whole pipeline with them in place.
+"""Checkpoints: the mixers of a model alone.
 
 A checkpoint is a folder with `blocks.safetensors`, the mixers' tensors under
 `<site path>.mixer.<name>`, and `convfusion.json`, the manifest:
@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from convfusion import hub, released
 from convfusion.adapters import Denoiser, adapter_for, denoiser_of, list_sites
@@ -29,12 +26,10 @@ from convfusion.config import ConvertConfig
 from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.files import (
     FLOATS,
-    check_pipeline_index,
     few,
     read_header,
     read_json,
     read_tensors,
-    replace_folder,
     write_tensors,
     write_text,
 )
@@ -53,7 +48,6 @@ Blocks: TypeAlias = tuple[dict[str, Mixer], dict[str, dict[str, Tensor]]]  # set
 FORMAT = 1
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BLOCKS, MANIFEST = "blocks.safetensors", "convfusion.json"
-BARE = "model_without_attention.safetensors"  # a name that no stock loader looks for
 
 
 def save(pipe_or_model: Any, folder: str | Path) -> None:
@@ -167,105 +161,11 @@ def load(
     return status(model)
 
 
-def save_pipeline(pipe: Any, folder: str | Path) -> None:
-    """Write a whole converted pipeline, to be read back with `load_pipeline`.
-
-    The folder has diffusers' layout, and the blocks in `convfusion/`. Where the attention was
-    kept, diffusers' own `from_pretrained` reads it as the base model; where it was dropped, that
-    fails with a missing file instead of drawing with attention that was never trained.
-    """
-    model = denoiser_of(pipe)
-    name = _component(pipe, model)
-    if any(".base_layer." in key for key in model.state_dict()):
-        raise ConvFusionError(
-            "a LoRA is loaded: pipe.fuse_lora() folds it in, and pipe.unload_lora_weights() takes "
-            "it off; then save"
-        )
-    bare = any(not site.attention_kept for site in status(model).sites)
-    weights = BARE if bare else "diffusion_pytorch_model.safetensors"
-    folder = Path(folder)
-    aside = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    save(pipe, aside / "convfusion")
-    pipe.save_pretrained(aside, safe_serialization=True)
-    for file in (aside / name).glob("*.safetensors*"):
-        file.unlink()  # what diffusers wrote has the blocks among the stock weights
-    stock, _ = _parted(model)
-    write_tensors(aside / name / weights, {k: v.contiguous() for k, v in stock.items()})
-    replace_folder(aside, folder)
-
-
-def load_pipeline(folder: str | Path, **options: Any) -> Any:
-    """Read back what `save_pipeline` wrote: a pipeline that draws the same images bit for bit.
-
-    Args:
-        folder: on disk.
-        options: for diffusers' `DiffusionPipeline.from_pretrained`, such as `torch_dtype`. Without
-            that, everything is loaded in float32.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
-    from diffusers import DiffusionPipeline
-
-    folder = Path(folder)
-    if not (folder / "convfusion" / MANIFEST).is_file():
-        raise CheckpointError(f"{folder} is no converted pipeline: it has no convfusion/{MANIFEST}")
-    bare = next(iter(sorted(folder.glob(f"*/{BARE}"))), None)
-    check_pipeline_index(folder)
-    if "dtype" not in options:
-        options.setdefault("torch_dtype", torch.float32)
-    parts: dict[str, Any] = {}
-    if bare is not None:
-        name = bare.parent.name
-        dtype = options.get("dtype") or options["torch_dtype"]
-        if isinstance(dtype, dict):
-            dtype = dtype.get(name, dtype.get("default", torch.float32))
-        parts[name] = _load_bare(bare, folder / "convfusion").to(dtype)
-    try:
-        pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **parts, **options)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from None
-    if bare is None:
-        load(pipe, folder / "convfusion")
-    return pipe
-
-
-def _load_bare(weights: Path, blocks: Path) -> nn.Module:
-    """A converted denoiser without attention, from its config and the two weight files."""
-    import diffusers
-
-    config = read_json(weights.parent / "config.json")
-    named = config.get("_class_name") if isinstance(config, dict) else None
-    kind = getattr(diffusers, str(named), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
-        raise CheckpointError(f"{weights.parent}/config.json names no diffusers model")
-    with init_empty_weights(include_buffers=False):  # buffers that no file holds stay real
-        model = kind.from_config(config)
-    load(model, blocks, keep_attention=False)
-    tensors = read_tensors(weights)
-    stock, trained = _parted(model)
-    wrong = {k for k in stock.keys() & tensors.keys() if stock[k].shape != tensors[k].shape}
-    wrong |= stock.keys() ^ tensors.keys()
-    if wrong:
-        raise CheckpointError(f"{weights} does not fit its config: {few(wrong)}")
-    model.load_state_dict({**tensors, **trained}, assign=True)
-    return model.eval()
-
-
 def fill(mixer: TokenMixer, state: dict[str, Tensor]) -> None:
     """Give a mixer its values in its own dtype; one on the meta device takes the tensors over."""
     own = mixer.state_dict()
     cast = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
     mixer.load_state_dict(cast, assign=any(tensor.is_meta for tensor in own.values()))
-
-
-def _parted(model: Denoiser) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state of a converted model: its stock weights, and those of its mixers."""
-    mixers = tuple(f"{path}.mixer." for path in mixers_of(model))
-    state = model.state_dict()
-    trained = {key: value for key, value in state.items() if key.startswith(mixers)}
-    return {key: value for key, value in state.items() if key not in trained}, trained
 
 
 def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer]) -> dict[str, Any]:
@@ -381,10 +281,3 @@ def _expected_tensors(
             for name, tensor in mixer.state_dict().items():
                 expected[f"{site.path}.mixer.{name}"] = (site.path, name, tuple(tensor.shape))
     return expected
-
-
-def _component(pipe: Any, model: Denoiser) -> str:
-    for name in ("unet", "transformer"):
-        if getattr(pipe, name, None) is model:
-            return name
-    raise ConvFusionError("save_pipeline takes a pipeline; for a denoiser alone use save")

@@ -115,32 +115,6 @@ def replace_folder(aside: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_pipeline_index(folder: Path) -> None:
-    """Refuse a pipeline that brings code along, or names what lies outside its folder."""
-    from diffusers import pipelines
-
-    index = read_json(folder / "model_index.json")
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise CheckpointError(f"{folder}/model_index.json names no diffusers pipeline")
-    for name, part in index.items():
-        if not isinstance(part, list):  # a setting, and no component
-            continue
-        library = part[0] if part else None
-        ours = library in (None, "diffusers", "transformers") or hasattr(pipelines, str(library))
-        if not (name.isidentifier() and ours):
-            raise CheckpointError(
-                f"{folder}/model_index.json: {name[:60]!r} from {str(library)[:60]!r} is no "
-                "component of diffusers or transformers"
-            )
-    if code := next(folder.glob("*/*.py"), None):
-        raise CheckpointError(f"{code} is code, which no pipeline may bring along")
-    for shards in folder.glob("*/*.index.json"):
-        weights = read_json(shards)
-        files = weights.get("weight_map") if isinstance(weights, dict) else None
-        if not isinstance(files, dict) or any(Path(str(f)).name != f for f in files.values()):
-            raise CheckpointError(f"{shards} must name files of its own folder")
-
-
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     """The error for a file that cannot be read, with the first words of the cause."""
     return CheckpointError(f"{path} cannot be read: {str(error)[:200]}")

@@ -45,7 +45,7 @@ def convert(
     Without --blocks they are untrained: go on with `convfusion distill`. With a file of released
     weights as --blocks, what is written is in this package's own format.
     """
-    from convfusion import checkpoint, surgery
+    from convfusion import checkpoint, pipelines, surgery
 
     check_new(out)
     pipe = load_pipeline(model, precision, "cpu", revision)
@@ -55,6 +55,6 @@ def convert(
     if blocks_only:
         checkpoint.save(pipe, out)
     else:
-        checkpoint.save_pipeline(pipe, out)
+        pipelines.save_pipeline(pipe, out)
     typer.echo(str(status))
     typer.echo(f"Written: {out}")

@@ -33,7 +33,7 @@ def load_pipeline(
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HFValidationError
 
-    from convfusion import checkpoint, mini
+    from convfusion import mini, pipelines
 
     hide_loading_bars()
     dtype, place = torch_dtype(precision), torch_device(device)
@@ -43,7 +43,7 @@ def load_pipeline(
         pipe = mini.load_student() if model == "mini" else mini.load_teacher()
         pipe.to(dtype)
     elif (Path(model) / "convfusion").is_dir():
-        pipe = checkpoint.load_pipeline(model, torch_dtype=dtype)
+        pipe = pipelines.load_pipeline(model, torch_dtype=dtype)
     elif Path(model).suffix == ".safetensors":
         pipe = _single_file(Path(model), dtype)
     else:

@@ -12,7 +12,8 @@ from convfusion.cli.models import (
     torch_device,
     torch_dtype,
 )
-from convfusion.cli.options import Batch, Config, Device, Precision, parse_size
+from convfusion.cli.options import Batch, Config, Device, Precision, Revision, parse_size
+from convfusion.errors import ConvFusionError
 
 if TYPE_CHECKING:
     from convfusion.bench.plan import SpeedPlan
@@ -31,6 +32,7 @@ def plan(
     batch: Batch = 2,
     precision: Precision = "float32",
     device: Device = None,
+    revision: Revision = None,
 ) -> None:
     """Tell before a conversion whether it will be faster here, and from which size on."""
     from rich.console import Console
@@ -44,11 +46,13 @@ def plan(
 
     wanted = parse_size(size)
     if model in FULL_SIZE:
+        if revision is not None:
+            raise ConvFusionError(f"--revision is of a name on the Hub: {model} is none")
         named = bench_model(model)
         scale, latents = PIXELS_PER_LATENT, named.latents(wanted)
         pipe = with_random_weights(named.denoiser, torch_device(device), torch_dtype(precision))
     else:
-        pipe = stock_pipeline(model, precision, device)
+        pipe = stock_pipeline(model, precision, device, revision)
         check_size(pipe, wanted)
         scale = latent_scale(pipe)
         latents = wanted[0] // scale, wanted[1] // scale
