@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
+
 # Half an hour on two cores that have nothing else to do; the last line takes half of it.
 LATENCY := $(BIN)/convfusion bench latency sd15 --out results/latency.csv
 SIZES := $(foreach side,256 512 1024 2048 4096,--size $(side)x$(side))
@@ -34,4 +37,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python recipes/tables.py
 
 clean:
-	rm -rf $(VENV) out build dist
+	rm -rf $(VENV) out build dist site

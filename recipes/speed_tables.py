@@ -213,6 +213,30 @@ def said(found: Crossover | None) -> str:
     return "at all of them" if found.always else f"from about {found.tokens:,.0f} tokens"
 
 
+def least() -> str:
+    """Of what was timed alike, where the ΔConvBlock gains least: one site, or the whole denoiser."""
+    groups: dict[tuple, list[tuple[float, dict[str, Row]]]] = defaultdict(list)
+    for by in cases(measured()):
+        timed = [by[name].median_ms for name in (ATTENTION, "delta_conv 0.5") if name in by]
+        if len(timed) == 2 and None not in timed:
+            first = by[ATTENTION]
+            kind = (first.model, first.device, first.dtype, first.backward, bool(first.site))
+            groups[kind].append((timed[0] / timed[1], by))
+    lines = []
+    for (model, device, dtype, backward, one_site), found in groups.items():
+        worst = min(found, key=lambda case: case[0])[1]
+        first = worst[ATTENTION]
+        size = f"{first.width}×{first.height}"
+        at = f"{place(first)}, {first.tokens:,} tokens" if one_site else f"the whole, {size}"
+        what = ", ".join([f"`{model}`", device, dtype] + ["with gradients"] * backward)
+        slower = sum(ratio <= 1 for ratio, _ in found)
+        lines.append([what, str(len(found)), str(slower), at, faster(worst, "delta_conv 0.5")])
+    heads = ["", "cases", "of them not faster", "the least gain is at", "attention over block"]
+    return f"""{table(heads, lines)}
+
+Medians, and the range that the rounds allow. From [results/latency.csv](../results/latency.csv)."""
+
+
 def exponents() -> str:
     """The exponent e of time ∝ Nᵉ and of memory ∝ Nᵉ, per kind of site and variant."""
     found: dict[tuple, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
@@ -259,6 +283,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "latency backward": lambda: sites(backward=True),
     "denoiser": denoiser,
     "crossover": crossover,
+    "least": least,
     "growth": exponents,
     "layouts": layouts,
     "headline": headline,

@@ -18,3 +18,13 @@ hypothesis.settings.load_profile("convfusion")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate fixes its precision for the life of a process; a test may need another one."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -8,7 +8,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
@@ -247,14 +246,6 @@ def test_every_family_distils_from_captions(family):
     result = distill(pipe, data, DistillConfig(steps=1, batch_size=2, warmup=1))
     assert all(np.isfinite(value) for value in result.losses.values())
     assert all(not torch.equal(before[name], now) for name, now in block_weights(pipe).items())
-
-
-@pytest.fixture
-def fresh_accelerate():
-    """Accelerate fixes its precision for the life of a process; a test may need another one."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_half_precision_base_trains_blocks_in_full(data, tmp_path, fresh_accelerate):

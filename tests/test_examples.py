@@ -1,0 +1,64 @@
+"""The examples run from end to end, as a newcomer starts them."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_pipelines import stable_diffusion
+
+import convfusion
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    """Run an example in an empty folder, with arguments."""
+
+    def run(name, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path):
+    stable_diffusion().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_convert_the_embedded_model(start, tmp_path, capsys):
+    start("convert_your_model.py")
+    assert "7 of 7 self-attention sites converted" in capsys.readouterr().out
+    written = convfusion.load_pipeline(tmp_path / "run" / "converted")
+    assert convfusion.status(written).converted == 7
+
+
+def test_convert_your_model(start, model, tmp_path, capsys):
+    start("convert_your_model.py", model, "--out", "mine")
+    assert "After revert: 0 of 7 sites converted" in capsys.readouterr().out
+    assert convfusion.status(convfusion.load_pipeline(tmp_path / "mine")).converted == 7
+
+
+def test_distil_the_embedded_model(start, tmp_path):
+    start("distill_your_model.py", "--steps", 1)
+    assert Image.open(tmp_path / "run" / "blocks" / "picture.png").size == (64, 64)
+
+
+def test_distil_your_model(start, model, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (20, 16), "red").save(tmp_path / "pictures" / "red.png")
+    (tmp_path / "pictures" / "red.txt").write_text("red apple")
+    start("distill_your_model.py", model, "--data", "pictures", "--size", 16, "--steps", 1)
+    pipe = stable_diffusion()
+    assert convfusion.load(pipe, tmp_path / "run" / "blocks").converted == 7
+    assert Image.open(tmp_path / "run" / "blocks" / "picture.png").size == (16, 16)
+
+
+def test_every_example_is_tested():
+    tested = {"convert_your_model.py", "distill_your_model.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
