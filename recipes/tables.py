@@ -62,17 +62,13 @@ teacher `{found["teacher_sha256"][:12]}`."""
 def quality() -> str:
     """In a sentence, how close the embedded model's blocks come."""
     found = json.loads((RESULTS / "demo.json").read_text())
-    worst = found["removed"]["epsilon_error"]
-
-    def close(name: str) -> str:
-        part = f"1/{worst / found[name]['epsilon_error']:.0f}"
-        return f"{part} of the ε-error and {found[name]['image_psnr']:.1f} dB"
-
-    return f"""Against the model without its self-attention, which draws pictures of
-{found["removed"]["image_psnr"]:.1f} dB beside the teacher's, {found["distilled"]["steps"]} steps of
-distillation leave {close("distilled")}; the shipped student
-has {close("shipped")}, on names that no training saw.
-From [results/demo.json](../results/demo.json)."""
+    removed, live, shipped = (found[name] for name in ("removed", "distilled", "shipped"))
+    parts = [removed["epsilon_error"] / each["epsilon_error"] for each in (live, shipped)]
+    return f"""Beside the teacher's pictures from equal seeds, those of the model without self-attention have
+{removed["image_psnr"]:.1f} dB, with blocks distilled for {live["steps"]} steps
+{live["image_psnr"]:.1f} dB, and with those of the shipped student {shipped["image_psnr"]:.1f} dB.
+The blocks' ε-errors are 1/{parts[0]:.0f} and 1/{parts[1]:.0f} of what no self-attention leaves. All
+on names that no training saw. From [results/demo.json](../results/demo.json)."""
 
 
 def receptive_fields() -> str:

@@ -91,7 +91,7 @@ class SiteAnalysis:
         filters: ERF of the mean map under other filters.
         sinks: (row, column) of tokens that are sinks in at least half of the single maps.
         artefact: sinks take so much of the attention that the ERF says nothing about locality.
-        shown: the mean map [S][H][W] of a few queries, `shown_at` their (row, column).
+        shown: the mean map `[S][H][W]` of a few queries, `shown_at` their (row, column).
     """
 
     path: str
