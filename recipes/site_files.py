@@ -1,4 +1,4 @@
-"""A hook of mkdocs: what the pages link to outside of docs/ comes along into the site.
+"""The hooks of mkdocs: what the pages link to outside of docs/ comes along into the site.
 
 A page says `../results/latency.csv`, as it must where the repository itself is read. In the site
 that file lies at `results/latency.csv` beside the page, and the link loses its `../`. A folder
@@ -16,7 +16,11 @@ from mkdocs.structure.files import File, Files
 
 OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)")
 # Scripts, styles, pictures and connections of another host; plain links are no matter.
-LOADED = re.compile(r"<(?:script|img|iframe|source)\b[^>]*\ssrc=\"?(?:https?:)?//|<link\b[^>]*//[^>]*>")
+LOADED = re.compile(
+    r"<(?:script|img|iframe|source)\b[^>]*\ssrc=\"?(?:https?:)?//|<link\b[^>]*//[^>]*>"
+)
+
+SMALL = re.compile(r"(?<=[\s>(])\d\.\d+e-\d+")  # 2.16e-02, which browsers break after the hyphen
 
 
 def on_files(files: Files, *, config: Any) -> Files:
@@ -36,6 +40,11 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
     """Turn links out of docs/ into links within the site."""
     root = Path(config.config_file_path).parent
     return OUTSIDE.sub(lambda found: f"]({in_site(found[1], root)}", markdown)
+
+
+def on_page_content(html: str, *, page: Any, config: Any, files: Files) -> str:
+    """Keep small numbers in one line."""
+    return SMALL.sub(r'<span class="number">\g<0></span>', html)
 
 
 def on_post_page(output: str, *, page: Any, config: Any) -> str:

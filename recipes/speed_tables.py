@@ -214,7 +214,7 @@ def said(found: Crossover | None) -> str:
 
 
 def least() -> str:
-    """Of what was timed alike, where the ΔConvBlock gains least: one site, or the whole denoiser."""
+    """Of what was timed alike, where the ΔConvBlock gains least: a site, or the denoiser."""
     groups: dict[tuple, list[tuple[float, dict[str, Row]]]] = defaultdict(list)
     for by in cases(measured()):
         timed = [by[name].median_ms for name in (ATTENTION, "delta_conv 0.5") if name in by]

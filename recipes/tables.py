@@ -64,8 +64,8 @@ def quality() -> str:
     found = json.loads((RESULTS / "demo.json").read_text())
     removed, live, shipped = (found[name] for name in ("removed", "distilled", "shipped"))
     parts = [removed["epsilon_error"] / each["epsilon_error"] for each in (live, shipped)]
-    return f"""Beside the teacher's pictures from equal seeds, those of the model without self-attention have
-{removed["image_psnr"]:.1f} dB, with blocks distilled for {live["steps"]} steps
+    return f"""Beside the teacher's pictures from equal seeds, those of the model without
+self-attention have {removed["image_psnr"]:.1f} dB, with blocks distilled for {live["steps"]} steps
 {live["image_psnr"]:.1f} dB, and with those of the shipped student {shipped["image_psnr"]:.1f} dB.
 The blocks' ε-errors are 1/{parts[0]:.0f} and 1/{parts[1]:.0f} of what no self-attention leaves. All
 on names that no training saw. From [results/demo.json](../results/demo.json)."""
@@ -219,7 +219,7 @@ def layers(folder: str) -> str:
             law += f" (R² {decay['r2'][decay['best']]:.2f})"
         lines.append(
             [
-                f"`{site['path'].removesuffix('.attn1')}`" + " *" * site["artefact"],
+                f"`{short(site['path'])}`" + " *" * site["artefact"],
                 "×".join(map(str, site["grid"])),
                 *(str(s["mean"]["receptive_field"] or "–") for s in (site, other)),
                 str(site["uniform_receptive_field"]),
@@ -256,13 +256,18 @@ def curve() -> str:
         line = [str(k)]
         for point, error in zip(points, (imitation, alone), strict=True):
             path = point["site"]
-            name = path.removesuffix(".transformer_blocks.0.attn1").replace(".attentions", "")
-            line += [f"`{name}`", f"{error[path]:.2e}", f"{point['epsilon_error']:.2e}"]
+            line += [f"`{short(path)}`", f"{error[path]:.2e}", f"{point['epsilon_error']:.2e}"]
             line.append(f"{point['flops_gone']:.0%}")
         lines.append(line)
     note = f"""{found["training"]["steps"]} steps of stage 1, {found["samples"]} samples held out;
 rank correlation of the two errors {found["rank_correlation"]:.2f}; teacher `{found["teacher"]}`."""
     return f"{table(heads, lines)}\n\n{note}"
+
+
+def short(path: str) -> str:
+    """`up_blocks.1.0` for `up_blocks.1.attentions.0.transformer_blocks.0.attn1`."""
+    shorter = path.removesuffix(".attn1").removesuffix(".transformer_blocks.0")
+    return shorter.replace(".attentions", "")
 
 
 def psnr(row: dict[str, float | None]) -> str:

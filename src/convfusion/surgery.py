@@ -76,7 +76,15 @@ class DroppedAttention(MixedAttention):
 
 @dataclass(frozen=True)
 class SiteStatus:
-    """What stands at a site: its mixer's settings (None: its attention) and what it weighs."""
+    """What stands at a site, and what it weighs.
+
+    Attributes:
+        site: the self-attention.
+        mixer: settings of what stands in its place; None where the attention does.
+        attention_kept: whether the attention's weights are still there.
+        attention_parameters: of the attention; 0 if it was dropped.
+        mixer_parameters: of the mixer.
+    """
 
     site: Site
     mixer: Mixer | None
@@ -87,7 +95,13 @@ class SiteStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """The sites of a denoiser; `str(status)` is a table."""
+    """The sites of a denoiser; `str(status)` is a table.
+
+    Attributes:
+        model: name of its class.
+        family: of the adapter.
+        sites: in the order of the modules.
+    """
 
     model: str
     family: str
@@ -95,6 +109,7 @@ class Status:
 
     @property
     def converted(self) -> int:
+        """How many sites have a mixer."""
         return sum(site.mixer is not None for site in self.sites)
 
     def __str__(self) -> str:
