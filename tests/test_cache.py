@@ -339,6 +339,11 @@ def test_half_takes_half_the_space(pipe, many, whole, tmp_path):
     built = build_cache(pipe, open_source(str(many)), tmp_path, half=True)
     exact, told = LatentCache(whole).take([3], [False])
     near, also = built.take([3], [False])
+    with torch.autocast(
+        "cpu", torch.bfloat16
+    ):  # as a validation reads it: PyTorch joins no float16
+        again, _ = built.take([3, 3], [False, True])
+    assert torch.equal(again[:1], near)
     assert near.dtype == torch.float32 and also["encoder_hidden_states"].dtype == torch.float32
     torch.testing.assert_close(near, exact, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(also, told, rtol=1e-3, atol=1e-4)

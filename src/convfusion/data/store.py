@@ -128,16 +128,15 @@ class LatentCache:
         for index, drop in zip(indices, dropped, strict=True):
             number, kind, row, line = self._where[index].tolist()
             file, name = self._open(number), self._names[kind]
-            latents.append(file.get_slice(f"{name}/latents")[row : row + 1])
+            latents.append(file.get_slice(f"{name}/latents")[row : row + 1].float())
             for key, rows in told.items():
                 full = f"{name}/{key}"
                 own = None if drop else file.get_slice(full)[line : line + 1]
-                rows.append(self._empty[full] if own is None else own)
+                rows.append((self._empty[full] if own is None else own).to(self._dtypes[key]))
         conditioning = {
-            key: torch.cat(told[key]).to(dtype) if dtype else None
-            for key, dtype in self._dtypes.items()
+            key: torch.cat(told[key]) if dtype else None for key, dtype in self._dtypes.items()
         }
-        return torch.cat(latents).float(), conditioning
+        return torch.cat(latents), conditioning
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
