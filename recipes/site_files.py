@@ -1,8 +1,9 @@
 """The hooks of mkdocs: what the pages link to outside of docs/ comes along into the site.
 
-A page says `../results/latency.csv`, as it must where the repository itself is read. In the site
-that file lies at `results/latency.csv` beside the page, and the link loses its `../`. A folder
-becomes a page that shows its files. Links to what is not there stay broken, for `--strict` to find.
+A page in docs/ says `../results/latency.csv`, as it must where the repository itself is read. In
+the site that file lies at `results/latency.csv` beside the page, and the link loses its `../`. A
+folder becomes a page that shows its files. Links to what is not there stay broken, for `--strict`
+to find.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)")
 LOADED = re.compile(
     r"<(?:script|img|iframe|source)\b[^>]*\ssrc=\"?(?:https?:)?//|<link\b[^>]*//[^>]*>"
 )
-
 SMALL = re.compile(r"(?<=[\s>(])\d\.\d+e-\d+")  # 2.16e-02, which browsers break after the hyphen
 
 

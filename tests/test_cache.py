@@ -339,9 +339,7 @@ def test_half_takes_half_the_space(pipe, many, whole, tmp_path):
     built = build_cache(pipe, open_source(str(many)), tmp_path, half=True)
     exact, told = LatentCache(whole).take([3], [False])
     near, also = built.take([3], [False])
-    with torch.autocast(
-        "cpu", torch.bfloat16
-    ):  # as a validation reads it: PyTorch joins no float16
+    with torch.autocast("cpu", torch.bfloat16):  # as in a validation; it joins no float16
         again, _ = built.take([3, 3], [False, True])
     assert torch.equal(again[:1], near)
     assert near.dtype == torch.float32 and also["encoder_hidden_states"].dtype == torch.float32
