@@ -4,8 +4,9 @@
 the demo does, and measures the ε-error on names that no training saw (`results/rivals.csv`). Each
 mixer starts from the attention it replaces as far as its kind allows, and runs at two learning
 rates with seed 0; the better one is its own. The ΔConvBlock and the two best rivals run with two
-further seeds. Then they draw: `results/rivals_pictures.csv` has the distances of their pictures to
-real ones and to the teacher's, beside those of the teacher at another seed.
+further seeds. Then these, LinFusion's layers and the model without self-attention draw:
+`results/rivals_pictures.csv` has the distances of their pictures to real ones and to the teacher's
+from other seeds, beside those of the teacher itself.
 
 `python recipes/rivals.py --seconds` does nothing but time them, in turn, on a machine that has
 nothing else to do (`results/rivals_seconds.csv`).
@@ -127,13 +128,15 @@ def main() -> None:
             rows = [train(teacher, name, rate, 0, args.steps) for rate in rates]
             best[name] = min(rows, key=error_of)
         others = [row for name, row in best.items() if not isinstance(RIVALS[name], DeltaConv)]
-        for row in (best[OURS], *sorted(others, key=error_of)[:2]):
+        shown = [best[OURS], *sorted(others, key=error_of)[:2]]
+        for row in shown:
             for seed in (1, 2):
                 train(teacher, row["mixer"], float(row["learning_rate"]), seed, args.steps)
         if args.samples:
+            shown += [best[name] for name in ("LinFusion's linear attention", "nothing")]
             chosen = {
-                name: rival(name, float(row["learning_rate"]), 0, args.steps)
-                for name, row in best.items()
+                row["mixer"]: rival(row["mixer"], float(row["learning_rate"]), 0, args.steps)
+                for row in shown
             }
             draw(teacher, chosen, args.samples)
 
