@@ -1,0 +1,108 @@
+"""What the package takes from other libraries: their versions, and what is not promised by them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+from tiny_models import CASES, run
+from tiny_pipelines import stable_diffusion
+
+import convfusion
+from convfusion import Removed, files, mini, uniform
+from convfusion.adapters import list_sites
+from convfusion.generate import generate
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+PINNED = {"torch", "tomli"}  # one version of torch for all; tomli is for Python 3.10 alone
+table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def declared_floors():
+    """The oldest version of each package that pyproject.toml allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    return {
+        requirement.name: Version(bound.version)
+        for requirement in map(Requirement, lines)
+        for bound in requirement.specifier
+        if bound.operator == ">="
+    }
+
+
+def pins(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {each.name: Version(str(each.specifier).removeprefix("==")) for each in found}
+
+
+def test_the_oldest_versions_that_are_declared_are_those_that_are_tested():
+    declared, tested = declared_floors(), pins("constraints-oldest.txt")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = {Requirement(line).name for line in project["dependencies"]} | {"peft"}
+    for name in needed - PINNED:
+        assert tested[name] == declared[name], name
+    for name in declared.keys() & tested.keys():
+        assert tested[name] == declared[name], name
+
+
+def test_the_file_of_oldest_versions_holds_only_what_differs():
+    newest, oldest = pins("constraints.txt"), pins("constraints-oldest.txt")
+    assert all(version < newest.get(name, Version("9999")) for name, version in oldest.items())
+
+
+@table
+@torch.no_grad()
+def test_the_tap_shows_the_hidden_state_right_after_its_site(case):
+    """With nothing in place of the attention it is what came in; with the attention it is not."""
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, kwargs):
+            seen[name] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def watched(model):
+        for site in list_sites(model):
+            for path in (site.path.removesuffix(".attn1"), site.tap):
+                place = model.get_submodule(path)
+                place.register_forward_pre_hook(keep(path), with_kwargs=True)
+        run(model, case, *case.sizes[0])
+        return [
+            torch.equal(seen[site.path.removesuffix(".attn1")], seen[site.tap])
+            for site in list_sites(model)
+        ]
+
+    removed = case.model()
+    convfusion.convert(removed, uniform(Removed()))
+    assert all(watched(removed)) and not any(watched(case.model()))
+
+
+def test_the_progress_bar_is_as_it_was_after_drawing(capsys):
+    pipe = stable_diffusion()
+    pipe.set_progress_bar_config(desc="mine")
+    generate(pipe, ["red"], steps=1)
+    assert "mine" not in capsys.readouterr().err
+    pipe(["red"], num_inference_steps=1)
+    assert "mine" in capsys.readouterr().err
+
+
+def test_every_weight_of_the_embedded_teacher_is_loaded():
+    """transformers before 5.6 know those of a text encoder by other names."""
+
+    def values(tensors):
+        return {(tuple(each.shape), each.float().numpy().tobytes()) for each in tensors}
+
+    pipe = mini.load_teacher()
+    for part in ("text_encoder", "unet", "vae"):
+        [file] = (mini.TEACHER / part).glob("*.safetensors")
+        kept = files.read_tensors(file)
+        assert values(kept.values()) <= values(getattr(pipe, part).state_dict().values()), part
