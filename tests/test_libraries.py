@@ -1,6 +1,7 @@
 """What the package takes from other libraries: their versions, and what is not promised by them."""
 
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,12 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-PINNED = {"torch", "tomli"}  # one version of torch for all; tomli is for Python 3.10 alone
+PINNED = {"torch", "tomli"}  # torch has one version in both; tomli is for Python 3.10 alone
 table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-def declared_floors():
-    """The oldest version of each package that pyproject.toml allows."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+def floors(lines):
+    """The oldest version of each package that requirements allow."""
     return {
         requirement.name: Version(bound.version)
         for requirement in map(Requirement, lines)
@@ -44,18 +43,15 @@ def pins(name):
 
 
 def test_the_oldest_versions_that_are_declared_are_those_that_are_tested():
-    declared, tested = declared_floors(), pins("constraints-oldest.txt")
+    """All that the package needs, and of the extras those that the older libraries hold back."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needed = {Requirement(line).name for line in project["dependencies"]} | {"peft"}
-    for name in needed - PINNED:
-        assert tested[name] == declared[name], name
-    for name in declared.keys() & tested.keys():
-        assert tested[name] == declared[name], name
-
-
-def test_the_file_of_oldest_versions_holds_only_what_differs():
+    needed = floors(project["dependencies"])
+    extras = floors(chain.from_iterable(project["optional-dependencies"].values()))
     newest, oldest = pins("constraints.txt"), pins("constraints-oldest.txt")
-    assert all(version < newest.get(name, Version("9999")) for name, version in oldest.items())
+    assert all((newest | oldest)[name] == needed[name] for name in needed.keys() - PINNED)
+    held = extras.keys() & oldest.keys()
+    assert held >= {"peft"} and all(oldest[name] == extras[name] for name in held)
+    assert all(newest.get(name) != version for name, version in oldest.items())  # only what differs
 
 
 @table
