@@ -19,7 +19,7 @@ test: $(VENV)/.installed
 # The oldest libraries that pyproject.toml allows: a name in constraints-oldest.txt replaces its line
 # in constraints.txt. Tests of this package's own arithmetic are left out.
 OLDEST := .venv-oldest
-APART := ops statistics chunks buckets
+APART := block buckets chunks config docs evaluate_scores export fingerprint mixers ops plan rivals rows statistics
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
