@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test test-oldest lint docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +15,23 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/pytest
+
+# The oldest libraries that pyproject.toml allows: a name in constraints-oldest.txt replaces its line
+# in constraints.txt. The tests are those that lean on these libraries most.
+OLDEST := .venv-oldest
+LEANING := analysis bases cache checkpoint cli distill distill_data evaluate evaluate_cli \
+	evaluate_extractors evaluate_run highres hub libraries mini plugins processes resume sources surgery
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	awk -F== 'NR == FNR {old[$$1]} NR == FNR || !($$1 in old)' constraints-oldest.txt \
+		constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check \
+		-c $(OLDEST)/constraints.txt -e ".[dev]"
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest $(LEANING:%=tests/test_%.py)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -37,4 +54,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python recipes/tables.py
 
 clean:
-	rm -rf $(VENV) out build dist site
+	rm -rf $(VENV) $(OLDEST) out build dist site

@@ -1,14 +1,18 @@
 """The bases that people use, at full size and without weights, and their single files."""
 
 import diffusers
+import huggingface_hub
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from safetensors.torch import save_file
+from single_files import single_file
+from tiny_pipelines import stable_diffusion
 
 import convfusion
 from convfusion import cli, presets
 from convfusion.adapters import list_sites
+from convfusion.cli.models import load_pipeline
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 DOWN, UP = "DownBlock2D", "UpBlock2D"
@@ -146,8 +150,6 @@ def convert(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("kind", SINGLE)
 def test_a_single_file_goes_to_its_pipeline(kind, tmp_path, monkeypatch):
-    from convfusion.cli.models import load_pipeline
-
     path = tmp_path / "model.safetensors"
     save_file({name: torch.zeros(1) for name in SINGLE[kind]}, path)
     seen = []
@@ -163,6 +165,25 @@ def test_a_single_file_goes_to_its_pipeline(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(getattr(diffusers, kind), "from_single_file", from_single_file)
     assert isinstance(load_pipeline(str(path), "bfloat16", "cpu"), Loaded)
     assert seen == [(str(path), {"torch_dtype": torch.bfloat16})]
+
+
+def test_a_single_file_loads_with_the_configs_of_its_kind(tmp_path, monkeypatch):
+    """diffusers finds them in the cache of the Hub, as it would on the Hub itself."""
+    pipe, commit = stable_diffusion(), "1" * 40
+    save_file(single_file(pipe), tmp_path / "model.safetensors")
+    root = tmp_path / "hub" / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    pipe.save_pretrained(root / "snapshots" / commit)
+    for weights in root.rglob("*.safetensors"):
+        weights.unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    loaded = load_pipeline(str(tmp_path / "model.safetensors"), "float32", "cpu")
+    for part in ("unet", "vae", "text_encoder"):
+        expected, found = (getattr(each, part).state_dict() for each in (pipe, loaded))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert convfusion.convert(loaded).converted == 7
 
 
 def test_a_single_file_without_configs_at_hand_is_one_clear_line(convert, tmp_path):

@@ -32,8 +32,8 @@ def test_two_processes_step_as_one(tmp_path):
     together, told = launched(tmp_path / "two", 2, 1)
     alone, expected = launched(tmp_path / "one", 1, 1)
     assert together.keys() == alone.keys()
-    for name, tensor in together.items():
-        torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-6, msg=name)
+    for name, tensor in together.items():  # 1e-4: a hundredth of what a step moves a weight by
+        torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-4, msg=name)
     key = "held_out/epsilon_error"
     errors = [[line[key] for line in lines if key in line] for lines in (told, expected)]
     assert len(errors[0]) == 2 and errors[0] == pytest.approx(errors[1], rel=1e-3)

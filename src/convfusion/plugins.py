@@ -53,7 +53,7 @@ def idle_lora(model: Denoiser) -> list[str]:
     found = []
     for site in list_sites(model):
         attention = model.get_submodule(site.path)
-        passed_by = type(attention) is not Attention and "to_q" in attention._modules
+        passed_by = type(attention) is not Attention and hasattr(attention, "to_q")
         if passed_by and any(unwrapped(layer) is not layer for layer in projections(attention)):
             found.append(site.path)
     return found

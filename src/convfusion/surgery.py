@@ -308,7 +308,8 @@ def _plain_attention(model: Denoiser, site: Site) -> Attention:
 
 def _drop(attention: nn.Module) -> None:
     for name in _PROJECTIONS:
-        attention._modules.pop(name, None)
+        if hasattr(attention, name):
+            delattr(attention, name)
     attention.__class__ = DroppedAttention
 
 

@@ -5,6 +5,7 @@ Surgery, distillation and benchmarks know nothing about a family but what an `Ad
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -58,6 +59,11 @@ class GridHook:
     patch: int
     position: int
 
+    @classmethod
+    def of(cls, owner: type[Any], patch: int) -> GridHook:
+        """For owners of a class, whose `forward` takes `cross_attention_kwargs`."""
+        return cls(patch, argument_position(owner, "cross_attention_kwargs"))
+
     def grid(self, args: tuple, kwargs: dict) -> tuple[int, int]:
         """(H, W) of the tokens, from the arguments of a call of the owner."""
         maps: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -71,6 +77,11 @@ class GridHook:
             return (*args[: self.position], extra, *args[self.position + 1 :]), kwargs
         extra = {**(kwargs.get("cross_attention_kwargs") or {}), GRID: grid}
         return args, {**kwargs, "cross_attention_kwargs": extra}
+
+
+def argument_position(kind: type[Any], name: str) -> int:
+    """The position of an argument of a module class's `forward`, counted without `self`."""
+    return list(inspect.signature(kind.forward).parameters).index(name) - 1
 
 
 def drop_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

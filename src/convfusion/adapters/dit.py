@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+
 from convfusion.adapters.base import (
     Adapter,
     Denoiser,
@@ -30,11 +32,11 @@ def _sites(model: Denoiser) -> list[Site]:
 
 
 def _pixart_hook(model: Denoiser) -> GridHook:
-    return GridHook(patch=model.config.patch_size, position=4)
+    return GridHook.of(PixArtTransformer2DModel, model.config.patch_size)
 
 
 def _dit_hook(model: Denoiser) -> GridHook:
-    return GridHook(patch=model.config.patch_size, position=3)
+    return GridHook.of(DiTTransformer2DModel, model.config.patch_size)
 
 
 PIXART = register(Adapter("pixart", "PixArtTransformer2DModel", _sites, _pixart_hook))

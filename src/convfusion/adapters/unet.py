@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from diffusers import Transformer2DModel
+
 from convfusion.adapters.base import (
     Adapter,
     Denoiser,
@@ -42,7 +44,7 @@ def _sites(model: Denoiser) -> list[Site]:
 
 
 def _grid_hook(model: Denoiser) -> GridHook:
-    return GridHook(patch=1, position=5)  # the owner is a Transformer2DModel on feature maps
+    return GridHook.of(Transformer2DModel, patch=1)  # on feature maps
 
 
 UNET = register(Adapter("unet", "UNet2DConditionModel", _sites, _grid_hook))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.adapters import Denoiser, Site, adapter_for, denoiser_of, list_sites
+from convfusion.adapters.base import argument_position
 from convfusion.analysis.streaming import AttentionSums, Measure, measure_attention
 from convfusion.block import Grid
 from convfusion.errors import ConvFusionError
@@ -240,13 +240,11 @@ def project(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def call_timestep(model: Denoiser, args: tuple, kwargs: dict[str, Any]) -> float:
     """The timestep of a denoiser call; of a batch, its first."""
-    value = kwargs["timestep"] if "timestep" in kwargs else args[_timestep_position(model)]
+    if "timestep" in kwargs:
+        value = kwargs["timestep"]
+    else:
+        value = args[argument_position(type(model), "timestep")]
     return as_timestep(torch.as_tensor(value).flatten()[0])
-
-
-def _timestep_position(model: Denoiser) -> int:
-    names = list(inspect.signature(type(model).forward).parameters)
-    return names.index("timestep") - 1  # without self
 
 
 @contextmanager

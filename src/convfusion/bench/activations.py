@@ -39,8 +39,8 @@ class _Alive(TorchDispatchMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         weights = (*module.parameters(), *module.buffers())
-        self.ignored = {tensor.untyped_storage()._cdata for tensor in weights}
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.ignored = {StorageWeakRef(tensor.untyped_storage()) for tensor in weights}
+        self.storages: dict[StorageWeakRef, int] = {}  # in bytes
         self.total = 0  # of all that are listed, some of which may be gone
         self.peak = 0
 
@@ -53,13 +53,14 @@ class _Alive(TorchDispatchMode):
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata in self.storages or storage._cdata in self.ignored:
+        reference = StorageWeakRef(storage)
+        if reference in self.storages or reference in self.ignored:
             return
-        self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.storages[reference] = storage.nbytes()
         self.total += storage.nbytes()
         if self.total > self.peak:  # only then does it matter what is gone
-            self.storages = {k: v for k, v in self.storages.items() if not v[0].expired()}
-            self.total = sum(size for _, size in self.storages.values())
+            self.storages = {k: v for k, v in self.storages.items() if not k.expired()}
+            self.total = sum(self.storages.values())
             self.peak = max(self.peak, self.total)
 
 

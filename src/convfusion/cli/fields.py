@@ -22,9 +22,9 @@ def with_fields(settings: type) -> Callable[[Callable[..., Any]], Callable[..., 
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        own = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
-        hints = get_type_hints(command, include_extras=True)
-        own = [parameter.replace(annotation=hints[parameter.name]) for parameter in own]
+        # Not `get_type_hints`: before Python 3.11 it hides an `Annotated` whose default is None.
+        signature = inspect.signature(command, eval_str=True)
+        own = [each for each in signature.parameters.values() if each.name != "given"]
 
         def called(**values: Any) -> Any:
             mine = {parameter.name: values.pop(parameter.name) for parameter in own}

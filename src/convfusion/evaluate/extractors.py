@@ -231,12 +231,10 @@ def preprocessing_of(name: str, vision: Any, usual: tuple[Color, Color]) -> Prep
     Raises:
         ConvFusionError: it is damaged.
     """
-    from transformers.utils import cached_file
-
     file = "preprocessor_config.json"
-    path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    path = _beside(name, file)
     try:
-        told = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        told = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
         size = told.get("crop_size") or told.get("size") or vision.image_size
         if isinstance(size, dict):
             size = size.get("height") or size["shortest_edge"]
@@ -247,6 +245,20 @@ def preprocessing_of(name: str, vision: Any, usual: tuple[Color, Color]) -> Prep
         raise ConvFusionError(
             f"the {file} of {name} gives no size, image_mean and image_std"
         ) from None
+
+
+def _beside(name: str, file: str) -> Path | None:
+    """A file of a folder, or of a repository on the Hub; None if it has none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    folder = Path(name)
+    if folder.is_dir():
+        return folder / file if (folder / file).is_file() else None
+    try:
+        return Path(hf_hub_download(name, file))
+    except EntryNotFoundError:
+        return None
 
 
 def check_no_code(folder: Path) -> None:
