@@ -47,6 +47,7 @@ class Ladder:
         strength: share of the denoising steps that a rung takes, from the last ones: little keeps
             the picture, much draws it anew and adds detail.
         keep: put the low frequencies of the picture below back after every step.
+        guidance: classifier-free guidance scale of every rung but the first; 1 is none.
         memory: GiB that activations may take at once; 0 sets no bound.
         direct: draw at the size that is wanted at once.
     """
@@ -54,6 +55,7 @@ class Ladder:
     factor: float = 2.0
     strength: float = 0.3
     keep: bool = True
+    guidance: float = 1.0
     memory: float = 0.0
     direct: bool = False
 
@@ -63,6 +65,8 @@ class Ladder:
             raise ConvFusionError(f"factor must lie between 1 and 8, not {self.factor}")
         if not 0 < self.strength <= 1:
             raise ConvFusionError(f"strength must lie between 0 and 1, not {self.strength}")
+        if self.guidance < 1:
+            raise ConvFusionError(f"a rung's guidance must be at least 1, not {self.guidance}")
         if self.memory < 0:
             raise ConvFusionError(f"memory must not be negative, not {self.memory}")
 
@@ -107,7 +111,7 @@ def highres(
         size: (height, width) in pixels.
         seeds: one per prompt, by default 0, 1, 2, …
         steps: denoising steps of the first rung; the others take a share of them.
-        guidance: classifier-free guidance scale; 1 is none.
+        guidance: classifier-free guidance scale of the first rung; 1 is none.
         ladder: how to climb.
         on_step: called after every step.
         options: further arguments of the pipeline's call.
@@ -150,7 +154,8 @@ def plan_for(
             f"a strength of {ladder.strength} leaves none of {steps} steps to a rung: "
             f"at least {math.ceil(0.5 / ladder.strength + 0.01)} steps are needed"
         )
-    means = choose_means(pipe, size, ladder.memory, batch=2 if guidance > 1 else 1)
+    last = ladder.guidance if len(sizes) > 1 else guidance
+    means = choose_means(pipe, size, ladder.memory, batch=2 if last > 1 else 1)
     if means.tiles:
         check_tileable(pipe.vae)
     return Plan(sizes, means)
@@ -206,7 +211,7 @@ class _Climb:
         pipe, means, size = self.pipe, self.plan.means, self.plan.sizes[rung]
         model, scale = denoiser_of(pipe), latent_scale(pipe)
         seed = self.seed if image is None else mixed_seed(self.seed, rung)
-        options, kept = dict(self.options), self.steps
+        options, kept, guidance = dict(self.options), self.steps, self.guidance
         with ExitStack() as stack:
             if len(self.plan.sizes) > 1 or means.tiles:
                 stack.enter_context(upcast_vae(pipe.vae))
@@ -219,7 +224,7 @@ class _Climb:
                 stack.enter_context(one_at_a_time(model))
             start = None
             if image is not None:
-                kept = round(self.steps * ladder.strength)
+                kept, guidance = round(self.steps * ladder.strength), ladder.guidance
                 start = Start.of(pipe, image, size, seed)
             scheduler = stack.enter_context(
                 last_steps(pipe, self.steps, kept, self._told(rung), start if ladder.keep else None)
@@ -232,7 +237,7 @@ class _Climb:
                 [self.prompt],
                 seeds=[seed],
                 steps=self.steps,
-                guidance=self.guidance,
+                guidance=guidance,
                 size=size,
                 **options,
             )[0]

@@ -9,19 +9,23 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.console import progress_bar
-from convfusion.cli.models import guidance_for, load_pipeline
+from convfusion.cli.models import guidance_for, load_pipeline, strength_for
 from convfusion.cli.options import Blocks, Device, Model, Precision, Revision, Size, parse_size
 
 Direct = Annotated[
     bool, typer.Option("--direct", help="Draw at a large size at once, without a ladder.")
 ]
 Strength = Annotated[
-    float, typer.Option(help="Share of the steps that a rung of the ladder takes.")
+    float | None,
+    typer.Option(help="Share of the steps that a rung of the ladder takes; 0.3, `mini`: 0.1."),
 ]
 Keep = Annotated[
     bool, typer.Option(help="A rung keeps the low frequencies of the picture below it.")
 ]
 Factor = Annotated[float, typer.Option(help="How much larger a rung is, at most.")]
+RungGuidance = Annotated[
+    float, typer.Option(help="Guidance of every rung of the ladder but the first; 1 is none.")
+]
 Memory = Annotated[float, typer.Option(help="GiB that activations may take; 0 for no bound.")]
 Hybrid = Annotated[
     bool,
@@ -38,9 +42,10 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
     size: Size = None,
     direct: Direct = False,
-    strength: Strength = 0.3,
+    strength: Strength = None,
     keep: Keep = True,
     factor: Factor = 2.0,
+    rung_guidance: RungGuidance = 1.0,
     memory: Memory = 0.0,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance: Annotated[
@@ -61,7 +66,14 @@ def generate(
     from convfusion.generate import check_size
     from convfusion.highres import Ladder
 
-    ladder = Ladder(factor=factor, strength=strength, keep=keep, memory=memory, direct=direct)
+    ladder = Ladder(
+        factor=factor,
+        strength=strength_for(model) if strength is None else strength,
+        keep=keep,
+        guidance=rung_guidance,
+        memory=memory,
+        direct=direct,
+    )
     wanted = parse_size(size) if size else None
     pipe = load_pipeline(model, precision, device, revision)
     if blocks is not None:

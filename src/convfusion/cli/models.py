@@ -145,6 +145,14 @@ def guidance_for(model: str) -> float:
     return mini.GUIDANCE if is_embedded(model) else 5.0
 
 
+def strength_for(model: str) -> float:
+    """The strength of a rung that a model climbs with unless told otherwise."""
+    from convfusion import mini
+    from convfusion.highres import Ladder
+
+    return mini.STRENGTH if is_embedded(model) else Ladder().strength
+
+
 def equip(
     pipe: Any,
     blocks: Path | None,

@@ -20,6 +20,7 @@ FOLDER = Path(__file__).parent
 TEACHER, STUDENT, DATA = FOLDER / "teacher", FOLDER / "student", FOLDER / "data"
 NAMES = ("mini", "mini-teacher")  # on the command line: with the student, and as it was trained
 GUIDANCE = 3.0  # classifier-free guidance that its pictures look best with
+STRENGTH = 0.1  # of a rung to a larger size: with more, it draws texture (docs/highres.md)
 
 
 def load_teacher() -> Any:
