@@ -1,9 +1,10 @@
-"""Results as Markdown tables: what the pages of tables share."""
+"""Results as CSV, and as Markdown tables: what recipes and the pages of tables share."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -18,3 +19,18 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 def read(name: str) -> list[dict[str, str]]:
     with open(RESULTS / name, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def has(name: str, key: dict[str, str]) -> bool:
+    """Whether the results hold a row with these values; a file that is not there holds none."""
+    return (RESULTS / name).is_file() and any(key.items() <= row.items() for row in read(name))
+
+
+def add(name: str, row: dict[str, Any]) -> None:
+    """One row more; the first one brings the heads."""
+    new = not (RESULTS / name).is_file()
+    with open(RESULTS / name, "a", newline="") as file:
+        table = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            table.writeheader()
+        table.writerow(row)

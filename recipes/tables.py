@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 
+import highres_tables
 import quality_tables
 import speed_tables
 from pages import RESULTS, ROOT, read, table
@@ -288,6 +289,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pooling": pooling,
     "mini": partial(layers, "analysis-mini"),
     "pixart": partial(layers, "analysis-pixart"),
+    **highres_tables.TABLES,
     **speed_tables.TABLES,
     **quality_tables.TABLES,
 }
