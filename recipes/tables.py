@@ -136,11 +136,12 @@ def efficiency() -> str:
         lines.append([f"{model}: {recipe}", *cells, mean_and_spread(best)])
     heads = ["recipe", "2 ×", "1.2 ×", "as good as the paper's", "ε-error at its end"]
     first = next(iter(runs.values()))[0]
+    told = "one seed" if len(seeds) == 1 else f"median of {len(seeds)} seeds"
     return f"""{table(heads, lines)}
 
 Steps (and processor seconds) until the ε-error on 32 held-out samples is at most so many times that
-of the paper's recipe after {first["length"]} steps of the same seed; median of {len(seeds)} seeds.
-From [results/efficiency.csv](../results/efficiency.csv), by `python recipes/efficiency.py`."""
+of the paper's recipe after {first["length"]} steps of the same seed; {told}. From
+[results/efficiency.csv](../results/efficiency.csv), by `python recipes/efficiency.py`."""
 
 
 def median_of(reached: list[tuple[int, float] | None]) -> str:
