@@ -39,7 +39,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Half an hour on two cores that have nothing else to do; the last line takes half of it.
 LATENCY := $(BIN)/convfusion bench latency sd15 --out results/latency.csv
