@@ -174,6 +174,13 @@ def vae_of(pipe):
     return pipe.vae
 
 
+def offloaded(pipe):
+    """From the CPU to the CPU: the hooks are those that a GPU has."""
+    pipe.text_encoder = copy.deepcopy(pipe.text_encoder)  # the others' must not have hooks
+    pipe.enable_model_cpu_offload(device="cpu")
+    return pipe
+
+
 def nudged(pipe, step, timestep, values):
     return {"latents": values["latents"] + 0.5}
 
@@ -200,8 +207,7 @@ PLUGINS = {
     "VAE slicing": (after("enable_slicing", of=vae_of), {"output_type": "np"}, False),
     "VAE tiling": (after("enable_tiling", of=vae_of), {"output_type": "np"}, True),
     "channels last": (after("to", memory_format=torch.channels_last, of=unet_of), {}, False),
-    # From the CPU to the CPU: the hooks are those that a GPU has.
-    "model offload": (after("enable_model_cpu_offload", device="cpu"), {}, False),
+    "model offload": (offloaded, {}, False),
     "set_attn_processor": (after("set_attn_processor", AttnProcessor(), of=unet_of), {}, False),
     "fuse_qkv_projections": (after("fuse_qkv_projections"), {}, False),
 }
