@@ -202,7 +202,7 @@ MISTAKES = {
     ),
     "bad precision": (["generate", "MODEL", "--prompt", "x", "--precision", "int4"], "float32"),
     "full folder": (["convert", "MODEL", "--out", "MODEL"], "not empty"),
-    "no blocks": (["generate", "MODEL", "--prompt", "x", "--blocks", "OUT"], "cannot be read"),
+    "no blocks": (["generate", "MODEL", "--prompt", "x", "--blocks", "OUT"], "is no folder here"),
     "no such option": (["generate", "MODEL", "--prompt", "x", "--speed", "9"], "No such option"),
     "no out": (["distill", "mini"], "--out is needed"),
     "no model": (["distill", "--out", "OUT"], "which model?"),

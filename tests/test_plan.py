@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -25,6 +27,7 @@ from convfusion.bench.plan import (
 )
 from convfusion.bench.timing import Timing
 from convfusion.block import DeltaConv
+from convfusion.cli.plan import said
 from convfusion.config import ConvertConfig, uniform
 from convfusion.errors import ConvFusionError
 
@@ -80,6 +83,13 @@ def test_the_crossover_is_where_both_take_as_long():
     there = plan(tokens=round(4096 * (height / 512) ** 2))
     assert height == width
     assert there.attention == pytest.approx(there.converted, rel=1e-2)
+
+
+def test_the_size_that_is_told_can_be_drawn():
+    told = " ".join(said(plan(), 3))
+    sides = re.search(r"faster from (\d+)×(\d+) pixels", told).groups()
+    assert all(int(side) % 8 == 0 for side in sides)
+    assert min(map(int, sides)) >= 3 * plan().faster_from[0]
 
 
 def test_faster_everywhere_and_nowhere():

@@ -236,6 +236,8 @@ def _read_source(source: str, model: Denoiser, average: bool, revision: str | No
     if released_file:
         layout = released.read_layout(path, model, average=average)
         return dict(layout.mixers), released.read_states(path, layout)
+    if not path.exists():
+        raise CheckpointError(f"{source} is no folder here, and no name on the Hub, user/name")
     return _read_folder(path, model)
 
 

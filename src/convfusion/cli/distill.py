@@ -35,7 +35,9 @@ def distill(
     given: dict[str, Any],
     model: Annotated[
         str | None,
-        typer.Argument(help="A diffusers pipeline: folder or Hub name; `mini` is embedded."),
+        typer.Argument(
+            help="A pipeline: folder, Hub name or .safetensors file; or `mini`, `mini-teacher`."
+        ),
     ] = None,
     out: Out = None,
     settings: SettingsFile = None,

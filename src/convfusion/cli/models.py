@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def needs_matplotlib(otherwise: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:120]
+    """The first line of an error's text, cut at a word if it is long."""
+    return textwrap.shorten(str(error).strip().partition("\n")[0], 160, placeholder=" …")
 
 
 def is_embedded(model: str) -> bool:

@@ -111,12 +111,12 @@ def said(found: SpeedPlan, scale: int) -> list[str]:
     elif start == (0, 0):
         lines.append("By the fit it is faster at every size.")
     else:
-        lines.append(
-            f"By the fit it is faster from {start[1] * scale}×{start[0] * scale} pixels on."
-        )
+        height, width = (-(-side * scale // 8) * 8 for side in start)  # the next that can be drawn
+        lines.append(f"By the fit it is faster from {width}×{height} pixels on.")
     if found.kept and len(found.kept) < sum(len(site.paths) for site in found.sites):
         lines.append(
-            f"The attention is the cheaper one at {len(found.kept)} sites: keeping it there "
+            f"The attention is the cheaper one at {len(found.kept)} "
+            f"site{'s' if len(found.kept) > 1 else ''}: keeping it there "
             f"(generate --hybrid) makes it {found.attention / found.hybrid:.2f}×."
         )
     dropped, added = (each / 2**20 for each in found.weights)

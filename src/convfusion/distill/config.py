@@ -112,7 +112,10 @@ class DistillConfig:
             if getattr(self, name) < 0:
                 raise ConvFusionError(f"{name} must not be negative")
         if not 0 <= self.imitation_steps <= self.steps:
-            raise ConvFusionError("imitation_steps must lie between 0 and steps")
+            raise ConvFusionError(
+                f"imitation_steps must lie between 0 and steps: it is {self.imitation_steps}, and "
+                f"there are {self.steps} steps"
+            )
         if self.batch_size % self.accumulation:
             raise ConvFusionError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation "
