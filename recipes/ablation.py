@@ -8,14 +8,14 @@ equal steps, batches and noises, and writes the ε-error on names that no traini
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from convfusion import DeltaConv, uniform
 from convfusion.block import DeltaConvBlock
-from convfusion.distill import LossWeights
+from convfusion.demo import distillation
 from convfusion.mixers import MIXERS
 from experiment import Recipe, Table, judged, recipe
 
@@ -52,8 +52,7 @@ def variants(steps: int, seed: int) -> dict[tuple[str, str], Recipe]:
         return recipe(uniform(DeltaConv(init=init)), steps, seed, **changed)
 
     def losses(**changed: float) -> Recipe:
-        demo = {"noise": 0.0, "feature": 1e-2, "snr_gamma": 1e9}
-        return trained(losses=LossWeights(**{**demo, **changed}))
+        return trained(losses=replace(distillation(steps).losses, **changed))
 
     ungated = recipe(uniform(Ungated()), steps, seed, start="converted")
     return {

@@ -12,22 +12,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
-from convfusion.adapters import denoiser_of
 from convfusion.demo import distillation, error, spread
 from convfusion.distill import DistillConfig, distill
-from convfusion.fingerprint import fingerprint
-from experiment import TEACHERS, unfused
+from experiment import TEACHERS, unfused, weights_of
+from pages import add, rows
 
-RESULTS = Path(__file__).parent.parent / "results" / "efficiency.csv"
-COLUMNS = ["model", "recipe", "seed", "length", "step", "seconds", "epsilon_error", "weights"]
+RESULTS = "efficiency.csv"
 PAPER_WARMUP = 500 / 60_000  # of SD1.5's steps
 
 
@@ -89,39 +85,23 @@ def curve(
     return found
 
 
-def read() -> list[dict[str, str]]:
-    if not RESULTS.is_file():
-        return []
-    with open(RESULTS, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(rows: list[dict[str, Any]]) -> None:
-    new = not RESULTS.is_file()
-    with open(RESULTS, "a", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            table.writeheader()
-        table.writerows(rows)
-
-
 def run(name: str, recipe: str, seed: int, steps: int, length: int, enough: float) -> float:
     """One run, unless it is there already; returns its last ε-error."""
     key = {"model": name, "recipe": recipe, "seed": str(seed), "length": str(length)}
-    there = [row for row in read() if key.items() <= row.items()]
+    weights = {"weights": weights_of(name)}
+    there = [row for row in rows(RESULTS) if (key | weights).items() <= row.items()]
     if not there:
         pipe = TEACHERS[name]()
-        weights = fingerprint(denoiser_of(pipe))
         every = max(1, steps // 50)
         marks = [*range(every, length, every), length] if length == steps else [length]
         chosen = RECIPES.get(recipe, Recipe(MEAN, distillation))
         found = curve(pipe, chosen, length, seed, marks, enough)
         there = [
-            {**key, "step": str(s), "seconds": f"{t:.1f}", "epsilon_error": f"{e:.4e}"}
-            | {"weights": weights}
+            {**key, "step": str(s), "seconds": f"{t:.1f}", "epsilon_error": f"{e:.4e}"} | weights
             for s, t, e in found
         ]
-        write(there)
+        for row in there:
+            add(RESULTS, row)
         print(*there[-1].values(), flush=True)
     return float(there[-1]["epsilon_error"])
 

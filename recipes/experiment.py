@@ -7,7 +7,6 @@ hash of the teacher's weights and of every setting, is there. Students are kept 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import time
@@ -26,8 +25,8 @@ from convfusion.distill import DistillConfig, distill
 from convfusion.fingerprint import fingerprint
 from convfusion.flops import site_flops
 from mini.pixart import load_pixart
+from pages import add, rows
 
-RESULTS = Path(__file__).parent.parent / "results"
 KEPT = Path(__file__).parent / "run"
 TEACHERS: dict[str, Callable[[], Any]] = {"mini": mini.load_teacher, "pixart": load_pixart}
 LATENTS = {"mini": (16, 16), "pixart": (32, 32)}  # that operations are counted for
@@ -108,27 +107,16 @@ class Table:
     """
 
     def __init__(self, name: str, keys: Iterable[str]) -> None:
-        self.path, self.keys = RESULTS / name, tuple(keys)
-
-    def rows(self) -> list[dict[str, str]]:
-        if not self.path.is_file():
-            return []
-        with open(self.path, newline="") as file:
-            return list(csv.DictReader(file))
+        self.name, self.keys = name, tuple(keys)
 
     def once(self, measure: Callable[[], dict[str, Any]], *key: Any) -> dict[str, str]:
         """The row with this key, which is measured and written unless it is there."""
         wanted = dict(zip(self.keys, map(str, key), strict=True))
-        for row in self.rows():
+        for row in rows(self.name):
             if wanted.items() <= row.items():
                 return row
         found = wanted | {name: str(value) for name, value in measure().items()}
-        new = not self.path.is_file()
-        with open(self.path, "a", newline="") as file:
-            table = csv.DictWriter(file, list(found), lineterminator="\n")
-            if new:
-                table.writeheader()
-            table.writerow(found)
+        add(self.name, found)
         print(*found.values(), flush=True)
         return found
 

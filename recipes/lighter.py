@@ -11,10 +11,11 @@ import argparse
 from dataclasses import replace
 
 from convfusion import ConvertConfig, DeltaConv, uniform
-from experiment import RESULTS, Table, judged, recipe
+from experiment import Table, judged, recipe
+from pages import ROOT
 
 TABLE = Table("lighter.csv", ["kernels", "ratio", "seed", "steps", "made"])
-RECOMMENDED = RESULTS.parent / "docs" / "analysis-mini" / "kernels.json"
+RECOMMENDED = ROOT / "docs" / "analysis-mini" / "kernels.json"
 RATIOS = (1.0, 0.5, 0.25, 0.125)
 
 

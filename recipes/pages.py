@@ -21,9 +21,14 @@ def read(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def rows(name: str) -> list[dict[str, str]]:
+    """As `read`; a file that is not there holds none."""
+    return read(name) if (RESULTS / name).is_file() else []
+
+
 def has(name: str, key: dict[str, str]) -> bool:
     """Whether the results hold a row with these values; a file that is not there holds none."""
-    return (RESULTS / name).is_file() and any(key.items() <= row.items() for row in read(name))
+    return any(key.items() <= row.items() for row in rows(name))
 
 
 def add(name: str, row: dict[str, Any]) -> None:

@@ -73,14 +73,8 @@ def distill(
     from convfusion.surgery import mixers_of
 
     named: dict[str, Any] = {"model": model, "data": data, "size": size, "buckets": buckets}
-    named |= {
-        "revision": revision,
-        "config": config,
-        "every": every,
-        "first": first,
-        "distill": given,
-    }
-    run = read_settings(settings, named)
+    named |= {"revision": revision, "config": config, "every": every, "first": first}
+    run = read_settings(settings, {**named, "distill": given})
     check_run(run, None if dry_run else out, dry_run=dry_run, resume=resume)
     ready = source_of(run) if not dry_run else None
     main = os.environ.get("RANK", "0") == "0"
