@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
 from convfusion.adapters import denoiser_of, list_sites
-from convfusion.demo import distillation, spread
+from convfusion.demo import spread
 from convfusion.distill.partial import every, only, site_costs
 from experiment import JUDGED, Table, judged, recipe
 
@@ -26,7 +26,8 @@ def orders(steps: int, seed: int) -> dict[str, list[str]]:
     paths = [site.path for site in list_sites(denoiser_of(pipe))]
     convert(pipe, ConvertConfig(ALL.sites, seed=seed))
     held_out = spread(mini.held_out_data(), JUDGED)
-    costs = site_costs(pipe, mini.training_data(), held_out, distillation(steps, seed))
+    training = recipe(ALL, steps, seed).settings  # one autocast for all runs of a process
+    costs = site_costs(pipe, mini.training_data(), held_out, training)
     return {
         "least ε-error alone first": costs.cheapest("epsilon"),
         "least imitation error first": costs.cheapest(),

@@ -49,7 +49,7 @@ def framed(size: Size) -> LatentDataset:
     for image in decoded(pipe, data, "held out", (64, 64)):
         fitted = ImageOps.pad(image, size[::-1], Image.Resampling.BICUBIC, color="white")
         with torch.no_grad():
-            latents.append(encode_pictures(pipe.vae, np.asarray(fitted)[None]))
+            latents.append(encode_pictures(pipe.vae, np.array(fitted)[None]))
     return LatentDataset(torch.cat(latents), data.captions)
 
 
