@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from evaluations import draws, student, thumbnails
@@ -10,9 +11,10 @@ from tiny_pipelines import PIPELINES, stable_diffusion
 
 import convfusion
 from convfusion import ConvFusionError
+from convfusion.data import LatentDataset
 from convfusion.evaluate import Draws, evaluate, plan
 from convfusion.evaluate.pair import teacher_denoiser
-from convfusion.evaluate.real import open_real
+from convfusion.evaluate.real import decoded, open_real
 from convfusion.fingerprint import fingerprint
 from convfusion.surgery import attention_teacher, mixers_of
 
@@ -135,6 +137,17 @@ def test_real_pictures_come_from_data_sources_too(tmp_path):
     assert [image.size for image in real] == [(16, 16)] * 2
 
 
+def test_held_out_latents_of_a_dit_are_decoded():
+    pipe = student("dit")
+    data = LatentDataset(torch.randn(3, 4, 16, 16), ["1", "2", "3"])
+    found = list(decoded(pipe, data, "held out", (32, 32)))
+    pixels = pipe.vae.decode(data.latents[:1] / pipe.vae.config.scaling_factor).sample
+    assert len(found) == 3
+    expected = (pixels[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).detach()
+    drawn = torch.from_numpy(np.array(found[0])) / 255
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1 / 255)
+
+
 def test_small_pictures_and_unknown_classes_are_refused(tmp_path):
     pipe = student()
     with pytest.raises(ConvFusionError, match="8×8 are too small"):
@@ -146,6 +159,9 @@ def test_small_pictures_and_unknown_classes_are_refused(tmp_path):
             tmp_path / "out",
             extractor=thumbnails(),
         )
+    with pytest.raises(ConvFusionError, match="with a guidance of 1 only"):
+        labels = draws(prompts=["1", "2"], guidance=2.0)
+        evaluate(student("dit"), labels, tmp_path / "out", extractor=thumbnails())
     with pytest.raises(ConvFusionError, match="1000 is beyond the last, 999"):
         evaluate(pipe, draws(timesteps=(5, 1000)), tmp_path / "out", extractor=thumbnails())
     with pytest.raises(ConvFusionError, match="multiples of 8"):

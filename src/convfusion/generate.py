@@ -14,6 +14,8 @@ from convfusion.adapters import Denoiser, adapter_for, denoiser_of
 from convfusion.conditioning import class_labels, latent_scale
 from convfusion.errors import ConvFusionError
 
+NO_CLASS = 1000  # under guidance, in diffusers' DiT pipeline
+
 
 def generate(
     pipe: Any,
@@ -53,6 +55,7 @@ def generate(
     of_classes = family == "dit"
     if of_classes and size is not None:
         raise ConvFusionError("a DiT pipeline draws at its own size only: leave the size out")
+    check_guidance(pipe, guidance)
     if family == "pixart":  # else it draws at the nearest size of its training and resizes that
         options.setdefault("use_resolution_binning", False)
     images: list[Image.Image] = []
@@ -78,6 +81,19 @@ def check_size(pipe: Any, size: tuple[int, int]) -> None:
         raise ConvFusionError(
             f"{size[1]}×{size[0]} cannot be drawn: both sides must be multiples of {unit}; "
             f"the nearest size is {near[1]}×{near[0]}"
+        )
+
+
+def check_guidance(pipe: Any, guidance: float) -> None:
+    """Raise a ConvFusionError if the pipeline would take one of its classes for no class."""
+    denoiser = denoiser_of(pipe)
+    if adapter_for(denoiser).family != "dit" or guidance <= 1:
+        return
+    classes = denoiser.config.num_embeds_ada_norm
+    if classes != NO_CLASS:
+        raise ConvFusionError(
+            f"this model has {classes} classes, and diffusers' DiT pipeline takes class "
+            f"{NO_CLASS} for none: it draws with a guidance of 1 only"
         )
 
 

@@ -81,15 +81,16 @@ def decoded(
     pipe: Any, data: LatentDataset, spec: str, size: tuple[int, int], batch_size: int = 32
 ) -> RealPictures:
     """Pictures that are at hand as latents only, as the pipeline's VAE decodes them."""
+    from diffusers.image_processor import VaeImageProcessor
 
     def pictures() -> Iterator[tuple[Any, str]]:
-        vae = pipe.vae
+        vae, processor = pipe.vae, VaeImageProcessor()  # of its own: DiT pipelines have none
         with upcast_vae(vae):
             for part in data.latents.split(batch_size):
                 scaled = part.to(vae.device, vae.dtype) / vae.config.scaling_factor
                 with torch.no_grad():
                     found = vae.decode(scaled, return_dict=False)[0]
-                for image in pipe.image_processor.postprocess(found, output_type="pil"):
+                for image in processor.postprocess(found, output_type="pil"):
                     yield image, ""
 
     return RealPictures(spec, pictures, size)

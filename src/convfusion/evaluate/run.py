@@ -19,7 +19,7 @@ from convfusion.evaluate.measure import REAL
 from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import RealPictures
 from convfusion.evaluate.results import Evaluation
-from convfusion.generate import check_size
+from convfusion.generate import check_guidance, check_size
 from convfusion.schedule import noise_schedule
 
 Progress = Callable[[str, int], None]
@@ -129,6 +129,7 @@ def check_draws(pipe: Any, draws: Draws) -> None:
         )
     if adapter_for(denoiser_of(pipe)).family == "dit":
         class_labels(pipe, list(draws.prompts))
+        check_guidance(pipe, draws.guidance)
         if draws.size is not None:
             raise ConvFusionError("a DiT pipeline draws at its own size only: leave the size out")
     else:
