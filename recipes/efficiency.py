@@ -20,7 +20,7 @@ from typing import Any
 from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
 from convfusion.demo import distillation, error, spread
 from convfusion.distill import DistillConfig, distill
-from experiment import TEACHERS, unfused, weights_of
+from experiment import TEACHERS, TEXT_TO_IMAGE, unfused, weights_of
 from pages import add, rows
 
 RESULTS = "efficiency.csv"
@@ -91,7 +91,7 @@ def run(name: str, recipe: str, seed: int, steps: int, length: int, enough: floa
     weights = {"weights": weights_of(name)}
     there = [row for row in rows(RESULTS) if (key | weights).items() <= row.items()]
     if not there:
-        pipe = TEACHERS[name]()
+        pipe = TEACHERS[name].load()
         every = max(1, steps // 50)
         marks = [*range(every, length, every), length] if length == steps else [length]
         chosen = RECIPES.get(recipe, Recipe(MEAN, distillation))
@@ -108,7 +108,7 @@ def run(name: str, recipe: str, seed: int, steps: int, length: int, enough: floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=TEACHERS, default=list(TEACHERS))
+    parser.add_argument("--models", nargs="+", choices=TEXT_TO_IMAGE, default=TEXT_TO_IMAGE)
     parser.add_argument("--steps", type=int, default=1000, help="of the paper's recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()

@@ -16,21 +16,46 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from convfusion import ConvertConfig, DeltaConv, convert, load, mini, save, status
 from convfusion.adapters import denoiser_of
+from convfusion.data import LatentDataset
 from convfusion.demo import distillation, error, spread
 from convfusion.distill import DistillConfig, distill
 from convfusion.fingerprint import fingerprint
 from convfusion.flops import site_flops
+from mini import fashion
 from mini.pixart import load_pixart
 from pages import add, rows
 
 KEPT = Path(__file__).parent / "run"
-TEACHERS: dict[str, Callable[[], Any]] = {"mini": mini.load_teacher, "pixart": load_pixart}
-LATENTS = {"mini": (16, 16), "pixart": (32, 32)}  # that operations are counted for
 JUDGED = 64  # held-out latents that ε-errors are measured on
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A mini model.
+
+    Attributes:
+        load: makes its pipeline, on the CPU in float32.
+        training_data: that students are distilled on.
+        held_out_data: that they are judged on.
+        latents: (height, width) of them.
+    """
+
+    load: Callable[[], Any]
+    training_data: Callable[[], LatentDataset]
+    held_out_data: Callable[[], LatentDataset]
+    latents: tuple[int, int]
+
+
+TEACHERS = {
+    "mini": Teacher(mini.load_teacher, mini.training_data, mini.held_out_data, (16, 16)),
+    "pixart": Teacher(load_pixart, mini.training_data, mini.held_out_data, (16, 16)),
+    "fashion": Teacher(fashion.load_fashion, fashion.training_data, fashion.test_data, (8, 8)),
+}
+TEXT_TO_IMAGE = ("mini", "pixart")
 
 
 @dataclass(frozen=True)
@@ -65,7 +90,7 @@ def recipe(blocks: ConvertConfig, steps: int, seed: int = 0, **settings: Any) ->
 def student(teacher: str, made_by: Recipe) -> tuple[Any, float]:
     """The pipeline of a student and the seconds that its distillation took, now or then."""
     folder = KEPT / "students" / made_by.made(teacher)
-    pipe = TEACHERS[teacher]()
+    pipe = TEACHERS[teacher].load()
     if (folder / "seconds.json").is_file():
         load(pipe, folder)
         return pipe, json.loads((folder / "seconds.json").read_text())
@@ -73,7 +98,7 @@ def student(teacher: str, made_by: Recipe) -> tuple[Any, float]:
     convert(pipe, made_by.blocks)
     started = time.perf_counter()
     if made_by.settings is not None:
-        distill(pipe, mini.training_data(), made_by.settings)
+        distill(pipe, TEACHERS[teacher].training_data(), made_by.settings)
     seconds = round(time.perf_counter() - started, 1)
     save(pipe, folder)
     (folder / "seconds.json").write_text(json.dumps(seconds))
@@ -82,15 +107,18 @@ def student(teacher: str, made_by: Recipe) -> tuple[Any, float]:
 
 def unfused(pipe: Any) -> None:
     """Attention as products and a softmax: on a CPU faster to train than the fused one."""
-    denoiser_of(pipe).set_attn_processor(AttnProcessor())
+    for module in denoiser_of(pipe).modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
 
 
 def judged(teacher: str, made_by: Recipe) -> dict[str, Any]:
-    """A student's ε-error on names that no training saw, and what it costs."""
+    """A student's ε-error on pictures that no training saw, and what it costs."""
     pipe, seconds = student(teacher, made_by)
-    costs = site_flops(pipe, LATENTS[teacher]).values()
+    costs = site_flops(pipe, TEACHERS[teacher].latents).values()
+    held_out = spread(TEACHERS[teacher].held_out_data(), JUDGED)
     return {
-        "epsilon_error": f"{error(pipe, spread(mini.held_out_data(), JUDGED)):.4e}",
+        "epsilon_error": f"{error(pipe, held_out):.4e}",
         "parameters": sum(site.mixer_parameters for site in status(pipe).sites),
         "operations": sum(own for _, own in costs),
         "attention_operations": sum(attention for attention, _ in costs),
@@ -124,7 +152,7 @@ class Table:
 @cache
 def weights_of(teacher: str) -> str:
     """Fingerprint of a teacher's denoiser."""
-    return fingerprint(denoiser_of(TEACHERS[teacher]()))
+    return fingerprint(denoiser_of(TEACHERS[teacher].load()))
 
 
 def digest(*facts: Any) -> str:

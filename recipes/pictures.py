@@ -5,7 +5,7 @@ Features are kept in `recipes/run/features`, so that a run that was stopped goes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -24,32 +24,37 @@ BATCH = 50
 
 @dataclass(frozen=True)
 class Drawn:
-    """Which pictures: the prompts are the captions of held-out names, in turn.
+    """Which pictures.
 
     Attributes:
         samples: how many.
         first_seed: of the first one; the others count on.
         steps: of the pipeline's own scheduler.
         guidance: classifier-free guidance scale.
-        size: (height, width) in pixels.
+        size: (height, width) in pixels; None for a DiT, which draws at its own.
     """
 
     samples: int
     first_seed: int = 0
     steps: int = 25
     guidance: float = mini.GUIDANCE
-    size: tuple[int, int] = (64, 64)
+    size: tuple[int, int] | None = (64, 64)
 
 
-def look(maker: Callable[[], Any], made: str, drawn: Drawn) -> Tensor:
-    """Features [samples, 1280] of what a pipeline draws; it is made only if it must draw."""
+def look(
+    maker: Callable[[], Any], made: str, drawn: Drawn, prompts: Sequence[str] | None = None
+) -> Tensor:
+    """Features [samples, 1280] of what a pipeline draws; it is made only if it must draw.
+
+    The prompts are drawn in turn: the captions of held-out names, unless others are given.
+    """
     file = KEPT / "features" / f"{digest(made, asdict(drawn))}.safetensors"
     if not file.is_file():
-        captions = mini.held_out_data().captions
-        prompts = [captions[i % len(captions)] for i in range(drawn.samples)]
+        prompts = mini.held_out_data().captions if prompts is None else prompts
+        told = [prompts[i % len(prompts)] for i in range(drawn.samples)]
         seeds = [drawn.first_seed + i for i in range(drawn.samples)]
         images = generate(
-            maker(), prompts, seeds=seeds, steps=drawn.steps, guidance=drawn.guidance,
+            maker(), told, seeds=seeds, steps=drawn.steps, guidance=drawn.guidance,
             size=drawn.size, batch_size=BATCH,
         )  # fmt: skip
         file.parent.mkdir(parents=True, exist_ok=True)

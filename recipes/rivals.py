@@ -33,7 +33,7 @@ from convfusion.mixers import (
     Pooled,
     Removed,
 )
-from experiment import TEACHERS, Recipe, Table, judged, recipe, student, weights_of
+from experiment import TEACHERS, TEXT_TO_IMAGE, Recipe, Table, judged, recipe, student, weights_of
 from pictures import Drawn, distances, look, real_pictures
 
 OURS = "ΔConvBlock"
@@ -74,7 +74,7 @@ def train(teacher: str, name: str, rate: float, seed: int, steps: int) -> dict[s
 def draw(teacher: str, chosen: dict[str, Recipe], samples: int) -> None:
     """Rows of the pictures of the teacher and of some students."""
     own = Drawn(samples)
-    stock = TEACHERS[teacher]
+    stock = TEACHERS[teacher].load
     sets = {
         "real": real_pictures(stock()),
         "teacher": look(stock, weights_of(teacher), Drawn(samples, first_seed=samples)),
@@ -94,9 +94,9 @@ def draw(teacher: str, chosen: dict[str, Recipe], samples: int) -> None:
 
 def time_all(teacher: str, pictures: int = 8, rounds: int = 3) -> None:
     """Rows of the seconds a picture takes with each mixer; training changes nothing about them."""
-    pipes: dict[str, Any] = {"the teacher": TEACHERS[teacher]()}
+    pipes: dict[str, Any] = {"the teacher": TEACHERS[teacher].load()}
     for name, mixer in RIVALS.items():
-        pipes[name] = TEACHERS[teacher]()
+        pipes[name] = TEACHERS[teacher].load()
         convert(pipes[name], uniform(mixer))
     prompts = mini.held_out_data().captions[:pictures]
     calls = {name: partial(generate, pipe, prompts) for name, pipe in pipes.items()}
@@ -113,7 +113,7 @@ def time_all(teacher: str, pictures: int = 8, rounds: int = 3) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=TEACHERS, default=list(TEACHERS))
+    parser.add_argument("--models", nargs="+", choices=TEXT_TO_IMAGE, default=TEXT_TO_IMAGE)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--samples", type=int, default=1000, help="pictures of a set; 0: none")
     parser.add_argument("--seconds", action="store_true", help="time them, and nothing else")

@@ -32,7 +32,7 @@ from convfusion.evaluate import TIMESTEPS, predictions, relative_error
 from convfusion.evaluate.real import decoded
 from convfusion.fingerprint import fingerprint
 from convfusion.schedule import noise_schedule
-from experiment import TEACHERS, Table, digest, recipe, student, weights_of
+from experiment import TEACHERS, TEXT_TO_IMAGE, Table, digest, recipe, student, weights_of
 from pictures import Drawn, distances, extractor, look
 
 TABLE = Table("sizes.csv", ["model", "pipeline", "width", "height", "samples", "made"])
@@ -69,7 +69,7 @@ def measured(maker: Callable[[], Any], made: str, size: Size, samples: int) -> d
     pipe, data = maker(), spread(framed(size), JUDGED)
     reference = extractor()(decoded(pipe, framed(size), "framed", size)).features
     own = noise_error(pipe, denoiser_of(pipe), data, size)
-    converted = made not in map(weights_of, TEACHERS)
+    converted = made not in map(weights_of, TEXT_TO_IMAGE)
     return {
         "noise_error": f"{own:.4e}",
         "epsilon_error": f"{error(pipe, data):.4e}" if converted else "",
@@ -84,7 +84,7 @@ def shipped() -> tuple[Callable[[], Any], str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=TEACHERS, default=list(TEACHERS))
+    parser.add_argument("--models", nargs="+", choices=TEXT_TO_IMAGE, default=TEXT_TO_IMAGE)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--samples", type=int, default=100)
     args = parser.parse_args()
@@ -92,7 +92,7 @@ def main() -> None:
         how = recipe(uniform(DeltaConv()), args.steps, learning_rate=2e-2)
         distilled = (lambda model=model, how=how: student(model, how)[0], how.made(model))
         pipelines = {
-            "teacher": (TEACHERS[model], weights_of(model)),
+            "teacher": (TEACHERS[model].load, weights_of(model)),
             "student": shipped() if model == "mini" else distilled,
         }
         for height, width in SIZES:

@@ -1,14 +1,17 @@
-"""What the steps share: the pictures, their captions, and states that survive a kill."""
+"""What the steps share: the pictures, their captions, and training that survives a kill."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,71 @@ def caption(row: dict, *, design: bool = True) -> str:
     """`waving hand sign, dark skin tone, noto`."""
     parts = [row["name"], row["tone"], row["design"] if design else ""]
     return ", ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps and learning rate of a training: linear up at the start, linear to 0 at the end."""
+
+    steps: int
+    decay_steps: int
+    lr: float
+    warmup: int
+    weight_decay: float = 0.0
+
+    def rate(self, step: int) -> float:
+        return self.lr * min(1, (step + 1) / self.warmup, (self.steps - step) / self.decay_steps)
+
+
+def fit(
+    model: torch.nn.Module,
+    loss_of: Callable[[int], torch.Tensor],
+    schedule: Schedule,
+    kept: Path,
+    *,
+    average: AveragedModel | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Train a model by AdamW in bfloat16 autocast, on from the state `kept` if there is one.
+
+    Args:
+        model: on its device.
+        loss_of: the loss of a step, a function of the step and the weights alone.
+        schedule: of steps and learning rate.
+        kept: file that the state is written to every 250 steps and at the end.
+        average: of the weights, updated with each step.
+        on_step: called with the number of steps done.
+    """
+    device = next(model.parameters()).device.type
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.99), weight_decay=schedule.weight_decay, fused=True
+    )
+    state = {"model": model, "optimizer": optimizer} | ({"average": average} if average else {})
+    first = step = load_state(kept, state)
+    started = time.time()
+    while step < schedule.steps:
+        with torch.autocast(device, torch.bfloat16):
+            loss = loss_of(step)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if average is not None:
+            average.update_parameters(model)
+        step += 1
+        if step % 50 == 0:
+            rate = (step - first) / (time.time() - started)
+            print(f"{step} loss {loss.item():.4f} {rate:.2f} steps/s", flush=True)
+        if step % 250 == 0 or step == schedule.steps:
+            save_state(kept, state, step)
+        on_step(step)
+
+
+def ema_step(old: torch.Tensor, new: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """A moving average that forgets the start fast and then keeps 0.9995 a step."""
+    return old.lerp(new, 1 - min(0.9995, (1 + int(count)) / (10 + int(count))))
 
 
 def save_state(path: Path, parts: dict, step: int) -> None:

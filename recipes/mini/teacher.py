@@ -11,13 +11,12 @@ with a fresh optimiser.
 from __future__ import annotations
 
 import argparse
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import caption, load_pictures, load_state, save_state
+from common import Schedule, caption, ema_step, fit, load_pictures
 from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.utils import make_image_grid
 from families import FAMILIES, make_scheduler
@@ -80,11 +79,6 @@ def grid_prompts(run: Path) -> list[str]:
             row["design"] = ("noto", "twemoji")[i % 2]
             prompts.append(caption(row))
     return prompts
-
-
-def ema_step(old: torch.Tensor, new: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """A moving average that forgets the start fast and then keeps 0.9995 a step."""
-    return old.lerp(new, 1 - min(0.9995, (1 + int(count)) / (10 + int(count))))
 
 
 def parse_args() -> argparse.Namespace:
@@ -161,38 +155,23 @@ def main() -> None:
     batches = Batches(args, vae, device)
     loss_weight = min_snr(scheduler).to(device)
     ema = AveragedModel(parts, avg_fn=ema_step)
-    optimizer = torch.optim.AdamW(
-        parts.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
-    state = {"parts": parts, "ema": ema, "optimizer": optimizer}
-    first = step = load_state(kept, state)
-    started = time.time()
-    while step < args.steps:
+
+    def loss(step: int) -> torch.Tensor:
         latents, noise, t, texts = batches(step)
         tokens = tokenizer(texts, padding="max_length", return_tensors="pt").to(device)
-        noisy = scheduler.add_noise(latents, noise, t)
-        with torch.autocast(device, torch.bfloat16):
-            prediction = family.predict(parts, tokens, noisy, t)
+        prediction = family.predict(parts, tokens, scheduler.add_noise(latents, noise, t), t)
         error = (prediction.float() - noise).square().mean(dim=(1, 2, 3))
-        loss = (loss_weight[t] * error).mean()
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 300, (args.steps - step) / args.decay_steps)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
-        optimizer.step()
-        ema.update_parameters(parts)
-        step += 1
-        if step % 50 == 0:
-            rate = (step - first) * args.batch / (time.time() - started)
-            print(f"{step} loss {loss.item():.4f} {rate:.1f} pictures/s", flush=True)
-        if step % 250 == 0:
-            save_state(kept, state, step)
+        return (loss_weight[t] * error).mean()
+
+    def show(step: int) -> None:
         if step % args.sample_every == 0 or step == args.steps:
             ema.eval()
             pipe = pipeline(family, vae, tokenizer, ema.module)
             sample(pipe, grid_prompts(run), run / f"{folder.name}-{step:06d}.png", columns=8)
             pipe.save_pretrained(folder)
+
+    schedule = Schedule(args.steps, args.decay_steps, args.lr, warmup=300, weight_decay=0.01)
+    fit(parts, loss, schedule, kept, average=ema, on_step=show)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,15 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import load_pictures, load_state, save_state
+from common import Schedule, fit, load_pictures
 from diffusers import AutoencoderKL
 
 
-def make_vae() -> AutoencoderKL:
+def make_vae(side: int) -> AutoencoderKL:
     """About 1.4M parameters, no attention, 4× smaller per side."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -25,7 +24,7 @@ def make_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
-        sample_size=64,
+        sample_size=side,
         mid_block_add_attention=False,
     )
 
@@ -41,39 +40,24 @@ def loss_of(vae: AutoencoderKL, x: torch.Tensor, kl_weight: float) -> torch.Tens
     return F.l1_loss(y, x) + edges + kl_weight * posterior.kl().mean() / x[0].numel()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("run"))
-    parser.add_argument("--steps", type=int, default=1100)
-    parser.add_argument("--decay-steps", type=int, default=600, help="linear to 0 at the end")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--kl-weight", type=float, default=1e-2)
-    args = parser.parse_args()
+def train(
+    images: torch.Tensor, run: Path, steps: int, decay_steps: int, batch: int, kl_weight: float
+) -> None:
+    """Train an autoencoder on uint8 pictures [P, 3, H, W] and write `run/vae`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    images = load_pictures(args.run, "train").images.to(device)
-    vae = make_vae().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    state = {"model": vae, "optimizer": optimizer}
-    step = load_state(args.run / "vae.pt", state)
-    start = time.time()
-    while step < args.steps:
+    images = images.to(device)
+    vae = make_vae(images.shape[-1]).to(device, memory_format=torch.channels_last)
+
+    def loss(step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(step)
-        picks = torch.randint(len(images), (args.batch,), generator=generator).to(device)
+        picks = torch.randint(len(images), (batch,), generator=generator).to(device)
         x = images[picks].float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16):
-            loss = loss_of(vae, x, args.kl_weight)
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 100, (args.steps - step) / args.decay_steps)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        if step % 100 == 0:
-            print(f"{step} loss {loss.item():.4f} {(time.time() - start):.0f}s", flush=True)
-            save_state(args.run / "vae.pt", state, step)
-    finish(vae, images, args.run / "vae")
+        return loss_of(vae, x, kl_weight)
+
+    schedule = Schedule(steps, decay_steps, lr=2e-3, warmup=100)
+    fit(vae, loss, schedule, run / "vae.pt")
+    finish(vae, images, run / "vae")
 
 
 @torch.no_grad()
@@ -90,6 +74,18 @@ def finish(vae: AutoencoderKL, images: torch.Tensor, folder: Path) -> None:
         latents.std((0, 2, 3)).tolist(),
     )
     vae.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("run"))
+    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--decay-steps", type=int, default=600, help="linear to 0 at the end")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--kl-weight", type=float, default=1e-2)
+    args = parser.parse_args()
+    images = load_pictures(args.run, "train").images
+    train(images, args.run, args.steps, args.decay_steps, args.batch, args.kl_weight)
 
 
 if __name__ == "__main__":
