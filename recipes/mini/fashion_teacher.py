@@ -96,10 +96,10 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("run/fashion"))
     commands = parser.add_subparsers(dest="command", required=True)
     steps = commands.add_parser("vae").add_argument
-    steps("--steps", type=int, default=1200)
+    steps("--steps", type=int, default=1100)
     steps("--decay-steps", type=int, default=600, help="linear to 0 at the end")
     option = commands.add_parser("teacher").add_argument
-    option("--steps", type=int, default=5000)
+    option("--steps", type=int, default=4000)
     option("--decay-steps", type=int, default=1500, help="linear to 0 at the end")
     option("--batch", type=int, default=64)
     option("--lr", type=float, default=1e-3)
