@@ -105,6 +105,11 @@ def student(teacher: str, made_by: Recipe) -> tuple[Any, float]:
     return pipe, seconds
 
 
+def shipped() -> tuple[Callable[[], Any], str]:
+    """The embedded model's own student, and what tells it from others."""
+    return mini.load_student, digest("shipped", fingerprint(denoiser_of(mini.load_student())))
+
+
 def unfused(pipe: Any) -> None:
     """Attention as products and a softmax: on a CPU faster to train than the fused one."""
     for module in denoiser_of(pipe).modules():

@@ -16,9 +16,8 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from convfusion import mini
 from convfusion.evaluate import mean_psnr
 from convfusion.generate import generate
-from experiment import Table, weights_of
+from experiment import Table, shipped, weights_of
 from pictures import BATCH, Drawn, distances, look, real_pictures
-from sizes import shipped
 
 SCALES = Table("guidance.csv", ["pipeline", "guidance", "samples", "made"])
 SOLVED = Table("solvers.csv", ["solver", "steps", "guidance", "samples", "made"])

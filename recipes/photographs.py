@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,25 @@ from pictures import Drawn, distances, extractor, look
 TABLE = Table("photographs.csv", ["pictures", "reference", "samples", "steps", "made"])
 FASHION = TEACHERS["fashion"]
 SHOWN = ROOT / "docs" / "images" / "photographs.png"
-Set = Callable[[], Tensor]  # features, made when they are asked for
+
+
+@dataclass(frozen=True)
+class Set:
+    """Pictures that are judged.
+
+    Attributes:
+        name: of them.
+        features: made when they are asked for.
+        made: what tells them from others.
+        drawn: by a model, and not photographs.
+        how: the recipe of the student that drew them, if one did.
+    """
+
+    name: str
+    features: Callable[[], Tensor]
+    made: str = ""
+    drawn: bool = False
+    how: Recipe | None = None
 
 
 def seen(maker: Callable[[], Any], made: str, samples: int, first_seed: int = 0) -> Tensor:
@@ -104,23 +122,23 @@ def main() -> None:
         "test": extractor()(pictures("test", count)).features,
         "teacher": seen(FASHION.load, teacher, count, first_seed=count),
     }
-    sets: dict[str, tuple[Set, str, Recipe | None]] = {
-        "training pictures": (lambda: extractor()(pictures("train", count)).features, "", None),
-        "test pictures behind the autoencoder": (partial(behind, count), teacher, None),
-        "the teacher": (partial(seen, FASHION.load, teacher, count), teacher, None),
-    }
+    sets = [
+        Set("training pictures", lambda: extractor()(pictures("train", count)).features),
+        Set("test pictures behind the autoencoder", partial(behind, count), teacher),
+        Set("the teacher", partial(seen, FASHION.load, teacher, count), teacher, drawn=True),
+    ]
     for name, how in students.items():
-        maker, made = partial(trained, how), how.made("fashion")
-        sets[name] = (partial(seen, maker, made, count), made, how)
-    for name, (features, made, how) in sets.items():
-        steps = how.settings.steps if how and how.settings else 0
+        made = how.made("fashion")
+        features = partial(seen, partial(trained, how), made, count)
+        sets.append(Set(name, features, made, drawn=True, how=how))
+    for each in sets:
         for reference, held in references.items():
-            TABLE.once(
-                lambda features=features, how=how, held=held: (
-                    errors(how) | compared(features(), held)
-                ),
-                *(name, reference, count, steps, made),
-            )
+            if each.drawn or reference == "test":
+                steps = each.how.settings.steps if each.how and each.how.settings else 0
+                TABLE.once(
+                    lambda each=each, held=held: errors(each.how) | compared(each.features(), held),
+                    *(each.name, reference, count, steps, each.made),
+                )
 
 
 if __name__ == "__main__":

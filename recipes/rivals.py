@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from convfusion import DeltaConv, convert, mini, uniform
+from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
 from convfusion.bench.timing import interleaved, surroundings
 from convfusion.generate import generate
 from convfusion.mixers import (
@@ -33,7 +33,18 @@ from convfusion.mixers import (
     Pooled,
     Removed,
 )
-from experiment import TEACHERS, TEXT_TO_IMAGE, Recipe, Table, judged, recipe, student, weights_of
+from experiment import (
+    TEACHERS,
+    TEXT_TO_IMAGE,
+    Recipe,
+    Table,
+    judged,
+    recipe,
+    shipped,
+    student,
+    weights_of,
+)
+from pages import ROOT
 from pictures import Drawn, distances, look, real_pictures
 
 OURS = "ΔConvBlock"
@@ -51,14 +62,25 @@ RIVALS: dict[str, Mixer] = {
     "pooled keys and values": Pooled(),
     "nothing": Removed(),
 }
+DELTA = [name for name, mixer in RIVALS.items() if isinstance(mixer, DeltaConv)]
+BY_FIELD = "neighbourhood attention as wide as its receptive field"
 RATES = (2e-2, 2e-3)
 TRAINED = Table("rivals.csv", ["model", "mixer", "learning_rate", "seed", "steps", "made"])
 TIMED = Table("rivals_seconds.csv", ["model", "mixer"])
 LOOKED = Table("rivals_pictures.csv", ["model", "mixer", "reference", "samples", "made"])
 
 
-def rival(name: str, rate: float, seed: int, steps: int) -> Recipe:
-    blocks = uniform(RIVALS[name])
+def blocks_of(teacher: str, name: str) -> ConvertConfig:
+    """What a rival puts at each site."""
+    if name != BY_FIELD:
+        return uniform(RIVALS[name])
+    found = ConvertConfig.load(ROOT / "docs" / f"analysis-{teacher}" / "kernels.json")
+    sites = {path: Neighbourhood(block.kernel_size) for path, block in found.sites.items()}
+    return ConvertConfig(sites)
+
+
+def rival(teacher: str, name: str, rate: float, seed: int, steps: int) -> Recipe:
+    blocks = blocks_of(teacher, name)
     if name == "nothing":
         return Recipe(blocks, None)
     return recipe(blocks, steps, seed, learning_rate=rate)
@@ -66,7 +88,7 @@ def rival(name: str, rate: float, seed: int, steps: int) -> Recipe:
 
 def train(teacher: str, name: str, rate: float, seed: int, steps: int) -> dict[str, str]:
     """The row of a run."""
-    how = rival(name, rate, seed, steps)
+    how = rival(teacher, name, rate, seed, steps)
     key = (teacher, name, f"{rate:g}", seed, steps, how.made(teacher))
     return TRAINED.once(lambda: judged(teacher, how), *key)
 
@@ -80,6 +102,8 @@ def draw(teacher: str, chosen: dict[str, Recipe], samples: int) -> None:
         "teacher": look(stock, weights_of(teacher), Drawn(samples, first_seed=samples)),
     }
     makers = {"the teacher": (stock, weights_of(teacher))}
+    if teacher == "mini":
+        makers["ΔConvBlocks as they are shipped"] = shipped()
     for name, how in chosen.items():
         makers[name] = (lambda how=how: student(teacher, how)[0], how.made(teacher))
     for name, (maker, made) in makers.items():
@@ -95,9 +119,9 @@ def draw(teacher: str, chosen: dict[str, Recipe], samples: int) -> None:
 def time_all(teacher: str, pictures: int = 8, rounds: int = 3) -> None:
     """Rows of the seconds a picture takes with each mixer; training changes nothing about them."""
     pipes: dict[str, Any] = {"the teacher": TEACHERS[teacher].load()}
-    for name, mixer in RIVALS.items():
+    for name in (*RIVALS, BY_FIELD):
         pipes[name] = TEACHERS[teacher].load()
-        convert(pipes[name], uniform(mixer))
+        convert(pipes[name], blocks_of(teacher, name))
     prompts = mini.held_out_data().captions[:pictures]
     calls = {name: partial(generate, pipe, prompts) for name, pipe in pipes.items()}
     cpu = torch.device("cpu")
@@ -123,11 +147,11 @@ def main() -> None:
             time_all(teacher)
             continue
         best = {}
-        for name in RIVALS:
+        for name in (*RIVALS, BY_FIELD):
             rates = RATES if name != "nothing" else RATES[:1]
             rows = [train(teacher, name, rate, 0, args.steps) for rate in rates]
             best[name] = min(rows, key=error_of)
-        others = [row for name, row in best.items() if not isinstance(RIVALS[name], DeltaConv)]
+        others = [row for name, row in best.items() if name not in DELTA]
         shown = [best[OURS], *sorted(others, key=error_of)[:2]]
         for row in shown:
             for seed in (1, 2):
@@ -135,7 +159,9 @@ def main() -> None:
         if args.samples:
             shown += [best[name] for name in ("LinFusion's linear attention", "nothing")]
             chosen = {
-                row["mixer"]: rival(row["mixer"], float(row["learning_rate"]), 0, args.steps)
+                row["mixer"]: rival(
+                    teacher, row["mixer"], float(row["learning_rate"]), 0, args.steps
+                )
                 for row in shown
             }
             draw(teacher, chosen, args.samples)

@@ -30,9 +30,8 @@ from convfusion.data.pictures import encode_pictures
 from convfusion.demo import error, spread
 from convfusion.evaluate import TIMESTEPS, predictions, relative_error
 from convfusion.evaluate.real import decoded
-from convfusion.fingerprint import fingerprint
 from convfusion.schedule import noise_schedule
-from experiment import TEACHERS, TEXT_TO_IMAGE, Table, digest, recipe, student, weights_of
+from experiment import TEACHERS, TEXT_TO_IMAGE, Table, recipe, shipped, student, weights_of
 from pictures import Drawn, distances, extractor, look
 
 TABLE = Table("sizes.csv", ["model", "pipeline", "width", "height", "samples", "made"])
@@ -75,11 +74,6 @@ def measured(maker: Callable[[], Any], made: str, size: Size, samples: int) -> d
         "epsilon_error": f"{error(pipe, data):.4e}" if converted else "",
         **distances(look(maker, made, Drawn(samples, size=size)), reference),
     }
-
-
-def shipped() -> tuple[Callable[[], Any], str]:
-    """The embedded model's student, and what tells it from others."""
-    return mini.load_student, digest("shipped", fingerprint(denoiser_of(mini.load_student())))
 
 
 def main() -> None:

@@ -159,7 +159,7 @@ def timesteps(analysis: Analysis) -> Figure:
             x, y = [t for t, _ in points], [value(site, m) for _, m in points]
             axes.plot(x, y, ".-", color=color, linewidth=1.2, alpha=0.8)
         axes.set_title(name, fontsize=10)
-        axes.set_ylim(0, 1.25)
+        axes.set_ylim(bottom=0)
         axes.invert_xaxis()
         axes.set_xlabel("timestep (noise → picture)", fontsize=9)
         _clean(axes)

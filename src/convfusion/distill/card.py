@@ -106,8 +106,10 @@ def results(result: DistillResult, history: Sequence[dict[str, Any]]) -> str:
     for name in sorted({key for entry in history for key in entry if key.startswith("loss/")}):
         values = [entry[name] for entry in history if name in entry]
         tail = values[-max(1, len(values) // 20) :]
-        term = name.removeprefix("loss/")
-        lines.append(f"- {term}: {values[0]:.3e} at first, {sum(tail) / len(tail):.3e} at last")
+        told = f"{values[0]:.3e}"
+        if len(values) > 1:
+            told += f" at first, {sum(tail) / len(tail):.3e} at last"
+        lines.append(f"- {name.removeprefix('loss/')}: {told}")
     return "\n".join(lines)
 
 
