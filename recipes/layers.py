@@ -30,7 +30,7 @@ def orders(steps: int, seed: int) -> dict[str, list[str]]:
     costs = site_costs(pipe, mini.training_data(), held_out, training)
     return {
         "least ε-error alone first": costs.cheapest("epsilon"),
-        "least imitation error first": costs.cheapest(),
+        "least imitation error first": costs.cheapest("imitation"),
         "first of the model first": paths,
     }
 

@@ -95,15 +95,24 @@ def ablation() -> str:
 
 def layers() -> str:
     rows = read("layers.csv")
+    whole = max(int(row["attention_operations"]) for row in rows)
+
+    def cell(row: Row) -> str:
+        gone = int(row["attention_operations"]) - int(row["operations"])
+        return f"{number(row['epsilon_error'])} ({gone / whole:.0%})"
+
     orders = [
         order for order in dict.fromkeys(row["order"] for row in rows) if "every" not in order
     ]
-    by = {(row["order"], row["sites"]): row["epsilon_error"] for row in rows}
+    by = {(row["order"], row["sites"]): cell(row) for row in rows}
     counts = sorted({row["sites"] for row in rows}, key=int)
-    lines = [[k, *(number(by[order, k]) for order in orders)] for k in counts]
+    lines = [[k, *(by[order, k] for order in orders)] for k in counts]
     second = [row for row in rows if "every" in row["order"]]
-    told = "; ".join(f"{r['order']}, {r['sites']}: {number(r['epsilon_error'])}" for r in second)
-    return f"{table(['sites', *orders], lines)}\n\n{told}. {rows[0]['steps']} steps each."
+    told = "; ".join(f"{row['order']} ({row['sites']} sites): {cell(row)}" for row in second)
+    return f"""{table(["sites", *orders], lines)}
+
+In brackets: how much of the operations of all attention is gone. {rows[0]["steps"]} steps each, one
+seed. And {told}."""
 
 
 def sizes(model: str) -> str:

@@ -264,7 +264,7 @@ class TestCurve:
 
     def test_a_point_is_a_model_with_these_sites_alone(self):
         pipe, apart, costs, curve = curve_of(pixart_sigma)
-        blocks = {path: copy.deepcopy(mixers_of(pipe)[path]) for path in costs.cheapest()[:2]}
+        blocks = {path: copy.deepcopy(mixers_of(pipe)[path]) for path in costs.cheapest("imitation")[:2]}
         other = pixart_sigma()
         install(denoiser_of(other), blocks, keep_attention=True)
         task = DistillTask(denoiser_of(other), other.scheduler)
@@ -287,8 +287,8 @@ class TestCurve:
         assert len(rows) == 3 * len(costs.sites)
         assert {row["order"] for row in rows} == set(curve.orders)
         assert (tmp_path / "curve.png").stat().st_size < 60_000
-        (by_epsilon,) = curve.save(tmp_path / "other", [1], by="epsilon")
-        assert list(ConvertConfig.load(by_epsilon).sites) == costs.cheapest("epsilon")[:1]
+        (by_imitation,) = curve.save(tmp_path / "other", [1], by="imitation")
+        assert list(ConvertConfig.load(by_imitation).sites) == costs.cheapest("imitation")[:1]
 
     def test_numbers_of_sites(self):
         assert chosen_counts(16, None) == [4, 8, 12]

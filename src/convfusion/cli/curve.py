@@ -34,8 +34,8 @@ def curve(
         typer.Option(help="Write cheapest-KK.json for so many; give it again."),
     ] = None,
     by: Annotated[
-        str, typer.Option(help="What these sites rank by: imitation or epsilon.")
-    ] = "imitation",
+        str, typer.Option(help="What these sites rank by: epsilon or imitation.")
+    ] = "epsilon",
     seed: int = 0,
     revision: Revision = None,
     precision: Precision = "float32",

@@ -72,7 +72,7 @@ class ReplacementCurve:
         """The three by name."""
         return {name: getattr(self, name) for name in ("by_imitation", "dearest", "by_epsilon")}
 
-    def cheapest_config(self, k: int, by: Ranking = "imitation") -> ConvertConfig:
+    def cheapest_config(self, k: int, by: Ranking = "epsilon") -> ConvertConfig:
         """The conversion of the k cheapest sites."""
         chosen_counts(len(self.costs.sites), [k])
         return only(self.config, self.costs.cheapest(by)[:k])
@@ -95,7 +95,7 @@ class ReplacementCurve:
         self,
         folder: str | Path,
         counts: Sequence[int] | None = None,
-        by: Ranking = "imitation",
+        by: Ranking = "epsilon",
     ) -> list[Path]:
         """Write `curve.json`, `curve.csv`, `curve.png` (needs matplotlib) and config files.
 
@@ -156,7 +156,7 @@ def replacement_curve(
         raise ConvFusionError("these costs are not those of this model's converted sites")
     task = DistillTask(model, pipe.scheduler)
     apart = ready_to_judge(pipe, held_out)
-    ranked = costs.cheapest()
+    ranked = costs.cheapest("imitation")
     orders = (ranked, ranked[::-1], costs.cheapest("epsilon"))
     prefixes = [frozenset(order[: k + 1]) for order in orders for k in range(len(order))]
     subsets = list(dict.fromkeys(prefixes))

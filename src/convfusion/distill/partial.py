@@ -98,7 +98,7 @@ class SiteCosts:
     training: DistillConfig
     samples: int
 
-    def cheapest(self, by: Ranking = "imitation") -> list[str]:
+    def cheapest(self, by: Ranking = "epsilon") -> list[str]:
         """Paths, the site with the least error first."""
         check_ranking(by)
         return [s.path for s in sorted(self.sites, key=lambda s: getattr(s, f"{by}_error"))]
