@@ -133,7 +133,12 @@ def sizes(model: str) -> str:
 def another_base() -> str:
     rows = read("another_base.csv")
     lines = [[r["variant"], r["steps"], number(r["epsilon_error"])] for r in rows]
-    return table(["in the fine-tune", "steps of distillation", "ε-error"], lines)
+    heads = ["in place of the fine-tune's self-attention", "steps of distillation", "ε-error"]
+    return f"""{table(heads, lines)}
+
+The fine-tune: {rows[0]["tuning_steps"]} batches of 32 pictures of one design
+(`{rows[0]["design"]}`), all weights. *The base itself* is the whole other model, attention and all,
+held against the fine-tune; the row of *their own base* is held against that."""
 
 
 def lighter() -> str:

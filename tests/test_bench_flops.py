@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_pipelines import pixart_sigma
 from torch import nn
 
+import convfusion
 from convfusion import ConvFusionError, DeltaConv, MeanOnly, Removed, mini
 from convfusion.bench.activations import peak_bytes
 from convfusion.bench.flops import (
@@ -20,14 +21,13 @@ from convfusion.bench.flops import (
     contenders,
     denoiser_operations,
     operation_table,
-    pairs_in_windows,
     ratios,
     site_cost,
     totals,
     write_costs,
 )
 from convfusion.bench.models import bench_model
-from convfusion.flops import count
+from convfusion.flops import count, pairs_in_windows, site_flops
 from convfusion.mixers import (
     MIXERS,
     Circular,
@@ -212,6 +212,11 @@ def test_tiles_work_out_more_than_the_windows_hold():
     projections = 8 * 24 * 24 * CHANNELS**2
     assert count(module, tokens, (24, 24)) == projections + 4 * CHANNELS * tiles
     assert tiles > pairs_in_windows(mixer, (24, 24))
+    pipe = pixart_sigma()
+    convfusion.convert(pipe, convfusion.uniform(mixer))
+    (block,) = {own for _, own in site_flops(pipe, (48, 48)).values()}
+    tokens, width = 24 * 24, pipe.transformer.inner_dim
+    assert block == 8 * tokens * width**2 + 4 * width * pairs_in_windows(mixer, (24, 24))
 
 
 def flash(query):

@@ -152,6 +152,14 @@ def draw(pipe):
     return np.asarray(images[0]).astype(int)
 
 
+def test_the_names_of_classes_are_saved(tmp_path):
+    pipe = PIPELINES["dit"]()
+    convfusion.convert(pipe)
+    convfusion.save_pipeline(pipe, tmp_path / "pipe")
+    loaded = convfusion.load_pipeline(tmp_path / "pipe")
+    assert loaded.labels == pipe.labels == {"red": 0, "green": 1, "apple": 2}
+
+
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("family", PIPELINES)
 def test_a_whole_pipeline_draws_the_same_from_disk(tmp_path, family, keep):

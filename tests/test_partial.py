@@ -264,7 +264,8 @@ class TestCurve:
 
     def test_a_point_is_a_model_with_these_sites_alone(self):
         pipe, apart, costs, curve = curve_of(pixart_sigma)
-        blocks = {path: copy.deepcopy(mixers_of(pipe)[path]) for path in costs.cheapest("imitation")[:2]}
+        first_two = costs.cheapest("imitation")[:2]
+        blocks = {path: copy.deepcopy(mixers_of(pipe)[path]) for path in first_two}
         other = pixart_sigma()
         install(denoiser_of(other), blocks, keep_attention=True)
         task = DistillTask(denoiser_of(other), other.scheduler)

@@ -51,7 +51,11 @@ def _read(name: str, head: int) -> torch.Tensor:
 def load_fashion() -> DiTPipeline:
     """The trained pipeline, on the CPU in float32. It draws without guidance."""
     pipe = DiTPipeline.from_pretrained(
-        KEPT, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+        KEPT,
+        id2label=dict(enumerate(CLASSES)),  # which diffusers does not save
+        torch_dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
     )
     pipe.transformer.eval()
     return pipe

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from convfusion.adapters import denoiser_of, list_sites, site_grid
+from convfusion.block import Grid
 from convfusion.errors import ConvFusionError
+from convfusion.mixers import Circular, Neighbourhood
 from convfusion.ops import library
 from convfusion.surgery import MixedAttention
 
@@ -38,6 +41,33 @@ def count(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     return counter.get_total_flops()
 
 
+def mixer_operations(mixer: Any, tokens: Tensor, grid: Grid) -> int:
+    """Operations of one call of a token mixer; of windowed attention, those of its windows."""
+    settings, (_, count_of_tokens, channels) = mixer.config, tokens.shape
+    if isinstance(settings, Neighbourhood | Circular):
+        projections = 4 * 2 * count_of_tokens * channels**2
+        return len(tokens) * (projections + 2 * 2 * channels * pairs_in_windows(settings, grid))
+    return count(mixer, tokens, grid)
+
+
+def pairs_in_windows(mixer: Neighbourhood | Circular, grid: Grid) -> int:
+    """How many pairs of query and key a windowed attention compares on a grid (H, W).
+
+    A kernel made for the window works out these and no more; the tiles of
+    `convfusion.neighbourhood` also work out pairs that they then mask.
+    """
+    height, width = grid
+    if isinstance(mixer, Neighbourhood):
+        return height * width * min(mixer.window, height) * min(mixer.window, width)
+    reach = range(1 - mixer.radius, mixer.radius)
+    within = sum(
+        max(0, height - abs(dy)) * max(0, width - abs(dx))
+        for dy, dx in product(reach, reach)
+        if dy**2 + dx**2 < mixer.radius**2
+    )
+    return within + height * width * mixer.mean_token
+
+
 def site_flops(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """Operations at each converted site for latents of (height, width), one sample.
 
@@ -60,7 +90,7 @@ def site_flops(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tuple[int
         tokens = torch.empty(
             1, height * width, site.channels, device="meta", dtype=mixed.to_q.weight.dtype
         )
-        block = count(mixed, tokens, grid=tokens.new_empty(height, width, 0))
+        block = mixer_operations(mixed.mixer, tokens, (height, width))
         mixed.__class__ = Attention
         counts[site.path] = (count(mixed, tokens), block)
     if not counts:

@@ -6,6 +6,7 @@ memory than the weight files account for.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from convfusion.files import (
     read_tensors,
     replace_folder,
     write_tensors,
+    write_text,
 )
 from convfusion.surgery import mixers_of, status
 
@@ -53,11 +55,22 @@ def save_pipeline(pipe: Any, folder: str | Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     save(pipe, aside / "convfusion")
     pipe.save_pretrained(aside, safe_serialization=True)
+    _write_labels(pipe, aside / "model_index.json")
     for file in (aside / name).glob("*.safetensors*"):
         file.unlink()  # what diffusers wrote has the blocks among the stock weights
     stock, _ = _parted(model)
     write_tensors(aside / name / weights, {k: v.contiguous() for k, v in stock.items()})
     replace_folder(aside, folder)
+
+
+def _write_labels(pipe: Any, index: Path) -> None:
+    """Note the names of a DiT's classes, which diffusers reads and does not write."""
+    names: dict[int, list[str]] = {}
+    for name, label in getattr(pipe, "labels", {}).items():
+        names.setdefault(label, []).append(name)
+    if names:
+        told = {str(label): ", ".join(found) for label, found in sorted(names.items())}
+        write_text(index, json.dumps(read_json(index) | {"id2label": told}, indent=2) + "\n")
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> Any:

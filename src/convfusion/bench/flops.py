@@ -25,9 +25,9 @@ from convfusion.block import DeltaConv, Grid
 from convfusion.config import ConvertConfig, uniform
 from convfusion.errors import ConvFusionError
 from convfusion.files import write_text
-from convfusion.flops import count
+from convfusion.flops import count, mixer_operations
 from convfusion.inputs import example_inputs
-from convfusion.mixers import MIXERS, Circular, Mixer, Neighbourhood
+from convfusion.mixers import MIXERS, Mixer
 from convfusion.presets import by_name, preset_for
 
 SIZES = (
@@ -182,31 +182,9 @@ def site_cost(attention: Any, mixer: Mixer | None, grid: Grid) -> tuple[int, int
         module = mixer.build(channels, attention.heads) if mixer else copy.deepcopy(attention)
     module = module.to(torch.float16)
     inputs = (tokens, grid) if mixer else (tokens,)
-    if isinstance(mixer, Neighbourhood | Circular):
-        projections = 4 * 2 * count_of_tokens * channels**2
-        operations = projections + 2 * 2 * channels * pairs_in_windows(mixer, grid)
-    else:
-        operations = count(module, *inputs)
+    operations = mixer_operations(module, tokens, grid) if mixer else count(module, tokens)
     parameters = sum(p.numel() for p in module.parameters())
     return operations, parameters, peak_bytes(module, *inputs)
-
-
-def pairs_in_windows(mixer: Neighbourhood | Circular, grid: Grid) -> int:
-    """How many pairs of query and key a windowed attention compares on a grid (H, W).
-
-    A kernel made for the window works out these and no more; the tiles of
-    `convfusion.neighbourhood` also work out pairs that they then mask.
-    """
-    height, width = grid
-    if isinstance(mixer, Neighbourhood):
-        return height * width * min(mixer.window, height) * min(mixer.window, width)
-    reach = range(1 - mixer.radius, mixer.radius)
-    within = sum(
-        max(0, height - abs(dy)) * max(0, width - abs(dx))
-        for dy, dx in product(reach, reach)
-        if dy**2 + dx**2 < mixer.radius**2
-    )
-    return within + height * width * mixer.mean_token
 
 
 def totals(costs: Iterable[Cost]) -> list[Cost]:
