@@ -114,7 +114,7 @@ def main() -> None:
     args = parser.parse_args()
     count, teacher = args.samples, weights_of("fashion")
     students = {
-        "ΔConvBlocks": recipe(uniform(DeltaConv()), args.steps),
+        "the student": recipe(uniform(DeltaConv()), args.steps),
         "nothing in place of self-attention": Recipe(uniform(Removed()), None),
     }
     show(students)
