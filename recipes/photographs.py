@@ -2,10 +2,10 @@
 
 `python recipes/photographs.py` distils a student of the small DiT that was trained on Fashion-MNIST
 (`recipes/mini/fashion_teacher.py`) and draws 10 000 pictures, a thousand of each class, with the
-teacher, the student and the model without self-attention. Kernel and Fréchet distance, precision,
-recall, density and coverage against the 10 000 test pictures, and against the teacher's pictures
-from other noises, go to `results/photographs.csv`, beside those of the first 10 000 training
-pictures and of the test pictures behind the autoencoder; `docs/images/photographs.png` shows some.
+teacher and with the student. Kernel and Fréchet distance, precision, recall, density and coverage
+against the 10 000 test pictures, and against the teacher's pictures from other noises, go to
+`results/photographs.csv`, beside those of the first 10 000 training pictures and of the test
+pictures behind the autoencoder; `docs/images/photographs.png` shows some.
 """
 
 from __future__ import annotations
@@ -113,11 +113,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10_000)
     args = parser.parse_args()
     count, teacher = args.samples, weights_of("fashion")
-    students = {
-        "the student": recipe(uniform(DeltaConv()), args.steps),
-        "nothing in place of self-attention": Recipe(uniform(Removed()), None),
-    }
-    show(students)
+    how = recipe(uniform(DeltaConv()), args.steps)
+    made = how.made("fashion")
+    nothing = Recipe(uniform(Removed()), None)
+    show({"the student": how, "nothing in place of self-attention": nothing})
     references = {
         "test": extractor()(pictures("test", count)).features,
         "teacher": seen(FASHION.load, teacher, count, first_seed=count),
@@ -126,11 +125,8 @@ def main() -> None:
         Set("training pictures", lambda: extractor()(pictures("train", count)).features),
         Set("test pictures behind the autoencoder", partial(behind, count), teacher),
         Set("the teacher", partial(seen, FASHION.load, teacher, count), teacher, drawn=True),
+        Set("the student", partial(seen, partial(trained, how), made, count), made, True, how),
     ]
-    for name, how in students.items():
-        made = how.made("fashion")
-        features = partial(seen, partial(trained, how), made, count)
-        sets.append(Set(name, features, made, drawn=True, how=how))
     for each in sets:
         for reference, held in references.items():
             if each.drawn or reference == "test":

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from pages import read, table
+from pages import rows as rows_if_any
 
 Row = dict[str, str]
 
@@ -34,8 +35,8 @@ def millions(row: Row) -> str:
     return f"{int(row['parameters']) / 1e6:.2f}M"
 
 
-def rivals(model: str) -> str:
-    """The mixers under one recipe, the best first."""
+def best_runs(model: str) -> dict[str, list[Row]]:
+    """By mixer, the runs at its better learning rate, the best mixer first."""
     runs: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in read("rivals.csv"):
         if row["model"] == model:
@@ -44,10 +45,55 @@ def rivals(model: str) -> str:
         name: min(by.values(), key=lambda rows: float(rows[0]["epsilon_error"]))
         for name, by in runs.items()
     }
+    return dict(sorted(best.items(), key=lambda pair: mean_error(pair[1])))
+
+
+def rivals(model: str) -> str:
+    """The mixers under one recipe, the best first."""
     heads = ["in place of self-attention", "ε-error", "rate", "parameters", "fewer operations"]
+    best = best_runs(model)
     lines = [
         [name, spread(rows), rows[0]["learning_rate"], millions(rows[0]), cost(rows[0])]
-        for name, rows in sorted(best.items(), key=lambda pair: mean_error(pair[1]))
+        for name, rows in best.items()
+    ]
+    seconds = {row["mixer"]: row for row in rows_of("rivals_seconds.csv", model)}
+    if seconds:
+        heads.append("seconds a picture")
+        for line in lines:
+            line.append(timing(seconds[line[0]]))
+        whole = seconds["the teacher"]
+        lines.insert(0, ["the teacher's own", "0", "–", "–", "1.00×", timing(whole)])
+    return f"""{table(heads, lines)}
+
+{next(iter(best.values()))[0]["steps"]} steps each."""
+
+
+def rows_of(name: str, model: str) -> list[Row]:
+    return [row for row in rows_if_any(name) if row["model"] == model]
+
+
+def timing(row: Row) -> str:
+    """Seconds and the range of the rounds."""
+    values = (float(row[name]) for name in ("seconds_per_picture", "least", "most"))
+    return "{:.2f} ({:.2f} … {:.2f})".format(*values)
+
+
+def in_short() -> str:
+    """A few mixers on both text-to-image models."""
+    named = (
+        "13×13 neighbourhood attention",
+        "7×7 neighbourhood attention",
+        "LinFusion's linear attention",
+        "ΔConvBlock",
+        "one 3×3 depthwise convolution",
+        "nothing",
+    )
+    models = [best_runs(model) for model in ("mini", "pixart")]
+    heads = ["in place of self-attention", "UNet: ε-error", "fewer operations"]
+    heads += ["transformer: ε-error", "fewer operations"]
+    lines = [
+        [name, *(cell for m in models for cell in (number(mean_error(m[name])), cost(m[name][0])))]
+        for name in named
     ]
     return table(heads, lines)
 
@@ -62,21 +108,23 @@ def rival_pictures(model: str) -> str:
     for row in read("rivals_pictures.csv"):
         if row["model"] == model:
             found[row["mixer"]][row["reference"]] = row
-    heads = ["pictures of", "KID to real", "KID to the teacher's", "Fréchet, real", "teacher's"]
-    lines = []
-    for name, by in sorted(found.items(), key=lambda pair: float(pair[1]["teacher"]["kid"])):
-        sets = [by["real"], by["teacher"]]
-        lines.append([name, *map(kid, sets), *(f"{float(row['frechet']):.1f}" for row in sets)])
+    heads = ["pictures of", "KID to real", "Fréchet", "KID to the teacher's", "Fréchet"]
+    lines = [
+        [name, *distance(by["real"]), *distance(by["teacher"])]
+        for name, by in sorted(found.items(), key=lambda pair: float(pair[1]["teacher"]["kid"]))
+    ]
     first = next(iter(found.values()))
     samples = [first[name]["reference_samples"] for name in ("real", "teacher")]
     return f"""{table(heads, lines)}
 
 {first["real"]["samples"]} pictures each, against {samples[0]} real and {samples[1]} of the teacher
-from other noises. EfficientNet-Lite0 features."""
+from other noises. KID in thousandths. EfficientNet-Lite0 features."""
 
 
 def kid(row: Row) -> str:
-    return f"{float(row['kid']):.3f} ± {float(row['kid_error']):.3f}"
+    """Kernel distance with its error, in thousandths."""
+    value, error = (1000 * float(row[name]) for name in ("kid", "kid_error"))
+    return f"{value:.1f} ± {error:.1f}"
 
 
 def ablation() -> str:
@@ -127,7 +175,7 @@ def sizes(model: str) -> str:
         errors = [number(row["noise_error"]) for row in pair]
         own = number(by["student"]["epsilon_error"])
         lines.append([f"{width}×{height}", *errors, own, *map(kid, pair)])
-    return table(heads, lines)
+    return f"{table(heads, lines)}\n\nKID in thousandths."
 
 
 def another_base() -> str:
@@ -158,10 +206,12 @@ def lighter() -> str:
 
 def guidance() -> str:
     found: dict[str, dict[str, Row]] = defaultdict(dict)
-    for row in read("guidance.csv"):
+    rows = read("guidance.csv")
+    for row in rows:
         found[row["guidance"]][row["pipeline"]] = row
     lines = [[scale, kid(by["teacher"]), kid(by["student"])] for scale, by in found.items()]
-    return table(["guidance", "KID to real: teacher", "student"], lines)
+    scales = table(["guidance", "KID to real: teacher", "student"], lines)
+    return f"{scales}\n\nKID in thousandths; {rows[0]['samples']} pictures each."
 
 
 def solvers() -> str:
@@ -197,9 +247,8 @@ features."""
 
 
 def distance(row: Row) -> tuple[str, str]:
-    """Kernel distance with its error, in thousandths, and Fréchet distance."""
-    kid, error = (1000 * float(row[name]) for name in ("kid", "kid_error"))
-    return f"{kid:.1f} ± {error:.1f}", f"{float(row['frechet']):.1f}"
+    """Kernel distance in thousandths, and Fréchet distance."""
+    return kid(row), f"{float(row['frechet']):.1f}"
 
 
 TABLES: dict[str, Callable[[], Any]] = {
@@ -213,4 +262,5 @@ TABLES: dict[str, Callable[[], Any]] = {
     "guidance": guidance,
     "solvers": solvers,
     "photographs": photographs,
+    "in short": in_short,
 }
