@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
 import convfusion
 from convfusion import demo, mini
@@ -110,6 +110,14 @@ def test_analysis_rests_on_the_pixart_that_is_kept():
     transformer = PixArtTransformer2DModel.from_pretrained(kept, torch_dtype=torch.float32)
     found = json.loads((ROOT / "docs" / "analysis-pixart" / "analysis.json").read_text())
     assert found["weights"] == fingerprint(transformer)
+
+
+def test_photographs_rest_on_the_dit_that_is_kept():
+    kept = ROOT / "recipes" / "mini" / "fashion" / "transformer"
+    transformer = DiTTransformer2DModel.from_pretrained(kept, torch_dtype=torch.float32)
+    with open(RESULTS / "photographs.csv", newline="") as file:
+        teachers = {row["made"] for row in csv.DictReader(file) if row["pictures"] == "the teacher"}
+    assert teachers == {fingerprint(transformer)}
 
 
 def test_results_rest_on_this_teacher():
