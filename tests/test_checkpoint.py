@@ -57,7 +57,7 @@ DAMAGE = {
     "truncated blocks": (lambda f: truncate(f / BLOCKS), "cannot be read"),
     "truncated manifest": (lambda f: truncate(f / MANIFEST), "cannot be read"),
     "no blocks": (lambda f: (f / BLOCKS).unlink(), "cannot be read"),
-    "no manifest": (lambda f: (f / MANIFEST).unlink(), "cannot be read"),
+    "no manifest": (lambda f: (f / MANIFEST).unlink(), "holds no trained blocks"),
     "no safetensors": (lambda f: (f / BLOCKS).write_bytes(b"\x80\x04pickle"), "cannot be read"),
     "a list": (lambda f: (f / MANIFEST).write_text("[]"), "not a manifest of format 1"),
     "another format": (

@@ -87,6 +87,15 @@ def test_bad_requests_are_named():
     pipe = stable_diffusion()
     with pytest.raises(ConvFusionError, match="2 prompts and 1 seeds"):
         generate(pipe, ["a", "b"], seeds=[1])
+    for numbers, message in (
+        ({"steps": 0}, "at least 1"),
+        ({"steps": 1001}, "the noise schedule has 1000 timesteps"),
+        ({"guidance": float("nan")}, "guidance must be a finite number, not nan"),
+        ({"seeds": [-1]}, "0 or more and below 2⁶⁴, not -1"),
+        ({"seeds": [2**64]}, "0 or more and below 2⁶⁴"),
+    ):
+        with pytest.raises(ConvFusionError, match=message):
+            generate(pipe, ["a"], **numbers)
     with pytest.raises(ConvFusionError, match=r"multiples of 8; the nearest size is 24×16"):
         check_size(pipe, (15, 21))
     with pytest.raises(ConvFusionError, match="nearest size is 8×8"):

@@ -5,14 +5,17 @@ import sys
 
 import pytest
 import torch
+from evaluations import draws, student, thumbnails
 from PIL import Image
 from tiny_pipelines import stable_diffusion
 from transformers import Dinov2Config, Dinov2Model
 
 import convfusion
 from convfusion import cli, mini
-from convfusion.cli.evaluate import named, prompts_of, real_pictures
-from convfusion.evaluate import plan
+from convfusion import evaluate as api
+from convfusion.cli.evaluate import named, print_evaluation, prompts_of, real_pictures
+from convfusion.evaluate import drawing, plan
+from convfusion.evaluate.real import open_real
 from convfusion.files import write_tensors
 
 
@@ -73,7 +76,7 @@ def test_evaluate(run, places, tmp_path):
     assert str(places) not in (out / "evaluation.json").read_text()
     assert len(list(out.glob("*/*.png"))) == 12
     code, _, err = run(places / "model", "--out", out, *options, "--seed", 9)
-    assert code == 2 and "drawn with another draws.seeds" in err
+    assert code == 2 and "drawn with other settings (seeds)" in err
 
 
 def test_the_embedded_model_brings_prompts_and_pictures_of_its_own():
@@ -91,6 +94,48 @@ def test_the_embedded_model_brings_prompts_and_pictures_of_its_own():
     pixel = torch.tensor(first.getpixel((32, 32))) / 127.5 - 1
     torch.testing.assert_close(pixel, expected.clamp(-1, 1), rtol=0, atol=0.01)
     assert real_pictures(pipe, "mini", None, "own.txt", plan(["a", "b"], None, 0)) is None
+
+
+def test_larger_pictures_of_the_embedded_model_go_without_real_ones(capsys):
+    large = plan(["a", "b"], None, 0, size=(64, 128))
+    assert real_pictures(mini.load_teacher(), "mini", None, None, large) is None
+    assert "those at hand are 64×64, smaller than 128×64" in capsys.readouterr().out
+
+
+def test_the_table_has_each_value_in_the_column_of_its_pictures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    real = tmp_path / "real"
+    real.mkdir()
+    for name in ("red", "green", "blue"):
+        Image.new("RGB", (20, 20), name).save(real / f"{name}.png")
+    told = {"extractor": thumbnails(), "real": open_real(str(real), (16, 16))}
+    found = api.evaluate(student(), draws(), tmp_path / "out", **told)
+    print_evaluation(found)
+    lines = [line for line in capsys.readouterr().out.split("\n") if "│" in line]
+    shown, group = {}, ""
+    for name, *cells in ([cell.strip() for cell in line.split("│")[1:-1]] for line in lines):
+        group = group if any(cells) else name
+        shown[group, name] = cells
+    sides = ("student", "teacher", "teacher-other-seed")
+    held = {(row.pictures, row.reference): f"{row.frechet:.3g}" for row in found.distributions}
+    for reference, group in (("real", "real pictures"), (sides[2], "teacher, other noises")):
+        expected = [held.get((side, reference), "") for side in sides]
+        assert shown[f"against {group}", "frechet distance"] == expected
+    scores = {each.pictures: f"{each.class_score:.3g}" for each in found.scores}
+    assert shown["by itself", "class score"] == [scores[side] for side in sides]
+
+
+def test_ctrl_c_says_what_goes_on(run, places, tmp_path, monkeypatch):
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drawing, "generate", stopped)
+    prompts = ("--prompts", places / "prompts.txt", "--steps", 2)
+    code, _, err = run("mini", "--out", tmp_path / "out", *prompts)
+    assert (code, err) == (130, "convfusion: stopped: the same command goes on from here\n")
+    monkeypatch.setattr(sys.modules["convfusion.cli.evaluate"], "load_pipeline", stopped)
+    code, _, err = run("mini", "--out", tmp_path / "out", *prompts)
+    assert (code, err) == (130, "convfusion: interrupted\n")
 
 
 def test_a_report_names_no_folder_of_this_machine(tmp_path):
@@ -116,6 +161,12 @@ MISTAKES = {
     "small real": (["mini", "--real", "real"], "3× picture smaller than its size"),
     "full folder": (["mini", "--out", "full"], "no evaluation: choose another folder"),
     "odd size": (["mini", "--size", "33x32"], "multiples of 8"),
+    "many steps": (["mini", "--steps", 1001], "the noise schedule has 1000 timesteps"),
+    "no guidance": (["mini", "--guidance", "nan"], "guidance must be a finite number, not nan"),
+    "a large seed": (["mini", "--seed", 2**64 - 3], f"below 2⁶⁴, not {2**64}"),
+    "an unknown network": (["mini", "--extractor", "resnet50"], "a name on the Hub, owner/name"),
+    "an unknown clip": (["mini", "--clip", "clip"], "a name on the Hub, owner/name"),
+    "no blocks": (["model", "--blocks", "empty"], "empty holds no trained blocks"),
     "one sample": (["mini", "--samples", 1], "--samples"),
 }
 
@@ -131,9 +182,10 @@ def test_a_mistake_is_one_clear_line_before_anything_is_drawn(run, places, tmp_p
     if None in arguments:
         place = arguments.index(None)
         del arguments[place - 1 : place + 1]
-    code, _, err = run(*arguments)
+    code, said, err = run(*arguments)
     assert code == 2
     assert message in err
+    assert "drawing" not in said
     assert err.startswith("convfusion: ") and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (places / "full").iterdir()] == ["thesis.tex"]

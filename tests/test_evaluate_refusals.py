@@ -110,7 +110,7 @@ def test_what_is_not_finite_is_named(tmp_path):
 
 REAL = {
     "empty": ([], "has no pictures"),
-    "broken": (["a.png", "b.jpg"], r"0 pictures that can be used.*2× unreadable picture"),
+    "broken": (["a.png", "b.jpg"], "none of the pictures of real can be used.*2× unreadable"),
 }
 
 

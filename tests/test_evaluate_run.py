@@ -256,11 +256,11 @@ def other_scheduler(pipe):
 
 
 OTHERS = {
-    "steps": (lambda: (student(), draws(steps=3)), "draws.steps"),
-    "prompts": (lambda: (student(), draws(prompts=["red", "green", "apple"])), "draws.prompts"),
+    "steps": (lambda: (student(), draws(steps=3)), "steps"),
+    "prompts": (lambda: (student(), draws(prompts=["red", "green", "apple"])), "prompts"),
     "seeds": (lambda: (student(), replace(draws(), seeds=tuple(range(6)))),
-              "draws.seeds"),
-    "batches": (lambda: (student(), draws(batch_size=2)), "draws.batch_size"),
+              "seeds"),
+    "batches": (lambda: (student(), draws(batch_size=2)), "batch_size"),
     "weights": (lambda: (changed(other_weights), draws()), "weights.student"),
     "scheduler": (lambda: (changed(other_scheduler), draws()), "scheduler.config"),
 }  # fmt: skip
@@ -277,9 +277,30 @@ def test_a_folder_of_another_run_is_refused(finished, case):
     folder = finished[0]
     before = files(folder)
     (pipe, told), name = OTHERS[case][0](), OTHERS[case][1]
-    with pytest.raises(ConvFusionError, match=f"drawn with another {name}: choose another"):
+    with pytest.raises(
+        ConvFusionError, match=rf"drawn with other settings \({name}.*\): choose another"
+    ):
         evaluate(pipe, told, folder, extractor=thumbnails())
     assert files(folder) == before
+
+
+def test_a_folder_without_a_finished_batch_is_begun_anew(tmp_path, monkeypatch):
+    """Nothing is lost then; nor is anything of the first run left."""
+    write = drawing_module.write_bytes
+
+    def killed(path, data):
+        if path.parent.name == "student":
+            raise Killed
+        write(path, data)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(drawing_module, "write_bytes", killed)
+        evaluate(student(), draws(), tmp_path / "out", extractor=thumbnails())
+    assert len(files(tmp_path / "out")) == 4  # settings and the teacher's three pictures
+    told = draws(prompts=PROMPTS[:2], samples=2, steps=3)
+    for out in ("out", "anew"):
+        evaluate(student(), told, tmp_path / out, extractor=thumbnails())
+    assert files(tmp_path / "out") == files(tmp_path / "anew")
 
 
 def test_two_processes_share_the_drawing(finished, tmp_path, monkeypatch):

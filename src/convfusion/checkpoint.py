@@ -46,7 +46,6 @@ from convfusion.surgery import (
 Blocks: TypeAlias = tuple[dict[str, Mixer], dict[str, dict[str, Tensor]]]  # settings, values
 
 FORMAT = 1
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BLOCKS, MANIFEST = "blocks.safetensors", "convfusion.json"
 
 
@@ -229,7 +228,7 @@ def _read_source(source: str, model: Denoiser, average: bool, revision: str | No
     """Settings and state of every mixer of a released file, a folder, or a name on the Hub."""
     path = Path(source)
     released_file = path.suffix == ".safetensors" and not path.is_dir()
-    if not released_file and not path.exists() and HUB_NAME.fullmatch(source):
+    if not released_file and not path.exists() and hub.NAME.fullmatch(source):
         return _read_folder(hub.fetch(source, (BLOCKS, MANIFEST), revision), model)
     if revision is not None:
         raise CheckpointError(f"a revision is of a name on the Hub, user/name, not of {source}")
@@ -238,6 +237,8 @@ def _read_source(source: str, model: Denoiser, average: bool, revision: str | No
         return dict(layout.mixers), released.read_states(path, layout)
     if not path.exists():
         raise CheckpointError(f"{source} is no folder here, and no name on the Hub, user/name")
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{source} holds no trained blocks: it has no {MANIFEST}")
     return _read_folder(path, model)
 
 

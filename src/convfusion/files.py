@@ -117,7 +117,8 @@ def replace_folder(aside: Path, folder: Path) -> None:
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     """The error for a file that cannot be read, with the first words of the cause."""
-    return CheckpointError(f"{path} cannot be read: {str(error)[:200]}")
+    reason = getattr(error, "strerror", None) or str(error)[:200]  # which names no path again
+    return CheckpointError(f"{path} cannot be read: {reason}")
 
 
 def few(names: Any) -> str:

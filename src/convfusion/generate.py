@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from convfusion.conditioning import class_labels, latent_scale
 from convfusion.errors import ConvFusionError
 
 NO_CLASS = 1000  # under guidance, in diffusers' DiT pipeline
+SEEDS = 2**64  # of torch's generators
 
 
 def generate(
@@ -33,7 +34,7 @@ def generate(
     Args:
         pipe: a text-to-image or DiT pipeline, converted or not.
         prompts: what to draw; for DiT class names or numbers.
-        seeds: one per prompt, by default 0, 1, 2, …
+        seeds: one per prompt, each in [0, 2⁶⁴); by default 0, 1, 2, …
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 is none.
         size: (height, width) in pixels, by default the pipeline's own.
@@ -46,8 +47,8 @@ def generate(
     seeds = list(range(len(prompts))) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
-    if steps < 1 or batch_size < 1:
-        raise ConvFusionError("steps and batch_size must be at least 1")
+    check_numbers(seeds, steps, guidance, batch_size)
+    check_steps(pipe, steps)
     if size is not None:
         check_size(pipe, size)
         options |= {"height": size[0], "width": size[1]}
@@ -71,6 +72,26 @@ def generate(
                 **options,
             ).images
     return images
+
+
+def check_numbers(seeds: Iterable[int], steps: int, guidance: float, batch_size: int) -> None:
+    """Raise a ConvFusionError for numbers that no pipeline can draw with."""
+    if steps < 1 or batch_size < 1:
+        raise ConvFusionError("steps and batch_size must be at least 1")
+    if not math.isfinite(guidance):
+        raise ConvFusionError(f"guidance must be a finite number, not {guidance}")
+    for seed in seeds:
+        if not 0 <= seed < SEEDS:
+            raise ConvFusionError(f"seeds must be 0 or more and below 2⁶⁴, not {seed}")
+
+
+def check_steps(pipe: Any, steps: int) -> None:
+    """Raise a ConvFusionError if there are more steps than timesteps to take."""
+    timesteps = getattr(pipe.scheduler.config, "num_train_timesteps", steps)
+    if steps > timesteps:
+        raise ConvFusionError(
+            f"{steps} steps cannot be drawn: the noise schedule has {timesteps} timesteps"
+        )
 
 
 def check_size(pipe: Any, size: tuple[int, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_d
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from convfusion.errors import CheckpointError
+
+NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # of a repository, owner/name
 
 CARD = "README.md"
 BESIDE = ("losses.png", "validation/*.png")  # what a card may show

@@ -9,7 +9,7 @@ import typer
 from convfusion.cli.analyze import ablate, analyze
 from convfusion.cli.bench import bench
 from convfusion.cli.cache import cache
-from convfusion.cli.console import fail, quiet_libraries
+from convfusion.cli.console import INTERRUPTED, fail, quiet_libraries
 from convfusion.cli.convert import convert
 from convfusion.cli.curve import curve
 from convfusion.cli.demo import demo
@@ -42,10 +42,10 @@ def main() -> None:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (ConvFusionError, OSError) as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer says of wrong usage
             raise
         fail(f"{error.format_message()} Try --help.")
+    if status == INTERRUPTED:  # typer's own answer to Ctrl-C, of which it says nothing
+        fail("interrupted", INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+INTERRUPTED = 130  # exit status after Ctrl-C
+
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """Say what is wrong in one line, and leave."""

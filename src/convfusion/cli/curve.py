@@ -71,7 +71,7 @@ def curve(
     counts = chosen_counts(equip(pipe, None, config).converted, sites)
     found = measured(pipe, run, *in_two(pipe, run, source(pipe, out), held_out))
     files = found.save(out, counts, ranking)
-    print_curve(found)
+    print_curve(found, ranking)
     names = ", ".join(file.name for file in files)
     typer.echo(f"Written: {out}/curve.png, curve.json, curve.csv, {names}")
 
@@ -111,8 +111,8 @@ def in_two(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:
     return hold_out(data, count, run.distill.seed)
 
 
-def print_curve(found: Any) -> None:
-    """The sites by imitation error, and how the two ways to rank them agree."""
+def print_curve(found: Any, ranking: str) -> None:
+    """The sites in the chosen order, what other orders leave, and how two ways to rank agree."""
     from rich.console import Console
     from rich.table import Table
 
@@ -122,16 +122,23 @@ def print_curve(found: Any) -> None:
     table = Table(
         title=f"Sites that are cheapest to replace, {found.costs.samples} samples held out"
     )
-    heads = ("", "site", "imitation\nerror", "ε-error\nalone", "ε-error\nso far", "FLOPs\ngone")
-    for name in (*heads, "least ε\nfirst", "dearest\nfirst"):
-        table.add_column(name, justify="left" if name == "site" else "right")
-    rows = zip(*found.orders.values(), strict=True)
-    for k, (point, dearest, by_epsilon) in enumerate(rows, 1):
+    names = {
+        "by_epsilon": "least ε\nfirst",
+        "by_imitation": "least imit.\nfirst",
+        "dearest": "most imit.\nfirst",
+    }
+    own = f"by_{ranking}"
+    others = [name for name in names if name != own]
+    heads = ("", "site", "imitation\nerror", "ε-error\nalone", "FLOPs\ngone", "ε-error\nso far")
+    for head in (*heads, *(names[name] for name in others)):
+        table.add_column(head, justify="left" if head == "site" else "right")
+    rows = zip(*(found.orders[name] for name in (own, *others)), strict=True)
+    for k, (point, *rivals) in enumerate(rows, 1):
         cost = costs[point.site]
-        errors = [cost.imitation_error, cost.epsilon_error, point.epsilon_error]
-        shown = [f"{e:.2e}" for e in (*errors, by_epsilon.epsilon_error, dearest.epsilon_error)]
+        alone = [f"{error:.2e}" for error in (cost.imitation_error, cost.epsilon_error)]
+        so_far = [f"{each.epsilon_error:.2e}" for each in (point, *rivals)]
         gone = f"{point.flops_gone:.0%}"
-        table.add_row(str(k), short_name(point.site), *shown[:3], gone, *shown[3:])
+        table.add_row(str(k), short_name(point.site), *alone, gone, *so_far)
     Console().print(table)
     agreement = found.costs.rank_correlation
     if agreement is not None:

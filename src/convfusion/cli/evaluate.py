@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.analyze import read_prompts
-from convfusion.cli.console import progress_bar
+from convfusion.cli.console import INTERRUPTED, fail, progress_bar
 from convfusion.cli.models import equip, guidance_for, is_embedded, load_pipeline
 from convfusion.cli.options import Blocks, Device, Model, Precision, Size, parse_size
 
@@ -104,12 +104,16 @@ def run(pipe: Any, draws: Any, out: Path, **options: Any) -> Any:
 
     progress = progress_bar()
     with progress:
-        bar = progress.add_task("drawing", total=len(draws), visible=process()[0] == 0)
+        bar = progress.add_task("drawing", total=len(draws), visible=False)
 
         def on_progress(stage: str, done: int) -> None:
-            progress.update(bar, completed=done, description=stage)
+            first = process()[0] == 0
+            progress.update(bar, completed=done, description=stage, visible=first)
 
-        return evaluate(pipe, draws, out, on_progress=on_progress, **options)
+        try:
+            return evaluate(pipe, draws, out, on_progress=on_progress, **options)
+        except KeyboardInterrupt:
+            fail("stopped: the same command goes on from here", INTERRUPTED)
 
 
 def prompts_of(model: str, file: Path | None) -> list[str]:
@@ -134,16 +138,24 @@ def pipelines(
 def real_pictures(pipe: Any, model: str, spec: str | None, prompts: Path | None, draws: Any) -> Any:
     """Real pictures to compare with; the embedded model has some for its own prompts."""
     from convfusion import mini
+    from convfusion.conditioning import latent_scale
     from convfusion.evaluate.real import decoded, open_real
     from convfusion.evaluate.run import size_of
 
     size = size_of(pipe, draws)
     if spec is not None:
         return open_real(spec, size)
-    if is_embedded(model) and prompts is None:
-        name = "held-out pictures, as the VAE decodes them"
-        return decoded(pipe, mini.held_out_data(), name, size)
-    return None
+    if not is_embedded(model) or prompts is not None:
+        return None
+    held, scale = mini.held_out_data(), latent_scale(pipe)
+    height, width = (side * scale for side in held.latents.shape[-2:])
+    if size[0] > height or size[1] > width:
+        typer.echo(
+            f"Without distances to real pictures: those at hand are {width}×{height}, smaller than "
+            f"{size[1]}×{size[0]}."
+        )
+        return None
+    return decoded(pipe, held, "held-out pictures, as the VAE decodes them", size)
 
 
 def named(model: str, blocks: Path | None = None) -> str:
@@ -153,25 +165,30 @@ def named(model: str, blocks: Path | None = None) -> str:
 
 
 def print_evaluation(found: Any) -> None:
-    """Each number of the student beside the teacher's own, that of its other seeds where it can."""
+    """Each number of the student beside the teacher's own, from equal noises and from others."""
     from rich.console import Console
     from rich.table import Table
 
+    from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER
+    from convfusion.evaluate.page import WORDS
     from convfusion.evaluate.results import metrics
 
-    values: dict[tuple[str, str], dict[str, str]] = {}
+    groups: dict[str, dict[str, dict[str, str]]] = {}
     for row in metrics(found):
-        against = "the teacher" if row["reference"].startswith("teacher") else row["reference"]
         error = row["standard_error"]
-        shown = f"{row['value']:.3g}" + ("" if error is None else f" ± {error:.1g}")
-        values.setdefault((row["metric"], against), {})[row["pictures"]] = shown
+        cell = f"{row['value']:.3g}" + ("" if error is None else f" ± {error:.1g}")
+        rows = groups.setdefault(row["reference"], {}).setdefault(row["metric"], {})
+        rows[row["pictures"]] = cell
     title = f"{found.student} and its teacher, {len(found.samples)} samples"
     table = Table(title=f"{title}, features of {found.extractor['name']}")
     table.add_column("")
-    table.add_column("against")
-    table.add_column("student", justify="right")
-    table.add_column("teacher, other seeds", justify="right")
-    for (metric, against), cells in values.items():
-        chance = cells.get("teacher", cells.get("teacher-other-seed", ""))
-        table.add_row(metric.replace("_", " "), against, cells.get("student", ""), chance)
+    sides = (STUDENT, TEACHER, OTHER)
+    for side in sides:
+        table.add_column(WORDS[side].replace(", ", ",\n"), justify="right")
+    for reference, metric_rows in groups.items():
+        against = f"against {WORDS.get(reference, reference)}" if reference else "by itself"
+        table.add_section()
+        table.add_row(f"[bold]{against}[/bold]")
+        for metric, cells in metric_rows.items():
+            table.add_row(metric.replace("_", " "), *(cells.get(side, "") for side in sides))
     Console().print(table)

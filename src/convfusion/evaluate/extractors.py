@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from convfusion import hub
 from convfusion.errors import ConvFusionError
 from convfusion.fingerprint import fingerprint
 
@@ -153,6 +154,11 @@ def open_extractor(name: str = DEFAULT, device: str | torch.device = "cpu") -> E
         return _lite0(device)
     folder = Path(name)
     check_no_code(folder)
+    if not folder.is_dir() and not hub.NAME.fullmatch(name):  # which the Hub would be asked for
+        raise ConvFusionError(
+            f"{name} is no extractor: neither {DEFAULT}, nor a folder here, nor a name on the Hub, "
+            "owner/name"
+        )
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
     config = _loaded(AutoConfig, name)

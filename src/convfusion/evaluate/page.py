@@ -13,7 +13,7 @@ from convfusion import report
 from convfusion.analysis.page import picture
 from convfusion.evaluate import plots
 from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER, picture_of
-from convfusion.evaluate.measure import REAL, Distribution, SampleResult
+from convfusion.evaluate.measure import NEIGHBOURS, REAL, Distribution, SampleResult
 from convfusion.evaluate.results import Evaluation, mean_of
 from convfusion.files import write_text
 
@@ -24,7 +24,7 @@ SIDE = 128  # of a picture in the list
 WORDS = {
     STUDENT: "student",
     TEACHER: "teacher",
-    OTHER: "teacher, other seeds",
+    OTHER: "teacher, other noises",
     REAL: "real pictures",
 }
 STYLE = """<style>td { vertical-align: top; }
@@ -79,13 +79,19 @@ def _in_short(found: Evaluation) -> str:
     student, floor = found.distributions[:2]
     apart = student.kid - floor.kid
     chance = 2 * (student.kid_error**2 + floor.kid_error**2) ** 0.5
-    than = "from the teacher’s than the teacher’s own at other seeds"
-    verdict = f"no further {than}, as far as {student.samples} pictures can tell"
+    verdict = (
+        f"{student.samples} pictures cannot tell whether the student’s are further from the "
+        "teacher’s than the teacher’s own from other noises: a difference of less than "
+        f"{_rounded(1e3 * chance)} would not show"
+    )
     if abs(apart) > chance:
-        verdict = f"{'further' if apart > 0 else 'less far'} {than}, beyond chance"
+        verdict = (
+            f"As a set, the student’s pictures are {'further' if apart > 0 else 'less far'} from "
+            "the teacher’s than the teacher’s own from other noises, beyond chance"
+        )
     return (
-        f"<p><b>From equal noise the student reaches {alike} against the teacher, where another "
-        f"noise gives {other}. As a set, the student’s pictures are {verdict}</b> "
+        f"<p><b>From equal noises the student reaches {alike} against the teacher, where other "
+        f"noises give {other}. {verdict}</b> "
         f"(kernel distance ×10³: {_thousandths(student.kid, student.kid_error)}, and "
         f"{_thousandths(floor.kid, floor.kid_error)}; chance is two standard errors of both).</p>"
     )
@@ -127,11 +133,11 @@ def _pairs(found: Evaluation) -> str:
         rows.append((words, *cells))
     note = (
         '<p class="note">Each against the teacher’s picture of the same prompt: the student’s from '
-        "the same noise, the teacher’s own from another one. Mean ± standard error"
+        "the same noise, the teacher’s own from other noises. Mean ± standard error"
         + (f"; {equal} pairs of equal pictures are left out of the PSNR" if equal else "")
         + ".</p>"
     )
-    return _table(("", "student, equal noise", "teacher, other noise"), rows) + note
+    return _table(("", "student, equal noises", "teacher, other noises"), rows) + note
 
 
 def _sets(found: Evaluation) -> str:
@@ -158,7 +164,7 @@ def _sets(found: Evaluation) -> str:
                     [row.pictures != STUDENT for row in rows],
                 )
             )
-    return "".join(tables) + _bias(found) + _scores(found)
+    return "".join(tables) + _left_out(found) + _bias(found) + _scores(found)
 
 
 def _distribution(row: Distribution) -> tuple[str, ...]:
@@ -173,7 +179,32 @@ def _distribution(row: Distribution) -> tuple[str, ...]:
 
 
 def _thousandths(value: float, error: float) -> str:
-    return f"{1e3 * value:.3g} ± {1e3 * error:.2g}".replace("-", "−")
+    digits = _digits(1e3 * error)
+    return f"{1e3 * value:.{digits}f} ± {1e3 * error:.{digits}f}".replace("-", "−")
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.{_digits(value)}f}"
+
+
+def _digits(value: float) -> int:
+    """Behind the point, for two significant ones of a number, three at most."""
+    return 0 if value >= 10 else 1 if value >= 1 else 2 if value >= 0.1 else 3
+
+
+def _left_out(found: Evaluation) -> str:
+    """What the tables of sets do not have."""
+    notes = []
+    if any(row.precision is None for row in found.distributions):
+        notes.append(
+            f"Precision, recall, density and coverage need more than {NEIGHBOURS} pictures a set."
+        )
+    if found.real and found.real["skipped"]:
+        reasons = ", ".join(
+            f"{count}× {html.escape(reason)}" for reason, count in found.real["skipped"].items()
+        )
+        notes.append(f"Real pictures that could not be used and are left out: {reasons}.")
+    return f'<p class="note">{" ".join(notes)}</p>' if notes else ""
 
 
 def _bias(found: Evaluation) -> str:

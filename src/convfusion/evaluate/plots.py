@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from convfusion.analysis.plots import BLUE, FAINT, GREY
 from convfusion.evaluate.measure import Curves
@@ -26,9 +27,10 @@ def trajectories(curves: Curves) -> Figure:
     axes = drawn.subplots()
     places = range(1, len(curves.steps) + 1)
     other = curves.latent_errors_other_seed
-    axes.plot(places, other, "--", color=GREY, label="teacher, other noise")
-    axes.plot(places, curves.latent_errors, color=BLUE, label="student, equal noise")
+    axes.plot(places, other, "--", color=GREY, label="teacher, other noises")
+    axes.plot(places, curves.latent_errors, color=BLUE, label="student, equal noises")
     axes.set_xlabel("sampling step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("‖x̂ − x‖² / ‖x‖²")
     axes.legend(frameon=False, fontsize=9)
     _finish(axes, curves.latent_errors + other)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,14 @@ from convfusion.adapters import adapter_for, denoiser_of
 from convfusion.conditioning import class_labels, latent_scale
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import measure
-from convfusion.evaluate.drawing import STUDENT, Draws, check_place, draw, process, settings_of
+from convfusion.evaluate.drawing import STUDENT, Draws, check_place, draw, settings_of
 from convfusion.evaluate.extractors import Clip, Extractor, Features, check_installed
 from convfusion.evaluate.images import SSIM_SIDE
 from convfusion.evaluate.measure import REAL
 from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import RealPictures
 from convfusion.evaluate.results import Evaluation
-from convfusion.generate import check_guidance, check_size
+from convfusion.generate import check_guidance, check_size, check_steps
 from convfusion.schedule import noise_schedule
 
 Progress = Callable[[str, int], None]
@@ -62,16 +62,16 @@ def evaluate(
     check_draws(pipe, draws)
     settings = settings_of(pipe, reference, draws)
     check_place(folder, settings)
-    seen = {}
-    if real is not None and process()[0] == 0:  # the one that measures
-        on_progress("real pictures", 0)
-        seen[REAL] = _look_at(real, extractor)
+    if real is not None:
+        check_real(real)
     on_drawn = partial(on_progress, "drawing")
     records = draw(pipe, reference, draws, folder, settings, on_progress=on_drawn)
     if records is None:
         return None
     on_progress("measuring", len(draws))
-    seen = measure.look(extractor, folder, len(draws)) | seen
+    seen = measure.look(extractor, folder, len(draws))
+    if real is not None:
+        seen[REAL] = extractor(real)
     clips = measure.clip_of(clip, folder, draws) if clip else {}
     about = {
         "student": names[0],
@@ -122,6 +122,7 @@ def size_of(pipe: Any, draws: Draws) -> tuple[int, int]:
 def check_draws(pipe: Any, draws: Draws) -> None:
     """Raise a ConvFusionError unless a pipeline can draw this."""
     size = size_of(pipe, draws)
+    check_steps(pipe, draws.steps)
     count = len(noise_schedule(pipe.scheduler)[0])
     if max(draws.timesteps) >= count:
         raise ConvFusionError(
@@ -140,21 +141,15 @@ def check_draws(pipe: Any, draws: Draws) -> None:
         )
 
 
-def _look_at(real: RealPictures, extractor: Extractor) -> Features:
-    """Features of real pictures.
-
-    Raises:
-        ConvFusionError: there are fewer than two that can be used.
-    """
-    pictures = iter(real)
-    first = list(islice(pictures, 2))
-    if len(first) < 2:
+def check_real(real: RealPictures) -> None:
+    """Raise a ConvFusionError unless there are two real pictures that can be used."""
+    found = len(list(islice(real, 2)))
+    if found < 2:
         reasons = ", ".join(f"{n}× {reason}" for reason, n in real.skipped.items())
         raise ConvFusionError(
-            f"{real.spec} has {len(first)} pictures that can be used, and 2 or more are needed"
-            + (f" ({reasons})" if reasons else "")
+            f"{found or 'none'} of the pictures of {real.spec} can be used, and 2 or more are "
+            "needed" + (f" ({reasons})" if reasons else "")
         )
-    return extractor(chain(first, pictures))
 
 
 def _about_draws(pipe: Any, draws: Draws) -> dict[str, Any]:
