@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convfusion import mini
-from convfusion.evaluate import frechet_distance, kernel_distance, open_extractor
+from convfusion.evaluate import frechet_distance, kernel_distance, open_extractor, plan
 from convfusion.evaluate.real import decoded
 from convfusion.generate import generate
 from experiment import KEPT, digest
@@ -46,16 +46,16 @@ def look(
 ) -> Tensor:
     """Features [samples, 1280] of what a pipeline draws; it is made only if it must draw.
 
-    The prompts are drawn in turn: the captions of held-out names, unless others are given.
+    The prompts are the captions of held-out names, unless others are given: each as often as any
+    other or, of more than are drawn, some that are evenly spread over them.
     """
-    file = KEPT / "features" / f"{digest(made, asdict(drawn))}.safetensors"
+    prompts = mini.held_out_data().captions if prompts is None else prompts
+    told = plan(list(prompts), drawn.samples, drawn.first_seed)
+    file = KEPT / "features" / f"{digest(made, asdict(drawn), told.prompts)}.safetensors"
     if not file.is_file():
-        prompts = mini.held_out_data().captions if prompts is None else prompts
-        told = [prompts[i % len(prompts)] for i in range(drawn.samples)]
-        seeds = [drawn.first_seed + i for i in range(drawn.samples)]
         images = generate(
-            maker(), told, seeds=seeds, steps=drawn.steps, guidance=drawn.guidance,
-            size=drawn.size, batch_size=BATCH,
+            maker(), list(told.prompts), seeds=list(told.seeds), steps=drawn.steps,
+            guidance=drawn.guidance, size=drawn.size, batch_size=BATCH,
         )  # fmt: skip
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(".part")

@@ -225,25 +225,26 @@ def solvers() -> str:
 
 
 def photographs() -> str:
-    """Sets of pictures of the class-conditional model, against real ones and the teacher's."""
+    """Sets of pictures of the class-conditional model, against real ones, then the teacher's."""
     found: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in read("photographs.csv"):
         found[row["pictures"]][row["reference"]] = row
-    heads = ["pictures", "ε-error", "KID to real", "Fréchet", "precision", "recall", "density"]
-    heads += ["coverage", "KID to the teacher's", "Fréchet"]
-    lines = []
-    for name, by in found.items():
-        real, own = by["test"], by.get("teacher")
-        error = number(real["epsilon_error"]) if real["epsilon_error"] else "–"
-        shares = [f"{float(real[key]):.2f}" for key in heads[4:8]]
-        lines.append(
-            [name, error, *distance(real), *shares, *(distance(own) if own else ("–", "–"))]
-        )
+    shares = ["precision", "recall", "density", "coverage"]
+    tables = []
+    for reference, words in (("test", "test pictures"), ("teacher", "the teacher's")):
+        heads = [f"against {words}", "ε-error", "KID", "Fréchet", *shares]
+        lines = []
+        for name, row in ((name, by[reference]) for name, by in found.items() if reference in by):
+            error = number(row["epsilon_error"]) if row["epsilon_error"] else "–"
+            lines.append([name, error, *distance(row), *(f"{float(row[s]):.2f}" for s in shares)])
+        tables.append(table(heads, lines))
     first = next(iter(found.values()))["test"]
-    return f"""{table(heads, lines)}
+    return f"""{tables[0]}
 
-{int(first["samples"]):,} pictures each, against as many. KID in thousandths. EfficientNet-Lite0
-features."""
+{tables[1]}
+
+{int(first["samples"]):,} pictures each, against as many (the teacher's: from other noises).
+KID in thousandths. EfficientNet-Lite0 features."""
 
 
 def distance(row: Row) -> tuple[str, str]:

@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=TEXT_TO_IMAGE, default=TEXT_TO_IMAGE)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--samples", type=int, default=1000, help="pictures of a set; 0: none")
+    parser.add_argument("--samples", type=int, default=382, help="pictures of a set; 0: none")
     parser.add_argument("--seconds", action="store_true", help="time them, and nothing else")
     args = parser.parse_args()
     for teacher in args.models:

@@ -129,7 +129,7 @@ def print_curve(found: Any, ranking: str) -> None:
     }
     own = f"by_{ranking}"
     others = [name for name in names if name != own]
-    heads = ("", "site", "imitation\nerror", "ε-error\nalone", "FLOPs\ngone", "ε-error\nso far")
+    heads = ("", "site", "imit.\nerror", "ε-error\nalone", "FLOPs\ngone", "ε-error\nso far")
     for head in (*heads, *(names[name] for name in others)):
         table.add_column(head, justify="left" if head == "site" else "right")
     rows = zip(*(found.orders[name] for name in (own, *others)), strict=True)
