@@ -21,7 +21,7 @@ from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
 from convfusion.demo import distillation, error, spread
 from convfusion.distill import DistillConfig, distill
 from experiment import TEACHERS, TEXT_TO_IMAGE, unfused, weights_of
-from pages import add, rows
+from pages import add_all, rows
 
 RESULTS = "efficiency.csv"
 PAPER_WARMUP = 500 / 60_000  # of SD1.5's steps
@@ -100,8 +100,7 @@ def run(name: str, recipe: str, seed: int, steps: int, length: int, enough: floa
             {**key, "step": str(s), "seconds": f"{t:.1f}", "epsilon_error": f"{e:.4e}"} | weights
             for s, t, e in found
         ]
-        for row in there:
-            add(RESULTS, row)
+        add_all(RESULTS, there)
         print(*there[-1].values(), flush=True)
     return float(there[-1]["epsilon_error"])
 

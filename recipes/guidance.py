@@ -59,7 +59,7 @@ def main() -> None:
                 lambda make=make, weights=weights, drawn=drawn: distances(
                     look(make, weights, drawn), real
                 ),
-                *(name, guidance, args.samples, weights),
+                *(name, guidance, args.samples, drawn.made(weights)),
             )
     for solver in SOLVERS:
         for steps in (10, 25, 50):

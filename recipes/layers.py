@@ -25,7 +25,7 @@ def orders(steps: int, seed: int) -> dict[str, list[str]]:
     pipe = mini.load_teacher()
     paths = [site.path for site in list_sites(denoiser_of(pipe))]
     convert(pipe, ConvertConfig(ALL.sites, seed=seed))
-    held_out = spread(mini.held_out_data(), JUDGED)
+    held_out = spread(mini.held_out_data(), JUDGED, offset=0.5)  # none that students are judged by
     training = recipe(ALL, steps, seed).settings  # one autocast for all runs of a process
     costs = site_costs(pipe, mini.training_data(), held_out, training)
     return {

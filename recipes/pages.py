@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,36 @@ def has(name: str, key: dict[str, str]) -> bool:
 
 def add(name: str, row: dict[str, Any]) -> None:
     """One row more; the first one brings the heads."""
-    new = not (RESULTS / name).is_file()
+    add_all(name, [row])
+
+
+def add_all(name: str, found: list[dict[str, Any]]) -> None:
+    """Rows that stand or fall together.
+
+    Raises:
+        ValueError: they have other columns than those that are there.
+    """
+    text, there = io.StringIO(), rows(name)
+    table = csv.DictWriter(text, list(found[0]), lineterminator="\n")
+    if not there:
+        table.writeheader()
+    elif there[0].keys() != found[0].keys():
+        raise ValueError(f"{name} has the columns {list(there[0])}, not {list(found[0])}")
+    table.writerows(found)
     with open(RESULTS / name, "a", newline="") as file:
-        table = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            table.writeheader()
-        table.writerow(row)
+        file.write(text.getvalue())
+
+
+def one(found: list[dict[str, str]], *columns: str) -> list[str]:
+    """What all rows of a table have in some columns.
+
+    Raises:
+        ValueError: they differ, so that they belong in no one table.
+    """
+    values = []
+    for column in columns:
+        held = {row[column] for row in found}
+        if len(held) > 1:
+            raise ValueError(f"one table mixes rows of {column} {', '.join(sorted(held))}")
+        values += held
+    return values

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convfusion import mini
-from convfusion.evaluate import frechet_distance, kernel_distance, open_extractor, plan
+from convfusion.evaluate import Draws, frechet_distance, kernel_distance, open_extractor, plan
 from convfusion.evaluate.real import decoded
 from convfusion.generate import generate
 from experiment import KEPT, digest
@@ -40,18 +40,28 @@ class Drawn:
     guidance: float = mini.GUIDANCE
     size: tuple[int, int] | None = (64, 64)
 
+    def plan(self, prompts: Sequence[str] | None = None) -> Draws:
+        """Prompts and seeds: by default captions of held-out names, each as often as any other.
+
+        Of more prompts than are drawn, some that are evenly spread over them.
+
+        Raises:
+            ConvFusionError: they cannot be drawn equally often.
+        """
+        told = mini.held_out_data().captions if prompts is None else prompts
+        return plan(list(told), self.samples, self.first_seed)
+
+    def made(self, by: str) -> str:
+        """A hash of what draws, and of how."""
+        return digest(by, asdict(self))
+
 
 def look(
     maker: Callable[[], Any], made: str, drawn: Drawn, prompts: Sequence[str] | None = None
 ) -> Tensor:
-    """Features [samples, 1280] of what a pipeline draws; it is made only if it must draw.
-
-    The prompts are the captions of held-out names, unless others are given: each as often as any
-    other or, of more than are drawn, some that are evenly spread over them.
-    """
-    prompts = mini.held_out_data().captions if prompts is None else prompts
-    told = plan(list(prompts), drawn.samples, drawn.first_seed)
-    file = KEPT / "features" / f"{digest(made, asdict(drawn), told.prompts)}.safetensors"
+    """Features [samples, 1280] of what a pipeline draws; it is made only if it must draw."""
+    told = drawn.plan(prompts)
+    file = KEPT / "features" / f"{digest(drawn.made(made), told.prompts)}.safetensors"
     if not file.is_file():
         images = generate(
             maker(), list(told.prompts), seeds=list(told.seeds), steps=drawn.steps,

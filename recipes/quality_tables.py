@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pages import read, table
+from pages import one, read, table
 from pages import rows as rows_if_any
 
 Row = dict[str, str]
@@ -38,9 +38,8 @@ def millions(row: Row) -> str:
 def best_runs(model: str) -> dict[str, list[Row]]:
     """By mixer, the runs at its better learning rate, the best mixer first."""
     runs: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in read("rivals.csv"):
-        if row["model"] == model:
-            runs[row["mixer"]][row["learning_rate"]].append(row)
+    for row in rows_of("rivals.csv", model):
+        runs[row["mixer"]][row["learning_rate"]].append(row)
     best = {
         name: min(by.values(), key=lambda rows: float(rows[0]["epsilon_error"]))
         for name, by in runs.items()
@@ -65,7 +64,7 @@ def rivals(model: str) -> str:
         lines.insert(0, ["the teacher's own", "0", "–", "–", "1.00×", timing(whole)])
     return f"""{table(heads, lines)}
 
-{next(iter(best.values()))[0]["steps"]} steps each."""
+{one(rows_of("rivals.csv", model), "steps")[0]} steps each."""
 
 
 def rows_of(name: str, model: str) -> list[Row]:
@@ -105,20 +104,19 @@ def mean_error(rows: list[Row]) -> float:
 def rival_pictures(model: str) -> str:
     """Distances of the pictures to real ones and to the teacher's."""
     found: dict[str, dict[str, Row]] = defaultdict(dict)
-    for row in read("rivals_pictures.csv"):
-        if row["model"] == model:
-            found[row["mixer"]][row["reference"]] = row
+    rows = rows_of("rivals_pictures.csv", model)
+    for row in rows:
+        found[row["mixer"]][row["reference"]] = row
     heads = ["pictures of", "KID to real", "Fréchet", "KID to the teacher's", "Fréchet"]
     lines = [
         [name, *distance(by["real"]), *distance(by["teacher"])]
         for name, by in sorted(found.items(), key=lambda pair: float(pair[1]["teacher"]["kid"]))
     ]
-    first = next(iter(found.values()))
-    samples = [first[name]["reference_samples"] for name in ("real", "teacher")]
+    real = next(iter(found.values()))["real"]["reference_samples"]
     return f"""{table(heads, lines)}
 
-{first["real"]["samples"]} pictures each, against {samples[0]} real and {samples[1]} of the teacher
-from other noises. KID in thousandths. EfficientNet-Lite0 features."""
+{one(rows, "samples")[0]} pictures each, against {real} real ones, and against as many of the
+teacher from other noises. KID in thousandths. EfficientNet-Lite0 features."""
 
 
 def kid(row: Row) -> str:
@@ -138,7 +136,7 @@ def ablation() -> str:
         for (part, name), own in runs.items()
     ]
     heads = ["part", "variant", "ε-error", "over the first", "parameters", "fewer operations"]
-    return f"{table(heads, lines)}\n\n{rows[0]['steps']} steps each."
+    return f"{table(heads, lines)}\n\n{one(rows, 'steps')[0]} steps each."
 
 
 def layers() -> str:
@@ -159,15 +157,15 @@ def layers() -> str:
     told = "; ".join(f"{row['order']} ({row['sites']} sites): {cell(row)}" for row in second)
     return f"""{table(["sites", *orders], lines)}
 
-In brackets: how much of the operations of all attention is gone. {rows[0]["steps"]} steps each, one
-seed. And {told}."""
+In brackets: how much of the operations of all attention is gone. {one(rows, "steps", "seed")[0]}
+steps each, one seed. And {told}."""
 
 
 def sizes(model: str) -> str:
     found: dict[tuple[int, int], dict[str, Row]] = defaultdict(dict)
-    for row in read("sizes.csv"):
-        if row["model"] == model:
-            found[int(row["width"]), int(row["height"])][row["pipeline"]] = row
+    rows = rows_of("sizes.csv", model)
+    for row in rows:
+        found[int(row["width"]), int(row["height"])][row["pipeline"]] = row
     heads = ["pixels", "noise error: teacher", "student", "ε-error", "KID: teacher", "student"]
     lines = []
     for (width, height), by in found.items():
@@ -175,17 +173,19 @@ def sizes(model: str) -> str:
         errors = [number(row["noise_error"]) for row in pair]
         own = number(by["student"]["epsilon_error"])
         lines.append([f"{width}×{height}", *errors, own, *map(kid, pair)])
-    return f"{table(heads, lines)}\n\nKID in thousandths."
+    samples = one(rows, "samples")[0]
+    return f"{table(heads, lines)}\n\nKID in thousandths, of {samples} pictures each."
 
 
 def another_base() -> str:
     rows = read("another_base.csv")
     lines = [[r["variant"], r["steps"], number(r["epsilon_error"])] for r in rows]
+    batches, design = one(rows, "tuning_steps", "design")
     heads = ["in place of the fine-tune's self-attention", "steps of distillation", "ε-error"]
     return f"""{table(heads, lines)}
 
-The fine-tune: {rows[0]["tuning_steps"]} batches of 32 pictures of one design
-(`{rows[0]["design"]}`), all weights. *The base itself* is the whole other model, attention and all,
+The fine-tune: {batches} batches of 32 pictures of one design
+(`{design}`), all weights. *The base itself* is the whole other model, attention and all,
 held against the fine-tune; the row of *their own base* is held against that."""
 
 
@@ -211,7 +211,7 @@ def guidance() -> str:
         found[row["guidance"]][row["pipeline"]] = row
     lines = [[scale, kid(by["teacher"]), kid(by["student"])] for scale, by in found.items()]
     scales = table(["guidance", "KID to real: teacher", "student"], lines)
-    return f"{scales}\n\nKID in thousandths; {rows[0]['samples']} pictures each."
+    return f"{scales}\n\nKID in thousandths; {one(rows, 'samples')[0]} pictures each."
 
 
 def solvers() -> str:
@@ -227,7 +227,8 @@ def solvers() -> str:
 def photographs() -> str:
     """Sets of pictures of the class-conditional model, against real ones, then the teacher's."""
     found: dict[str, dict[str, Row]] = defaultdict(dict)
-    for row in read("photographs.csv"):
+    rows = read("photographs.csv")
+    for row in rows:
         found[row["pictures"]][row["reference"]] = row
     shares = ["precision", "recall", "density", "coverage"]
     tables = []
@@ -238,12 +239,11 @@ def photographs() -> str:
             error = number(row["epsilon_error"]) if row["epsilon_error"] else "–"
             lines.append([name, error, *distance(row), *(f"{float(row[s]):.2f}" for s in shares)])
         tables.append(table(heads, lines))
-    first = next(iter(found.values()))["test"]
     return f"""{tables[0]}
 
 {tables[1]}
 
-{int(first["samples"]):,} pictures each, against as many (the teacher's: from other noises).
+{int(one(rows, "samples")[0]):,} pictures each, against as many (the teacher's: from other noises).
 KID in thousandths. EfficientNet-Lite0 features."""
 
 

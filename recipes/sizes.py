@@ -63,8 +63,10 @@ def noise_error(pipe: Any, denoiser: Denoiser, data: LatentDataset, size: Size) 
     return torch.stack(errors).mean().item()
 
 
-def measured(maker: Callable[[], Any], made: str, size: Size, samples: int) -> dict[str, str]:
+def measured(maker: Callable[[], Any], made: str, drawn: Drawn) -> dict[str, str]:
     """The row of a pipeline, converted or not, at one size."""
+    size = drawn.size
+    assert size is not None
     pipe, data = maker(), spread(framed(size), JUDGED)
     reference = extractor()(decoded(pipe, framed(size), "framed", size)).features
     own = noise_error(pipe, denoiser_of(pipe), data, size)
@@ -72,7 +74,7 @@ def measured(maker: Callable[[], Any], made: str, size: Size, samples: int) -> d
     return {
         "noise_error": f"{own:.4e}",
         "epsilon_error": f"{error(pipe, data):.4e}" if converted else "",
-        **distances(look(maker, made, Drawn(samples, size=size)), reference),
+        **distances(look(maker, made, drawn), reference),
     }
 
 
@@ -90,12 +92,11 @@ def main() -> None:
             "student": shipped() if model == "mini" else distilled,
         }
         for height, width in SIZES:
+            drawn = Drawn(args.samples, size=(height, width))
             for name, (maker, made) in pipelines.items():
                 TABLE.once(
-                    lambda maker=maker, made=made, size=(height, width): measured(
-                        maker, made, size, args.samples
-                    ),
-                    *(model, name, width, height, args.samples, made),
+                    lambda maker=maker, made=made, drawn=drawn: measured(maker, made, drawn),
+                    *(model, name, width, height, args.samples, drawn.made(made)),
                 )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_pipelines import stable_diffusion
+from tiny_pipelines import dit_pipeline, stable_diffusion
 
 import convfusion
 from convfusion import cli
@@ -91,6 +91,23 @@ def test_convert_distil_generate(run, model, pictures, tmp_path):
     assert code == 0, err
     status = convfusion.status(convfusion.load_pipeline(tmp_path / "deployed"))
     assert not any(row.attention_kept for row in status.sites)
+
+
+def test_a_model_of_few_classes_distils_to_its_card_and_draws(run, pictures, tmp_path):
+    """Its pipeline draws without guidance only, and so must the validation pictures."""
+    dit_pipeline().save_pretrained(tmp_path / "dit")
+    for name in ("red", "green"):
+        (pictures / f"{name}.txt").write_text(name)
+        Image.new("RGB", (40, 32), name).save(pictures / f"{name}.png")
+    options = ("--data", pictures, "--batch-size", 1, "--steps", 1)
+    code, _, err = run("distill", tmp_path / "dit", "--out", tmp_path / "blocks", *options)
+    assert code == 0, err
+    assert (tmp_path / "blocks" / "README.md").is_file()
+    code, _, err = run(
+        "generate", tmp_path / "dit", "--blocks", tmp_path / "blocks", "--prompt", "apple",
+        "--steps", 2, "--out", tmp_path / "drawn",
+    )  # fmt: skip
+    assert code == 0, err
 
 
 def test_analyze_then_convert_with_its_kernels(run, model, tmp_path):

@@ -90,6 +90,7 @@ def test_bad_requests_are_named():
     for numbers, message in (
         ({"steps": 0}, "at least 1"),
         ({"steps": 1001}, "the noise schedule has 1000 timesteps"),
+        ({"steps": 1000}, "the noise schedule has 1000 timesteps"),  # from 1000, not 999
         ({"guidance": float("nan")}, "guidance must be a finite number, not nan"),
         ({"seeds": [-1]}, "0 or more and below 2⁶⁴, not -1"),
         ({"seeds": [2**64]}, "0 or more and below 2⁶⁴"),

@@ -76,7 +76,7 @@ def test_evaluate(run, places, tmp_path):
     assert str(places) not in (out / "evaluation.json").read_text()
     assert len(list(out.glob("*/*.png"))) == 12
     code, _, err = run(places / "model", "--out", out, *options, "--seed", 9)
-    assert code == 2 and "drawn with other settings (seeds)" in err
+    assert code == 2 and "begun with other settings (seeds)" in err
 
 
 def test_the_embedded_model_brings_prompts_and_pictures_of_its_own():
@@ -164,8 +164,8 @@ MISTAKES = {
     "many steps": (["mini", "--steps", 1001], "the noise schedule has 1000 timesteps"),
     "no guidance": (["mini", "--guidance", "nan"], "guidance must be a finite number, not nan"),
     "a large seed": (["mini", "--seed", 2**64 - 3], f"below 2⁶⁴, not {2**64}"),
-    "an unknown network": (["mini", "--extractor", "resnet50"], "a name on the Hub, owner/name"),
-    "an unknown clip": (["mini", "--clip", "clip"], "a name on the Hub, owner/name"),
+    "an unknown network": (["mini", "--extractor", "resnet50"], "no name on the Hub, owner/name"),
+    "an unknown clip": (["mini", "--clip", "clip"], "no name on the Hub, owner/name"),
     "no blocks": (["model", "--blocks", "empty"], "empty holds no trained blocks"),
     "one sample": (["mini", "--samples", 1], "--samples"),
 }

@@ -205,7 +205,7 @@ def test_what_is_no_safe_extractor_is_refused(made, tmp_path):
 
 
 def test_what_is_not_there_is_named(tmp_path, monkeypatch):
-    with pytest.raises(ConvFusionError, match="nowhere is no extractor"):
+    with pytest.raises(ConvFusionError, match="nowhere is no folder here"):
         open_extractor(str(tmp_path / "nowhere"))
     with pytest.raises(ConvFusionError, match="knows no texts"):
         dino(tmp_path / "dino", classes=False)

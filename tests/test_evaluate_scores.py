@@ -148,6 +148,11 @@ def test_kernel_distance_has_no_bias_and_knows_its_error():
     assert told == pytest.approx(np.std([each.value for each in apart]), rel=0.4)
 
 
+def test_two_rows_have_no_subset_and_so_no_error():
+    assert kernel_distance(normal(2, 4, 0), normal(9, 4, 1)).error is None
+    assert kernel_distance(normal(3, 4, 0), normal(9, 4, 1)).error > 0
+
+
 def test_kernel_distance_depends_on_its_seed_alone():
     one, other = normal(30, 4), normal(30, 4, 1)
     torch.manual_seed(1)

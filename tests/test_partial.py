@@ -15,6 +15,8 @@ from tiny_pipelines import PIPELINES, pixart_sigma, stable_diffusion
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, cli, surgery, uniform
 from convfusion.adapters import denoiser_of, list_sites
+from convfusion.analysis.plots import short_name
+from convfusion.cli.curve import print_curve
 from convfusion.config import with_kernel_sizes
 from convfusion.data import LatentDataset
 from convfusion.data.latents import hold_out, training_data
@@ -290,6 +292,21 @@ class TestCurve:
         assert (tmp_path / "curve.png").stat().st_size < 60_000
         (by_imitation,) = curve.save(tmp_path / "other", [1], by="imitation")
         assert list(ConvertConfig.load(by_imitation).sites) == costs.cheapest("imitation")[:1]
+
+    @pytest.mark.parametrize("by", ["epsilon", "imitation"])
+    def test_the_table_is_in_the_chosen_order(self, by, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "160")
+        curve = curve_of(pixart_sigma)[3]
+        print_curve(curve, by)
+        lines = [line for line in capsys.readouterr().out.split("\n") if line.startswith("│")]
+        cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+        own = curve.orders[f"by_{by}"]
+        other = curve.orders["by_imitation" if by == "epsilon" else "by_epsilon"]
+        assert [row[1] for row in cells] == [short_name(point.site) for point in own]
+        for column, points in ((5, own), (6, other), (7, curve.dearest)):
+            assert [row[column] for row in cells] == [f"{p.epsilon_error:.2e}" for p in points]
+        alone = {site.path: f"{site.epsilon_error:.2e}" for site in curve.costs.sites}
+        assert [row[3] for row in cells] == [alone[point.site] for point in own]
 
     def test_numbers_of_sites(self):
         assert chosen_counts(16, None) == [4, 8, 12]

@@ -86,9 +86,9 @@ def test_the_crossover_is_where_both_take_as_long():
 
 
 def test_the_size_that_is_told_can_be_drawn():
-    told = " ".join(said(plan(), 3))
+    told = " ".join(said(plan(), 3, 16))
     sides = re.search(r"faster from (\d+)×(\d+) pixels", told).groups()
-    assert all(int(side) % 8 == 0 for side in sides)
+    assert all(int(side) % 16 == 0 for side in sides)
     assert min(map(int, sides)) >= 3 * plan().faster_from[0]
 
 

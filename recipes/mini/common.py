@@ -65,7 +65,8 @@ def fit(
 
     Args:
         model: on its device.
-        loss_of: the loss of a step, a function of the step and the weights alone.
+        loss_of: the loss of a step, by the step, the weights and torch's own generator, which is
+            seeded by the step, so that a run that goes on is as one that never stopped.
         schedule: of steps and learning rate.
         kept: file that the state is written to every 250 steps and at the end.
         average: of the weights, updated with each step.
@@ -79,6 +80,7 @@ def fit(
     first = step = load_state(kept, state)
     started = time.time()
     while step < schedule.steps:
+        torch.manual_seed(2**31 + step)  # none of the seeds that batches are drawn from
         with torch.autocast(device, torch.bfloat16):
             loss = loss_of(step)
         for group in optimizer.param_groups:
@@ -93,9 +95,14 @@ def fit(
         if step % 50 == 0:
             rate = (step - first) / (time.time() - started)
             print(f"{step} loss {loss.item():.4f} {rate:.2f} steps/s", flush=True)
+        on_step(step)  # before the state that says it was
         if step % 250 == 0 or step == schedule.steps:
             save_state(kept, state, step)
-        on_step(step)
+
+
+def weighted(prediction: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Mean over a batch of ‖ε̂ − ε‖²/n, each with its weight [B]."""
+    return (weight * (prediction.float() - noise).square().mean(dim=(1, 2, 3))).mean()
 
 
 def ema_step(old: torch.Tensor, new: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""The two teachers that the recipe can train, in the layouts of Stable Diffusion and of PixArt.
+"""The text-to-image teachers: in the layouts of Stable Diffusion and of PixArt.
 
 Each has a tokenizer, a denoiser and a text encoder to train together, and makes them a diffusers
-pipeline. Both share the autoencoder and the noise schedule.
+pipeline. Both share the autoencoder; the noise schedule is also that of the class-conditional one.
 """
 
 from __future__ import annotations

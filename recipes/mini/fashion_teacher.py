@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import vae as autoencoder
-from common import Schedule, ema_step, fit
+from common import Schedule, ema_step, fit, weighted
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import make_image_grid
@@ -70,8 +70,7 @@ def train_teacher(run: Path, args: argparse.Namespace) -> None:
         told = classes[picks].masked_fill(dropped, len(CLASSES))
         noisy = scheduler.add_noise(latents[picks], noise, t)
         prediction = transformer(noisy, t, told, return_dict=False)[0]
-        error = (prediction.float() - noise).square().mean(dim=(1, 2, 3))
-        return (loss_weight[t] * error).mean()
+        return weighted(prediction, noise, loss_weight[t])
 
     def show(step: int) -> None:
         if step % args.sample_every == 0 or step == args.steps:

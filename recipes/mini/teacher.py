@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Schedule, caption, ema_step, fit, load_pictures
+from common import Schedule, caption, ema_step, fit, load_pictures, weighted
 from diffusers import AutoencoderKL, DDIMScheduler
 from diffusers.utils import make_image_grid
 from families import FAMILIES, make_scheduler
@@ -30,7 +30,7 @@ SNR_GAMMA = 5.0
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor, device: str) -> torch.Tensor:
-    """Scaled posterior means of uint8 pictures, [P, 4, 16, 16]."""
+    """Scaled posterior means of uint8 pictures, [P, C, h, w]."""
     parts = [part.to(device).float().div(127.5).sub(1) for part in images.split(64)]
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
     return latents * vae.config.scaling_factor
@@ -160,8 +160,7 @@ def main() -> None:
         latents, noise, t, texts = batches(step)
         tokens = tokenizer(texts, padding="max_length", return_tensors="pt").to(device)
         prediction = family.predict(parts, tokens, scheduler.add_noise(latents, noise, t), t)
-        error = (prediction.float() - noise).square().mean(dim=(1, 2, 3))
-        return (loss_weight[t] * error).mean()
+        return weighted(prediction, noise, loss_weight[t])
 
     def show(step: int) -> None:
         if step % args.sample_every == 0 or step == args.steps:

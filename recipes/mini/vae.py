@@ -1,6 +1,6 @@
-"""Step 3: the autoencoder of the mini model, 64×64×3 ↔ 16×16×4.
+"""Step 3: a small autoencoder; of the mini model, 64×64×3 ↔ 16×16×4.
 
-`python vae.py --run run` trains a small `AutoencoderKL` on the training pictures
+`python vae.py --run run` trains an `AutoencoderKL` on the training pictures
 (L1 + gradient L1 + 1e-2·KL) and writes `run/vae` in diffusers' layout.
 """
 

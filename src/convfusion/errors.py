@@ -1,6 +1,7 @@
 """The errors that a user's mistake raises; the command line prints them as one line."""
 
 LONGEST = 2000  # characters of a message
+LINE = 160  # and of what is quoted of another error
 
 
 class ConvFusionError(ValueError):
@@ -17,3 +18,9 @@ class UnsupportedModelError(ConvFusionError, TypeError):
 
 class CheckpointError(ConvFusionError):
     """A file is damaged, or does not belong to this model."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another error's text, cut if it is long."""
+    line = str(error).strip().partition("\n")[0]
+    return line if len(line) <= LINE else f"{line[: LINE - 1]}…"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from convfusion.adapters import denoiser_of, list_sites, site_grid
-from convfusion.block import Grid
+from convfusion.block import Grid, TokenMixer
 from convfusion.errors import ConvFusionError
 from convfusion.mixers import Circular, Neighbourhood
 from convfusion.ops import library
@@ -41,7 +41,7 @@ def count(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     return counter.get_total_flops()
 
 
-def mixer_operations(mixer: Any, tokens: Tensor, grid: Grid) -> int:
+def mixer_operations(mixer: TokenMixer, tokens: Tensor, grid: Grid) -> int:
     """Operations of one call of a token mixer; of windowed attention, those of its windows."""
     settings, (_, count_of_tokens, channels) = mixer.config, tokens.shape
     if isinstance(settings, Neighbourhood | Circular):

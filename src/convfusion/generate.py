@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -87,10 +88,15 @@ def check_numbers(seeds: Iterable[int], steps: int, guidance: float, batch_size:
 
 def check_steps(pipe: Any, steps: int) -> None:
     """Raise a ConvFusionError if there are more steps than timesteps to take."""
-    timesteps = getattr(pipe.scheduler.config, "num_train_timesteps", steps)
-    if steps > timesteps:
+    timesteps = getattr(pipe.scheduler.config, "num_train_timesteps", math.inf)
+    scheduler = copy.deepcopy(pipe.scheduler)
+    if steps <= timesteps:
+        scheduler.set_timesteps(steps)
+    # Some spacings begin at the end of the schedule plus an offset, which may lie beyond it.
+    if steps > timesteps or max(scheduler.timesteps) >= timesteps:
         raise ConvFusionError(
-            f"{steps} steps cannot be drawn: the noise schedule has {timesteps} timesteps"
+            f"{steps} steps cannot be drawn: the noise schedule has {timesteps} timesteps, and "
+            "fewer steps than those are needed"
         )
 
 
@@ -107,20 +113,30 @@ def check_size(pipe: Any, size: tuple[int, int]) -> None:
 
 def check_guidance(pipe: Any, guidance: float) -> None:
     """Raise a ConvFusionError if the pipeline would take one of its classes for no class."""
-    denoiser = denoiser_of(pipe)
-    if adapter_for(denoiser).family != "dit" or guidance <= 1:
-        return
-    classes = denoiser.config.num_embeds_ada_norm
-    if classes != NO_CLASS:
+    if guidance > 1 and not can_guide(pipe):
         raise ConvFusionError(
-            f"this model has {classes} classes, and diffusers' DiT pipeline takes class "
-            f"{NO_CLASS} for none: it draws with a guidance of 1 only"
+            f"this model has {denoiser_of(pipe).config.num_embeds_ada_norm} classes, and "
+            f"diffusers' DiT pipeline takes class {NO_CLASS} for none: it draws with a guidance "
+            "of 1 only"
         )
+
+
+def can_guide(pipe: Any) -> bool:
+    """Whether a pipeline can draw with a guidance above 1: a DiT if it has 1000 classes."""
+    denoiser = denoiser_of(pipe)
+    if adapter_for(denoiser).family != "dit":
+        return True
+    return denoiser.config.num_embeds_ada_norm == NO_CLASS
 
 
 def size_unit(pipe: Any) -> int:
     """What both sides of a picture must be multiples of, in pixels."""
-    unit = latent_scale(pipe) * denoiser_of(pipe).config.get("patch_size", 1)
+    return unit_of(denoiser_of(pipe), latent_scale(pipe))
+
+
+def unit_of(denoiser: Denoiser, scale: int) -> int:
+    """The same of a denoiser, with a VAE of so many pixels to a latent."""
+    unit = scale * denoiser.config.get("patch_size", 1)
     return math.lcm(unit, 8)  # which stock pipelines insist on, whatever their VAE
 
 

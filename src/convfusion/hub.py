@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from convfusion.errors import CheckpointError
+from convfusion.errors import CheckpointError, first_line
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # of a repository, owner/name
 
@@ -111,7 +111,3 @@ convfusion.load(pipe, {HERE})
 
 {listed}
 """
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]

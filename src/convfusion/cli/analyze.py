@@ -126,7 +126,7 @@ def ablate(
             tried,
             steps=steps,
             timesteps=looked_at,
-            guidance=guidance_for(model) if guidance is None else guidance,
+            guidance=guidance_for(model, pipe) if guidance is None else guidance,
             size=wanted,
             batch_size=batch_size,
             on_call=lambda: progress.advance(bar),

@@ -127,7 +127,7 @@ def train(
             on_step=lambda step, terms: progress.update(
                 bar, completed=step, description=describe(terms)
             ),
-            validate=lambda pipe, step: validation_grid(pipe, drawn, guidance_for(run.model)),
+            validate=lambda pipe, step: validation_grid(pipe, drawn, guidance_for(run.model, pipe)),
         )
     if not show:
         return

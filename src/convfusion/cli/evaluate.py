@@ -139,6 +139,7 @@ def real_pictures(pipe: Any, model: str, spec: str | None, prompts: Path | None,
     """Real pictures to compare with; the embedded model has some for its own prompts."""
     from convfusion import mini
     from convfusion.conditioning import latent_scale
+    from convfusion.evaluate.drawing import process
     from convfusion.evaluate.real import decoded, open_real
     from convfusion.evaluate.run import size_of
 
@@ -150,10 +151,11 @@ def real_pictures(pipe: Any, model: str, spec: str | None, prompts: Path | None,
     held, scale = mini.held_out_data(), latent_scale(pipe)
     height, width = (side * scale for side in held.latents.shape[-2:])
     if size[0] > height or size[1] > width:
-        typer.echo(
-            f"Without distances to real pictures: those at hand are {width}×{height}, smaller than "
-            f"{size[1]}×{size[0]}."
-        )
+        if process()[0] == 0:
+            typer.echo(
+                f"Without distances to real pictures: those at hand are {width}×{height}, smaller "
+                f"than {size[1]}×{size[0]}."
+            )
         return None
     return decoded(pipe, held, "held-out pictures, as the VAE decodes them", size)
 

@@ -84,7 +84,7 @@ def generate(
     settings = {
         "seeds": seeds,
         "steps": steps,
-        "guidance": guidance_for(model) if guidance is None else guidance,
+        "guidance": guidance_for(model, pipe) if guidance is None else guidance,
     }
     with with_cheaper_attention(pipe, wanted) if hybrid else nullcontext():
         images = _draw(pipe, prompt, wanted, ladder, settings)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from convfusion.cli.console import hide_loading_bars
-from convfusion.errors import ConvFusionError
+from convfusion.errors import ConvFusionError, first_line
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -128,11 +127,6 @@ def needs_matplotlib(otherwise: str) -> None:
         )
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, cut at a word if it is long."""
-    return textwrap.shorten(str(error).strip().partition("\n")[0], 160, placeholder=" …")
-
-
 def is_embedded(model: str) -> bool:
     """Whether a name is that of the model that comes with the package."""
     from convfusion import mini
@@ -140,10 +134,13 @@ def is_embedded(model: str) -> bool:
     return model in mini.NAMES
 
 
-def guidance_for(model: str) -> float:
-    """The guidance that a model draws with unless told otherwise."""
+def guidance_for(model: str, pipe: Any = None) -> float:
+    """The guidance that a model draws with by default; 1 where its pipeline has no other."""
     from convfusion import mini
+    from convfusion.generate import can_guide
 
+    if pipe is not None and not can_guide(pipe):
+        return 1.0
     return mini.GUIDANCE if is_embedded(model) else 5.0
 
 

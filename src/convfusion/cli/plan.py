@@ -42,7 +42,7 @@ def plan(
     from convfusion.bench.plan import plan_speed
     from convfusion.bench.runs import with_random_weights
     from convfusion.conditioning import latent_scale
-    from convfusion.generate import check_size
+    from convfusion.generate import check_size, unit_of
 
     wanted = parse_size(size)
     if model in FULL_SIZE:
@@ -61,10 +61,10 @@ def plan(
         found = plan_speed(
             pipe, chosen, latents, batch=batch, on_case=lambda t: status.update(f"measuring: {t}")
         )
-    print_plan(found, scale)
+    print_plan(found, scale, unit_of(denoiser_of(pipe), scale))
 
 
-def print_plan(found: SpeedPlan, scale: int) -> None:
+def print_plan(found: SpeedPlan, scale: int, unit: int) -> None:
     """A line for each kind of site, the whole, and what follows in words."""
     from rich.console import Console
     from rich.table import Table
@@ -93,12 +93,12 @@ def print_plan(found: SpeedPlan, scale: int) -> None:
         "all", "", "", seconds(found.attention), seconds(found.converted), f"{speedup:.2f}×", ""
     )
     Console().print(table)
-    for line in said(found, scale):
+    for line in said(found, scale, unit):
         typer.echo(line)
 
 
-def said(found: SpeedPlan, scale: int) -> list[str]:
-    """What a plan means, a sentence a line."""
+def said(found: SpeedPlan, scale: int, unit: int) -> list[str]:
+    """What a plan means, a sentence a line; sides of pictures are multiples of `unit`."""
     speedup = found.attention / found.converted
     share = 1 - 1 / found.bound
     lines = [
@@ -111,7 +111,7 @@ def said(found: SpeedPlan, scale: int) -> list[str]:
     elif start == (0, 0):
         lines.append("By the fit it is faster at every size.")
     else:
-        height, width = (-(-side * scale // 8) * 8 for side in start)  # the next that can be drawn
+        height, width = (-(-side * scale // unit) * unit for side in start)  # that can be drawn
         lines.append(f"By the fit it is faster from {width}×{height} pixels on.")
     if found.kept and len(found.kept) < sum(len(site.paths) for site in found.sites):
         lines.append(

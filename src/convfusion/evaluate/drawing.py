@@ -185,61 +185,40 @@ def begin(folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
     Raises:
         ConvFusionError: they differ, or the folder holds something else.
     """
+    path = folder / SETTINGS
     patience = time.monotonic() + PATIENCE
-    while rank and _differences(_held(folder), _as_read(settings)):
+    while rank and not path.is_file():
         if time.monotonic() > patience:
             raise ConvFusionError(f"the first process has not begun {folder}")
         time.sleep(0.2)
     check_place(folder, settings)
-    if _held(folder) != _as_read(settings):
+    if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        for side in SIDES:  # of a batch that was not finished
-            for path in (folder / side).glob("*.png"):
-                path.unlink()
         text = json.dumps({"format": FORMAT, **settings}, indent=2, ensure_ascii=False)
-        write_text(folder / SETTINGS, text + "\n")
+        write_text(path, text + "\n")
     for name in (*SIDES, RECORDS):
         (folder / name).mkdir(exist_ok=True)
 
 
 def check_place(folder: Path, settings: dict[str, Any]) -> None:
-    """Raise a ConvFusionError unless a folder is new, or was begun with these settings.
-
-    One in which no batch was finished is as good as new.
-    """
-    held, wanted = _held(folder), _as_read(settings)
-    if held is not None:
-        ours = isinstance(held, dict) and held.keys() == wanted.keys()
-        as_new = ours and not any((folder / RECORDS).glob("*.json"))
-        other = [name.removeprefix("draws.") for name in _differences(held, wanted)]
-        if other and not as_new:
-            names = ", ".join(other)
+    """Raise a ConvFusionError unless a folder is new, or was begun with these settings."""
+    path = folder / SETTINGS
+    if path.is_file():
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ConvFusionError(f"{path} is damaged: choose another folder") from None
+        wanted = json.loads(json.dumps({"format": FORMAT, **settings}))
+        if other := _differences(held, wanted):
+            names = ", ".join(name.removeprefix("draws.") for name in other)
             raise ConvFusionError(
-                f"{folder} was drawn with other settings ({names}): choose another folder"
+                f"{folder} was begun with other settings ({names}): choose another folder"
             )
         return
     # A run killed at its very start leaves the settings aside.
     left = folder.is_dir() and all(path.suffix == ".tmp" for path in folder.iterdir())
     if folder.exists() and not left:
         raise ConvFusionError(f"{folder} exists and is no evaluation: choose another folder")
-
-
-def _held(folder: Path) -> Any:
-    """The settings that a folder was begun with, or None.
-
-    Raises:
-        ConvFusionError: they are damaged.
-    """
-    path = folder / SETTINGS
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError:
-        raise ConvFusionError(f"{path} is damaged: choose another folder") from None
-
-
-def _as_read(settings: dict[str, Any]) -> Any:
-    """Settings as they come back from a file."""
-    return json.loads(json.dumps({"format": FORMAT, **settings}))
 
 
 def _differences(held: Any, wanted: dict[str, Any], prefix: str = "") -> list[str]:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from convfusion import hub
-from convfusion.errors import ConvFusionError
+from convfusion.errors import ConvFusionError, first_line
 from convfusion.fingerprint import fingerprint
 
 DEFAULT = "efficientnet-lite0"
@@ -156,8 +156,8 @@ def open_extractor(name: str = DEFAULT, device: str | torch.device = "cpu") -> E
     check_no_code(folder)
     if not folder.is_dir() and not hub.NAME.fullmatch(name):  # which the Hub would be asked for
         raise ConvFusionError(
-            f"{name} is no extractor: neither {DEFAULT}, nor a folder here, nor a name on the Hub, "
-            "owner/name"
+            f"{name} is no folder here, and no name on the Hub, owner/name; {DEFAULT} comes with "
+            "the extra `eval`"
         )
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
@@ -298,10 +298,9 @@ def _loaded(kind: Any, name: str) -> Any:
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().partition("\n")[0][:120]
         raise ConvFusionError(
             f"{name} is no extractor: neither a folder of transformers with safetensors, nor a Hub "
-            f"name that can be reached ({first}); {DEFAULT} comes with the extra `eval`"
+            f"name that can be reached ({first_line(error)}); {DEFAULT} comes with the extra `eval`"
         ) from None
 
 

@@ -75,7 +75,7 @@ class Distribution:
         reference_samples: of the reference.
         frechet: Fréchet distance of the features.
         kid: kernel distance.
-        kid_error: its standard error.
+        kid_error: its standard error; None of two pictures.
         precision, recall, density, coverage: as `scores.neighbourhoods`; None for sets that are
             too small.
     """
@@ -86,7 +86,7 @@ class Distribution:
     reference_samples: int
     frechet: float
     kid: float
-    kid_error: float
+    kid_error: float | None
     precision: float | None
     recall: float | None
     density: float | None

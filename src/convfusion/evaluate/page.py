@@ -76,7 +76,16 @@ def _in_short(found: Evaluation) -> str:
     ]
     alike = "pictures equal to the teacher’s" if psnr[0] is None else f"a PSNR of {psnr[0]:.1f} dB"
     other = "equal ones" if psnr[1] is None else f"{psnr[1]:.1f} dB"
-    student, floor = found.distributions[:2]
+    return (
+        f"<p><b>From equal noises the student reaches {alike} against the teacher, where other "
+        f"noises give {other}. {_verdict(*found.distributions[:2])}</p>"
+    )
+
+
+def _verdict(student: Distribution, floor: Distribution) -> str:
+    """Whether the student's set is further from the teacher's than chance has it."""
+    if student.kid_error is None or floor.kid_error is None or student.samples <= NEIGHBOURS:
+        return f"{student.samples} pictures are too few to be compared as sets.</b>"
     apart = student.kid - floor.kid
     chance = 2 * (student.kid_error**2 + floor.kid_error**2) ** 0.5
     verdict = (
@@ -90,10 +99,8 @@ def _in_short(found: Evaluation) -> str:
             "the teacher’s than the teacher’s own from other noises, beyond chance"
         )
     return (
-        f"<p><b>From equal noises the student reaches {alike} against the teacher, where other "
-        f"noises give {other}. {verdict}</b> "
-        f"(kernel distance ×10³: {_thousandths(student.kid, student.kid_error)}, and "
-        f"{_thousandths(floor.kid, floor.kid_error)}; chance is two standard errors of both).</p>"
+        f"{verdict}</b> (kernel distance ×10³: {_thousandths(student.kid, student.kid_error)}, and "
+        f"{_thousandths(floor.kid, floor.kid_error)}; chance is two standard errors of both)."
     )
 
 
@@ -178,7 +185,9 @@ def _distribution(row: Distribution) -> tuple[str, ...]:
     )
 
 
-def _thousandths(value: float, error: float) -> str:
+def _thousandths(value: float, error: float | None) -> str:
+    if error is None:
+        return f"{1e3 * value:.0f}".replace("-", "−")
     digits = _digits(1e3 * error)
     return f"{1e3 * value:.{digits}f} ± {1e3 * error:.{digits}f}".replace("-", "−")
 

@@ -43,10 +43,10 @@ def _root(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KernelDistance:
-    """A kernel distance: its value, and the standard error that subsets give it."""
+    """A kernel distance, and the standard error that subsets give it; None of two rows."""
 
     value: float
-    error: float
+    error: float | None
 
 
 def kernel_distance(
@@ -66,7 +66,7 @@ def kernel_distance(
 
     Returns:
         The value over all rows, and its standard error: the delete-d jackknife's, from the
-        deviation over the subsets (Shao and Wu 1989).
+        deviation over the subsets (Shao and Wu 1989); None of two rows, which have no subset.
     """
     one, other = checked(one, other)
     generator = torch.Generator().manual_seed(seed)
@@ -77,10 +77,11 @@ def kernel_distance(
         rows = torch.randperm(len(one), generator=generator)[:size]
         columns = torch.randperm(len(other), generator=generator)[:size]
         found.append(_discrepancy(one[rows], other[columns]))
-    variance = torch.tensor(found, dtype=torch.float64).var().item()
-    if size < smaller:
-        variance *= size / (smaller - size)
-    return KernelDistance(_discrepancy(one, other), variance**0.5)
+    value = _discrepancy(one, other)
+    if size == smaller:
+        return KernelDistance(value, None)
+    variance = torch.tensor(found, dtype=torch.float64).var().item() * size / (smaller - size)
+    return KernelDistance(value, variance**0.5)
 
 
 def _discrepancy(one: Tensor, other: Tensor) -> float:
