@@ -79,9 +79,9 @@ def real_pictures(pipe: Any) -> Tensor:
     return extractor()(decoded(pipe, mini.held_out_data(), "held out", (64, 64))).features
 
 
-def distances(features: Tensor, reference: Tensor) -> dict[str, str]:
+def distances(features: Tensor, reference: Tensor, paired: bool = False) -> dict[str, str]:
     """Kernel distance with its error and Fréchet distance, as the columns of a row."""
-    kid = kernel_distance(features, reference)
+    kid = kernel_distance(features, reference, paired=paired)
     return {
         "kid": f"{kid.value:.5f}",
         "kid_error": f"{kid.error:.5f}",

@@ -109,8 +109,8 @@ def draw(teacher: str, chosen: dict[str, Recipe], samples: int) -> None:
     for name, (maker, made) in makers.items():
         for reference, features in sets.items():
             LOOKED.once(
-                lambda maker=maker, made=made, features=features: distances(
-                    look(maker, made, own), features
+                lambda maker=maker, made=made, features=features, reference=reference: distances(
+                    look(maker, made, own), features, paired=reference == "teacher"
                 ),
                 *(teacher, name, reference, samples, own.made(made)),
             )

@@ -91,7 +91,8 @@ def test_bad_requests_are_named():
         ({"steps": 0}, "at least 1"),
         ({"steps": 1001}, "the noise schedule has 1000 timesteps"),
         ({"steps": 1000}, "the noise schedule has 1000 timesteps"),  # from 1000, not 999
-        ({"guidance": float("nan")}, "guidance must be a finite number, not nan"),
+        ({"guidance": float("nan")}, "guidance must be from 0 to 1000, not nan"),
+        ({"guidance": -1.0}, "from 0 to 1000, not -1 .1 or less is none"),
         ({"seeds": [-1]}, "0 or more and below 2⁶⁴, not -1"),
         ({"seeds": [2**64]}, "0 or more and below 2⁶⁴"),
     ):

@@ -162,7 +162,7 @@ MISTAKES = {
     "full folder": (["mini", "--out", "full"], "no evaluation: choose another folder"),
     "odd size": (["mini", "--size", "33x32"], "multiples of 8"),
     "many steps": (["mini", "--steps", 1001], "the noise schedule has 1000 timesteps"),
-    "no guidance": (["mini", "--guidance", "nan"], "guidance must be a finite number, not nan"),
+    "no guidance": (["mini", "--guidance", "nan"], "guidance must be from 0 to 1000, not nan"),
     "a large seed": (["mini", "--seed", 2**64 - 3], f"below 2⁶⁴, not {2**64}"),
     "an unknown network": (["mini", "--extractor", "resnet50"], "no name on the Hub, owner/name"),
     "an unknown clip": (["mini", "--clip", "clip"], "no name on the Hub, owner/name"),

@@ -152,6 +152,8 @@ def test_small_pictures_and_unknown_classes_are_refused(tmp_path):
     pipe = student()
     with pytest.raises(ConvFusionError, match="8×8 are too small"):
         evaluate(pipe, draws(size=(8, 8)), tmp_path / "out", extractor=thumbnails())
+    with pytest.raises(ConvFusionError, match="80000×80000 are too large"):
+        evaluate(pipe, draws(size=(80000, 80000)), tmp_path / "out", extractor=thumbnails())
     with pytest.raises(ConvFusionError, match="'cat' is no class"):
         evaluate(
             student("dit"),

@@ -242,6 +242,15 @@ def test_a_picture_that_was_taken_away_is_drawn_again(tmp_path):
     picture_of(tmp_path, "student", 1).unlink()
     evaluate(pipe, told, tmp_path, **options)
     assert files(tmp_path) == written
+    (tmp_path / "records" / "00000.json").write_text("{")
+    evaluate(pipe, told, tmp_path, **options)
+    assert files(tmp_path) == written
+    picture_of(tmp_path, "student", 1).write_bytes(b"no picture")
+    with pytest.raises(ConvFusionError, match="00001.png is damaged: delete it"):
+        evaluate(pipe, told, tmp_path, **options)
+    picture_of(tmp_path, "student", 1).unlink()
+    evaluate(pipe, told, tmp_path, **options)
+    assert files(tmp_path) == written
     assert (pipe.unet, fingerprint(pipe.unet)) == before[:2]
     assert vars(pipe.scheduler).keys() - before[2] <= {"num_inference_steps"}
     page = (tmp_path / "report.html").read_text()

@@ -133,33 +133,59 @@ def test_kernel_distance_agrees_with_torchmetrics():
     assert kernel_distance(one, other).value == pytest.approx(mean.item(), rel=1e-5)
 
 
-def test_kernel_distance_has_no_bias_and_knows_its_error():
-    """Over many draws of one distribution: 0 on average; and of two, the error that it tells."""
-    same = [kernel_distance(normal(40, 4, 2 * i), normal(40, 4, 2 * i + 1), subsets=2).value
+def test_kernel_distance_has_no_bias():
+    """Over many draws of one distribution: 0 on average."""
+    same = [kernel_distance(normal(40, 4, 2 * i), normal(40, 4, 2 * i + 1)).value
             for i in range(200)]  # fmt: skip
-    spread = np.std(same) / len(same) ** 0.5
-    assert abs(np.mean(same)) < 4 * spread
+    assert abs(np.mean(same)) < 4 * np.std(same) / len(same) ** 0.5
     assert 0.3 < np.mean(np.array(same) < 0) < 0.8
-    apart = [
-        kernel_distance(normal(60, 4, 2 * i), normal(60, 4, 2 * i + 1, shift=0.7), seed=i)
-        for i in range(40)
+
+
+@pytest.mark.parametrize("n, m", [(60, 60), (60, 200), (20, 150)])
+@pytest.mark.parametrize("shift, most", [(0.5, 1.5), (0.0, 2.2)])
+def test_kernel_distance_knows_its_error(n, m, shift, most):
+    """Of the spread of many draws; it is too large where the sets are of one distribution."""
+    found = [
+        kernel_distance(normal(n, 16, 2 * i), normal(m, 16, 2 * i + 1, shift=shift))
+        for i in range(60)
     ]
-    told = np.mean([each.error for each in apart])
-    assert told == pytest.approx(np.std([each.value for each in apart]), rel=0.4)
+    told = np.mean([each.error for each in found]) / np.std([each.value for each in found])
+    assert 0.75 < told < most
 
 
-def test_two_rows_have_no_subset_and_so_no_error():
+def test_pairs_and_differences_know_their_error():
+    """Two sets that drew the same prompts, against a third that did, and against strangers."""
+    differences, strangers = [], []
+    for i in range(60):
+        prompts = normal(60, 16, 5 * i)
+        near, far, third = (prompts + 0.5 * normal(60, 16, 5 * i + k) for k in (1, 2, 3))
+        far, rest = far + 0.2, normal(80, 16, 5 * i + 4)
+        own, other = (kernel_distance(each, third, paired=True) for each in (near, far))
+        differences.append(other - own)
+        strangers.append(kernel_distance(far, rest) - kernel_distance(near, rest))
+    for found in (differences, strangers):
+        told = np.mean([each.error for each in found])
+        assert told == pytest.approx(np.std([each.value for each in found]), rel=0.35)
+
+
+def test_what_is_left_out_is_what_the_rest_has():
+    one, other = normal(5, 3), normal(5, 3, 1, shift=0.5)
+    found = kernel_distance(one, other)
+    pairs = kernel_distance(one, other, paired=True)
+    rest = [k for k in range(5) if k != 2]
+    for got, expected in (
+        (found.left_out[0][2], kernel_distance(one[rest], other)),
+        (found.left_out[1][2], kernel_distance(one, other[rest])),
+        (pairs.left_out[0][2], kernel_distance(one[rest], other[rest])),
+    ):
+        assert got.item() == pytest.approx(expected.value, rel=1e-9)
+    with pytest.raises(ConvFusionError, match="not 5 and 4"):
+        kernel_distance(one, other[rest], paired=True)
+
+
+def test_two_rows_have_no_error():
     assert kernel_distance(normal(2, 4, 0), normal(9, 4, 1)).error is None
     assert kernel_distance(normal(3, 4, 0), normal(9, 4, 1)).error > 0
-
-
-def test_kernel_distance_depends_on_its_seed_alone():
-    one, other = normal(30, 4), normal(30, 4, 1)
-    torch.manual_seed(1)
-    first = kernel_distance(one, other, seed=3)
-    torch.manual_seed(2)
-    assert kernel_distance(one, other, seed=3) == first
-    assert kernel_distance(one, other, seed=4).error != first.error
 
 
 def test_fréchet_distance_of_few_pictures_is_mostly_bias():
@@ -219,10 +245,10 @@ def test_neighbourhoods_of_one_distribution_and_of_a_collapse():
 
 def test_large_sets_are_taken_in_parts(monkeypatch):
     one, other = normal(50, 3), normal(43, 3, 1)
-    whole = neighbourhoods(one, other), kernel_distance(one, other, subsets=3).value
+    whole = neighbourhoods(one, other), kernel_distance(one, other).value
     monkeypatch.setattr("convfusion.evaluate.scores.ROWS", 7)
     assert neighbourhoods(one, other) == whole[0]
-    assert kernel_distance(one, other, subsets=3).value == pytest.approx(whole[1], rel=1e-10)
+    assert kernel_distance(one, other).value == pytest.approx(whole[1], rel=1e-10)
 
 
 def test_inception_score_of_known_logits():

@@ -17,6 +17,7 @@ from convfusion.errors import ConvFusionError
 
 NO_CLASS = 1000  # under guidance, in diffusers' DiT pipeline
 SEEDS = 2**64  # of torch's generators
+GUIDANCES = 1e3  # beyond which nothing but overflow is drawn
 
 
 def generate(
@@ -37,7 +38,7 @@ def generate(
         prompts: what to draw; for DiT class names or numbers.
         seeds: one per prompt, each in [0, 2⁶⁴); by default 0, 1, 2, …
         steps: denoising steps.
-        guidance: classifier-free guidance scale; 1 is none.
+        guidance: classifier-free guidance scale; 1 or less is none.
         size: (height, width) in pixels, by default the pipeline's own.
         batch_size: prompts drawn at once.
         options: further arguments of the pipeline's call.
@@ -79,8 +80,10 @@ def check_numbers(seeds: Iterable[int], steps: int, guidance: float, batch_size:
     """Raise a ConvFusionError for numbers that no pipeline can draw with."""
     if steps < 1 or batch_size < 1:
         raise ConvFusionError("steps and batch_size must be at least 1")
-    if not math.isfinite(guidance):
-        raise ConvFusionError(f"guidance must be a finite number, not {guidance}")
+    if not 0 <= guidance < GUIDANCES:
+        raise ConvFusionError(
+            f"guidance must be from 0 to {GUIDANCES:g}, not {guidance:g} (1 or less is none)"
+        )
     for seed in seeds:
         if not 0 <= seed < SEEDS:
             raise ConvFusionError(f"seeds must be 0 or more and below 2⁶⁴, not {seed}")

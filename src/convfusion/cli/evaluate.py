@@ -103,17 +103,20 @@ def run(pipe: Any, draws: Any, out: Path, **options: Any) -> Any:
     from convfusion.evaluate.drawing import process
 
     progress = progress_bar()
-    with progress:
-        bar = progress.add_task("drawing", total=len(draws), visible=False)
+    bar = progress.add_task("drawing", total=len(draws))
 
-        def on_progress(stage: str, done: int) -> None:
-            first = process()[0] == 0
-            progress.update(bar, completed=done, description=stage, visible=first)
+    def on_progress(stage: str, done: int) -> None:
+        if process()[0] == 0:
+            progress.start()  # not before something is drawn: a refusal is one line
+        progress.update(bar, completed=done, description=stage)
 
-        try:
-            return evaluate(pipe, draws, out, on_progress=on_progress, **options)
-        except KeyboardInterrupt:
-            fail("stopped: the same command goes on from here", INTERRUPTED)
+    try:
+        return evaluate(pipe, draws, out, on_progress=on_progress, **options)
+    except KeyboardInterrupt:
+        progress.stop()
+        fail("stopped: the same command goes on from here", INTERRUPTED)
+    finally:
+        progress.stop()
 
 
 def prompts_of(model: str, file: Path | None) -> list[str]:

@@ -42,6 +42,7 @@ from convfusion.schedule import noise_schedule
 TEACHER, STUDENT, OTHER = "teacher", "student", "teacher-other-seed"
 SIDES = (TEACHER, STUDENT, OTHER)
 SETTINGS, RECORDS = "settings.json", "records"
+RECORDED = {"samples", "timesteps", "trajectory", "trajectory_other_seed", "epsilon_errors"}
 FORMAT = 1
 PATIENCE = 600  # seconds that a process waits for the first one to begin
 
@@ -171,7 +172,8 @@ def draw(
     while missing:  # files tell, so no process waits at a barrier that may time out
         time.sleep(1)
         look()
-    return [json.loads(_record_of(folder, rows).read_text("utf-8")) for rows in draws.batches]
+    records = [_read_record(folder, rows) for rows in draws.batches]
+    return [record for record in records if record is not None]
 
 
 def process() -> tuple[int, int]:
@@ -361,16 +363,35 @@ def write_picture(path: Path, image: Image.Image) -> None:
 
 
 def read_pictures(folder: Path, side: str, count: int) -> Iterator[Image.Image]:
-    """The pictures of a side, in order."""
+    """The pictures of a side, in order.
+
+    Raises:
+        ConvFusionError: one is damaged.
+    """
     for index in range(count):
-        with Image.open(picture_of(folder, side, index), formats=("PNG",)) as file:
-            yield file.convert("RGB")
+        path = picture_of(folder, side, index)
+        try:
+            with Image.open(path, formats=("PNG",)) as file:
+                yield file.convert("RGB")
+        except (OSError, SyntaxError):
+            raise ConvFusionError(
+                f"{path} is damaged: delete it, and the same command draws it again"
+            ) from None
 
 
 def _record_of(folder: Path, rows: range) -> Path:
     return folder / RECORDS / f"{rows.start:05d}.json"
 
 
+def _read_record(folder: Path, rows: range) -> dict[str, Any] | None:
+    """The record of a batch; None if there is none, or a damaged one."""
+    try:
+        found = json.loads(_record_of(folder, rows).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.keys() >= RECORDED else None
+
+
 def _is_done(folder: Path, rows: range) -> bool:
     drawn = (picture_of(folder, side, i) for side in SIDES for i in rows)
-    return _record_of(folder, rows).is_file() and all(path.is_file() for path in drawn)
+    return _read_record(folder, rows) is not None and all(path.is_file() for path in drawn)

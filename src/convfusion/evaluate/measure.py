@@ -15,6 +15,7 @@ from convfusion.evaluate.drawing import OTHER, SIDES, STUDENT, TEACHER, Draws, r
 from convfusion.evaluate.extractors import Clip, Extractor, Features
 from convfusion.evaluate.images import psnr, ssim
 from convfusion.evaluate.scores import (
+    KernelDistance,
     clip_scores,
     frechet_distance,
     inception_score,
@@ -76,6 +77,10 @@ class Distribution:
         frechet: Fréchet distance of the features.
         kid: kernel distance.
         kid_error: its standard error; None of two pictures.
+        kid_excess: how much more it is than the teacher's own against this reference; None for the
+            teacher.
+        kid_excess_error: the standard error of that, which is less than the two errors would have
+            it, since both drew the same prompts.
         precision, recall, density, coverage: as `scores.neighbourhoods`; None for sets that are
             too small.
     """
@@ -87,6 +92,8 @@ class Distribution:
     frechet: float
     kid: float
     kid_error: float | None
+    kid_excess: float | None
+    kid_excess_error: float | None
     precision: float | None
     recall: float | None
     density: float | None
@@ -187,12 +194,24 @@ def distributions(seen: dict[str, Features]) -> list[Distribution]:
     pairs = [(STUDENT, OTHER), (TEACHER, OTHER)]
     if REAL in seen:
         pairs += [(side, REAL) for side in (STUDENT, TEACHER, OTHER)]
-    return [_distribution(seen, *pair) for pair in pairs]
+    kids = {
+        (side, reference): kernel_distance(
+            seen[side].features, seen[reference].features, paired=reference != REAL
+        )
+        for side, reference in pairs
+    }
+    return [_distribution(seen, kids, *pair) for pair in pairs]
 
 
-def _distribution(seen: dict[str, Features], side: str, reference: str) -> Distribution:
+def _distribution(
+    seen: dict[str, Features],
+    kids: dict[tuple[str, str], KernelDistance],
+    side: str,
+    reference: str,
+) -> Distribution:
     one, other = seen[side].features, seen[reference].features
-    kid = kernel_distance(one, other)
+    kid = kids[side, reference]
+    above = None if side != STUDENT else kid - kids[TEACHER, reference]
     enough = min(len(one), len(other)) > NEIGHBOURS
     near = vars(neighbourhoods(one, other, k_density=NEIGHBOURS)) if enough else {}
     names = ("precision", "recall", "density", "coverage")
@@ -204,6 +223,8 @@ def _distribution(seen: dict[str, Features], side: str, reference: str) -> Distr
         frechet_distance(one, other),
         kid.value,
         kid.error,
+        above.value if above else None,
+        above.error if above else None,
         **{name: near.get(name) for name in names},
     )
 

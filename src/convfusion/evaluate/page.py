@@ -74,33 +74,34 @@ def _in_short(found: Evaluation) -> str:
         mean_of([value for each in found.samples if (value := side(each).psnr) is not None])[0]
         for side in (lambda each: each.student, lambda each: each.other_seed)
     ]
-    alike = "pictures equal to the teacher’s" if psnr[0] is None else f"a PSNR of {psnr[0]:.1f} dB"
+    alike = "draws the teacher’s pictures again"
+    if psnr[0] is not None:
+        alike = f"reaches a PSNR of {psnr[0]:.1f} dB against the teacher"
     other = "equal ones" if psnr[1] is None else f"{psnr[1]:.1f} dB"
     return (
-        f"<p><b>From equal noises the student reaches {alike} against the teacher, where other "
-        f"noises give {other}. {_verdict(*found.distributions[:2])}</p>"
+        f"<p><b>From equal noises the student {alike}, where other noises give {other}. "
+        f"{_verdict(found.distributions[0])}</p>"
     )
 
 
-def _verdict(student: Distribution, floor: Distribution) -> str:
+def _verdict(student: Distribution) -> str:
     """Whether the student's set is further from the teacher's than chance has it."""
-    if student.kid_error is None or floor.kid_error is None or student.samples <= NEIGHBOURS:
+    above, error = student.kid_excess, student.kid_excess_error
+    if above is None or error is None or student.samples <= NEIGHBOURS:
         return f"{student.samples} pictures are too few to be compared as sets.</b>"
-    apart = student.kid - floor.kid
-    chance = 2 * (student.kid_error**2 + floor.kid_error**2) ** 0.5
     verdict = (
         f"{student.samples} pictures cannot tell whether the student’s are further from the "
         "teacher’s than the teacher’s own from other noises: a difference of less than "
-        f"{_rounded(1e3 * chance)} would not show"
+        f"{_rounded(2e3 * error)} would not show"
     )
-    if abs(apart) > chance:
+    if abs(above) > 2 * error:
         verdict = (
-            f"As a set, the student’s pictures are {'further' if apart > 0 else 'less far'} from "
+            f"As a set, the student’s pictures are {'further' if above > 0 else 'less far'} from "
             "the teacher’s than the teacher’s own from other noises, beyond chance"
         )
     return (
-        f"{verdict}</b> (kernel distance ×10³: {_thousandths(student.kid, student.kid_error)}, and "
-        f"{_thousandths(floor.kid, floor.kid_error)}; chance is two standard errors of both)."
+        f"{verdict}</b> (difference of the kernel distances ×10³: {_thousandths(above, error)}; "
+        "chance is two standard errors)."
     )
 
 
@@ -150,7 +151,13 @@ def _pairs(found: Evaluation) -> str:
 def _sets(found: Evaluation) -> str:
     """Distances between sets of pictures, and what is said of a set by itself."""
     name = html.escape(found.extractor["name"])
-    heads = ("pictures", "samples", "Fréchet distance", "kernel distance ×10³")
+    heads = (
+        "pictures",
+        "samples",
+        "Fréchet distance",
+        "kernel distance ×10³",
+        "beyond the teacher’s",
+    )
     near = ("precision", "recall", "density", "coverage")
     tables = [f"<p>By the features of {name}.</p>"]
     for reference, words in (
@@ -181,6 +188,7 @@ def _distribution(row: Distribution) -> tuple[str, ...]:
         f"{row.samples} against {row.reference_samples}",
         f"{row.frechet:.4g}",
         _thousandths(row.kid, row.kid_error),
+        "" if row.kid_excess is None else _thousandths(row.kid_excess, row.kid_excess_error),
         *("–" if value is None else f"{value:.2f}" for value in near),
     )
 

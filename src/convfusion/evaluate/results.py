@@ -91,6 +91,7 @@ def metrics(found: Evaluation) -> list[dict[str, Any]]:
     counts = {each.pictures: each.samples for each in found.scores}
     for name in ("epsilon_error", "latent_error"):
         add(name, STUDENT, TEACHER, *mean_of([getattr(each, name) for each in found.samples]))
+    add("latent_error", OTHER, TEACHER, found.curves.latent_errors_other_seed[-1])
     for side, name in ((STUDENT, "student"), (OTHER, "other_seed")):
         for metric in ("psnr", "ssim", "cosine"):
             values = [getattr(getattr(each, name), metric) for each in found.samples]
@@ -98,6 +99,8 @@ def metrics(found: Evaluation) -> list[dict[str, Any]]:
     for row in found.distributions:
         add("frechet_distance", row.pictures, row.reference, row.frechet)
         add("kernel_distance", row.pictures, row.reference, row.kid, row.kid_error)
+        above = row.kid_excess, row.kid_excess_error
+        add("excess_kernel_distance", row.pictures, row.reference, *above)
         for metric in ("precision", "recall", "density", "coverage"):
             add(metric, row.pictures, row.reference, getattr(row, metric))
     for each in found.scores:

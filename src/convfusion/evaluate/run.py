@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from convfusion.adapters import adapter_for, denoiser_of
 from convfusion.conditioning import class_labels, latent_scale
 from convfusion.errors import ConvFusionError
@@ -135,6 +137,11 @@ def check_draws(pipe: Any, draws: Draws) -> None:
             raise ConvFusionError("a DiT pipeline draws at its own size only: leave the size out")
     else:
         check_size(pipe, size)
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and size[0] * size[1] > most:
+        raise ConvFusionError(
+            f"pictures of {size[1]}×{size[0]} are too large: {most:,} pixels are what Pillow reads"
+        )
     if min(size) < SSIM_SIDE:
         raise ConvFusionError(
             f"pictures of {size[1]}×{size[0]} are too small: SSIM needs {SSIM_SIDE}×{SSIM_SIDE}"
