@@ -9,6 +9,7 @@ solvers and numbers of steps.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
@@ -55,9 +56,10 @@ def main() -> None:
     for guidance in (1.0, 2.0, 3.0, 5.0, 7.5):
         for name, (make, weights) in pipelines.items():
             drawn = Drawn(args.samples, guidance=guidance)
+            whole = partial(look, mini.load_teacher, weights_of("mini"), drawn)
             SCALES.once(
-                lambda make=make, weights=weights, drawn=drawn: distances(
-                    look(make, weights, drawn), real
+                lambda make=make, weights=weights, drawn=drawn, whole=whole: distances(
+                    look(make, weights, drawn), real, whole()
                 ),
                 *(name, guidance, args.samples, drawn.made(weights)),
             )

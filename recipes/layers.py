@@ -1,7 +1,7 @@
 """Quality against the share of the sites that are replaced, on the embedded model.
 
 `python recipes/layers.py` measures what each site costs (stage 1 alone), and then distils students
-of 1, 2, … and all sites: the cheapest first by either error, the first of the model first, and
+of 1, 2, … and all sites: the cheapest first by either error, the in diffusers' order, and
 every second one. ε-errors on names that no training saw go to `results/layers.csv`.
 """
 
@@ -31,14 +31,14 @@ def orders(steps: int, seed: int) -> dict[str, list[str]]:
     return {
         "least ε-error alone first": costs.cheapest("epsilon"),
         "least imitation error first": costs.cheapest("imitation"),
-        "first of the model first": paths,
+        "in diffusers' order": paths,
     }
 
 
 def choices(steps: int, seed: int) -> Iterator[tuple[str, ConvertConfig]]:
     """What is converted; sets that two orders share are trained once."""
     found = orders(steps, seed)
-    paths = found["first of the model first"]
+    paths = found["in diffusers' order"]
     for name, order in found.items():
         for k in range(1, len(order) + 1):
             yield name, only(ALL, sorted(order[:k], key=paths.index))

@@ -74,10 +74,10 @@ def quick(pipe: Any) -> Any:
     return pipe
 
 
-def compared(features: Tensor, reference: Tensor) -> dict[str, str]:
+def compared(features: Tensor, reference: Tensor, teacher: Tensor | None) -> dict[str, str]:
     """Distances and neighbourhoods as the columns of a row."""
     found = asdict(neighbourhoods(features, reference))
-    return distances(features, reference) | {name: f"{v:.4f}" for name, v in found.items()}
+    return distances(features, reference, teacher) | {name: f"{v:.4f}" for name, v in found.items()}
 
 
 def behind(count: int) -> Tensor:
@@ -146,8 +146,11 @@ def main() -> None:
         for reference, held in references.items():
             if each.drawn or reference == "test":
                 steps = args.steps if each.how else 0
+                whole = seen(FASHION.load, teacher, own) if each.how else None
                 TABLE.once(
-                    lambda each=each, held=held: errors(each.how) | compared(each.features(), held),
+                    lambda each=each, held=held, whole=whole: (
+                        errors(each.how) | compared(each.features(), held, whole)
+                    ),
                     *(each.name, reference, count, steps, each.made),
                 )
 

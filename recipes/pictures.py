@@ -79,12 +79,26 @@ def real_pictures(pipe: Any) -> Tensor:
     return extractor()(decoded(pipe, mini.held_out_data(), "held out", (64, 64))).features
 
 
-def distances(features: Tensor, reference: Tensor, paired: bool = False) -> dict[str, str]:
-    """Kernel distance with its error and Fréchet distance, as the columns of a row."""
+def distances(
+    features: Tensor, reference: Tensor, teacher: Tensor | None = None, *, paired: bool = False
+) -> dict[str, str]:
+    """Kernel distance with its error and Fréchet distance, as the columns of a row.
+
+    Args:
+        features: of a student's pictures, or of others.
+        reference: features that they are compared with.
+        teacher: of the teacher's pictures of the same prompts: how much nearer they are.
+        paired: the reference drew the same prompts too.
+    """
     kid = kernel_distance(features, reference, paired=paired)
+    excess = (
+        kid - kernel_distance(teacher, reference, paired=paired) if teacher is not None else None
+    )
     return {
         "kid": f"{kid.value:.5f}",
         "kid_error": f"{kid.error:.5f}",
+        "kid_excess": f"{excess.value:.5f}" if excess else "",
+        "kid_excess_error": f"{excess.error:.5f}" if excess else "",
         "frechet": f"{frechet_distance(features, reference):.3f}",
         "reference_samples": str(len(reference)),
     }

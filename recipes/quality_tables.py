@@ -107,9 +107,11 @@ def rival_pictures(model: str) -> str:
     rows = rows_of("rivals_pictures.csv", model)
     for row in rows:
         found[row["mixer"]][row["reference"]] = row
-    heads = ["pictures of", "KID to real", "Fréchet", "KID to the teacher's", "Fréchet"]
+    heads = ["pictures of"]
+    heads += ["KID to real", "beyond the teacher's", "Fréchet"]
+    heads += ["KID to the teacher's", "beyond the floor", "Fréchet"]
     lines = [
-        [name, *distance(by["real"]), *distance(by["teacher"])]
+        [name, *beside(by["real"]), *beside(by["teacher"])]
         for name, by in sorted(found.items(), key=lambda pair: float(pair[1]["teacher"]["kid"]))
     ]
     real = next(iter(found.values()))["real"]["reference_samples"]
@@ -119,10 +121,16 @@ def rival_pictures(model: str) -> str:
 teacher from other noises. KID in thousandths. EfficientNet-Lite0 features."""
 
 
-def kid(row: Row) -> str:
-    """Kernel distance with its error, in thousandths."""
-    value, error = (1000 * float(row[name]) for name in ("kid", "kid_error"))
+def kid(row: Row, name: str = "kid") -> str:
+    """Kernel distance, or its excess over the teacher's, with its error, in thousandths."""
+    value, error = (1000 * float(row[key]) for key in (name, f"{name}_error"))
     return f"{value:.1f} ± {error:.1f}"
+
+
+def beside(row: Row) -> tuple[str, str, str]:
+    """Kernel distance, its excess over the teacher's own, and Fréchet distance."""
+    excess = "–" if row["mixer"] == "the teacher" else kid(row, "kid_excess")
+    return kid(row), excess, f"{float(row['frechet']):.1f}"
 
 
 def ablation() -> str:
@@ -209,8 +217,11 @@ def guidance() -> str:
     rows = read("guidance.csv")
     for row in rows:
         found[row["guidance"]][row["pipeline"]] = row
-    lines = [[scale, kid(by["teacher"]), kid(by["student"])] for scale, by in found.items()]
-    scales = table(["guidance", "KID to real: teacher", "student"], lines)
+    lines = [
+        [scale, kid(by["teacher"]), kid(by["student"]), kid(by["student"], "kid_excess")]
+        for scale, by in found.items()
+    ]
+    scales = table(["guidance", "KID to real: teacher", "student", "difference"], lines)
     return f"{scales}\n\nKID in thousandths; {one(rows, 'samples')[0]} pictures each."
 
 

@@ -101,6 +101,7 @@ def draw(teacher: str, chosen: dict[str, Recipe], samples: int) -> None:
         "real": real_pictures(stock()),
         "teacher": look(stock, weights_of(teacher), other),
     }
+    whole = look(stock, weights_of(teacher), own)
     makers = {"the teacher": (stock, weights_of(teacher))}
     if teacher == "mini":
         makers["ΔConvBlocks as they are shipped"] = shipped()
@@ -110,7 +111,7 @@ def draw(teacher: str, chosen: dict[str, Recipe], samples: int) -> None:
         for reference, features in sets.items():
             LOOKED.once(
                 lambda maker=maker, made=made, features=features, reference=reference: distances(
-                    look(maker, made, own), features, paired=reference == "teacher"
+                    look(maker, made, own), features, whole, paired=reference == "teacher"
                 ),
                 *(teacher, name, reference, samples, own.made(made)),
             )

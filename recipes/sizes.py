@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -63,18 +63,19 @@ def noise_error(pipe: Any, denoiser: Denoiser, data: LatentDataset, size: Size) 
     return torch.stack(errors).mean().item()
 
 
-def measured(maker: Callable[[], Any], made: str, drawn: Drawn) -> dict[str, str]:
-    """The row of a pipeline, converted or not, at one size."""
+def measured(maker: Callable[[], Any], made: str, drawn: Drawn, model: str) -> dict[str, str]:
+    """The row of a pipeline, the teacher's own or a student's, at one size."""
     size = drawn.size
     assert size is not None
     pipe, data = maker(), spread(framed(size), JUDGED)
     reference = extractor()(decoded(pipe, framed(size), "framed", size)).features
     own = noise_error(pipe, denoiser_of(pipe), data, size)
-    converted = made not in map(weights_of, TEXT_TO_IMAGE)
+    converted = made != weights_of(model)
+    whole = look(TEACHERS[model].load, weights_of(model), drawn)
     return {
         "noise_error": f"{own:.4e}",
         "epsilon_error": f"{error(pipe, data):.4e}" if converted else "",
-        **distances(look(maker, made, drawn), reference),
+        **distances(look(maker, made, drawn), reference, whole),
     }
 
 
@@ -95,7 +96,7 @@ def main() -> None:
             drawn = Drawn(args.samples, size=(height, width))
             for name, (maker, made) in pipelines.items():
                 TABLE.once(
-                    lambda maker=maker, made=made, drawn=drawn: measured(maker, made, drawn),
+                    partial(measured, maker, made, drawn, model),
                     *(model, name, width, height, args.samples, drawn.made(made)),
                 )
 
