@@ -246,7 +246,7 @@ def test_a_picture_that_was_taken_away_is_drawn_again(tmp_path):
     evaluate(pipe, told, tmp_path, **options)
     assert files(tmp_path) == written
     picture_of(tmp_path, "student", 1).write_bytes(b"no picture")
-    with pytest.raises(ConvFusionError, match="00001.png is damaged: delete it"):
+    with pytest.raises(ConvFusionError, match=r"00001\.png is damaged: delete it"):
         evaluate(pipe, told, tmp_path, **options)
     picture_of(tmp_path, "student", 1).unlink()
     evaluate(pipe, told, tmp_path, **options)
