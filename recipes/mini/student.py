@@ -18,18 +18,13 @@ from rich.progress import track
 from teacher import encode
 
 import convfusion
-from convfusion import ConvertConfig, DeltaConv, mini
+from convfusion import DeltaConv, mini, uniform
 from convfusion.data import LatentDataset
 from convfusion.demo import distillation
 from convfusion.distill import distill
 
 # Wider than the live demo's blocks: there is time to train them.
-SHIPPED = ConvertConfig(
-    sites={
-        "*blocks.[02].*": DeltaConv(kernel_size=9, stages=3, ratio=2.0, gate="sigmoid"),
-        "*": DeltaConv(kernel_size=7, ratio=2.0, gate="sigmoid"),
-    }
-)
+SHIPPED = uniform(DeltaConv(kernel_size=9, stages=3, ratio=2.0, gate="sigmoid"))
 
 
 def main() -> None:
