@@ -338,6 +338,7 @@ class TestCommands:
     def run(self, monkeypatch, capsys):
         def call(*arguments):
             monkeypatch.setattr(sys, "argv", ["convfusion", *map(str, arguments)])
+            capsys.readouterr()  # what fixtures have printed
             with pytest.raises(SystemExit) as ended:
                 cli.main()
             return ended.value.code, *capsys.readouterr()
