@@ -20,6 +20,7 @@ from convfusion.generate import generate
 from experiment import KEPT, digest
 
 BATCH = 50
+DISTANCES = ("kid", "kid_error", "kid_excess", "kid_excess_error", "frechet", "reference_samples")
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,15 @@ def distances(
     excess = (
         kid - kernel_distance(teacher, reference, paired=paired) if teacher is not None else None
     )
-    return {
-        "kid": f"{kid.value:.5f}",
-        "kid_error": f"{kid.error:.5f}",
-        "kid_excess": f"{excess.value:.5f}" if excess else "",
-        "kid_excess_error": f"{excess.error:.5f}" if excess else "",
-        "frechet": f"{frechet_distance(features, reference):.3f}",
-        "reference_samples": str(len(reference)),
-    }
+    values = (
+        f"{kid.value:.5f}",
+        f"{kid.error:.5f}",
+        f"{excess.value:.5f}" if excess else "",
+        f"{excess.error:.5f}" if excess else "",
+        f"{frechet_distance(features, reference):.3f}",
+        str(len(reference)),
+    )
+    return dict(zip(DISTANCES, values, strict=True))
 
 
 @cache

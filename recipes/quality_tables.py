@@ -175,12 +175,15 @@ def sizes(model: str) -> str:
     for row in rows:
         found[int(row["width"]), int(row["height"])][row["pipeline"]] = row
     heads = ["pixels", "noise error: teacher", "student", "ε-error", "KID: teacher", "student"]
+    heads.append("difference")
     lines = []
     for (width, height), by in found.items():
         pair = [by["teacher"], by["student"]]
         errors = [number(row["noise_error"]) for row in pair]
         own = number(by["student"]["epsilon_error"])
-        lines.append([f"{width}×{height}", *errors, own, *map(kid, pair)])
+        distances = [kid(row) if row["kid"] else "–" for row in pair]
+        excess = kid(pair[1], "kid_excess") if pair[1]["kid"] else "–"
+        lines.append([f"{width}×{height}", *errors, own, *distances, excess])
     samples = one(rows, "samples")[0]
     return f"{table(heads, lines)}\n\nKID in thousandths, of {samples} pictures each."
 

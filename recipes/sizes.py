@@ -5,7 +5,7 @@ are), and measures at each size, for the teacher and for a student of it,
 
 - the noise error ‖ε̂ − ε‖²/‖ε‖² on those pictures, noised: who of the two is nearer to the truth;
 - the ε-error of the student against the teacher;
-- the kernel distance of drawn pictures to those pictures, with its standard error.
+- up to 128 pixels, the kernel distance of drawn pictures to those, with its standard error.
 
 It writes `results/sizes.csv`. The embedded model is judged with its shipped student, the small
 PixArt with one that is distilled for `--steps`.
@@ -32,18 +32,19 @@ from convfusion.evaluate import TIMESTEPS, predictions, relative_error
 from convfusion.evaluate.real import decoded
 from convfusion.schedule import noise_schedule
 from experiment import TEACHERS, TEXT_TO_IMAGE, Table, recipe, shipped, student, weights_of
-from pictures import Drawn, distances, extractor, look
+from pictures import DISTANCES, Drawn, distances, extractor, look
 
 TABLE = Table("sizes.csv", ["model", "pipeline", "width", "height", "samples", "made"])
 SIZES = ((64, 64), (96, 96), (64, 128), (128, 64), (128, 128), (256, 256))  # (height, width)
 JUDGED = 32  # pictures that errors are measured on
+DRAWN = 128  # the longest side that sets are drawn at: beyond it attention takes hours
 Size = tuple[int, int]
 
 
 @cache
-def framed(size: Size) -> LatentDataset:
+def framed(size: Size, count: int) -> LatentDataset:
     """Held-out pictures, enlarged into a frame of (height, width), as latents of both models."""
-    pipe, data = mini.load_teacher(), mini.held_out_data()
+    pipe, data = mini.load_teacher(), spread(mini.held_out_data(), count)
     latents = []
     for image in decoded(pipe, data, "held out", (64, 64)):
         fitted = ImageOps.pad(image, size[::-1], Image.Resampling.BICUBIC, color="white")
@@ -67,15 +68,19 @@ def measured(maker: Callable[[], Any], made: str, drawn: Drawn, model: str) -> d
     """The row of a pipeline, the teacher's own or a student's, at one size."""
     size = drawn.size
     assert size is not None
-    pipe, data = maker(), spread(framed(size), JUDGED)
-    reference = extractor()(decoded(pipe, framed(size), "framed", size)).features
+    pipe, data = maker(), framed(size, JUDGED)
     own = noise_error(pipe, denoiser_of(pipe), data, size)
     converted = made != weights_of(model)
-    whole = look(TEACHERS[model].load, weights_of(model), drawn)
+    kids = dict.fromkeys(DISTANCES, "")
+    if max(size) <= DRAWN:
+        everyone = framed(size, len(mini.held_out_data()))
+        reference = extractor()(decoded(pipe, everyone, "framed", size)).features
+        whole = look(TEACHERS[model].load, weights_of(model), drawn)
+        kids = distances(look(maker, made, drawn), reference, whole)
     return {
         "noise_error": f"{own:.4e}",
         "epsilon_error": f"{error(pipe, data):.4e}" if converted else "",
-        **distances(look(maker, made, drawn), reference, whole),
+        **kids,
     }
 
 
