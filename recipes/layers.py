@@ -1,8 +1,8 @@
 """Quality against the share of the sites that are replaced, on the embedded model.
 
 `python recipes/layers.py` measures what each site costs (stage 1 alone), and then distils students
-of 1, 2, … and all sites: the cheapest first by either error, the in diffusers' order, and
-every second one. ε-errors on names that no training saw go to `results/layers.csv`.
+of 1, 2, … and all sites: the cheapest first by either error, in diffusers' order, and every
+second one. ε-errors on names that no training saw go to `results/layers.csv`.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def add_all(name: str, found: list[dict[str, Any]]) -> None:
     table = csv.DictWriter(text, list(found[0]), lineterminator="\n")
     if not there:
         table.writeheader()
-    elif there[0].keys() != found[0].keys():
+    elif list(there[0]) != list(found[0]):
         raise ValueError(f"{name} has the columns {list(there[0])}, not {list(found[0])}")
     table.writerows(found)
     with open(RESULTS / name, "a", newline="") as file:

@@ -37,7 +37,7 @@ from pictures import DISTANCES, Drawn, distances, extractor, look
 TABLE = Table("sizes.csv", ["model", "pipeline", "width", "height", "samples", "made"])
 SIZES = ((64, 64), (96, 96), (64, 128), (128, 64), (128, 128), (256, 256))  # (height, width)
 JUDGED = 32  # pictures that errors are measured on
-DRAWN = 128  # the longest side that sets are drawn at: beyond it attention takes hours
+DRAWN = 128  # the longest side that sets are drawn at: beyond it attention takes too long on a CPU
 Size = tuple[int, int]
 
 

@@ -17,7 +17,7 @@ from convfusion.errors import ConvFusionError
 
 NO_CLASS = 1000  # under guidance, in diffusers' DiT pipeline
 SEEDS = 2**64  # of torch's generators
-GUIDANCES = 1e3  # beyond which nothing but overflow is drawn
+GUIDANCES = 1e3  # far above any that a model is used with
 
 
 def generate(

@@ -211,7 +211,7 @@ def _distribution(
 ) -> Distribution:
     one, other = seen[side].features, seen[reference].features
     kid = kids[side, reference]
-    above = None if side != STUDENT else kid - kids[TEACHER, reference]
+    excess = None if side != STUDENT else kid - kids[TEACHER, reference]
     enough = min(len(one), len(other)) > NEIGHBOURS
     near = vars(neighbourhoods(one, other, k_density=NEIGHBOURS)) if enough else {}
     names = ("precision", "recall", "density", "coverage")
@@ -223,8 +223,8 @@ def _distribution(
         frechet_distance(one, other),
         kid.value,
         kid.error,
-        above.value if above else None,
-        above.error if above else None,
+        excess.value if excess else None,
+        excess.error if excess else None,
         **{name: near.get(name) for name in names},
     )
 

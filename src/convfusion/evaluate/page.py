@@ -86,21 +86,21 @@ def _in_short(found: Evaluation) -> str:
 
 def _verdict(student: Distribution) -> str:
     """Whether the student's set is further from the teacher's than chance has it."""
-    above, error = student.kid_excess, student.kid_excess_error
-    if above is None or error is None or student.samples <= NEIGHBOURS:
+    excess, error = student.kid_excess, student.kid_excess_error
+    if excess is None or error is None or student.samples <= NEIGHBOURS:
         return f"{student.samples} pictures are too few to be compared as sets.</b>"
     verdict = (
         f"{student.samples} pictures cannot tell whether the student’s are further from the "
         "teacher’s than the teacher’s own from other noises: a difference of less than "
         f"{_rounded(2e3 * error)} would not show"
     )
-    if abs(above) > 2 * error:
+    if abs(excess) > 2 * error:
         verdict = (
-            f"As a set, the student’s pictures are {'further' if above > 0 else 'less far'} from "
+            f"As a set, the student’s pictures are {'further' if excess > 0 else 'less far'} from "
             "the teacher’s than the teacher’s own from other noises, beyond chance"
         )
     return (
-        f"{verdict}</b> (difference of the kernel distances ×10³: {_thousandths(above, error)}; "
+        f"{verdict}</b> (difference of the kernel distances ×10³: {_thousandths(excess, error)}; "
         "chance is two standard errors)."
     )
 

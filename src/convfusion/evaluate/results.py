@@ -99,8 +99,8 @@ def metrics(found: Evaluation) -> list[dict[str, Any]]:
     for row in found.distributions:
         add("frechet_distance", row.pictures, row.reference, row.frechet)
         add("kernel_distance", row.pictures, row.reference, row.kid, row.kid_error)
-        above = row.kid_excess, row.kid_excess_error
-        add("excess_kernel_distance", row.pictures, row.reference, *above)
+        excess = row.kid_excess, row.kid_excess_error
+        add("excess_kernel_distance", row.pictures, row.reference, *excess)
         for metric in ("precision", "recall", "density", "coverage"):
             add(metric, row.pictures, row.reference, getattr(row, metric))
     for each in found.scores:

@@ -58,7 +58,7 @@ class KernelDistance:
     def error(self) -> float | None:
         """Standard error by the jackknife (Efron and Stein 1981); None of two pictures.
 
-        Too large by up to 1.8 where the sets are of one distribution.
+        Too large, up to about twice, where the sets are of one distribution.
         """
         if any(len(values) < 3 for values in self.left_out):
             return None
