@@ -31,7 +31,8 @@ from convfusion.evaluate import (
     open_extractor,
     plan,
 )
-from convfusion.evaluate.drawing import Draws, write_picture
+from convfusion.evaluate.drawing import write_picture
+from convfusion.evaluate.draws import Draws
 from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import decoded
 from convfusion.fingerprint import fingerprint

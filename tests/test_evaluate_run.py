@@ -267,7 +267,7 @@ def other_scheduler(pipe):
 
 
 OTHERS = {
-    "steps": (lambda: (student(), draws(steps=3)), "steps"),
+    "steps": (lambda: (student(), draws(steps=3)), "steps 2"),
     "prompts": (lambda: (student(), draws(prompts=["red", "green", "apple"])), "prompts"),
     "seeds": (lambda: (student(), replace(draws(), seeds=tuple(range(6)))),
               "seeds"),

@@ -143,8 +143,8 @@ def real_pictures(pipe: Any, model: str, spec: str | None, prompts: Path | None,
     from convfusion import mini
     from convfusion.conditioning import latent_scale
     from convfusion.evaluate.drawing import process
+    from convfusion.evaluate.draws import size_of
     from convfusion.evaluate.real import decoded, open_real
-    from convfusion.evaluate.run import size_of
 
     size = size_of(pipe, draws)
     if spec is not None:

@@ -11,7 +11,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.fields import check_fields, check_names
 
 Start = Literal["converted", "attention"]
-Optimizer = Literal["adamw", "adamw8bit"]
+Optimizer = Literal["adamw", "adamw8bit", "muon"]
 Autocast = Literal["no", "bf16", "fp16"]
 
 
@@ -52,11 +52,12 @@ class DistillConfig:
             mean of the attention it replaces.
         batch_size: samples per step, over all processes and accumulated parts.
         accumulation: parts that each process works its share of a batch in.
-        optimizer: `adamw`, or `adamw8bit` of bitsandbytes.
+        optimizer: `adamw`; `adamw8bit` of bitsandbytes; or `muon` (PyTorch 2.9), which is Muon for
+            the projections and AdamW for the rest.
         learning_rate: after `warmup` steps.
         warmup: steps over which the rate rises from 0.
         decay: share of the steps, at the end, over which the rate falls to 0 along a cosine.
-        betas: of the optimiser.
+        betas: of AdamW.
         weight_decay: of the optimiser.
         clip_norm: largest norm of the gradient over all blocks.
         ema: decay of a moving average of the blocks, which is what is drawn with and saved in the

@@ -1,18 +1,17 @@
-"""What a run needs around it: processes, precision, optimiser, switches and signals."""
+"""What a run needs around it: processes, precision, switches and signals."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from torch import Tensor, nn
+from torch import Tensor
 
 from convfusion.adapters import Denoiser
 from convfusion.distill.config import DistillConfig
@@ -64,26 +63,6 @@ def make_accelerator(config: DistillConfig, out: Path | None, *, cpu: bool) -> A
             "launch with data parallelism alone"
         )
     return accelerator
-
-
-def make_optimizer(
-    parameters: Iterable[nn.Parameter], config: DistillConfig
-) -> torch.optim.Optimizer:
-    """The optimiser of the blocks.
-
-    Raises:
-        ConvFusionError: it needs bitsandbytes, which is not installed.
-    """
-    kind: Any = torch.optim.AdamW
-    if config.optimizer == "adamw8bit":
-        try:
-            kind = import_module("bitsandbytes.optim").AdamW8bit
-        except ImportError:
-            raise ConvFusionError(
-                "the optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes"
-            ) from None
-    options: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
-    return kind(list(parameters), lr=config.learning_rate, **options)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from convfusion.adapters import denoiser_of
 from convfusion.conditioning import latent_scale
 from convfusion.data.latents import LatentDataset
 from convfusion.distill.config import DistillConfig
+from convfusion.distill.optimizers import state_per_number
 from convfusion.distill.trainer import distill
 from convfusion.generate import check_size
 from convfusion.surgery import mixers_of, status
@@ -78,16 +79,17 @@ def plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None = None) 
     finally:
         for path, mixer in mixers.items():
             mixer.load_state_dict(before[path])
-    trained = sum(p.numel() for mixer in mixers.values() for p in mixer.parameters())
+    blocks = [p for mixer in mixers.values() for p in mixer.parameters()]
+    trained = sum(p.numel() for p in blocks)
+    kept = sum(p.numel() * state_per_number(p, config.optimizer) for p in blocks)
     every = sum(p.numel() for p in student.parameters())
     frozen_bytes = (every - trained) * student.dtype.itemsize
-    copies = 2 + (2 if config.optimizer == "adamw" else 0.5) + bool(config.ema)
     return Plan(
         sites=len(status(student).sites),
         converted=len(mixers),
         trained=trained,
         frozen=every - trained,
-        held_bytes=frozen_bytes + int(4 * trained * copies),
+        held_bytes=frozen_bytes + int(4 * (trained * (2 + bool(config.ema)) + kept)),
         peak_bytes=torch.cuda.max_memory_allocated(student.device) if on_gpu else None,
         seconds_per_step=(times[-1] - times[0]) / (TRIED - 1),
         steps=config.steps,

@@ -21,6 +21,8 @@ from convfusion import checkpoint, files
 from convfusion.adapters import Denoiser
 from convfusion.errors import CheckpointError, ConvFusionError
 
+# Of an optimiser's tensors, those of their parameter's shape; '' is the average's.
+SHAPED = ("", "exp_avg", "exp_avg_sq", "momentum_buffer")
 OPTIMIZER, AVERAGE, STATE = "optimizer.safetensors", "average.safetensors", "trainer.json"
 KEPT = 2
 # What may change when a run goes on.
@@ -183,7 +185,12 @@ def _read(path: Path, expected: list[str], named: Mapping[str, nn.Parameter]) ->
         raise CheckpointError(f"{path} does not hold the state of these blocks")
     for key, tensor in tensors.items():
         name, _, kind = key.partition("/")
-        whole = kind in ("", "exp_avg", "exp_avg_sq")  # others have shapes of their own
+        whole = kind in (
+            "",
+            "exp_avg",
+            "exp_avg_sq",
+            "momentum_buffer",
+        )  # others have shapes of their own
         if name in named and whole and tensor.shape != named[name].shape:
             raise CheckpointError(f"{path}: {key} has another shape than its parameter")
     return tensors

@@ -27,11 +27,11 @@ from convfusion.distill.environment import (
     check_autocast,
     decoded_as_it_is,
     make_accelerator,
-    make_optimizer,
     ready_to_train,
     stop_on_interrupt,
 )
 from convfusion.distill.logs import RunLog
+from convfusion.distill.optimizers import make_optimizer
 from convfusion.distill.startup import start_from_attention
 from convfusion.distill.task import DistillTask, Losses
 from convfusion.distill.validation import held_out_error, what_fails

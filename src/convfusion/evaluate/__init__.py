@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from convfusion.lazy import lazy
 
 if TYPE_CHECKING:
-    from convfusion.evaluate.drawing import Draws, plan
+    from convfusion.evaluate.draws import Draws, plan
     from convfusion.evaluate.epsilon import (
         TIMESTEPS,
         epsilon_error,
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
-    "Draws": "drawing",
-    "plan": "drawing",
+    "Draws": "draws",
+    "plan": "draws",
     "TIMESTEPS": "epsilon",
     "epsilon_error": "epsilon",
     "epsilon_errors": "epsilon",

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convfusion.evaluate.drawing import OTHER, SIDES, STUDENT, TEACHER, Draws, read_pictures
+from convfusion.evaluate.drawing import OTHER, SIDES, STUDENT, TEACHER, read_pictures
+from convfusion.evaluate.draws import Draws
 from convfusion.evaluate.extractors import Clip, Extractor, Features
 from convfusion.evaluate.images import psnr, ssim
 from convfusion.evaluate.scores import (

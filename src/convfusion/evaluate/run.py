@@ -11,10 +11,11 @@ from typing import Any
 from PIL import Image
 
 from convfusion.adapters import adapter_for, denoiser_of
-from convfusion.conditioning import class_labels, latent_scale
+from convfusion.conditioning import class_labels
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import measure
-from convfusion.evaluate.drawing import STUDENT, Draws, check_place, draw, settings_of
+from convfusion.evaluate.drawing import STUDENT, check_place, draw
+from convfusion.evaluate.draws import Draws, settings_of, size_of
 from convfusion.evaluate.extractors import Clip, Extractor, Features, check_installed
 from convfusion.evaluate.images import SSIM_SIDE
 from convfusion.evaluate.measure import REAL
@@ -113,12 +114,6 @@ def write_results(found: Evaluation, folder: Path) -> None:
 
     found.save(folder)
     write_page(found, folder)
-
-
-def size_of(pipe: Any, draws: Draws) -> tuple[int, int]:
-    """(height, width) of the pictures that are drawn."""
-    side = denoiser_of(pipe).config.sample_size * latent_scale(pipe)
-    return draws.size or (side, side)
 
 
 def check_draws(pipe: Any, draws: Draws) -> None:

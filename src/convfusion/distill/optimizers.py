@@ -1,0 +1,98 @@
+"""The optimisers that blocks can be trained with."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convfusion.distill.config import DistillConfig
+from convfusion.errors import ConvFusionError
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: DistillConfig
+) -> torch.optim.Optimizer:
+    """The optimiser of the blocks.
+
+    Raises:
+        ConvFusionError: it needs bitsandbytes, which is not installed, or a newer PyTorch.
+    """
+    given = list(parameters)
+    if config.optimizer == "muon":
+        return MatrixMuon(given, config)
+    kind: Any = torch.optim.AdamW
+    if config.optimizer == "adamw8bit":
+        try:
+            kind = import_module("bitsandbytes.optim").AdamW8bit
+        except ImportError:
+            raise ConvFusionError(
+                "the optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes"
+            ) from None
+    return kind(given, **_settings(config))
+
+
+def state_per_number(parameter: nn.Parameter, optimizer: str) -> float:
+    """How many float32 numbers an optimiser keeps for each number of a parameter."""
+    return {
+        "adamw": 2.0,
+        "adamw8bit": 0.5,
+        "muon": 1.0 if _is_matrix(parameter) else 2.0,
+    }[optimizer]
+
+
+class MatrixMuon(torch.optim.Optimizer):
+    """Muon for the projections, AdamW for depthwise kernels and biases, at one learning rate.
+
+    Muon (https://kellerjordan.github.io/posts/muon) takes the nearest orthogonal matrix of the
+    momentum as its step, which is defined for matrices alone. It is scaled to the size of AdamW's
+    steps (Moonlight, arXiv 2502.16982), so that a rate suits both.
+
+    Raises:
+        ConvFusionError: this PyTorch has no Muon.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], config: DistillConfig) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ConvFusionError(
+                f"the optimizer muon needs PyTorch 2.9 or newer, and this is {torch.__version__}"
+            )
+        super().__init__(parameters, {"lr": config.learning_rate})
+        matrices = [p for p in parameters if _is_matrix(p)]
+        others = [p for p in parameters if not _is_matrix(p)]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            decay, rate = config.weight_decay, config.learning_rate
+            self.parts.append(
+                torch.optim.Muon(
+                    matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+                )
+            )
+        if others:
+            self.parts.append(torch.optim.AdamW(others, **_settings(config)))
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for part in self.parts:
+            part.state = self.state  # of one parameter each: saved and restored as one
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take a step with each part; a closure is not taken."""
+        assert closure is None
+        for part in self.parts:
+            part.step()
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return parameter.ndim == 2
+
+
+def _settings(config: DistillConfig) -> dict[str, Any]:
+    return {
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "weight_decay": config.weight_decay,
+    }

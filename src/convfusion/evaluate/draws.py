@@ -1,0 +1,122 @@
+"""What an evaluation draws: prompts, seeds, settings, and the weights that they rest on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from convfusion.adapters import Denoiser, denoiser_of
+from convfusion.conditioning import latent_scale
+from convfusion.errors import ConvFusionError
+from convfusion.evaluate.epsilon import TIMESTEPS
+from convfusion.fingerprint import fingerprint
+from convfusion.generate import check_numbers
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What teacher and student draw.
+
+    Attributes:
+        prompts: of every sample; class names or numbers for DiT.
+        seeds: of every sample's noise.
+        steps: sampling steps.
+        guidance: classifier-free guidance scale.
+        size: (height, width) in pixels, or None for the pipeline's own.
+        batch_size: samples drawn at once.
+        timesteps: where ε-errors are measured, on what the teacher drew.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int = 25
+    guidance: float = 5.0
+    size: tuple[int, int] | None = None
+    batch_size: int = 8
+    timesteps: tuple[int, ...] = TIMESTEPS
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.seeds):
+            raise ConvFusionError(
+                f"there are {len(self.prompts)} prompts and {len(self.seeds)} seeds: one of each "
+                "is needed for every sample"
+            )
+        if len(self.prompts) < 2:
+            raise ConvFusionError(f"{len(self.prompts)} samples tell nothing: 2 or more are needed")
+        if len(set(zip(self.prompts, self.seeds, strict=True))) < len(self.prompts):
+            raise ConvFusionError("a prompt is drawn twice from one seed: give each another seed")
+        numbers = (self.steps, self.guidance, self.batch_size)
+        check_numbers((*self.seeds, *self.other_seeds), *numbers)
+        if not self.timesteps or min(self.timesteps) < 0:
+            raise ConvFusionError("timesteps must be 0 or more, and at least one is needed")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def other_seeds(self) -> tuple[int, ...]:
+        """Of the teacher's other pictures: none of them is a seed of `seeds`."""
+        shift = max(self.seeds) - min(self.seeds) + 1
+        return tuple(seed + shift for seed in self.seeds)
+
+    @property
+    def batches(self) -> list[range]:
+        starts = range(0, len(self), self.batch_size)
+        return [range(start, min(start + self.batch_size, len(self))) for start in starts]
+
+
+def plan(prompts: list[str], samples: int | None, seed: int, **settings: Any) -> Draws:
+    """Samples of some prompts, with seeds that count on from one.
+
+    Args:
+        prompts: to draw.
+        samples: how many; fewer than prompts take those that are evenly spread over the list, more
+            must be a multiple of their number, and None is one of each.
+        seed: of the first sample.
+        settings: further fields of `Draws`.
+
+    Raises:
+        ConvFusionError: there are no prompts, or prompts would count unequally.
+    """
+    if not prompts:
+        raise ConvFusionError("there are no prompts to draw: at least one is needed")
+    count = len(prompts) if samples is None else samples
+    if count > len(prompts) and count % len(prompts):
+        near = -(-count // len(prompts)) * len(prompts)
+        raise ConvFusionError(
+            f"{count} samples of {len(prompts)} prompts would draw some prompts more often: "
+            f"give {near} samples, or up to {len(prompts)}"
+        )
+    if count < len(prompts):
+        prompts = [prompts[int((i + 0.5) * len(prompts) / count)] for i in range(count)]
+    chosen = tuple(prompts[i % len(prompts)] for i in range(count))
+    return Draws(chosen, tuple(range(seed, seed + count)), **settings)
+
+
+def size_of(pipe: Any, draws: Draws) -> tuple[int, int]:
+    """(height, width) of the pictures that are drawn."""
+    side = denoiser_of(pipe).config.sample_size * latent_scale(pipe)
+    return draws.size or (side, side)
+
+
+def settings_of(pipe: Any, teacher: Denoiser, draws: Draws) -> dict[str, Any]:
+    """Everything that the pictures depend on, for JSON."""
+    student = denoiser_of(pipe)
+    parts = {"teacher": teacher, "student": student}
+    parts |= {name: getattr(pipe, name, None) for name in ("vae", "text_encoder", "text_encoder_2")}
+    # What diffusers notes beside the settings lies in another order in every process.
+    config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
+    scheduler = json.dumps(config, sort_keys=True, default=str)
+    return {
+        "pipeline": type(pipe).__name__,
+        "weights": {name: fingerprint(part) for name, part in parts.items() if part is not None},
+        "scheduler": {
+            "class": type(pipe.scheduler).__name__,
+            "config": hashlib.sha256(scheduler.encode()).hexdigest()[:16],
+        },
+        "precision": str(student.dtype).removeprefix("torch."),
+        "device": student.device.type,
+        "draws": asdict(draws) | {"size": size_of(pipe, draws)},
+    }
