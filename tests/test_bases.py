@@ -13,6 +13,7 @@ import convfusion
 from convfusion import cli, presets
 from convfusion.adapters import list_sites
 from convfusion.cli.models import load_pipeline
+from convfusion.pipelines import in_dtype
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 DOWN, UP = "DownBlock2D", "UpBlock2D"
@@ -164,7 +165,7 @@ def test_a_single_file_goes_to_its_pipeline(kind, tmp_path, monkeypatch):
 
     monkeypatch.setattr(getattr(diffusers, kind), "from_single_file", from_single_file)
     assert isinstance(load_pipeline(str(path), "bfloat16", "cpu"), Loaded)
-    assert seen == [(str(path), {"torch_dtype": torch.bfloat16})]
+    assert seen == [(str(path), in_dtype(torch.bfloat16))]
 
 
 def test_a_single_file_loads_with_the_configs_of_its_kind(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from convfusion.checkpoint import (
     write_tensors,
 )
 from convfusion.generate import generate
-from convfusion.pipelines import BARE
+from convfusion.pipelines import BARE, in_dtype
 from convfusion.surgery import mixers_of
 
 
@@ -185,7 +185,7 @@ def test_a_whole_pipeline_draws_the_same_from_disk(tmp_path, family, keep):
     else:
         with pytest.raises(OSError, match="diffusion_pytorch_model"):
             type(pipe).from_pretrained(tmp_path / "pipe")
-        half = convfusion.load_pipeline(tmp_path / "pipe", torch_dtype=torch.bfloat16)
+        half = convfusion.load_pipeline(tmp_path / "pipe", **in_dtype(torch.bfloat16))
         convfusion.save_pipeline(half, tmp_path / "pipe")  # over itself, in half precision
         assert np.isfinite(draw(convfusion.load_pipeline(tmp_path / "pipe"))).all()
         assert {p.dtype for p in denoiser_of(half).parameters()} == {torch.bfloat16}

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from convfusion.data import LatentDataset
 from convfusion.demo import run_demo
 from convfusion.distill import DistillConfig
 from convfusion.fingerprint import fingerprint
+from convfusion.pipelines import in_dtype
 from convfusion.surgery import mixers_of
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +33,12 @@ def words(name: str) -> set[str]:
 def names_in(data: LatentDataset) -> set[str]:
     """The names behind captions such as `red apple, noto`."""
     return {caption.rsplit(", ", 1)[0] for caption in data.captions}
+
+
+def test_loading_warns_of_nothing_that_will_go():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        mini.load_student()
 
 
 def test_the_teacher_is_a_plain_pipeline_of_the_promised_size():
@@ -107,7 +115,7 @@ def test_analysis_rests_on_this_teacher():
 
 def test_analysis_rests_on_the_pixart_that_is_kept():
     kept = ROOT / "recipes" / "mini" / "pixart" / "transformer"
-    transformer = PixArtTransformer2DModel.from_pretrained(kept, torch_dtype=torch.float32)
+    transformer = PixArtTransformer2DModel.from_pretrained(kept, **in_dtype(torch.float32))
     found = json.loads((ROOT / "docs" / "analysis-pixart" / "analysis.json").read_text())
     assert found["weights"] == fingerprint(transformer)
 

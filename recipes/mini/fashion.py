@@ -19,6 +19,7 @@ from PIL import Image
 
 from convfusion.data import LatentDataset
 from convfusion.data.pictures import encode_pictures
+from convfusion.pipelines import in_dtype
 
 KEPT = Path(__file__).parent / "fashion"
 SOURCE = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
@@ -53,7 +54,7 @@ def load_fashion() -> DiTPipeline:
     pipe = DiTPipeline.from_pretrained(
         KEPT,
         id2label=dict(enumerate(CLASSES)),  # which diffusers does not save
-        torch_dtype=torch.float32,
+        **in_dtype(torch.float32),
         local_files_only=True,
         use_safetensors=True,
     )

@@ -24,6 +24,7 @@ from teacher import encode, min_snr
 from torch.optim.swa_utils import AveragedModel
 
 from convfusion.generate import generate
+from convfusion.pipelines import in_dtype
 
 DROP_CLASS = 0.1
 
@@ -85,7 +86,7 @@ def train_teacher(run: Path, args: argparse.Namespace) -> None:
 
 
 def package(run: Path) -> None:
-    pipe = DiTPipeline.from_pretrained(run / "teacher", torch_dtype=torch.float16)
+    pipe = DiTPipeline.from_pretrained(run / "teacher", **in_dtype(torch.float16))
     shutil.rmtree(KEPT, ignore_errors=True)
     pipe.save_pretrained(KEPT)
 

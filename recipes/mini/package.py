@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from teacher import encode
 
 from convfusion.mini import DATA, TEACHER
+from convfusion.pipelines import in_dtype
 
 TRAIN_PICTURES = 512
 
@@ -37,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("run"))
     run = parser.parse_args().run
-    pipe = StableDiffusionPipeline.from_pretrained(run / "teacher", torch_dtype=torch.float16)
+    pipe = StableDiffusionPipeline.from_pretrained(run / "teacher", **in_dtype(torch.float16))
     shutil.rmtree(TEACHER, ignore_errors=True)
     pipe.save_pretrained(TEACHER)
     pipe.to(torch.float32)  # the latents of the packaged weights, not of the trained ones

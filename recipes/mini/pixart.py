@@ -16,6 +16,7 @@ import torch
 from diffusers import PixArtSigmaPipeline
 
 from convfusion import mini
+from convfusion.pipelines import in_dtype
 
 KEPT = Path(__file__).parent / "pixart"
 
@@ -25,7 +26,7 @@ def load_pixart() -> PixArtSigmaPipeline:
     pipe = PixArtSigmaPipeline.from_pretrained(
         KEPT,
         vae=mini.load_teacher().vae,
-        torch_dtype=torch.float32,
+        **in_dtype(torch.float32),
         local_files_only=True,
         use_safetensors=True,
     )
@@ -34,7 +35,7 @@ def load_pixart() -> PixArtSigmaPipeline:
 
 
 def package(run: Path) -> None:
-    pipe = PixArtSigmaPipeline.from_pretrained(run / "teacher-pixart", torch_dtype=torch.float16)
+    pipe = PixArtSigmaPipeline.from_pretrained(run / "teacher-pixart", **in_dtype(torch.float16))
     shutil.rmtree(KEPT, ignore_errors=True)
     pipe.save_pretrained(KEPT)
     shutil.rmtree(KEPT / "vae")

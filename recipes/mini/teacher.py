@@ -23,6 +23,7 @@ from families import FAMILIES, make_scheduler
 from torch.optim.swa_utils import AveragedModel
 
 from convfusion.generate import generate
+from convfusion.pipelines import in_dtype
 
 DROP_CAPTION, DROP_DESIGN = 0.1, 0.2
 SNR_GAMMA = 5.0
@@ -106,7 +107,7 @@ def start_from(args: argparse.Namespace, state: Path) -> tuple[AutoencoderKL, An
     else:
         if state.exists():
             raise SystemExit(f"{state} goes on by itself: move it away to use --init")
-        pipe = family.pipeline.from_pretrained(args.init, torch_dtype=torch.float32)
+        pipe = family.pipeline.from_pretrained(args.init, **in_dtype(torch.float32))
         vae, tokenizer = pipe.vae, pipe.tokenizer
         denoiser, text = pipe.components[family.denoiser_name], pipe.text_encoder
     return vae, tokenizer, torch.nn.ModuleDict({family.denoiser_name: denoiser, "text": text})

@@ -15,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from convfusion.adapters import Denoiser, denoiser_of
 from convfusion.checkpoint import MANIFEST, load, save
@@ -73,12 +74,22 @@ def _write_labels(pipe: Any, index: Path) -> None:
         write_text(index, json.dumps(read_json(index) | {"id2label": told}, indent=2) + "\n")
 
 
+def in_dtype(dtype: torch.dtype) -> dict[str, Any]:
+    """The argument of diffusers' `from_pretrained` that loads a pipeline in a dtype.
+
+    It is `dtype` from 0.40 on, which warns of its old name.
+    """
+    from diffusers import __version__
+
+    return {"dtype" if TorchVersion(__version__) >= "0.40" else "torch_dtype": dtype}
+
+
 def load_pipeline(folder: str | Path, **options: Any) -> Any:
     """Read back what `save_pipeline` wrote: a pipeline that draws the same images bit for bit.
 
     Args:
         folder: on disk.
-        options: for diffusers' `DiffusionPipeline.from_pretrained`, such as `torch_dtype`. Without
+        options: for diffusers' `DiffusionPipeline.from_pretrained`, such as `dtype`. Without
             that, everything is loaded in float32.
 
     Raises:
@@ -92,12 +103,12 @@ def load_pipeline(folder: str | Path, **options: Any) -> Any:
     bare = next(iter(sorted(folder.glob(f"*/{BARE}"))), None)
     _check_index(folder)
     _check_configs(folder)
-    if "dtype" not in options:
-        options.setdefault("torch_dtype", torch.float32)
+    if not options.keys() & {"dtype", "torch_dtype"}:
+        options |= in_dtype(torch.float32)
     parts: dict[str, Any] = {}
     if bare is not None:
         name = bare.parent.name
-        dtype = options.get("dtype") or options["torch_dtype"]
+        dtype = options.get("dtype") or options.get("torch_dtype")
         if isinstance(dtype, dict):
             dtype = dtype.get(name, dtype.get("default", torch.float32))
         parts[name] = _load_bare(bare, folder / "convfusion").to(dtype)

@@ -43,13 +43,13 @@ def load_pipeline(
         pipe = mini.load_student() if model == "mini" else mini.load_teacher()
         pipe.to(dtype)
     elif (Path(model) / "convfusion").is_dir():
-        pipe = pipelines.load_pipeline(model, torch_dtype=dtype)
+        pipe = pipelines.load_pipeline(model, **pipelines.in_dtype(dtype))
     elif Path(model).suffix == ".safetensors":
         pipe = _single_file(Path(model), dtype)
     else:
         try:
             pipe = DiffusionPipeline.from_pretrained(
-                model, revision=revision, torch_dtype=dtype, use_safetensors=True
+                model, revision=revision, use_safetensors=True, **pipelines.in_dtype(dtype)
             )
         except (OSError, HFValidationError) as error:
             wanted = f" (revision {revision})" if revision else ""
@@ -89,6 +89,7 @@ def _single_file(path: Path, dtype: Any) -> Any:
     import diffusers
 
     from convfusion.files import read_header
+    from convfusion.pipelines import in_dtype
 
     names = list(read_header(path))
     kind = next((k for p, k in SINGLE_FILES.items() if any(n.startswith(p) for n in names)), None)
@@ -97,7 +98,7 @@ def _single_file(path: Path, dtype: Any) -> Any:
             f"{path} is no single file of SD1.x, SD2.x or SDXL: give a diffusers folder"
         )
     try:
-        return getattr(diffusers, kind).from_single_file(str(path), torch_dtype=dtype)
+        return getattr(diffusers, kind).from_single_file(str(path), **in_dtype(dtype))
     except (OSError, ValueError, KeyError) as error:
         raise ConvFusionError(
             f"{path} cannot be made a {kind}: a single file lacks configs and tokenisers, which "

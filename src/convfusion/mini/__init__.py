@@ -15,6 +15,7 @@ from typing import Any
 from convfusion.checkpoint import load
 from convfusion.data.latents import LatentDataset
 from convfusion.files import read_tensors
+from convfusion.pipelines import in_dtype
 
 FOLDER = Path(__file__).parent
 TEACHER, STUDENT, DATA = FOLDER / "teacher", FOLDER / "student", FOLDER / "data"
@@ -29,7 +30,7 @@ def load_teacher() -> Any:
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
-        TEACHER, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+        TEACHER, local_files_only=True, use_safetensors=True, **in_dtype(torch.float32)
     )
     pipe.unet.eval()
     return pipe
