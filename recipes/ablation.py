@@ -54,6 +54,12 @@ def variants(steps: int, seed: int) -> dict[tuple[str, str], Recipe]:
     def losses(**changed: float) -> Recipe:
         return trained(losses=replace(distillation(steps).losses, **changed))
 
+    def shipped(feature: float = 1e-2, **changed: Any) -> Recipe:
+        """The shipped student's blocks, step by step towards its settings."""
+        losses = replace(distillation(steps).losses, feature=feature)
+        blocks = uniform(DeltaConv(kernel_size=5, stages=3, ratio=2.0, gate="sigmoid"))
+        return recipe(blocks, steps, seed, losses=losses, **changed)
+
     ungated = recipe(uniform(Ungated()), steps, seed, start="converted")
     return {
         ("as it is", "K 7, 2 stages, scaled, ratio 1/2"): block(),
@@ -70,6 +76,7 @@ def variants(steps: int, seed: int) -> dict[tuple[str, str], Recipe]:
         ("loss", "Min-SNR γ = 5"): losses(snr_gamma=5.0),
         ("loss", "feature term alone"): losses(distill=0.0),
         ("loss", "five times the feature term"): losses(feature=5e-2),
+        ("loss", "25 times the feature term"): losses(feature=0.25),
         ("optimiser", "Muon"): trained(optimizer="muon"),
         ("optimiser", "Muon at half the rate"): trained(optimizer="muon", learning_rate=1e-2),
         ("start", "random"): trained("random", start="converted"),
@@ -77,6 +84,10 @@ def variants(steps: int, seed: int) -> dict[tuple[str, str], Recipe]:
         ("stage 1", "none"): trained(imitation_steps=0),
         ("stage 1", "half of the steps"): trained(imitation_steps=steps // 2),
         ("stage 1", "alone"): trained(imitation_steps=steps),
+        ("wide", "K 5, 3 stages, sigmoid, ratio 2"): shipped(),
+        ("wide", "and five times the feature term"): shipped(5e-2),
+        ("wide", "and half the rate"): shipped(5e-2, learning_rate=1e-2),
+        ("wide", "and Muon"): shipped(5e-2, learning_rate=1e-2, optimizer="muon"),
     }
 
 

@@ -110,6 +110,25 @@ def test_a_model_of_few_classes_distils_to_its_card_and_draws(run, pictures, tmp
     assert code == 0, err
 
 
+def test_a_model_of_few_classes_is_looked_at_without_guidance(run, tmp_path):
+    """By default, where others are drawn with some; asked for, it is refused."""
+    dit_pipeline().save_pretrained(tmp_path / "dit")
+    (tmp_path / "prompts.txt").write_text("1\n2\n")
+    model, prompts, steps = tmp_path / "dit", tmp_path / "prompts.txt", ("--steps", 2)
+    for command, *options in (
+        ("cache", "--data", prompts),
+        ("analyze", "--prompts", prompts),
+        ("distill", "--data", prompts, "--batch-size", 1),
+        ("evaluate", "--prompts", prompts, "--blocks", tmp_path / "distill"),
+    ):
+        code, _, err = run(command, model, "--out", tmp_path / command, *options, *steps)
+        assert code == 0, (command, err)
+    code, _, err = run(
+        "analyze", model, "--prompts", prompts, "--out", tmp_path / "x", "--guidance", 2, *steps
+    )
+    assert code == 2 and "with a guidance of 1 only" in err
+
+
 def test_analyze_then_convert_with_its_kernels(run, model, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red apple\n\ngreen\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +72,8 @@ def analyze(
     )
     drawn = read_prompts(model, prompts)
     pipe = stock_pipeline(model, precision, device, revision)
+    if guidance is None:
+        config = replace(config, guidance=guidance_for(model, pipe))
     calls = len(sampling_timesteps(pipe, steps)) * math.ceil(len(drawn) / batch_size)
     progress = progress_bar()
     with progress:

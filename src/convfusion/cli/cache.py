@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,11 +51,13 @@ def cache(
     """
     from convfusion.data.sources import Drawing, open_source
 
-    guidance = guidance_for(model) if guidance is None else guidance
-    drawing = Drawing(per_prompt, seed, steps, guidance)
+    chosen = guidance_for(model) if guidance is None else guidance
+    drawing = Drawing(per_prompt, seed, steps, chosen)
     wanted = parse_size(size) if size else None
     source = open_source(data, image=image, caption=caption, split=split, drawing=drawing)
     pipe = load_pipeline(model, precision, device, revision)
+    if guidance is None:
+        source = guided_as_it_can(source, model, pipe)
     encode(
         pipe,
         source,
@@ -66,6 +69,15 @@ def cache(
         half=half,
     )
     typer.echo(f"Written: {out}")
+
+
+def guided_as_it_can(source: Any, model: str, pipe: Any) -> Any:
+    """Prompts that are drawn with the default guidance of a pipeline; other sources as they are."""
+    from convfusion.data.sources import Prompts
+
+    if not isinstance(source, Prompts):
+        return source
+    return replace(source, drawing=replace(source.drawing, guidance=guidance_for(model, pipe)))
 
 
 def encode(pipe: Any, source: Any, out: Path, **options: Any) -> Any:

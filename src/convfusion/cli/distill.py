@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.cache import encode
+from convfusion.cli.cache import encode, guided_as_it_can
 from convfusion.cli.console import describe, progress_bar
 from convfusion.cli.fields import with_fields
 from convfusion.cli.models import equip, guidance_for, is_embedded, load_pipeline
@@ -166,7 +166,9 @@ def source_of(run: Any) -> Callable[[Any, Path], Any]:
         )
 
     options = {"size": size, "buckets": run.buckets, "num_workers": run.distill.workers}
-    return lambda pipe, out: encode(pipe, source, out / "cache", **options)
+    return lambda pipe, out: encode(
+        pipe, guided_as_it_can(source, run.model, pipe), out / "cache", **options
+    )
 
 
 def cached(pipe: Any, run: Any, size: tuple[int, int] | None) -> Any:

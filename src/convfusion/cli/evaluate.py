@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,6 +83,8 @@ def evaluate(
         batch_size=batch_size,
     )
     pipe, other = pipelines(model, blocks, teacher, precision, device)
+    if guidance is None:
+        draws = replace(draws, guidance=guidance_for(model, pipe))
     found = run(
         pipe,
         draws,
