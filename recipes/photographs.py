@@ -146,10 +146,14 @@ def main() -> None:
         for reference, held in references.items():
             if each.drawn or reference == "test":
                 steps = args.steps if each.how else 0
-                whole = seen(FASHION.load, teacher, own) if each.how else None
                 TABLE.once(
-                    lambda each=each, held=held, whole=whole: (
-                        errors(each.how) | compared(each.features(), held, whole)
+                    lambda each=each, held=held: (
+                        errors(each.how)
+                        | compared(
+                            each.features(),
+                            held,
+                            seen(FASHION.load, teacher, own) if each.how else None,
+                        )
                     ),
                     *(each.name, reference, count, steps, each.made),
                 )
