@@ -18,7 +18,7 @@ from functools import partial
 import highres_tables
 import quality_tables
 import speed_tables
-from pages import RESULTS, ROOT, read, table
+from pages import RESULTS, ROOT, one, read, table
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
@@ -135,7 +135,10 @@ def efficiency() -> str:
         best = [float(runs[model, recipe, s][-1]["epsilon_error"]) for s in seeds[model]]
         lines.append([f"{model}: {recipe}", *cells, mean_and_spread(best)])
     heads = ["recipe", "2 ×", "1.2 ×", "as good as the paper's", "ε-error at its end"]
-    first = next(iter(runs.values()))[0]
+    lengths = " and ".join(
+        f"{one(runs[model, 'paper', own[0]], 'length')[0]} steps on {model}"
+        for model, own in seeds.items()
+    )
     told = " and ".join(
         f"{'one seed' if len(own) == 1 else f'median of {len(own)} seeds'} of {model}"
         for model, own in seeds.items()
@@ -143,7 +146,7 @@ def efficiency() -> str:
     return f"""{table(heads, lines)}
 
 Steps (and processor seconds) until the ε-error on 32 held-out samples is at most so many times that
-of the paper's recipe after {first["length"]} steps of the same seed; {told}. From
+of the paper's recipe of the same seed at its end ({lengths}); {told}. From
 [results/efficiency.csv](../results/efficiency.csv), by `python recipes/efficiency.py`."""
 
 
