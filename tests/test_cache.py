@@ -300,6 +300,26 @@ def test_settings_are_checked_before_any_work(pipe, many, whole, tmp_path):
     assert len(build_cache(pipe, fewer, tmp_path / "x")) == 2
 
 
+def test_what_somebody_put_beside_a_useless_cache_stays(pipe, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "in" / "a.txt").write_text("a")
+    source, out = open_source(str(tmp_path / "in")), tmp_path / "out"
+    with pytest.raises(ConvFusionError, match="can be used"):
+        build_cache(pipe, source, out)
+    assert not out.exists()
+    out.mkdir()
+    (out / "cache.json.tmp").write_text("{")
+
+    def note(done):
+        (out / "notes.txt").write_text("mine")
+
+    with pytest.raises(ConvFusionError, match="can be used"):
+        build_cache(pipe, source, out, on_progress=note)
+    assert {path.name for path in out.iterdir()} <= {"notes.txt", "cache.json.tmp"}
+    assert (out / "notes.txt").read_text() == "mine"
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 

@@ -232,6 +232,16 @@ MISTAKES = {
     "odd size": (["generate", "MODEL", "--prompt", "x", "--size", "17x16"], "multiples of 8"),
     "no data": (["distill", "MODEL", "--out", "OUT"], "--data is needed"),
     "no folder": (["distill", "MODEL", "--out", "OUT", "--data", "nowhere"], "does not exist"),
+    "no data to plan for": (["distill", "MODEL", "--dry-run", "--data", "x"], "does not exist"),
+    "what a CPU cannot do": (
+        ["distill", "MODEL", "--out", "OUT", "--data", "PROMPTS", "--autocast", "fp16"],
+        "fp16 trains on a GPU only",
+    ),
+    "huge seed": (["distill", "mini", "--out", "OUT", "--seed", str(2**63)], "2^63"),
+    "imitation for longer": (
+        ["distill", "--settings", "MINI", "--out", "OUT", "--steps", "4"],
+        "convfusion: imitation_steps must lie between 0 and steps: it is 50",
+    ),
     "bad batch": (
         ["distill", "MODEL", "--out", "OUT", "--batch-size", "3", "--accumulation", "2"],
         "multiple of accumulation",
@@ -269,7 +279,9 @@ MISTAKES = {
 def test_a_mistake_is_one_clear_line(run, model, tmp_path, mistake):
     arguments, message = MISTAKES[mistake]
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "prompts.txt").write_text("red\n")
     places = {"MODEL": model, "OUT": tmp_path / "out", "EMPTY": tmp_path / "empty.txt"}
+    places |= {"PROMPTS": tmp_path / "prompts.txt", "MINI": CONFIGS / "mini.toml"}
     places["BAD"] = tmp_path / "bad.toml"
     places["BAD"].write_text("model = 'mini'\n[distill]\nstep = 3\n")
     code, _, err = run(*[places.get(argument, argument) for argument in arguments])
@@ -278,6 +290,21 @@ def test_a_mistake_is_one_clear_line(run, model, tmp_path, mistake):
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
     assert err.startswith("convfusion: ") and err.count("\n") == 1
+
+
+def test_a_run_says_where_it_begins_and_what_it_sets_aside(run, model, pictures, tmp_path):
+    out = tmp_path / "blocks"
+    command = ("distill", model, "--out", out, "--data", pictures, "--batch-size", 1)
+    code, said, err = run(*command, "--steps", 1, "--resume", "--size", "16x16")
+    assert code == 0 and f"{out} has no checkpoint: step 1." in said, err
+    code, _, err = run(*command, "--steps", 2)
+    assert code == 2 and "go on with --resume, or choose another folder" in err
+    code, _, err = run(*command, "--steps", 2, "--resume", "--learning-rate", 1)
+    assert code == 2 and "written with another learning_rate" in err
+    code, said, err = run(*command, "--steps", 2, "--resume", "--size", "16x16")
+    assert code == 0 and "Going on after step 1." in said, err
+    code, said, err = run("distill", "mini", "--every", 2, "--dry-run")
+    assert code == 0 and "4 of 7" in said and "the blocks that it has are set aside" in said, err
 
 
 def test_bench_flops_shows_and_writes_what_things_cost(run, tmp_path):

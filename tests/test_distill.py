@@ -3,7 +3,9 @@
 import copy
 import json
 import os
+import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import convfusion
 from convfusion import CheckpointError, ConvFusionError, DeltaConv, uniform
 from convfusion.data import LatentDataset
 from convfusion.distill import DistillConfig, DistillTask, LossWeights, distill
+from convfusion.distill import trainer as trainer_module
 from convfusion.generate import generate
 from convfusion.surgery import attention_teacher, mixers_of
 
@@ -287,6 +290,61 @@ def test_a_used_folder_is_refused_and_a_run_can_be_extended(pipe, data, tmp_path
         distill(pipe, data, DistillConfig(steps=2, batch_size=2), tmp_path)
     longer = DistillConfig(steps=2, batch_size=2, save_every=1)
     assert distill(pipe, data, longer, tmp_path, resume=True).steps == 2
+
+
+def test_a_copy_of_a_checkpoint_is_no_checkpoint(pipe, data, tmp_path):
+    """Nor is it deleted with the old ones."""
+    config = DistillConfig(steps=1, batch_size=2, save_every=1)
+    distill(pipe, data, config, tmp_path)
+    kept = tmp_path / "checkpoints" / "step-9-best"
+    shutil.copytree(tmp_path / "checkpoints" / "step-0000001", kept)
+    distill(pipe, data, replace(config, steps=4), tmp_path, resume=True)
+    names = sorted(path.name for path in kept.parent.iterdir())
+    assert names == ["step-0000003", "step-0000004", "step-9-best"]
+
+
+def test_a_run_that_broke_leaves_no_gradients_to_the_next(data, monkeypatch):
+    """It may break between the parts of a batch, as for want of memory."""
+    config = DistillConfig(steps=1, batch_size=4, accumulation=4)
+    expected, pipe = stable_diffusion_converted(), stable_diffusion_converted()
+    pipe.unet.load_state_dict(expected.unet.state_dict())
+    distill(expected, data, config)
+    forward, calls = DistillTask.forward, []
+
+    def fails_later(task, *part, **options):
+        calls.append(part)
+        if len(calls) == 3:
+            raise MemoryError
+        return forward(task, *part, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DistillTask, "forward", fails_later)
+        with pytest.raises(MemoryError):
+            distill(pipe, data, config)
+    assert all(parameter.grad is None for parameter in pipe.unet.parameters())
+    weight = next(iter(mixers_of(pipe).values())).proj_out.weight
+    weight.requires_grad_(True).grad = torch.ones_like(weight)  # whoever left it
+    distill(pipe, data, config)
+    for name, tensor in block_weights(expected).items():
+        assert torch.equal(block_weights(pipe)[name], tensor), name
+
+
+def test_samples_held_out_are_measured_once_at_the_end(pipe, data, monkeypatch):
+    calls = []
+    measure = trainer_module.held_out_error
+
+    def counted(*args, **options):
+        calls.append(args)
+        return measure(*args, **options)
+
+    monkeypatch.setattr(trainer_module, "held_out_error", counted)
+    result = distill(pipe, data, DistillConfig(steps=2, batch_size=1, held_out=1))
+    assert len(calls) == 1 and result.epsilon_error > 0
+
+
+def test_losses_are_loss_weights():
+    with pytest.raises(ConvFusionError, match="losses must be a LossWeights, not"):
+        DistillConfig(losses={"noise": 0.0})
 
 
 @pytest.mark.parametrize("weights", [(0, 0, 0), (1, -1, 0)])

@@ -1,5 +1,6 @@
 """The optimisers: Muon for matrices and AdamW for the rest, and what is kept of them."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from tiny_pipelines import block_weights
 
 from convfusion import ConvFusionError
 from convfusion.distill import DistillConfig, distill
-from convfusion.distill.optimizers import make_optimizer, state_per_number
+from convfusion.distill.optimizers import check_optimizer, make_optimizer, state_per_number
 from convfusion.distill.state import last_checkpoint, optimizer_tensors
 from convfusion.files import read_tensors
 from convfusion.surgery import mixers_of
@@ -71,6 +72,24 @@ def test_all_parts_follow_one_rate():
 
 
 @needs_muon
+def test_a_loaded_state_is_that_of_all_parts():
+    mixer, other = block(), block()
+    optimizer, loaded = (make_optimizer(m.parameters(), MUON) for m in (mixer, other))
+    optimizer.step()
+    other.load_state_dict(mixer.state_dict())
+    loaded.load_state_dict(deepcopy(optimizer.state_dict()))
+    for each in (optimizer, loaded):
+        each.step()
+    for found, expected in zip(other.parameters(), mixer.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    for group in loaded.param_groups:
+        group["lr"] = 0.0
+    loaded.step()
+    for found, expected in zip(other.parameters(), mixer.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@needs_muon
 def test_a_run_with_muon_resumes_in_the_same_bits(tmp_path):
     config = replace(CONFIG, optimizer="muon")
     expected, resumed = converted(), converted()
@@ -107,4 +126,4 @@ def test_what_is_kept_is_what_a_plan_counts(kind):
 def test_muon_names_the_pytorch_that_it_needs(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(ConvFusionError, match=r"muon needs PyTorch 2\.9 or newer"):
-        make_optimizer(block().parameters(), MUON)
+        check_optimizer("muon")

@@ -368,6 +368,11 @@ class TestCommands:
         code, _, err = run("curve", model, "--data", cache, "--out", out, *options)
         assert code == 2 and "not empty" in err
 
+        stopped = tmp_path / "stopped"  # while it drew its data
+        (stopped / "cache").mkdir(parents=True)
+        code, _, err = run("curve", model, "--data", prompts, "--out", stopped, *options)
+        assert code == 0, err
+
     def test_convert_every(self, run, model, tmp_path):
         code, text, err = run(
             "convert", model, "--every", 3, "--first", 1, "--out", tmp_path / "converted"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from convfusion.errors import ConvFusionError
@@ -30,7 +30,7 @@ def check_value(name: str, value: Any, declared: Any) -> None:
     """Raise a ConvFusionError unless a value is of its declared kind.
 
     Kinds are `int`, `float` (finite; integers will do), `bool`, `str`, a `Literal` of words, and a
-    tuple of numbers. What else is declared is not checked here.
+    tuple of numbers, and a dataclass. What else is declared is not checked here.
     """
     if get_origin(declared) is Literal:
         if value not in get_args(declared):
@@ -45,5 +45,7 @@ def check_value(name: str, value: Any, declared: Any) -> None:
     elif declared is float:
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             raise ConvFusionError(f"{name} must be a finite number, not {value!r}")
+    elif isinstance(declared, type) and is_dataclass(declared) and not isinstance(value, declared):
+        raise ConvFusionError(f"{name} must be a {declared.__name__}, not {value!r}")
     elif declared in (int, bool, str) and type(value) is not declared:
         raise ConvFusionError(f"{name} must be {declared.__name__}, not {value!r}")

@@ -50,7 +50,7 @@ def curve(
     from convfusion.distill.partial import check_ranking
     from convfusion.distill.settings import RunSettings
 
-    check_new(out)
+    check_new(out, may_hold="cache")  # of a run that was stopped, which goes on with it
     ranking = check_ranking(by)
     settings = {
         "steps": steps,

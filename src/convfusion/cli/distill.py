@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -69,23 +70,30 @@ def distill(
 
     Ctrl-C stops after the step at hand and saves; go on with --resume.
     """
+    from convfusion.adapters import denoiser_of
+    from convfusion.distill.environment import check_possible
     from convfusion.distill.settings import as_toml, read_settings
+    from convfusion.distill.state import check_same_run, to_resume
     from convfusion.surgery import mixers_of
 
     named: dict[str, Any] = {"model": model, "data": data, "size": size, "buckets": buckets}
     named |= {"revision": revision, "config": config, "every": every, "first": first}
     run = read_settings(settings, {**named, "distill": given})
     check_run(run, None if dry_run else out, dry_run=dry_run, resume=resume)
-    ready = source_of(run) if not dry_run else None
+    ready = source_of(run) if run.data or not dry_run else None
     main = os.environ.get("RANK", "0") == "0"
     if main:
         typer.echo(as_toml(run))
     pipe = load_pipeline(run.model, precision, device, run.revision or None)
-    if run.config and mixers_of(pipe) and main:
-        typer.echo(f"{run.model} is converted anew by {run.config}: its blocks are set aside.\n")
-    equip(pipe, None, run.config or None, run.every if run.every > 1 else None, run.first)
-    if ready is None or out is None:
-        return print_plan(pipe, run.distill, parse_size(run.size) if run.size else None)
+    every_one = run.every == 1 and not run.first
+    if (run.config or not every_one) and mixers_of(pipe) and main:
+        typer.echo(f"{run.model} is converted anew: the blocks that it has are set aside.\n")
+    equip(pipe, None, run.config or None, None if every_one else run.every, run.first)
+    if dry_run or ready is None or out is None:
+        return print_plan(pipe, run.distill, planned_size(run))
+    check_possible(denoiser_of(pipe), run.distill)
+    if resume and (last := to_resume(out)):
+        check_same_run(last, run.distill.to_dict())
     train(pipe, ready(pipe, out), run, out, prompts=prompt, resume=resume, show=main)
 
 
@@ -96,7 +104,7 @@ def check_run(run: Any, out: Path | None, *, dry_run: bool, resume: bool) -> Non
     if out is None and not dry_run:
         raise ConvFusionError("--out is needed: a folder for the blocks and checkpoints")
     if out is not None and not resume:
-        check_new(out)
+        check_new(out, advice="go on with --resume, or choose another folder")
 
 
 def train(
@@ -112,11 +120,16 @@ def train(
     """Distil with a progress bar and validation pictures, and write the model card."""
     from convfusion.distill import distill as distil
     from convfusion.distill.card import write_card
+    from convfusion.distill.state import step_of, to_resume
 
-    drawn = prompts or data.captions[:4]
+    drawn = prompts or list(dict.fromkeys(data.captions))[:4]
+    last = to_resume(out) if resume else None
+    done = step_of(last) if last else 0
+    if resume and show:
+        typer.echo(f"Going on after step {done}." if last else f"{out} has no checkpoint: step 1.")
     progress = progress_bar()
     progress.disable = not show
-    bar = progress.add_task("distilling", total=run.distill.steps)
+    bar = progress.add_task("distilling", total=run.distill.steps, completed=done)
     with progress:
         result = distil(
             pipe,
@@ -176,11 +189,22 @@ def cached(pipe: Any, run: Any, size: tuple[int, int] | None) -> Any:
     from convfusion.data import open_cache
 
     found = open_cache(pipe, run.data, size=size)
-    if run.buckets and len(found.manifest["buckets"]) == 1:
+    if run.buckets and not found.buckets:
         raise ConvFusionError(
             f"{run.data} was built without --buckets: build it anew, or give --no-buckets"
         )
     return found
+
+
+def planned_size(run: Any) -> tuple[int, int] | None:
+    """(height, width) that a dry run tries: as asked for, or the largest that a cache has."""
+    from convfusion.data.store import LatentCache
+
+    if run.size:
+        return parse_size(run.size)
+    if run.data and (Path(run.data) / "cache.json").is_file():
+        return max(LatentCache(run.data).sizes, key=math.prod)
+    return None
 
 
 def print_plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None) -> None:

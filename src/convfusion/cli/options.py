@@ -59,10 +59,10 @@ Device = Annotated[
 ]
 
 
-def check_new(out: Path) -> None:
-    """Refuse to write into a folder that holds something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConvFusionError(f"{out} exists and is not empty: choose another folder")
+def check_new(out: Path, *, advice: str = "choose another folder", may_hold: str = "") -> None:
+    """Refuse to write into a folder that holds something else than what it may."""
+    if out.exists() and (not out.is_dir() or any(each.name != may_hold for each in out.iterdir())):
+        raise ConvFusionError(f"{out} exists and is not empty: {advice}")
 
 
 def check_file(path: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -268,12 +269,21 @@ def _finish(folder: Path, source: Source, records: list[dict[str, Any]]) -> None
             entry["count"] += 1
             entry["names"] = [*entry["names"], name][:NAMED]
     if not sizes:
-        shutil.rmtree(folder)  # there is nothing to go on with
+        _clear(folder)  # there is nothing to go on with
         reasons = ", ".join(f"{entry['count']}× {reason}" for reason, entry in skipped.items())
         raise ConvFusionError(f"nothing of {source.spec} can be used: {reasons or 'it is empty'}")
     counts = {"samples": sum(sizes.values()), "chunks": len(records), "sizes": sizes}
     begun = read_manifest(folder)
     write_manifest(folder, {**begun, **counts, "skipped": skipped, "complete": True})
+
+
+def _clear(folder: Path) -> None:
+    """Remove a cache, and its folder unless somebody put something else there."""
+    for name in (MANIFEST, EMPTY):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHUNKS, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def key_of(path: Path) -> tuple[int, int]:

@@ -58,6 +58,7 @@ class LatentCache:
         self.groups: Sequence[Sequence[int]] = []
         try:
             self.skipped: dict[str, dict[str, Any]] = self.manifest["skipped"]
+            self.buckets = len(self.manifest["buckets"]) > 1
             self._names = list(self.manifest["sizes"])
             self.sizes = [_size_of(name) for name in self._names]
             self._dtypes = {

@@ -115,7 +115,7 @@ class DistillConfig:
         if not 0 <= self.imitation_steps <= self.steps:
             raise ConvFusionError(
                 f"imitation_steps must lie between 0 and steps: it is {self.imitation_steps}, and "
-                f"there are {self.steps} steps"
+                f"there are {self.steps} steps: lower it too"
             )
         if self.batch_size % self.accumulation:
             raise ConvFusionError(
@@ -128,6 +128,8 @@ class DistillConfig:
             raise ConvFusionError("caption_drop and decay must lie between 0 and 1")
         if not (0 <= self.ema < 1 and all(0 <= beta < 1 for beta in self.betas)):
             raise ConvFusionError("ema and betas must lie between 0 and 1, and below 1")
+        if not 0 <= self.seed < 2**63:
+            raise ConvFusionError(f"seed must lie between 0 and 2^63 − 1, not {self.seed}")
         if self.max_skipped < 1:
             raise ConvFusionError("max_skipped must be at least 1")
 

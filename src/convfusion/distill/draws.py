@@ -44,7 +44,7 @@ class Batches:
         return self._batches[place]
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         batches = []
         for group in self.groups:
             order = torch.randperm(len(group), generator=generator).tolist()
@@ -93,7 +93,7 @@ class Draws(Dataset):
 
     def __getitem__(self, step: int) -> list[Draw]:
         config, indices = self.config, self.batches[step]
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) % 2**63)
         seeds = torch.randint(0, 2**62, (len(indices),), generator=generator).tolist()
         timesteps = torch.randint(0, self.count, (len(indices),), generator=generator)
         chance = torch.rand(len(indices), generator=generator)

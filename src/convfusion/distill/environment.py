@@ -16,6 +16,7 @@ from torch import Tensor
 from convfusion.adapters import Denoiser
 from convfusion.distill.config import DistillConfig
 from convfusion.distill.logs import tracker_name
+from convfusion.distill.optimizers import check_optimizer
 from convfusion.errors import ConvFusionError
 from convfusion.surgery import mixers_of
 
@@ -33,6 +34,12 @@ def check_autocast(model: Denoiser, autocast: str) -> None:
         )
     if autocast == "fp16" and model.device.type == "cpu":
         raise ConvFusionError("fp16 trains on a GPU only: on a CPU take autocast bf16 or no")
+
+
+def check_possible(model: Denoiser, config: DistillConfig) -> None:
+    """Raise a ConvFusionError for what this machine cannot do, before any work is done for it."""
+    check_autocast(model, config.autocast)
+    check_optimizer(config.optimizer)
 
 
 def make_accelerator(config: DistillConfig, out: Path | None, *, cpu: bool) -> Accelerator:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,23 +18,26 @@ from convfusion.errors import ConvFusionError
 def make_optimizer(
     parameters: Iterable[nn.Parameter], config: DistillConfig
 ) -> torch.optim.Optimizer:
-    """The optimiser of the blocks.
-
-    Raises:
-        ConvFusionError: it needs bitsandbytes, which is not installed, or a newer PyTorch.
-    """
+    """The optimiser of the blocks, as `check_optimizer` has found it possible."""
     given = list(parameters)
     if config.optimizer == "muon":
         return MatrixMuon(given, config)
     kind: Any = torch.optim.AdamW
     if config.optimizer == "adamw8bit":
-        try:
-            kind = import_module("bitsandbytes.optim").AdamW8bit
-        except ImportError:
-            raise ConvFusionError(
-                "the optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes"
-            ) from None
+        kind = import_module("bitsandbytes.optim").AdamW8bit
     return kind(given, **_settings(config))
+
+
+def check_optimizer(optimizer: str) -> None:
+    """Raise a ConvFusionError if bitsandbytes or a newer PyTorch is needed, and is not there."""
+    if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ConvFusionError(
+            f"the optimizer muon needs PyTorch 2.9 or newer, and this is {torch.__version__}"
+        )
+    if optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise ConvFusionError(
+            "the optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes"
+        )
 
 
 def state_per_number(parameter: nn.Parameter, optimizer: str) -> float:
@@ -51,16 +55,9 @@ class MatrixMuon(torch.optim.Optimizer):
     Muon (https://kellerjordan.github.io/posts/muon) takes the nearest orthogonal matrix of the
     momentum as its step, which is defined for matrices alone. It is scaled to the size of AdamW's
     steps (Moonlight, arXiv 2502.16982), so that a rate suits both.
-
-    Raises:
-        ConvFusionError: this PyTorch has no Muon.
     """
 
     def __init__(self, parameters: list[nn.Parameter], config: DistillConfig) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise ConvFusionError(
-                f"the optimizer muon needs PyTorch 2.9 or newer, and this is {torch.__version__}"
-            )
         super().__init__(parameters, {"lr": config.learning_rate})
         matrices = [p for p in parameters if _is_matrix(p)]
         others = [p for p in parameters if not _is_matrix(p)]
@@ -76,12 +73,19 @@ class MatrixMuon(torch.optim.Optimizer):
             self.parts.append(torch.optim.AdamW(others, **_settings(config)))
         self.param_groups = [group for part in self.parts for group in part.param_groups]
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
-        for part in self.parts:
-            part.state = self.state  # of one parameter each: saved and restored as one
+        self._share()
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Take a step with each part; a closure is not taken."""
-        assert closure is None
+    def _share(self) -> None:
+        """Let the parts work on these groups and this state, which are saved and loaded as one."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # what `load_state_dict` calls
+        super().__setstate__(state)
+        self._share()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step with each part. There is no closure; accelerate passes none by place."""
         for part in self.parts:
             part.step()
 

@@ -79,10 +79,11 @@ def read_settings(path: str | Path | None, given: Mapping[str, Any]) -> RunSetti
             raise ConvFusionError(f"{path} cannot be read: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConvFusionError(f"{path} is no TOML: {error}") from None
-    try:
-        return RunSettings.from_dict(merged(values, given))
-    except ConvFusionError as error:
-        raise ConvFusionError(f"{path}: {error}" if path else str(error)) from None
+        try:
+            RunSettings.from_dict(values)
+        except ConvFusionError as error:
+            raise ConvFusionError(f"{path}: {error}") from None
+    return RunSettings.from_dict(merged(values, given))
 
 
 def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

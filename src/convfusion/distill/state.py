@@ -51,15 +51,27 @@ class RunState:
 
 def check_unused(out: Path) -> None:
     """Raise a ConvFusionError if a folder holds blocks or another run's checkpoints."""
-    if any((out / "checkpoints").glob("step-*")) or (out / checkpoint.MANIFEST).exists():
+    if checkpoints(out) or (out / checkpoint.MANIFEST).exists():
         raise ConvFusionError(
             f"{out} holds blocks or the checkpoints of a run: resume it, or choose another folder"
         )
 
 
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint is of, by its name; -1 for another folder."""
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdecimal() and number != folder.name else -1
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = (out / "checkpoints").glob("step-*")
+    return sorted((each for each in found if step_of(each) >= 0), key=step_of)
+
+
 def last_checkpoint(out: Path) -> Path | None:
     """The newest whole checkpoint of a run, if it has one."""
-    return max((out / "checkpoints").glob("step-*"), default=None)
+    return next(reversed(checkpoints(out)), None)
 
 
 def to_resume(out: Path) -> Path | None:
@@ -121,8 +133,8 @@ def write_run(
         raise CheckpointError(
             f"the checkpoint of step {state.step} cannot be written: {error}; {left}"
         ) from None
-    for old in sorted(root.glob("step-*"))[:-KEPT]:
-        shutil.rmtree(old)
+    for old in checkpoints(out)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)  # the new one is whole: nothing is lost
 
 
 def flush_folder(folder: Path) -> None:
@@ -151,12 +163,11 @@ def read_run(
         CheckpointError: a file is damaged, or was written with another config or base model, or
             the run has done more steps than it shall.
     """
+    facts = check_same_run(folder, config)
     try:
-        facts = json.loads((folder / STATE).read_text(encoding="utf-8"))
         state = RunState(int(facts["step"]), int(facts["skipped"]), scaler=dict(facts["scaler"]))
-        before, expected = dict(facts["config"]), (facts["optimizer"], facts["average"])
-        trained = str(facts["base"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected, trained = (facts["optimizer"], facts["average"]), str(facts["base"])
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read: {error}") from None
     if trained != base:
         raise CheckpointError(
@@ -164,6 +175,19 @@ def read_run(
         )
     if state.step > config["steps"]:
         raise CheckpointError(f"{folder} has done {state.step} steps, not {config['steps']}")
+    state.optimizer = _read(folder / OPTIMIZER, expected[0], named)
+    if expected[1]:
+        state.average = _read(folder / AVERAGE, expected[1], named)
+    return state
+
+
+def check_same_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself; a CheckpointError if it is of another config."""
+    try:
+        facts = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        before = dict(facts["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE} cannot be read: {error}") from None
     here = json.loads(json.dumps(config))
     changed = sorted(k for k in here if here[k] != before.get(k) and k not in FREE)
     if changed:
@@ -171,10 +195,7 @@ def read_run(
             f"{folder} was written with another {', '.join(changed)}: resume with the same "
             "config, or start in another folder"
         )
-    state.optimizer = _read(folder / OPTIMIZER, expected[0], named)
-    if expected[1]:
-        state.average = _read(folder / AVERAGE, expected[1], named)
-    return state
+    return facts
 
 
 def _read(path: Path, expected: list[str], named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -185,13 +206,7 @@ def _read(path: Path, expected: list[str], named: Mapping[str, nn.Parameter]) ->
         raise CheckpointError(f"{path} does not hold the state of these blocks")
     for key, tensor in tensors.items():
         name, _, kind = key.partition("/")
-        whole = kind in (
-            "",
-            "exp_avg",
-            "exp_avg_sq",
-            "momentum_buffer",
-        )  # others have shapes of their own
-        if name in named and whole and tensor.shape != named[name].shape:
+        if name in named and kind in SHAPED and tensor.shape != named[name].shape:
             raise CheckpointError(f"{path}: {key} has another shape than its parameter")
     return tensors
 
@@ -201,10 +216,11 @@ def optimizer_tensors(
 ) -> dict[str, Tensor]:
     """The state of an optimiser by parameter, numbers as tensors; empty before its first step.
 
-    Copies: bitsandbytes shares tensors among parameters, which safetensors would refuse.
+    Copies on the CPU: a GPU may have no room for a second state, and bitsandbytes shares tensors
+    among parameters, which safetensors would refuse.
     """
     return {
-        f"{name}/{key}": torch.as_tensor(value).clone().contiguous()
+        f"{name}/{key}": torch.as_tensor(value).to("cpu", copy=True).contiguous()
         for name, parameter in named.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }

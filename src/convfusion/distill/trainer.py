@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from convfusion.distill import state as saved_state
 from convfusion.distill.config import DistillConfig
 from convfusion.distill.draws import Draw, Draws
 from convfusion.distill.environment import (
-    check_autocast,
+    check_possible,
     decoded_as_it_is,
     make_accelerator,
     ready_to_train,
@@ -106,7 +106,9 @@ def distill(
         trainer.begin(found)
         terms = trainer.train(interrupted, on_step, validate)
         ended = trainer.state.step == config.steps
-        error = trainer.held_out_error() if ended else None
+        error = trainer.error
+        if ended and error is None:  # as where a run had come to its end before
+            error = trainer.held_out_error()
     if folder is not None and trainer.accelerator.is_main_process:
         checkpoint.save(pipe, folder)
     trainer.accelerator.wait_for_everyone()
@@ -123,7 +125,7 @@ class Trainer:
     ) -> None:
         self.pipe, self.config, self.out = pipe, config, out
         self.student = denoiser_of(pipe)
-        check_autocast(self.student, config.autocast)
+        check_possible(self.student, config)
         self.accelerator = make_accelerator(config, out, cpu=self.student.device.type == "cpu")
         if self.accelerator.num_processes > 1:
             pipe.to(self.accelerator.device)
@@ -143,6 +145,7 @@ class Trainer:
         self.base = fingerprint(self.student, without=".mixer.") if out is not None else ""
         self.state = saved_state.RunState()
         self.skipped_in_a_row = 0
+        self.error: float | None = None  # of the blocks at the end, on the samples held out
 
     def begin(self, found: Path | None) -> None:
         """Make ready for the first step, or for the next one after a checkpoint."""
@@ -155,6 +158,8 @@ class Trainer:
         optimizer = make_optimizer(self.named.values(), config)
         saved_state.restore_optimizer(optimizer, self.named, self.state.optimizer)
         self.average = self.make_average()
+        self.state.optimizer, self.state.average = {}, {}  # where they belong now
+        self.clear_gradients()
         self.model, self.optimizer = self.accelerator.prepare(self.task, optimizer)
         if self.state.scaler:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
@@ -189,13 +194,14 @@ class Trainer:
                     self.save()
                 due = config.validate_every and state.step % config.validate_every == 0
                 if due or ended:
-                    self.validate(validate)
+                    error = self.validate(validate)
+                    self.error = error if ended else None
                 if last:
                     break
             if self.average is not None:
                 self.average.copy_to(self.named.values())
         finally:
-            self.optimizer.zero_grad()
+            self.clear_gradients()
             self.log.close()
         return terms
 
@@ -239,13 +245,14 @@ class Trainer:
             clip_grads_with_norm_(self.named.values(), config.clip_norm, norm)
         else:
             self.skip(parts)
+            self.clear_gradients()  # their norm may overflow where a scaler sees none that does
         if finite or accelerator.scaler is not None:  # a scaler skips the step by itself
             self.optimizer.step()
         if finite:
             self.skipped_in_a_row = 0
             if self.average is not None:
                 self.average.step(self.named.values())
-        self.optimizer.zero_grad()
+        self.clear_gradients()
         done = self.state.step + 1
         if done % config.log_every == 0 or done in (1, config.steps):
             values = {f"loss/{name}": value for name, value in terms.items()}
@@ -253,6 +260,11 @@ class Trainer:
             values |= {"gradient_norm": norm.item(), "learning_rate": rate}
             self.log.write(done, values | {"skipped": self.state.skipped})
         return terms
+
+    def clear_gradients(self) -> None:
+        """Of an optimiser under accelerate they are cleared after the last part of a batch only."""
+        for parameter in self.named.values():
+            parameter.grad = None
 
     def means(self, found: list[Losses]) -> tuple[dict[str, float], dict[str, float]]:
         """Terms and site errors over the parts of all processes."""
@@ -286,7 +298,9 @@ class Trainer:
         if self.skipped_in_a_row < most:
             return
         with self.accelerator.autocast():
-            where = what_fails(self.task, [self.placed(part) for part in parts])
+            alone = self.state.step < self.config.imitation_steps
+            placed_parts = [self.placed(part) for part in parts]
+            where = what_fails(self.task, placed_parts, alone=alone)
         raise self.not_finite(
             f"a loss or gradient was not finite in {most} steps in a row, up to step "
             f"{self.state.step + 1}; the first thing that is not finite is "
@@ -305,8 +319,8 @@ class Trainer:
         latents, noise, timesteps = (tensor.to(device) for tensor in part[:3])
         return latents, noise, timesteps, placed(part.conditioning, self.student)
 
-    def validate(self, draw: DrawPicture | None) -> None:
-        """Draw a picture and measure the ε-error on the samples held out, with the average."""
+    def validate(self, draw: DrawPicture | None) -> float | None:
+        """Draw a picture, and measure and return the ε-error held out, with the average."""
         with self.averaged():
             if draw is not None and self.accelerator.is_main_process:
                 # The base may be in half precision, and the blocks are not.
@@ -317,6 +331,7 @@ class Trainer:
         if error is not None:
             self.log.write(self.state.step, {"held_out/epsilon_error": error})
         self.accelerator.wait_for_everyone()
+        return error
 
     def held_out_error(self) -> float | None:
         """ε-error on the samples held out, or None if there are none."""
@@ -344,7 +359,7 @@ class Trainer:
             ConvFusionError: a block is not finite, so no later step can be.
             CheckpointError: it cannot be written.
         """
-        state = self.state
+        state = replace(self.state)
         for name, parameter in self.named.items():
             if not parameter.isfinite().all():
                 raise self.not_finite(f"after step {state.step} {name} is not finite")

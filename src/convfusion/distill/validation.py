@@ -75,7 +75,10 @@ def _mixed(*numbers: int) -> int:
 
 @torch.no_grad()
 def what_fails(
-    task: DistillTask, parts: Sequence[tuple[Tensor, Tensor, Tensor, dict[str, Any]]]
+    task: DistillTask,
+    parts: Sequence[tuple[Tensor, Tensor, Tensor, dict[str, Any]]],
+    *,
+    alone: bool = False,
 ) -> str | None:
     """The first thing on a student's way that is not finite, in words; None if there is none here.
 
@@ -84,13 +87,14 @@ def what_fails(
 
     Args:
         task: student and teacher.
-        parts: the arguments of `DistillTask.losses` for each part of the batch.
+        parts: the arguments of `task` for each part of the batch.
+        alone: look at each block alone, as stage 1 trains it.
     """
     mixers = mixers_of(task.student)
     order = list(mixers)
     for part in parts:
         with collected(mixers, "input") as inputs, collected(mixers, "output") as outputs:
-            task.losses(*part)
+            task(*part, alone=alone)
         order = list(outputs)
         for path in order:
             if not inputs[path].isfinite().all():
