@@ -139,9 +139,10 @@ def ablation() -> str:
     for row in rows:
         runs[row["part"], row["variant"]].append(row)
     whole = mean_error(next(iter(runs.values())))
+    parts = list(dict.fromkeys(part for part, _ in runs))
     lines = [
         [part, name, spread(own), f"{mean_error(own) / whole:.2f}", millions(own[0]), cost(own[0])]
-        for (part, name), own in runs.items()
+        for (part, name), own in sorted(runs.items(), key=lambda run: parts.index(run[0][0]))
     ]
     heads = ["part", "variant", "ε-error", "over the first", "parameters", "fewer operations"]
     return f"{table(heads, lines)}\n\n{one(rows, 'steps')[0]} steps each."

@@ -11,7 +11,7 @@ import json
 import re
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -116,10 +116,11 @@ def efficiency() -> str:
     runs = defaultdict(list)
     for row in read("efficiency.csv"):
         runs[row["model"], row["recipe"], row["seed"]].append(row)
-    recipes = list(dict.fromkeys((model, recipe) for model, recipe, _ in runs))
-    seeds = {model: complete_seeds(model, runs.keys()) for model, _ in recipes}
+    recipes = list(dict.fromkeys(recipe for _, recipe, _ in runs))
+    every = {model: complete_seeds(model, runs.keys(), len(recipes)) for model, _, _ in runs}
+    seeds = {model: own for model, own in every.items() if own}  # others are under way
     lines = []
-    for model, recipe in recipes:
+    for model, recipe in ((model, recipe) for model in seeds for recipe in recipes):
         cells = []
         for factor in (2.0, 1.2, 1.0):
             reached = []
@@ -150,13 +151,10 @@ of the paper's recipe of the same seed at its end ({lengths}); {told}. From
 [results/efficiency.csv](../results/efficiency.csv), by `python recipes/efficiency.py`."""
 
 
-def complete_seeds(model: str, runs: Iterable[tuple[str, str, str]]) -> list[str]:
-    """The seeds that every recipe of a model was run with."""
-    by_recipe = defaultdict(set)
-    for name, recipe, seed in runs:
-        if name == model:
-            by_recipe[recipe].add(seed)
-    return sorted(set.intersection(*by_recipe.values()))
+def complete_seeds(model: str, runs: Iterable[tuple[str, str, str]], recipes: int) -> list[str]:
+    """The seeds that a model was run with by as many recipes as there are."""
+    count = Counter(seed for name, _, seed in runs if name == model)
+    return sorted(seed for seed, held in count.items() if held == recipes)
 
 
 def median_of(reached: list[tuple[int, float] | None]) -> str:
