@@ -66,13 +66,14 @@ def generate(
         for start in range(0, len(prompts), batch_size):
             stop = start + batch_size
             part = prompts[start:stop]
-            images += pipe(
+            drawn = pipe(
                 class_labels(pipe, part) if of_classes else part,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[start:stop]],
                 **options,
             ).images
+            images.extend(drawn)  # `+=` would add an array of numpy, which old diffusers give
     return images
 
 
