@@ -54,8 +54,8 @@ def variants(steps: int, seed: int) -> dict[tuple[str, str], Recipe]:
     def losses(**changed: float) -> Recipe:
         return trained(losses=replace(distillation(steps).losses, **changed))
 
-    def shipped(feature: float = 1e-2, **changed: Any) -> Recipe:
-        """The shipped student's blocks, step by step towards its settings."""
+    def wide(feature: float = 1e-2, **changed: Any) -> Recipe:
+        """Wide blocks, step by step towards the settings of `mini/student.py`."""
         losses = replace(distillation(steps).losses, feature=feature)
         blocks = uniform(DeltaConv(kernel_size=5, stages=3, ratio=2.0, gate="sigmoid"))
         return recipe(blocks, steps, seed, losses=losses, **changed)
@@ -84,10 +84,10 @@ def variants(steps: int, seed: int) -> dict[tuple[str, str], Recipe]:
         ("stage 1", "none"): trained(imitation_steps=0),
         ("stage 1", "half of the steps"): trained(imitation_steps=steps // 2),
         ("stage 1", "alone"): trained(imitation_steps=steps),
-        ("wide", "K 5, 3 stages, sigmoid, ratio 2"): shipped(),
-        ("wide", "and five times the feature term"): shipped(5e-2),
-        ("wide", "and half the rate"): shipped(5e-2, learning_rate=1e-2),
-        ("wide", "and Muon"): shipped(5e-2, learning_rate=1e-2, optimizer="muon"),
+        ("wide", "K 5, 3 stages, sigmoid, ratio 2"): wide(),
+        ("wide", "and five times the feature term"): wide(5e-2),
+        ("wide", "and half the rate"): wide(5e-2, learning_rate=1e-2),
+        ("wide", "and Muon"): wide(5e-2, learning_rate=1e-2, optimizer="muon"),
     }
 
 

@@ -87,7 +87,7 @@ class AskedOnce:
     def error(self, pipe: Any, held_out: LatentDataset) -> float:
         """The ε-error of a pipeline against this teacher; always of the same samples."""
         self.again = iter(self.answers)
-        return epsilon_error(pipe, self, held_out.latents, held_out.captions)  # type: ignore
+        return epsilon_error(pipe, self, held_out.latents, held_out.captions)
 
 
 def curve(

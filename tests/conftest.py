@@ -1,6 +1,7 @@
 """Tests never reach for the network, and never depend on the order they run in."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: threads would be in the way
@@ -9,6 +10,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: threads woul
 import hypothesis
 import pytest
 import torch
+from tiny_pipelines import stable_diffusion
+
+from convfusion import cli
 
 # A test says what holds, not how fast, and says it of the same examples each time.
 hypothesis.settings.register_profile("convfusion", deadline=None, derandomize=True)
@@ -28,3 +32,25 @@ def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process: exit status, standard output and error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["convfusion", *map(str, arguments)])
+        capsys.readouterr()  # what fixtures have printed
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The folder of a small Stable Diffusion."""
+    stable_diffusion().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"

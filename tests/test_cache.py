@@ -377,25 +377,3 @@ def test_reading_opens_few_files_and_survives_pickling(monkeypatch, whole):
     for index in (0, CHUNK, 2 * CHUNK, 1):
         assert torch.equal(found.take([index], [False])[0], again.take([index], [False])[0])
     assert found._open.cache_info().currsize == 1
-
-
-def test_command_line(monkeypatch, capsys, pipe, tmp_path):
-    from convfusion.cli import main
-
-    pipe.save_pretrained(tmp_path / "model")
-    data = write_pictures(tmp_path / "data", 5)
-    (data / "0002.png").write_bytes(b"nothing")
-    monkeypatch.setenv("COLUMNS", "120")
-    command = ["convfusion", "cache", str(tmp_path / "model"), "--out", str(tmp_path / "cache")]
-    monkeypatch.setattr(sys, "argv", [*command, "--data", str(data), "--workers", "2"])
-    for _ in range(2):
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out = capsys.readouterr().out
-        assert not ended.value.code
-        assert "4 samples" in out and "unreadable picture" in out and "0002.png" in out
-    assert len(open_cache(pipe, tmp_path / "cache", size=(16, 16))) == 4
-    monkeypatch.setattr(sys, "argv", [*command, "--data", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2 and "does not exist" in capsys.readouterr().err

@@ -2,43 +2,20 @@
 
 import inspect
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_pipelines import dit_pipeline, stable_diffusion
+from tiny_pipelines import dit_pipeline
 
 import convfusion
-from convfusion import cli
 from convfusion.cli.distill import distill as distill_command
 from convfusion.demo import DEMO_STEPS, distillation
 from convfusion.distill import DistillConfig, LossWeights
 from convfusion.distill.settings import as_toml, read_settings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process: exit status, standard output and error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convfusion", *map(str, arguments)])
-        capsys.readouterr()  # what fixtures have printed
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return call
-
-
-@pytest.fixture
-def model(tmp_path):
-    stable_diffusion().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 @pytest.fixture
@@ -355,3 +332,15 @@ def test_an_unconverted_model_is_not_exported(run, model, tmp_path):
     code, _, err = run("export", model, "--out", tmp_path / "model.onnx")
     assert code == 2 and err.count("\n") == 1
     assert not (tmp_path / "model.onnx").exists()
+
+
+def test_cache_says_what_it_skipped(run, model, pictures, tmp_path):
+    (pictures / "spoilt.png").write_bytes(b"nothing")
+    (pictures / "spoilt.txt").write_text("blue apple")
+    command = ("cache", model, "--out", tmp_path / "cache", "--workers", 2)
+    for _ in range(2):  # the second finds it done
+        code, out, err = run(*command, "--data", pictures)
+        assert code == 0, err
+        assert "2 samples" in out and "unreadable picture" in out and "spoilt.png" in out
+    code, _, err = run(*command, "--data", tmp_path / "nowhere")
+    assert code == 2 and "does not exist" in err

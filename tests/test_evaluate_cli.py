@@ -11,27 +11,12 @@ from tiny_pipelines import stable_diffusion
 from transformers import Dinov2Config, Dinov2Model
 
 import convfusion
-from convfusion import cli, mini
 from convfusion import evaluate as api
+from convfusion import mini
 from convfusion.cli.evaluate import named, print_evaluation, prompts_of, real_pictures
 from convfusion.evaluate import drawing, plan
 from convfusion.evaluate.real import open_real
 from convfusion.files import write_tensors
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command in this process: exit status, standard output and error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convfusion", "evaluate", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +50,7 @@ def test_evaluate(run, places, tmp_path):
     out = tmp_path / "out"
     options = ("--blocks", places / "blocks", "--prompts", places / "prompts.txt", "--steps", 2)
     options += ("--extractor", places / "dino", "--real", places / "real", "--samples", 4)
-    code, said, err = run(places / "model", "--out", out, *options)
+    code, said, err = run("evaluate", places / "model", "--out", out, *options)
     assert code == 0, err
     told = json.loads((out / "evaluation.json").read_text())
     assert told["student"] == "model with the blocks of blocks"
@@ -75,7 +60,7 @@ def test_evaluate(run, places, tmp_path):
     assert "frechet distance" in said and str(out) in said
     assert str(places) not in (out / "evaluation.json").read_text()
     assert len(list(out.glob("*/*.png"))) == 12
-    code, _, err = run(places / "model", "--out", out, *options, "--seed", 9)
+    code, _, err = run("evaluate", places / "model", "--out", out, *options, "--seed", 9)
     assert code == 2 and "begun with other settings (seeds)" in err
 
 
@@ -131,10 +116,10 @@ def test_ctrl_c_says_what_goes_on(run, places, tmp_path, monkeypatch):
 
     monkeypatch.setattr(drawing, "generate", stopped)
     prompts = ("--prompts", places / "prompts.txt", "--steps", 2)
-    code, _, err = run("mini", "--out", tmp_path / "out", *prompts)
+    code, _, err = run("evaluate", "mini", "--out", tmp_path / "out", *prompts)
     assert (code, err) == (130, "convfusion: stopped: the same command goes on from here\n")
     monkeypatch.setattr(sys.modules["convfusion.cli.evaluate"], "load_pipeline", stopped)
-    code, _, err = run("mini", "--out", tmp_path / "out", *prompts)
+    code, _, err = run("evaluate", "mini", "--out", tmp_path / "out", *prompts)
     assert (code, err) == (130, "convfusion: interrupted\n")
 
 
@@ -182,7 +167,7 @@ def test_a_mistake_is_one_clear_line_before_anything_is_drawn(run, places, tmp_p
     if None in arguments:
         place = arguments.index(None)
         del arguments[place - 1 : place + 1]
-    code, said, err = run(*arguments)
+    code, said, err = run("evaluate", *arguments)
     assert code == 2
     assert message in err
     assert "drawing" not in said

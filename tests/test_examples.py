@@ -25,12 +25,6 @@ def start(monkeypatch, tmp_path):
     return run
 
 
-@pytest.fixture
-def model(tmp_path):
-    stable_diffusion().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 def test_convert_the_embedded_model(start, tmp_path, capsys):
     start("convert_your_model.py")
     assert "7 of 7 self-attention sites converted" in capsys.readouterr().out

@@ -3,7 +3,6 @@
 import copy
 import csv
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,7 @@ from tiny_models import randomise
 from tiny_pipelines import PIPELINES, pixart_sigma, stable_diffusion
 
 import convfusion
-from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, cli, surgery, uniform
+from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, surgery, uniform
 from convfusion.adapters import denoiser_of, list_sites
 from convfusion.analysis.plots import short_name
 from convfusion.cli.curve import print_curve
@@ -331,75 +330,3 @@ class TestCurve:
         surgery.drop_attention(pipe)
         with pytest.raises(ConvFusionError, match="dropped"):
             site_costs(pipe, data, data, TRAINING)
-
-
-class TestCommands:
-    @pytest.fixture
-    def run(self, monkeypatch, capsys):
-        def call(*arguments):
-            monkeypatch.setattr(sys, "argv", ["convfusion", *map(str, arguments)])
-            capsys.readouterr()  # what fixtures have printed
-            with pytest.raises(SystemExit) as ended:
-                cli.main()
-            return ended.value.code, *capsys.readouterr()
-
-        return call
-
-    @pytest.fixture
-    def model(self, tmp_path):
-        stable_diffusion().save_pretrained(tmp_path / "model")
-        return tmp_path / "model"
-
-    def test_curve_then_convert(self, run, model, tmp_path):
-        prompts = tmp_path / "prompts.txt"
-        prompts.write_text("red apple\ngreen apple\nred\ngreen\n")
-        cache, out = tmp_path / "cache", tmp_path / "curve"
-        code, _, err = run("cache", model, "--data", prompts, "--out", cache, "--steps", 1)
-        assert code == 0, err
-        options = ("--steps", 1, "--batch-size", 2, "--held-out", 1, "--sites", 2)
-        code, text, err = run("curve", model, "--data", cache, "--out", out, *options)
-        assert code == 0, err
-        assert "cheapest-02.json" in text
-        code, text, err = run(
-            "convert", model, "--config", out / "cheapest-02.json", "--out", tmp_path / "converted"
-        )
-        assert code == 0, err
-        assert "2 of 7 self-attention sites converted" in text
-        code, _, err = run("curve", model, "--data", cache, "--out", out, *options)
-        assert code == 2 and "not empty" in err
-
-        stopped = tmp_path / "stopped"  # while it drew its data
-        (stopped / "cache").mkdir(parents=True)
-        code, _, err = run("curve", model, "--data", prompts, "--out", stopped, *options)
-        assert code == 0, err
-
-    def test_convert_every(self, run, model, tmp_path):
-        code, text, err = run(
-            "convert", model, "--every", 3, "--first", 1, "--out", tmp_path / "converted"
-        )
-        assert code == 0, err
-        assert "2 of 7 self-attention sites converted" in text
-        found = convfusion.load_pipeline(tmp_path / "converted")
-        assert list(mixers_of(found)) == paths_of(found)[1::3]
-
-    @pytest.mark.parametrize(
-        "options, complaint",
-        [
-            (["convert", "--every", 2, "--first", 7], "chooses none of 7"),
-            (["convert", "--first", 1], "--first goes with --every"),
-            (["convert", "--every", 2, "--blocks", "b"], "give --blocks, or"),
-            (["curve"], "--data is needed"),
-            (["curve", "--data", "nowhere"], "nowhere does not exist"),
-            (["curve", "--data", "PROMPTS", "--sites", 8], "8 sites cannot be chosen"),
-            (["curve", "--data", "PROMPTS", "--by", "size"], "imitation or epsilon"),
-            (["curve", "--data", "PROMPTS", "--learning-rate", 0], "must be positive"),
-        ],
-    )
-    def test_mistakes_are_one_line_before_anything_is_written(
-        self, run, model, tmp_path, options, complaint
-    ):
-        (tmp_path / "prompts.txt").write_text("red apple\n")
-        command, *rest = [tmp_path / "prompts.txt" if o == "PROMPTS" else o for o in options]
-        code, _, err = run(command, model, "--out", tmp_path / "out", *rest)
-        assert code == 2 and complaint in err and len(err.splitlines()) == 1
-        assert not (tmp_path / "out").exists()

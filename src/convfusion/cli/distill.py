@@ -73,7 +73,6 @@ def distill(
     from convfusion.adapters import denoiser_of
     from convfusion.distill.environment import check_possible
     from convfusion.distill.settings import as_toml, read_settings
-    from convfusion.distill.state import check_same_run, to_resume
     from convfusion.surgery import mixers_of
 
     named: dict[str, Any] = {"model": model, "data": data, "size": size, "buckets": buckets}
@@ -92,9 +91,8 @@ def distill(
     if dry_run or ready is None or out is None:
         return print_plan(pipe, run.distill, planned_size(run))
     check_possible(denoiser_of(pipe), run.distill)
-    if resume and (last := to_resume(out)):
-        check_same_run(last, run.distill.to_dict())
-    train(pipe, ready(pipe, out), run, out, prompts=prompt, resume=resume, show=main)
+    done = going_on(out, run.distill, show=main) if resume else 0
+    train(pipe, ready(pipe, out), run, out, prompts=prompt, resume=resume, done=done, show=main)
 
 
 def check_run(run: Any, out: Path | None, *, dry_run: bool, resume: bool) -> None:
@@ -107,6 +105,23 @@ def check_run(run: Any, out: Path | None, *, dry_run: bool, resume: bool) -> Non
         check_new(out, advice="go on with --resume, or choose another folder")
 
 
+def going_on(out: Path, config: DistillConfig, *, show: bool) -> int:
+    """The steps that a run's last checkpoint has behind it; 0 without one.
+
+    Raises:
+        ConvFusionError: it is of other settings.
+    """
+    from convfusion.distill.state import check_same_run, step_of, to_resume
+
+    last = to_resume(out)
+    if last:
+        check_same_run(last, config.to_dict())
+    done = step_of(last) if last else 0
+    if show:
+        typer.echo(f"Going on after step {done}." if last else f"{out} has no checkpoint: step 1.")
+    return done
+
+
 def train(
     pipe: Any,
     data: Any,
@@ -115,18 +130,14 @@ def train(
     *,
     prompts: list[str] | None,
     resume: bool,
+    done: int,
     show: bool,
 ) -> None:
     """Distil with a progress bar and validation pictures, and write the model card."""
     from convfusion.distill import distill as distil
     from convfusion.distill.card import write_card
-    from convfusion.distill.state import step_of, to_resume
 
     drawn = prompts or list(dict.fromkeys(data.captions))[:4]
-    last = to_resume(out) if resume else None
-    done = step_of(last) if last else 0
-    if resume and show:
-        typer.echo(f"Going on after step {done}." if last else f"{out} has no checkpoint: step 1.")
     progress = progress_bar()
     progress.disable = not show
     bar = progress.add_task("distilling", total=run.distill.steps, completed=done)

@@ -84,10 +84,13 @@ class MatrixMuon(torch.optim.Optimizer):
         super().__setstate__(state)
         self._share()
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take a step with each part. There is no closure; accelerate passes none by place."""
-        for part in self.parts:
+    def step(self, closure: Any = None) -> Any:
+        """Take a step with each part; a closure is called once, and its loss returned."""
+        first, *others = self.parts
+        loss = first.step(closure)
+        for part in others:
             part.step()
+        return loss
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:

@@ -262,7 +262,7 @@ class Trainer:
         return terms
 
     def clear_gradients(self) -> None:
-        """Of an optimiser under accelerate they are cleared after the last part of a batch only."""
+        """Clear them also amid a batch, where an optimiser under accelerate keeps them."""
         for parameter in self.named.values():
             parameter.grad = None
 
