@@ -28,7 +28,7 @@ from convfusion.evaluate import epsilon_error
 from convfusion.mixers import Removed
 from convfusion.schedule import add_noise, noise_schedule
 from convfusion.surgery import mixers_of
-from experiment import KEPT, Table, digest, weights_of
+from experiment import KEPT, Table, digest, shipped, weights_of
 
 TABLE = Table("another_base.csv", ["variant", "design", "tuning_steps", "steps", "made"])
 Row = dict[str, str]
@@ -96,6 +96,14 @@ def measured(variant: str, design: str, tuning: int, steps: int) -> Row:
     return {"epsilon_error": f"{error(base, held_out):.4e}"}
 
 
+def made(variant: str) -> str:
+    """A hash of the teacher's weights, and of the shipped blocks or their kind where they count."""
+    if variant.startswith("shipped"):
+        return shipped()[1]
+    kind = shipped_kind().to_dict() if variant.startswith("fresh") else None
+    return digest(weights_of("mini"), kind)
+
+
 def shipped_kind() -> ConvertConfig:
     """A conversion to blocks of the shipped student's kind."""
     mixers = mixers_of(denoiser_of(mini.load_student()))
@@ -119,7 +127,7 @@ def main() -> None:
         ("fresh blocks", args.steps),
     ):
         key = (variant, args.design, args.tuning_steps, steps)
-        TABLE.once(partial(measured, *key), *key, weights_of("mini"))
+        TABLE.once(partial(measured, *key), *key, made(variant))
 
 
 if __name__ == "__main__":
