@@ -140,14 +140,12 @@ def efficiency() -> str:
         f"{one(runs[model, 'paper', own[0]], 'length')[0]} steps on {model}"
         for model, own in seeds.items()
     )
-    told = " and ".join(
-        f"{'one seed' if len(own) == 1 else f'median of {len(own)} seeds'} of {model}"
-        for model, own in seeds.items()
-    )
+    counts = ", ".join(f"{len(own)} of {model}" for model, own in seeds.items())
     return f"""{table(heads, lines)}
 
 Steps (and processor seconds) until the ε-error on 32 held-out samples is at most so many times that
-of the paper's recipe of the same seed at its end ({lengths}); {told}. From
+of the paper's recipe of the same seed at its end ({lengths}).
+Medians of the seeds: {counts}. From
 [results/efficiency.csv](../results/efficiency.csv), by `python recipes/efficiency.py`."""
 
 
