@@ -208,6 +208,10 @@ MISTAKES = {
     "bad size": (["generate", "MODEL", "--prompt", "x", "--size", "12"], "512x768"),
     "odd size": (["generate", "MODEL", "--prompt", "x", "--size", "17x16"], "multiples of 8"),
     "no data": (["distill", "MODEL", "--out", "OUT"], "--data is needed"),
+    "size without data": (
+        ["distill", "mini", "--out", "OUT", "--size", "128x128"],
+        "--size and --buckets are for data of your own",
+    ),
     "no folder": (["distill", "MODEL", "--out", "OUT", "--data", "nowhere"], "does not exist"),
     "no data to plan for": (["distill", "MODEL", "--dry-run", "--data", "x"], "does not exist"),
     "what a CPU cannot do": (

@@ -179,6 +179,8 @@ def source_of(run: Any) -> Callable[[Any, Path], Any]:
     if not run.data:
         if not is_embedded(run.model):
             raise ConvFusionError("--data is needed: pictures with captions, prompts, or a cache")
+        if run.size or run.buckets:
+            raise ConvFusionError("--size and --buckets are for data of your own: give --data too")
         return lambda pipe, out: mini.training_data()
     if (Path(run.data) / "cache.json").is_file():
         return lambda pipe, out: cached(pipe, run, size)
