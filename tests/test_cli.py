@@ -252,6 +252,31 @@ MISTAKES = {
         "larger than every grid of tokens it is for: the largest side is 16",
     ),
     "even window": (["ablate", "mini", "--out", "OUT", "--window", "4"], "must be odd"),
+    "a file for a folder": (
+        ["generate", "MODEL", "--prompt", "x", "--out", "EMPTY"],
+        "empty.txt is a file",
+    ),
+    **{
+        f"a file above a folder: {command[0]}": (
+            [*command, "--out", "UNDER"],
+            "empty.txt is a file",
+        )
+        for command in (
+            ["demo"],
+            ["convert", "MODEL"],
+            ["cache", "MODEL", "--data", "PROMPTS"],
+            ["distill", "mini", "--resume"],
+            ["evaluate", "mini"],
+        )
+    },
+    "one file for two pictures": (
+        ["generate", "MODEL", "--prompt", "x", "--prompt", "y", "--out", "x.png"],
+        "x.png is one picture, and there are 2 prompts",
+    ),
+    "nowhere for a file": (
+        ["generate", "MODEL", "--prompt", "x", "--out", "no/such/x.png"],
+        "name one in a folder that is there",
+    ),
     "no such device": (["generate", "MODEL", "--prompt", "x", "--device", "abacus"], "abacus"),
 }
 
@@ -263,7 +288,7 @@ def test_a_mistake_is_one_clear_line(run, model, tmp_path, mistake):
     (tmp_path / "prompts.txt").write_text("red\n")
     places = {"MODEL": model, "OUT": tmp_path / "out", "EMPTY": tmp_path / "empty.txt"}
     places |= {"PROMPTS": tmp_path / "prompts.txt", "MINI": CONFIGS / "mini.toml"}
-    places["BAD"] = tmp_path / "bad.toml"
+    places |= {"BAD": tmp_path / "bad.toml", "UNDER": tmp_path / "empty.txt" / "under"}
     places["BAD"].write_text("model = 'mini'\n[distill]\nstep = 3\n")
     code, _, err = run(*[places.get(argument, argument) for argument in arguments])
     assert code == 2
@@ -271,6 +296,20 @@ def test_a_mistake_is_one_clear_line(run, model, tmp_path, mistake):
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
     assert err.startswith("convfusion: ") and err.count("\n") == 1
+
+
+def test_pictures_never_take_the_place_of_others(run, model, tmp_path):
+    command = ("generate", model, "--prompt", "red", "--steps", 1, "--out")
+    for _ in range(3):
+        assert run(*command, tmp_path)[0] == 0
+    (tmp_path / "00000-seed0.png").unlink()
+    assert run(*command, tmp_path)[0] == 0
+    assert sorted(path.name[:5] for path in tmp_path.glob("*.png")) == ["00001", "00002", "00003"]
+    code, told, _ = run(*command, tmp_path / "red.jpg")
+    assert code == 0 and told.strip() == str(tmp_path / "red.jpg")
+    assert Image.open(tmp_path / "red.jpg").format == "JPEG"
+    code, _, err = run(*command, tmp_path / "red.jpg")
+    assert code == 2 and "is there already" in err
 
 
 def test_a_run_says_where_it_begins_and_what_it_sets_aside(run, model, pictures, tmp_path):

@@ -10,7 +10,15 @@ import typer
 
 from convfusion.cli.console import progress_bar
 from convfusion.cli.models import guidance_for, load_pipeline
-from convfusion.cli.options import Device, Model, Precision, Revision, Size, parse_size
+from convfusion.cli.options import (
+    Device,
+    Model,
+    Precision,
+    Revision,
+    Size,
+    check_folder,
+    parse_size,
+)
 
 
 def cache(
@@ -51,6 +59,7 @@ def cache(
     """
     from convfusion.data.sources import Drawing, open_source
 
+    check_folder(out)
     chosen = guidance_for(model) if guidance is None else guidance
     drawing = Drawing(per_prompt, seed, steps, chosen)
     wanted = parse_size(size) if size else None

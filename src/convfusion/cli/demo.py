@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from convfusion.cli.console import describe, hide_loading_bars, print_results, progress_bar
+from convfusion.cli.options import check_folder
 
 
 def demo(
@@ -20,6 +21,7 @@ def demo(
     """Take the embedded model's self-attention away and distil its replacement, live."""
     from convfusion.demo import distillation, run_demo
 
+    check_folder(out)
     hide_loading_bars()
     progress = progress_bar()
     bar = progress.add_task("distilling", total=steps, visible=False)

@@ -24,6 +24,7 @@ from convfusion.cli.options import (
     Revision,
     SettingsFile,
     Size,
+    check_folder,
     check_new,
     parse_size,
 )
@@ -101,7 +102,9 @@ def check_run(run: Any, out: Path | None, *, dry_run: bool, resume: bool) -> Non
         raise ConvFusionError("which model? Name a pipeline, or `mini`")
     if out is None and not dry_run:
         raise ConvFusionError("--out is needed: a folder for the blocks and checkpoints")
-    if out is not None and not resume:
+    if out is not None and resume:
+        check_folder(out)
+    elif out is not None:
         check_new(out, advice="go on with --resume, or choose another folder")
 
 

@@ -11,7 +11,15 @@ import typer
 from convfusion.cli.analyze import read_prompts
 from convfusion.cli.console import INTERRUPTED, fail, progress_bar
 from convfusion.cli.models import equip, guidance_for, is_embedded, load_pipeline
-from convfusion.cli.options import Blocks, Device, Model, Precision, Size, parse_size
+from convfusion.cli.options import (
+    Blocks,
+    Device,
+    Model,
+    Precision,
+    Size,
+    check_folder,
+    parse_size,
+)
 
 MINI_SAMPLES = 64
 
@@ -70,6 +78,7 @@ def evaluate(
     from convfusion.evaluate.extractors import check_installed
 
     check_installed("torchmetrics", "matplotlib")
+    check_folder(out)
     wanted = prompts_of(model, prompts)
     if samples is None and prompts is None:
         samples = MINI_SAMPLES

@@ -10,7 +10,18 @@ import typer
 
 from convfusion.cli.console import progress_bar
 from convfusion.cli.models import guidance_for, load_pipeline, strength_for
-from convfusion.cli.options import Blocks, Device, Model, Precision, Revision, Size, parse_size
+from convfusion.cli.options import (
+    Blocks,
+    Device,
+    Model,
+    Precision,
+    Revision,
+    Size,
+    check_file,
+    check_folder,
+    parse_size,
+)
+from convfusion.errors import ConvFusionError
 
 Direct = Annotated[
     bool, typer.Option("--direct", help="Draw at a large size at once, without a ladder.")
@@ -39,7 +50,9 @@ def generate(
     model: Model,
     prompt: Annotated[list[str], typer.Option(help="What to draw; give it again for more.")],
     blocks: Blocks = None,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the pictures; or a file like x.png, for one.")
+    ] = Path("pictures"),
     size: Size = None,
     direct: Direct = False,
     strength: Strength = None,
@@ -66,6 +79,7 @@ def generate(
     from convfusion.generate import check_size
     from convfusion.highres import Ladder
 
+    one = check_pictures(out, len(prompt))
     ladder = Ladder(
         factor=factor,
         strength=strength_for(model) if strength is None else strength,
@@ -88,12 +102,36 @@ def generate(
     }
     with with_cheaper_attention(pipe, wanted) if hybrid else nullcontext():
         images = _draw(pipe, prompt, wanted, ladder, settings)
-    out.mkdir(parents=True, exist_ok=True)
-    first = len(list(out.glob("*.png")))
-    for i, (image, number) in enumerate(zip(images, seeds, strict=True)):
-        path = out / f"{first + i:05d}-seed{number}.png"
+    for path, image in zip([out] if one else numbered(out, seeds), images, strict=True):
         image.save(path)
         typer.echo(str(path))
+
+
+def check_pictures(out: Path, count: int) -> bool:
+    """Whether `out` names the file of one picture, and not a folder.
+
+    Raises:
+        ConvFusionError: it can be neither, or the file is there, or there are more pictures.
+    """
+    from convfusion.data.sources import PICTURES
+
+    if out.suffix.lower() not in PICTURES:
+        check_folder(out)
+        return False
+    if count > 1:
+        raise ConvFusionError(f"{out} is one picture, and there are {count} prompts: name a folder")
+    if out.is_file():
+        raise ConvFusionError(f"{out} is there already: choose another name")
+    check_file(out)
+    return True
+
+
+def numbered(folder: Path, seeds: list[int]) -> list[Path]:
+    """Names of new pictures, counted on from those that the folder has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    there = [name[:5] for name in (path.name for path in folder.glob("?????-seed*.png"))]
+    first = max((int(number) + 1 for number in there if number.isdecimal()), default=0)
+    return [folder / f"{first + i:05d}-seed{seed}.png" for i, seed in enumerate(seeds)]
 
 
 def with_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractContextManager[None]:

@@ -61,8 +61,15 @@ Device = Annotated[
 
 def check_new(out: Path, *, advice: str = "choose another folder", may_hold: str = "") -> None:
     """Refuse to write into a folder that holds something else than what it may."""
-    if out.exists() and (not out.is_dir() or any(each.name != may_hold for each in out.iterdir())):
+    check_folder(out)
+    if out.exists() and any(each.name != may_hold for each in out.iterdir()):
         raise ConvFusionError(f"{out} exists and is not empty: {advice}")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder where a file lies, before any work is done for it."""
+    if file := next((each for each in (path, *path.parents) if each.is_file()), None):
+        raise ConvFusionError(f"{path} cannot be a folder: {file} is a file")
 
 
 def check_file(path: Path | None) -> None:
