@@ -129,7 +129,7 @@ def check_pictures(out: Path, count: int) -> bool:
 def numbered(folder: Path, seeds: list[int]) -> list[Path]:
     """Names of new pictures, counted on from those that the folder has."""
     folder.mkdir(parents=True, exist_ok=True)
-    there = [name[:5] for name in (path.name for path in folder.glob("?????-seed*.png"))]
+    there = [path.name[:5] for path in folder.glob("?????-seed*.png")]
     first = max((int(number) + 1 for number in there if number.isdecimal()), default=0)
     return [folder / f"{first + i:05d}-seed{seed}.png" for i, seed in enumerate(seeds)]
 
