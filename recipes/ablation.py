@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from convfusion import DeltaConv, uniform
-from convfusion.block import DeltaConvBlock
 from convfusion.demo import distillation
 from convfusion.mixers import MIXERS
+from convfusion.mixers.delta_conv import DeltaConvBlock
 from experiment import Recipe, Table, judged, recipe
 
 TABLE = Table("ablation.csv", ["part", "variant", "seed", "steps", "made"])

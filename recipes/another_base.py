@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from convfusion import ConvertConfig, convert, load, mini, uniform
-from convfusion.adapters import denoiser_of
-from convfusion.conditioning import encode_conditioning
 from convfusion.data import LatentDataset
 from convfusion.demo import distillation, error
 from convfusion.distill import distill
 from convfusion.evaluate import epsilon_error
+from convfusion.families import denoiser_of
+from convfusion.families.conditioning import encode_conditioning
 from convfusion.mixers import Removed
 from convfusion.schedule import add_noise, noise_schedule
 from convfusion.surgery import mixers_of

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
-from convfusion.adapters import Denoiser, denoiser_of
 from convfusion.data import LatentDataset
 from convfusion.demo import distillation, spread
 from convfusion.distill import DistillConfig, distill
 from convfusion.evaluate import epsilon_error
+from convfusion.families import Denoiser, denoiser_of
 from convfusion.surgery import attention_teacher
 from experiment import TEACHERS, TEXT_TO_IMAGE, unfused, weights_of
 from pages import add_all, rows

@@ -19,12 +19,12 @@ from typing import Any
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from convfusion import ConvertConfig, DeltaConv, convert, load, mini, save, status
-from convfusion.adapters import denoiser_of
 from convfusion.data import LatentDataset
 from convfusion.demo import distillation, error, spread
 from convfusion.distill import DistillConfig, distill
+from convfusion.families import denoiser_of
 from convfusion.fingerprint import fingerprint
-from convfusion.flops import site_flops
+from convfusion.operations import site_flops
 from mini import fashion
 from mini.pixart import load_pixart
 from pages import add, rows

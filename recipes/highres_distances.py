@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image
 
 from convfusion import mini
-from convfusion.adapters import denoiser_of
 from convfusion.data.pictures import encode_pictures
 from convfusion.demo import spread
 from convfusion.evaluate import (
@@ -35,6 +34,7 @@ from convfusion.evaluate.drawing import write_picture
 from convfusion.evaluate.draws import Draws
 from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import decoded
+from convfusion.families import denoiser_of
 from convfusion.fingerprint import fingerprint
 from convfusion.highres import Ladder, highres
 from pages import ROOT, add, has

@@ -23,13 +23,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import convfusion
-from convfusion import presets
-from convfusion.adapters import list_sites
 from convfusion.bench.activations import peak_bytes
-from convfusion.budget import chunked_feed_forward
-from convfusion.inputs import example_inputs
-from convfusion.memory import GIB, denoiser_peak
-from convfusion.surgery import mixers_of
+from convfusion.families import list_sites
+from convfusion.families.inputs import example_inputs
+from convfusion.highres.budget import chunked_feed_forward
+from convfusion.highres.peaks import GIB, denoiser_peak
+from convfusion.surgery import mixers_of, presets
 from pages import add, has
 
 FILE = "highres.csv"

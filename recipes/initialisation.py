@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import get_args
 
 from convfusion import DeltaConv, convert, mini, uniform
-from convfusion.block import Init
 from convfusion.demo import distillation, error, spread
 from convfusion.distill import distill
+from convfusion.mixers.delta_conv import Init
 
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from convfusion import ConvertConfig, DeltaConv, convert, mini, status, uniform
 from convfusion.analysis import AnalysisConfig, analyze, recommend
-from convfusion.config import with_kernel_sizes
 from convfusion.demo import distillation, error, spread
 from convfusion.distill import distill
-from convfusion.flops import flops_ratio
+from convfusion.operations import flops_ratio
+from convfusion.surgery.config import with_kernel_sizes
 
 RESULTS = Path(__file__).parent.parent / "results"
 LATENTS = (16, 16)

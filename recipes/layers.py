@@ -11,9 +11,9 @@ import argparse
 from collections.abc import Iterator
 
 from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
-from convfusion.adapters import denoiser_of, list_sites
 from convfusion.demo import spread
 from convfusion.distill.partial import every, only, site_costs
+from convfusion.families import denoiser_of, list_sites
 from experiment import JUDGED, Table, judged, recipe
 
 TABLE = Table("layers.csv", ["order", "sites", "seed", "steps", "made"])

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convfusion.bench.timing import interleaved, surroundings
-from convfusion.block import DeltaConv, DeltaConvBlock, Grid, apply_gate, halve
+from convfusion.mixers.base import Grid
+from convfusion.mixers.delta_conv import DeltaConv, DeltaConvBlock, apply_gate, halve
 
 RESULTS = Path(__file__).parent.parent / "results"
 CASES = ((320, 64, 7), (320, 64, 11), (640, 32, 9), (1280, 16, 5))  # C, side, K

@@ -22,9 +22,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 import convfusion
-from convfusion import presets
 from convfusion.distill import DistillTask
-from convfusion.surgery import mixers_of
+from convfusion.surgery import mixers_of, presets
 
 RESULTS = Path(__file__).parent.parent / "results"
 WAYS = ("one copy", "two models")

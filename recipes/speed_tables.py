@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-from convfusion.bench.flops import denoiser_operations
+from convfusion.bench.counts import denoiser_operations
 from convfusion.bench.models import bench_model
 from convfusion.bench.rows import ATTENTION, Crossover, Row, crossovers, growth, read_rows
 from pages import RESULTS, read, table

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from convfusion import DeltaConv, DeltaConvBlock
 from convfusion.ops import kernels, launch, library, reference
-from convfusion.ops.tiles import Tile
+from convfusion.ops.tile_sizes import Tile
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 BOUND = {FULL: 2e-6, HALF: 2e-3, BRAIN: 2e-2}  # of the error's norm, relative

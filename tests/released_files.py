@@ -1,6 +1,6 @@
 """Synthetic files in the layout of the authors' released weights, and a plain form of their block.
 
-Both are written from the description of the layout, and share nothing with `convfusion.released`.
+Both are written from the description of the layout, and share nothing with `convfusion.checkpoint.released`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from convfusion.adapters import list_sites
+from convfusion.families import list_sites
 
 GATES = {
     "reference": lambda first, second: first * second * math.sqrt(first.shape[-1]),

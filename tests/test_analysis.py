@@ -19,7 +19,6 @@ from tiny_pipelines import PIPELINES, stable_diffusion
 
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, DeltaConv
-from convfusion.adapters import denoiser_of, list_sites, site_grid
 from convfusion.analysis import (
     Analysis,
     AnalysisConfig,
@@ -36,6 +35,7 @@ from convfusion.analysis.capture import sampling_timesteps
 from convfusion.analysis.kernels import kernel_for
 from convfusion.analysis.page import claims, write_report
 from convfusion.analysis.streaming import measure_attention, summarise
+from convfusion.families import denoiser_of, list_sites, site_grid
 from convfusion.generate import generate, swapped_denoiser
 from convfusion.mixers import Neighbourhood
 from convfusion.surgery import status

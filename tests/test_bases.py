@@ -10,10 +10,11 @@ from single_files import single_file
 from tiny_pipelines import stable_diffusion
 
 import convfusion
-from convfusion import cli, presets
-from convfusion.adapters import list_sites
+from convfusion import cli
+from convfusion.checkpoint.pipelines import in_dtype
 from convfusion.cli.models import load_pipeline
-from convfusion.pipelines import in_dtype
+from convfusion.families import list_sites
+from convfusion.surgery import presets
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 DOWN, UP = "DownBlock2D", "UpBlock2D"

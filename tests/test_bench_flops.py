@@ -16,7 +16,7 @@ from torch import nn
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, MeanOnly, Removed, mini
 from convfusion.bench.activations import peak_bytes
-from convfusion.bench.flops import (
+from convfusion.bench.counts import (
     SIZES,
     contenders,
     denoiser_operations,
@@ -27,7 +27,6 @@ from convfusion.bench.flops import (
     write_costs,
 )
 from convfusion.bench.models import bench_model
-from convfusion.flops import count, pairs_in_windows, site_flops
 from convfusion.mixers import (
     MIXERS,
     Circular,
@@ -37,6 +36,7 @@ from convfusion.mixers import (
     Pooled,
     ToMe,
 )
+from convfusion.operations import count, pairs_in_windows, site_flops
 
 CHANNELS, HEADS, HEAD = 32, 4, 8
 

@@ -18,13 +18,13 @@ from test_sources import shard
 from tiny_pipelines import PIPELINES, stable_diffusion
 
 from convfusion import CheckpointError, ConvFusionError
-from convfusion.conditioning import encode_conditioning, flat
 from convfusion.data import TrainingData, cache, chunks
 from convfusion.data.cache import build_cache, open_cache
 from convfusion.data.pictures import cover, encode_pictures
 from convfusion.data.samples import CHUNK
 from convfusion.data.sources import open_source
 from convfusion.data.store import LatentCache
+from convfusion.families.conditioning import encode_conditioning, flat
 from convfusion.files import write_tensors
 
 COUNT = 2 * CHUNK + 10

@@ -12,16 +12,11 @@ from tiny_pipelines import PIPELINES, stable_diffusion
 
 import convfusion
 from convfusion import CheckpointError, ConvFusionError, DeltaConv, Removed, uniform
-from convfusion.adapters import denoiser_of
-from convfusion.checkpoint import (
-    BLOCKS,
-    MANIFEST,
-    _public_name,
-    read_tensors,
-    write_tensors,
-)
+from convfusion.checkpoint import BLOCKS, MANIFEST
+from convfusion.checkpoint.blocks import _public_name, read_tensors, write_tensors
+from convfusion.checkpoint.pipelines import BARE, in_dtype
+from convfusion.families import denoiser_of
 from convfusion.generate import generate
-from convfusion.pipelines import BARE, in_dtype
 from convfusion.surgery import mixers_of
 
 

@@ -11,12 +11,12 @@ from tiny_pipelines import PIPELINES, stable_diffusion
 
 import convfusion
 from convfusion import ConvFusionError
-from convfusion.config import ConvertConfig
 from convfusion.data import chunks
 from convfusion.data.cache import build_cache
 from convfusion.data.pictures import encode_pictures, upcast_vae
 from convfusion.data.samples import Sample
 from convfusion.data.sources import Drawing, open_source
+from convfusion.surgery.config import ConvertConfig
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import torch
 from tiny_pipelines import PIPELINES
 
 from convfusion import ConvFusionError
-from convfusion.conditioning import class_labels, encode_conditioning
 from convfusion.distill.draws import Batches
 from convfusion.distill.losses import feature_losses, min_snr_weight, weighted_mse
+from convfusion.families.conditioning import class_labels, encode_conditioning
 from convfusion.schedule import add_noise, as_epsilon
 
 

@@ -9,8 +9,8 @@ from tiny_pipelines import stable_diffusion
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
 from convfusion.evaluate import epsilon_error, psnr, relative_error
-from convfusion.flops import flops_ratio, site_flops
 from convfusion.generate import check_size, generate
+from convfusion.operations import flops_ratio, site_flops
 from convfusion.surgery import attention_teacher
 
 

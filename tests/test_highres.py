@@ -24,13 +24,22 @@ from tiny_models import CASES, run
 from tiny_pipelines import PIPELINES, autoencoder, dit_pipeline, pixart_sigma, stable_diffusion
 
 import convfusion
-from convfusion import ConvFusionError, DeltaConv, budget, mini, uniform
+from convfusion import ConvFusionError, DeltaConv, mini, uniform
 from convfusion.bench.models import bench_model
 from convfusion.evaluate import psnr
 from convfusion.generate import generate
-from convfusion.highres import Ladder, Start, highres, last_steps, native_size, plan_for, rungs
-from convfusion.memory import denoiser_peak
-from convfusion.tiles import Tiles, spans, tiled_decode, tiled_encode, tiled_vae
+from convfusion.highres import (
+    Ladder,
+    Start,
+    budget,
+    highres,
+    last_steps,
+    native_size,
+    plan_for,
+    rungs,
+)
+from convfusion.highres.peaks import denoiser_peak
+from convfusion.highres.vae_tiles import Tiles, spans, tiled_decode, tiled_encode, tiled_vae
 
 BLOCKS = uniform(DeltaConv(kernel_size=3))
 LARGE = ("sd", "sdxl", "pixart")

@@ -10,8 +10,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from tiny_pipelines import stable_diffusion
 
 import convfusion
-from convfusion import CheckpointError, checkpoint, cli, hub
-from convfusion.checkpoint import BLOCKS, MANIFEST
+from convfusion import CheckpointError, checkpoint, cli
+from convfusion.checkpoint import BLOCKS, MANIFEST, hub
 from convfusion.cli.models import load_pipeline
 from convfusion.errors import ConvFusionError
 

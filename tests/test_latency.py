@@ -8,21 +8,14 @@ import pytest
 import torch
 from tiny_models import CASES, run
 
-from convfusion import presets
-from convfusion.adapters import list_sites
 from convfusion.bench import latency
-from convfusion.bench.latency import (
-    Variant,
-    site_kinds,
-    standing,
-    time_denoiser,
-    time_site,
-)
+from convfusion.bench.latency import Variant, site_kinds, standing, time_denoiser, time_site
 from convfusion.bench.timing import interleaved, peak_memory
-from convfusion.config import uniform
-from convfusion.inputs import example_inputs
+from convfusion.families import list_sites
+from convfusion.families.inputs import example_inputs
 from convfusion.mixers import MIXERS
-from convfusion.surgery import build_mixers, mixers_of
+from convfusion.surgery import build_mixers, mixers_of, presets
+from convfusion.surgery.config import uniform
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name)

@@ -13,7 +13,7 @@ from tiny_pipelines import stable_diffusion
 
 import convfusion
 from convfusion import Removed, files, mini, uniform
-from convfusion.adapters import list_sites
+from convfusion.families import list_sites
 from convfusion.generate import generate
 
 if sys.version_info >= (3, 11):

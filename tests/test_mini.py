@@ -14,12 +14,12 @@ from diffusers import PixArtTransformer2DModel
 
 import convfusion
 from convfusion import demo, mini
-from convfusion.adapters import list_sites
+from convfusion.checkpoint.pipelines import in_dtype
 from convfusion.data import LatentDataset
 from convfusion.demo import run_demo
 from convfusion.distill import DistillConfig
+from convfusion.families import list_sites
 from convfusion.fingerprint import fingerprint
-from convfusion.pipelines import in_dtype
 from convfusion.surgery import mixers_of
 
 ROOT = Path(__file__).parent.parent

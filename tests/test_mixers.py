@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from convfusion import ConvFusionError
 from convfusion.mixers import MIXERS, Neighbourhood
-from convfusion.neighbourhood import neighbourhood_attention
+from convfusion.mixers.windows import neighbourhood_attention
 
 
 def one_by_one(query, key, value, grid, window):

@@ -12,9 +12,10 @@ from tiny_models import sd15
 from tiny_pipelines import stable_diffusion
 
 import convfusion
-from convfusion import cli, presets
+from convfusion import cli
 from convfusion.cli.options import parse_size
 from convfusion.distill.settings import read_settings
+from convfusion.surgery import presets
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ROOT / "configs" / "one-gpu-sd15.toml"

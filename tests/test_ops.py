@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from convfusion import ConvFusionError, DeltaConv, DeltaConvBlock
 from convfusion.bench import kernels as bench
 from convfusion.ops import library, reference
-from convfusion.ops.tiles import CHANNELS, PROGRAMS, block_for, chunks_for, tile_for
+from convfusion.ops.tile_sizes import CHANNELS, PROGRAMS, block_for, chunks_for, tile_for
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")

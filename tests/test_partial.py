@@ -13,10 +13,8 @@ from tiny_pipelines import PIPELINES, pixart_sigma, stable_diffusion
 
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, surgery, uniform
-from convfusion.adapters import denoiser_of, list_sites
 from convfusion.analysis.plots import short_name
 from convfusion.cli.curve import print_curve
-from convfusion.config import with_kernel_sizes
 from convfusion.data import LatentDataset
 from convfusion.data.latents import hold_out, training_data
 from convfusion.distill import DistillConfig, DistillTask
@@ -30,8 +28,10 @@ from convfusion.distill.partial import (
     subset_errors,
 )
 from convfusion.distill.validation import held_out_error, noised
+from convfusion.families import denoiser_of, list_sites
 from convfusion.mixers import Neighbourhood
 from convfusion.surgery import attention_back, install, mixers_of
+from convfusion.surgery.config import with_kernel_sizes
 
 both = pytest.mark.parametrize("make", [stable_diffusion, pixart_sigma])
 TRAINING = DistillConfig(steps=2, batch_size=2, warmup=0, learning_rate=1e-2, seed=3)
@@ -58,7 +58,7 @@ def converted(make, config=None, spread=0.3):
 
 def prediction(model, pipe, data):
     conditioning = training_data(pipe, data).take(range(2), [False] * 2)[1]
-    from convfusion.conditioning import placed
+    from convfusion.families.conditioning import placed
 
     told = placed(conditioning, model)
     with torch.no_grad():
@@ -248,7 +248,7 @@ class TestCurve:
         task = DistillTask(model, pipe.scheduler)
         size, seed = costs.training.batch_size, costs.training.seed
         whole = held_out_error(task, apart, batch_size=size, seed=seed)
-        flops = convfusion.flops.site_flops(model, curve.latents)
+        flops = convfusion.operations.site_flops(model, curve.latents)
         total = sum(attention for attention, _ in flops.values())
         for points in curve.orders.values():
             assert points[-1].epsilon_error == whole

@@ -3,7 +3,7 @@
 import pytest
 
 import convfusion
-from convfusion.adapters import denoiser_of, list_sites
+from convfusion.families import denoiser_of, list_sites
 from convfusion.surgery import mixers_of
 
 

@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 from tiny_models import CASES, run
 
 import convfusion
-from convfusion import presets
-from convfusion.adapters import list_sites
-from convfusion.bench import plan as plan_module
+from convfusion.bench import speed_plan as plan_module
 from convfusion.bench.latency import Measured, site_kinds
-from convfusion.bench.plan import (
+from convfusion.bench.speed_plan import (
     Law,
     SitePlan,
     SpeedPlan,
@@ -26,10 +24,12 @@ from convfusion.bench.plan import (
     shrunk,
 )
 from convfusion.bench.timing import Timing
-from convfusion.block import DeltaConv
 from convfusion.cli.plan import said
-from convfusion.config import ConvertConfig, uniform
 from convfusion.errors import ConvFusionError
+from convfusion.families import list_sites
+from convfusion.mixers.delta_conv import DeltaConv
+from convfusion.surgery import presets
+from convfusion.surgery.config import ConvertConfig, uniform
 
 SIZES = st.tuples(st.integers(1, 5000), st.integers(2, 10)).map(lambda n: (n[0], n[0] * n[1]))
 

@@ -12,7 +12,6 @@ from tiny_models import CASES, run
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
-from convfusion.merging import match
 from convfusion.mixers import (
     MIXERS,
     Circular,
@@ -22,7 +21,8 @@ from convfusion.mixers import (
     Pooled,
     ToMe,
 )
-from convfusion.neighbourhood import circular_attention
+from convfusion.mixers.merging import match
+from convfusion.mixers.windows import circular_attention
 
 GRIDS = [(4, 6), (5, 3), (7, 7), (1, 5)]
 CHANNELS, HEADS, HEAD = 8, 2, 4

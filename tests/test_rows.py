@@ -22,9 +22,9 @@ from convfusion.bench.rows import (
 )
 from convfusion.bench.runs import Limits, with_compiled
 from convfusion.bench.timing import Timing, surroundings
-from convfusion.block import DeltaConv
-from convfusion.config import uniform
 from convfusion.errors import ConvFusionError
+from convfusion.mixers.delta_conv import DeltaConv
+from convfusion.surgery.config import uniform
 
 CASE = {
     "model": "sd15",

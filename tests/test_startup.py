@@ -9,15 +9,15 @@ from tiny_pipelines import PIPELINES
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, MeanOnly, uniform
-from convfusion.adapters import denoiser_of, list_sites
 from convfusion.analysis.streaming import Measure, offset_means
-from convfusion.block import Gate
 from convfusion.data import LatentDataset
 from convfusion.distill.startup import (
     leading_directions,
     set_to_mean_attention,
     start_from_attention,
 )
+from convfusion.families import denoiser_of, list_sites
+from convfusion.mixers.delta_conv import Gate
 from convfusion.surgery import mixers_of
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, Removed, uniform
-from convfusion.adapters import list_sites
 from convfusion.bench.models import FULL_SIZE, denoiser_on_meta
+from convfusion.families import list_sites
 from convfusion.mixers import MIXERS
 from convfusion.surgery import mixers_of
 
@@ -67,7 +67,7 @@ def test_odd_latents_of_a_unet(case):
 def test_sites_and_preset(case):
     status = convfusion.convert(case.model())
     assert len(status.sites) == status.converted == case.sites
-    preset = convfusion.presets.by_name(case.preset)
+    preset = convfusion.surgery.presets.by_name(case.preset)
     assert {s.site.path: s.mixer for s in status.sites} == preset.mixers_for(
         s.site.path for s in status.sites
     )
@@ -213,7 +213,7 @@ def test_full_size_layouts_on_meta(name):
     assert found == levels
     weights = sum(row.attention_parameters for row in status.sites)
     assert round(weights / 1e6, 1) == attention
-    assert convfusion.presets.preset_for(model) == name
+    assert convfusion.surgery.presets.preset_for(model) == name
 
 
 def test_patterns_choose_sites():

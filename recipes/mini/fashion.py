@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from diffusers import DiTPipeline
 from PIL import Image
 
+from convfusion.checkpoint.pipelines import in_dtype
 from convfusion.data import LatentDataset
 from convfusion.data.pictures import encode_pictures
-from convfusion.pipelines import in_dtype
 
 KEPT = Path(__file__).parent / "fashion"
 SOURCE = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))

@@ -23,8 +23,8 @@ from fashion import CLASSES, KEPT, read_pictures
 from teacher import encode, min_snr
 from torch.optim.swa_utils import AveragedModel
 
+from convfusion.checkpoint.pipelines import in_dtype
 from convfusion.generate import generate
-from convfusion.pipelines import in_dtype
 
 DROP_CLASS = 0.1
 

@@ -18,8 +18,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from teacher import encode
 
+from convfusion.checkpoint.pipelines import in_dtype
 from convfusion.mini import DATA, TEACHER
-from convfusion.pipelines import in_dtype
 
 TRAIN_PICTURES = 512
 

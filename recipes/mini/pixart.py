@@ -16,7 +16,7 @@ import torch
 from diffusers import PixArtSigmaPipeline
 
 from convfusion import mini
-from convfusion.pipelines import in_dtype
+from convfusion.checkpoint.pipelines import in_dtype
 
 KEPT = Path(__file__).parent / "pixart"
 

@@ -22,8 +22,8 @@ from diffusers.utils import make_image_grid
 from families import FAMILIES, make_scheduler
 from torch.optim.swa_utils import AveragedModel
 
+from convfusion.checkpoint.pipelines import in_dtype
 from convfusion.generate import generate
-from convfusion.pipelines import in_dtype
 
 DROP_CAPTION, DROP_DESIGN = 0.1, 0.2
 SNR_GAMMA = 5.0

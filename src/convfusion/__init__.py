@@ -16,25 +16,24 @@ from convfusion.lazy import lazy
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from convfusion.block import DeltaConv, DeltaConvBlock
     from convfusion.checkpoint import load, save
-    from convfusion.config import ConvertConfig, uniform, with_kernel_sizes
+    from convfusion.checkpoint.pipelines import load_pipeline, save_pipeline
     from convfusion.errors import CheckpointError, ConvFusionError, UnsupportedModelError
-    from convfusion.mixers import MeanOnly, Removed
-    from convfusion.pipelines import load_pipeline, save_pipeline
+    from convfusion.mixers import DeltaConv, DeltaConvBlock, MeanOnly, Removed
     from convfusion.surgery import convert, drop_attention, revert, status
+    from convfusion.surgery.config import ConvertConfig, uniform, with_kernel_sizes
 
 # Loaded at first use, so that `convfusion --help` does not wait for torch and diffusers.
 _HOME = {
-    "DeltaConv": "block",
-    "DeltaConvBlock": "block",
+    "DeltaConv": "mixers",
+    "DeltaConvBlock": "mixers",
     "load": "checkpoint",
-    "load_pipeline": "pipelines",
+    "load_pipeline": "checkpoint",
     "save": "checkpoint",
-    "save_pipeline": "pipelines",
-    "ConvertConfig": "config",
-    "uniform": "config",
-    "with_kernel_sizes": "config",
+    "save_pipeline": "checkpoint",
+    "ConvertConfig": "surgery",
+    "uniform": "surgery",
+    "with_kernel_sizes": "surgery",
     "CheckpointError": "errors",
     "ConvFusionError": "errors",
     "UnsupportedModelError": "errors",
@@ -46,16 +45,18 @@ _HOME = {
     "status": "surgery",
 }
 _MODULES = (
-    "adapters",
     "analysis",
     "bench",
+    "checkpoint",
     "data",
     "distill",
     "evaluate",
-    "flops",
+    "families",
     "generate",
+    "highres",
     "mini",
-    "presets",
+    "mixers",
+    "operations",
     "surgery",
 )
 __all__ = [*sorted(_HOME), "__version__"]

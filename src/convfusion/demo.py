@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from convfusion import mini, presets, report
-from convfusion.adapters import denoiser_of
-from convfusion.config import uniform
+from convfusion import mini, report
 from convfusion.data import LatentDataset
 from convfusion.distill import DistillConfig, DistillResult, LossWeights, distill
 from convfusion.evaluate import epsilon_error, mean_psnr
+from convfusion.families import denoiser_of
 from convfusion.files import write_text
-from convfusion.flops import flops_ratio
 from convfusion.generate import generate
 from convfusion.mixers import Removed
-from convfusion.surgery import attention_teacher, convert, drop_attention
+from convfusion.operations import flops_ratio
+from convfusion.surgery import attention_teacher, convert, drop_attention, presets
+from convfusion.surgery.config import uniform
 
 DEMO_STEPS = 400
 LATENTS = (16, 16)  # the embedded model's

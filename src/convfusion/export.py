@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convfusion.adapters import Denoiser, adapter_for, denoiser_of
-from convfusion.block import DeltaConv
-from convfusion.conditioning import flat, nested
 from convfusion.errors import ConvFusionError
-from convfusion.inputs import example_inputs
+from convfusion.families import Denoiser, adapter_for, denoiser_of
+from convfusion.families.conditioning import flat, nested
+from convfusion.families.inputs import example_inputs
+from convfusion.mixers.delta_conv import DeltaConv
 from convfusion.surgery import drop_attention, mixers_of
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from convfusion.adapters import Denoiser, adapter_for, denoiser_of
-from convfusion.conditioning import class_labels, latent_scale
 from convfusion.errors import ConvFusionError
+from convfusion.families import Denoiser, adapter_for, denoiser_of
+from convfusion.families.conditioning import class_labels, latent_scale
 
 NO_CLASS = 1000  # under guidance, in diffusers' DiT pipeline
 SEEDS = 2**64  # of torch's generators

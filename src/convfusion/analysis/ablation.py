@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from convfusion.adapters import denoiser_of, list_sites, site_grid
 from convfusion.analysis.capture import (
     DenoiserCall,
     check_prompts,
@@ -22,16 +21,17 @@ from convfusion.analysis.capture import (
     recorded_calls,
     stock_denoiser,
 )
-from convfusion.conditioning import latent_scale
-from convfusion.config import ConvertConfig
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import psnr, relative_error
+from convfusion.families import denoiser_of, list_sites, site_grid
+from convfusion.families.conditioning import latent_scale
 from convfusion.files import write_text
 from convfusion.generate import generate
 from convfusion.mixers import MeanOnly, Mixer, Neighbourhood, Removed
 from convfusion.report import labelled_grid
 from convfusion.schedule import as_epsilon, noise_schedule
 from convfusion.surgery import convert, revert
+from convfusion.surgery.config import ConvertConfig
 
 STOCK = "self-attention"
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convfusion.adapters import Denoiser, Site, adapter_for, denoiser_of, list_sites
-from convfusion.adapters.base import argument_position
 from convfusion.analysis.streaming import AttentionSums, Measure, measure_attention
-from convfusion.block import Grid
 from convfusion.errors import ConvFusionError
+from convfusion.families import Denoiser, Site, adapter_for, denoiser_of, list_sites
+from convfusion.families.base import argument_position
+from convfusion.mixers.base import Grid
 from convfusion.surgery import mixers_of
 
 

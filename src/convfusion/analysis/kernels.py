@@ -7,8 +7,8 @@ from statistics import median
 from typing import Any
 
 from convfusion.analysis.study import Analysis, SiteAnalysis
-from convfusion.block import DeltaConv
-from convfusion.config import ConvertConfig
+from convfusion.mixers.delta_conv import DeltaConv
+from convfusion.surgery.config import ConvertConfig
 
 SHARE_OF_FIELD = 0.6  # the kernels of the paper's reference weights over the ERF measured there
 REACH = 2 * SHARE_OF_FIELD  # what their coarser stage covers, at half the resolution

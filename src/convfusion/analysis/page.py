@@ -13,8 +13,8 @@ from convfusion import report
 from convfusion.analysis import plots
 from convfusion.analysis.kernels import recommend
 from convfusion.analysis.study import Analysis, SiteAnalysis
-from convfusion.block import DeltaConv
 from convfusion.files import write_text
+from convfusion.mixers.delta_conv import DeltaConv
 
 RESOLUTION = 110  # dots per inch
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convfusion.block import Grid
 from convfusion.errors import ConvFusionError
+from convfusion.mixers.base import Grid
 
 SINK_FACTOR = 10.0  # a sink receives this many times what uniform attention gives a token,
 SINK_BREADTH = 0.25  # from at least this share of the queries,

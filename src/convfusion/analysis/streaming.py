@@ -25,8 +25,8 @@ from convfusion.analysis.statistics import (
     rings,
     sink_tokens,
 )
-from convfusion.block import Grid
 from convfusion.errors import ConvFusionError
+from convfusion.mixers.base import Grid
 
 COPIES = 14  # live values per value of a map while a chunk is worked on, in units of float32
 SHOWN = ((0.5, 0.5), (0.2, 0.2), (0.2, 0.75), (0.75, 0.35))  # of height and width

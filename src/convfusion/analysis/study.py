@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convfusion.adapters import Denoiser, Site, denoiser_of, list_sites
 from convfusion.analysis.capture import (
     Captured,
     attention_capture,
@@ -28,11 +27,12 @@ from convfusion.analysis.streaming import (
     summarise,
     uniform_score_mass,
 )
-from convfusion.block import Grid
 from convfusion.errors import ConvFusionError
+from convfusion.families import Denoiser, Site, denoiser_of, list_sites
 from convfusion.files import write_text
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import generate
+from convfusion.mixers.base import Grid
 
 SCHEMA = "convfusion-analysis-1"
 SINK_SHARE = 0.2  # a layer is flagged when sinks take this share of its attention

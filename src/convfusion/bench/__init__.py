@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from convfusion.lazy import lazy
 
 if TYPE_CHECKING:
-    from convfusion.bench.flops import Cost, contenders, operation_table, totals, write_costs
+    from convfusion.bench.counts import Cost, contenders, operation_table, totals, write_costs
     from convfusion.bench.models import BenchModel, bench_model
 
 _HOME = {

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from convfusion.errors import ConvFusionError
 from convfusion.ops import library, reference
-from convfusion.ops.flops import convolution_flops
+from convfusion.ops.operations import convolution_flops
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 BOUND = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5}  # of the error's norm, relative

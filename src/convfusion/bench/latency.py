@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convfusion.adapters import Denoiser, Site, list_sites
 from convfusion.bench.timing import Timing, interleaved
-from convfusion.block import DeltaConv, Grid, TokenMixer
-from convfusion.config import ConvertConfig
-from convfusion.inputs import example_inputs
+from convfusion.families import Denoiser, Site, list_sites
+from convfusion.families.inputs import example_inputs
+from convfusion.mixers.base import Grid, TokenMixer
+from convfusion.mixers.delta_conv import DeltaConv
 from convfusion.surgery import build_mixers, install, revert
+from convfusion.surgery.config import ConvertConfig
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 PARITY_SIDE = 24  # tokens, at most: a double-precision run of the real grid would take too long

@@ -11,8 +11,8 @@ import diffusers
 import torch
 
 from convfusion import mini
-from convfusion.adapters import Denoiser, adapter_for, supported
 from convfusion.errors import ConvFusionError
+from convfusion.families import Denoiser, adapter_for, supported
 
 # Class and configuration of the published denoisers, where they differ from diffusers' defaults.
 FULL_SIZE: dict[str, tuple[str, dict[str, Any]]] = {

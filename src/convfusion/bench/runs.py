@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from convfusion.adapters import Denoiser, list_sites, site_grid
 from convfusion.bench.latency import (
     Measured,
     SiteKind,
@@ -21,7 +20,8 @@ from convfusion.bench.latency import (
 from convfusion.bench.models import BenchModel
 from convfusion.bench.rows import Row, rows_of
 from convfusion.bench.timing import surroundings
-from convfusion.presets import by_name, preset_for
+from convfusion.families import Denoiser, list_sites, site_grid
+from convfusion.surgery.presets import by_name, preset_for
 
 Sizes = Sequence[tuple[int, int]]
 

@@ -11,7 +11,7 @@ import typer
 from convfusion.cli.options import Ratio, Rivals, check_file, parse_size
 
 if TYPE_CHECKING:
-    from convfusion.bench.flops import Cost
+    from convfusion.bench.counts import Cost
 
 DECIMAL = ("", "k", "M", "G", "T", "P")
 BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -39,7 +39,7 @@ def flops(
     ] = None,
 ) -> None:
     """Count operations, parameters and memory from shapes alone: no weights, no GPU."""
-    from convfusion.bench.flops import (
+    from convfusion.bench.counts import (
         COUNTED,
         SIZES,
         contenders,
@@ -70,7 +70,7 @@ def flops(
 
 def rivals(mixers: str | None) -> Sequence[str]:
     """The kinds that --mixers names, or those that are compared by default."""
-    from convfusion.bench.flops import RIVALS
+    from convfusion.bench.counts import RIVALS
 
     return RIVALS if mixers is None else [kind.strip() for kind in mixers.split(",")]
 
@@ -80,7 +80,7 @@ def print_totals(costs: list[Cost]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from convfusion.bench.flops import ratios
+    from convfusion.bench.counts import ratios
 
     table = Table(
         title=f"{costs[0].model}: all {costs[0].sites} self-attention sites, one forward",

@@ -45,7 +45,8 @@ def convert(
     Without --blocks they are untrained: go on with `convfusion distill`. With a file of released
     weights as --blocks, what is written is in this package's own format.
     """
-    from convfusion import checkpoint, pipelines, surgery
+    from convfusion import checkpoint, surgery
+    from convfusion.checkpoint import pipelines
 
     check_new(out)
     pipe = load_pipeline(model, precision, "cpu", revision)

@@ -71,9 +71,9 @@ def distill(
 
     Ctrl-C stops after the step at hand and saves; go on with --resume.
     """
-    from convfusion.adapters import denoiser_of
     from convfusion.distill.environment import check_possible
     from convfusion.distill.settings import as_toml, read_settings
+    from convfusion.families import denoiser_of
     from convfusion.surgery import mixers_of
 
     named: dict[str, Any] = {"model": model, "data": data, "size": size, "buckets": buckets}
@@ -256,7 +256,7 @@ def validation_grid(pipe: Any, prompts: list[str], guidance: float) -> Any:
     """The prompts drawn by teacher and student from equal seeds."""
     import torch
 
-    from convfusion.adapters import denoiser_of
+    from convfusion.families import denoiser_of
     from convfusion.generate import generate, swapped_denoiser
     from convfusion.report import labelled_grid
     from convfusion.surgery import attention_teacher

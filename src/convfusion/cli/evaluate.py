@@ -11,15 +11,7 @@ import typer
 from convfusion.cli.analyze import read_prompts
 from convfusion.cli.console import INTERRUPTED, fail, progress_bar
 from convfusion.cli.models import equip, guidance_for, is_embedded, load_pipeline
-from convfusion.cli.options import (
-    Blocks,
-    Device,
-    Model,
-    Precision,
-    Size,
-    check_folder,
-    parse_size,
-)
+from convfusion.cli.options import Blocks, Device, Model, Precision, Size, check_folder, parse_size
 
 MINI_SAMPLES = 64
 
@@ -153,10 +145,10 @@ def pipelines(
 def real_pictures(pipe: Any, model: str, spec: str | None, prompts: Path | None, draws: Any) -> Any:
     """Real pictures to compare with; the embedded model has some for its own prompts."""
     from convfusion import mini
-    from convfusion.conditioning import latent_scale
     from convfusion.evaluate.drawing import process
     from convfusion.evaluate.draws import size_of
     from convfusion.evaluate.real import decoded, open_real
+    from convfusion.families.conditioning import latent_scale
 
     size = size_of(pipe, draws)
     if spec is not None:

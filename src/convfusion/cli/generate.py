@@ -136,9 +136,9 @@ def numbered(folder: Path, seeds: list[int]) -> list[Path]:
 
 def with_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractContextManager[None]:
     """Let the attention stand in at the sites where it is the cheaper one at a size in pixels."""
-    from convfusion.adapters import denoiser_of
-    from convfusion.bench.plan import cheaper_attention
-    from convfusion.conditioning import latent_scale
+    from convfusion.bench.speed_plan import cheaper_attention
+    from convfusion.families import denoiser_of
+    from convfusion.families.conditioning import latent_scale
     from convfusion.surgery import attention_back, mixers_of
 
     scale = latent_scale(pipe)

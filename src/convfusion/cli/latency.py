@@ -11,15 +11,7 @@ import typer
 
 from convfusion.cli.bench import rivals
 from convfusion.cli.models import needs_matplotlib, torch_device, torch_dtype
-from convfusion.cli.options import (
-    Batch,
-    Device,
-    Precision,
-    Ratio,
-    Rivals,
-    check_file,
-    parse_size,
-)
+from convfusion.cli.options import Batch, Device, Precision, Ratio, Rivals, check_file, parse_size
 
 if TYPE_CHECKING:
     from convfusion.bench.rows import Row
@@ -68,7 +60,7 @@ def latency(
     device: Device = None,
 ) -> None:
     """Time attention, ΔConvBlocks and their rivals in turn, with random weights, on this device."""
-    from convfusion.bench.flops import contenders
+    from convfusion.bench.counts import contenders
     from convfusion.bench.latency import Variant
     from convfusion.bench.models import bench_model
     from convfusion.bench.rows import read_rows

@@ -33,7 +33,8 @@ def load_pipeline(
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HFValidationError
 
-    from convfusion import mini, pipelines
+    from convfusion import mini
+    from convfusion.checkpoint import pipelines
 
     hide_loading_bars()
     dtype, place = torch_dtype(precision), torch_device(device)
@@ -88,8 +89,8 @@ def _single_file(path: Path, dtype: Any) -> Any:
     """A pipeline of SD1.x, SD2.x or SDXL whose weights are one file in its makers' layout."""
     import diffusers
 
+    from convfusion.checkpoint.pipelines import in_dtype
     from convfusion.files import read_header
-    from convfusion.pipelines import in_dtype
 
     names = list(read_header(path))
     kind = next((k for p, k in SINGLE_FILES.items() if any(n.startswith(p) for n in names)), None)
@@ -172,7 +173,7 @@ def equip(
         average: of a released file of blocks, take the moving average.
     """
     from convfusion import checkpoint, surgery
-    from convfusion.adapters import denoiser_of
+    from convfusion.families import denoiser_of
 
     if blocks is not None and (config is not None or every is not None):
         raise ConvFusionError(
@@ -197,8 +198,8 @@ def equip(
 
 def conversion_for(denoiser: Any, config: str | None) -> Any:
     """The conversion of that name or in that file; without one the preset of the layout."""
-    from convfusion import presets
-    from convfusion.config import ConvertConfig
+    from convfusion.surgery import presets
+    from convfusion.surgery.config import ConvertConfig
 
     if config is not None and config not in presets.PRESETS and Path(config).suffix == ".json":
         return ConvertConfig.load(config)

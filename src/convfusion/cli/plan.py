@@ -6,17 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from convfusion.cli.models import (
-    conversion_for,
-    stock_pipeline,
-    torch_device,
-    torch_dtype,
-)
+from convfusion.cli.models import conversion_for, stock_pipeline, torch_device, torch_dtype
 from convfusion.cli.options import Batch, Config, Device, Precision, Revision, parse_size
 from convfusion.errors import ConvFusionError
 
 if TYPE_CHECKING:
-    from convfusion.bench.plan import SpeedPlan
+    from convfusion.bench.speed_plan import SpeedPlan
 
 
 def plan(
@@ -37,11 +32,11 @@ def plan(
     """Tell before a conversion whether it will be faster here, and from which size on."""
     from rich.console import Console
 
-    from convfusion.adapters import denoiser_of
     from convfusion.bench.models import FULL_SIZE, PIXELS_PER_LATENT, bench_model
-    from convfusion.bench.plan import plan_speed
     from convfusion.bench.runs import with_random_weights
-    from convfusion.conditioning import latent_scale
+    from convfusion.bench.speed_plan import plan_speed
+    from convfusion.families import denoiser_of
+    from convfusion.families.conditioning import latent_scale
     from convfusion.generate import check_size, unit_of
 
     wanted = parse_size(size)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from convfusion.adapters import denoiser_of
-from convfusion.conditioning import latent_scale
 from convfusion.errors import ConvFusionError
+from convfusion.families import denoiser_of
+from convfusion.families.conditioning import latent_scale
 
 Size = tuple[int, int]  # (height, width) in pixels
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from convfusion.adapters import adapter_for, denoiser_of
-from convfusion.conditioning import latent_scale
 from convfusion.data.buckets import Size, step_for
 from convfusion.data.buckets import buckets as sizes_about
 from convfusion.data.chunks import Chunk, Encoder, Event, Reader, Ready, read_with, size_name
@@ -31,6 +29,8 @@ from convfusion.data.store import (
     write_manifest,
 )
 from convfusion.errors import ConvFusionError
+from convfusion.families import adapter_for, denoiser_of
+from convfusion.families.conditioning import latent_scale
 from convfusion.files import write_tensors, write_text
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import check_size, swapped_denoiser

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from convfusion.adapters import adapter_for, denoiser_of
-from convfusion.conditioning import class_labels, encode_conditioning, flat
 from convfusion.data.buckets import Size, nearest
 from convfusion.data.latents import joined
 from convfusion.data.pictures import UnusableError, cover, decode_picture, encode_pictures
 from convfusion.data.samples import CHUNK, Sample, Source
 from convfusion.data.sources import Drawing
 from convfusion.errors import ConvFusionError
+from convfusion.families import adapter_for, denoiser_of
+from convfusion.families.conditioning import class_labels, encode_conditioning, flat
 from convfusion.generate import generate
 
 

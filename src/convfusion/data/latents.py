@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from convfusion.conditioning import encode_conditioning, flat, latent_scale
 from convfusion.errors import ConvFusionError
+from convfusion.families.conditioning import encode_conditioning, flat, latent_scale
 
 
 class TrainingData(Protocol):

@@ -11,17 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convfusion.data.samples import (
-    CAPTION_NAMES,
-    Ranges,
-    Sample,
-    Source,
-    digest_of,
-    make_sample,
-)
+from convfusion.data.samples import CAPTION_NAMES, Ranges, Sample, Source, digest_of, make_sample
 from convfusion.data.tables import METADATA, SAVED, TABLES, open_rows
 from convfusion.errors import ConvFusionError
-from convfusion.fields import check_fields
+from convfusion.settings import check_fields
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 

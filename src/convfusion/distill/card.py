@@ -9,11 +9,12 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from convfusion import __version__, checkpoint, files, hub, mini
-from convfusion.adapters import denoiser_of
+from convfusion import __version__, checkpoint, files, mini
+from convfusion.checkpoint import hub
 from convfusion.distill.logs import read_history
 from convfusion.distill.settings import RunSettings, as_toml
 from convfusion.distill.trainer import DistillResult
+from convfusion.families import denoiser_of
 from convfusion.fingerprint import fingerprint
 from convfusion.surgery import mixers_of, status
 

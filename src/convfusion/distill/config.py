@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from convfusion.errors import ConvFusionError
-from convfusion.fields import check_fields, check_names
+from convfusion.settings import check_fields, check_names
 
 Start = Literal["converted", "attention"]
 Optimizer = Literal["adamw", "adamw8bit", "muon"]

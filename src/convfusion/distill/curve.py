@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from convfusion.adapters import denoiser_of
-from convfusion.config import ConvertConfig
 from convfusion.data.latents import LatentDataset, TrainingData
 from convfusion.distill.partial import (
     OnProgress,
@@ -24,10 +22,12 @@ from convfusion.distill.partial import (
 )
 from convfusion.distill.task import DistillTask
 from convfusion.errors import ConvFusionError
+from convfusion.families import denoiser_of
 from convfusion.files import write_text
 from convfusion.fingerprint import fingerprint
-from convfusion.flops import site_flops
+from convfusion.operations import site_flops
 from convfusion.surgery import mixers_of
+from convfusion.surgery.config import ConvertConfig
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
-from convfusion.adapters import Denoiser
 from convfusion.distill.config import DistillConfig
 from convfusion.distill.logs import tracker_name
 from convfusion.distill.optimizers import check_optimizer
 from convfusion.errors import ConvFusionError
+from convfusion.families import Denoiser
 from convfusion.surgery import mixers_of
 
 

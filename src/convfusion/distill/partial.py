@@ -15,9 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convfusion.adapters import denoiser_of
-from convfusion.conditioning import placed
-from convfusion.config import ConvertConfig
 from convfusion.data.latents import LatentDataset, TrainingData, training_data
 from convfusion.distill.config import DistillConfig
 from convfusion.distill.task import DistillTask
@@ -25,7 +22,10 @@ from convfusion.distill.trainer import OnStep, distill
 from convfusion.distill.validation import noised
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import predictions, relative_error
+from convfusion.families import denoiser_of
+from convfusion.families.conditioning import placed
 from convfusion.surgery import attention_back, mixers_of
+from convfusion.surgery.config import ConvertConfig
 
 OnProgress = Callable[[int, int], None]
 Ranking = Literal["imitation", "epsilon"]

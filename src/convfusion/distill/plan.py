@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from convfusion.adapters import denoiser_of
-from convfusion.conditioning import latent_scale
 from convfusion.data.latents import LatentDataset
 from convfusion.distill.config import DistillConfig
 from convfusion.distill.optimizers import state_per_number
 from convfusion.distill.trainer import distill
+from convfusion.families import denoiser_of
+from convfusion.families.conditioning import latent_scale
 from convfusion.generate import check_size
 from convfusion.surgery import mixers_of, status
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from convfusion.distill.config import DistillConfig
 from convfusion.errors import ConvFusionError
-from convfusion.fields import check_fields, check_names
+from convfusion.settings import check_fields, check_names
 
 if sys.version_info >= (3, 11):
     import tomllib

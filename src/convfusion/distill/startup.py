@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convfusion.adapters import Site, denoiser_of
 from convfusion.analysis.capture import project, watch_attention
 from convfusion.analysis.streaming import Measure, offset_means
-from convfusion.block import DeltaConvBlock, Grid, gate_scale
-from convfusion.conditioning import placed
 from convfusion.data.latents import LatentDataset, TrainingData, training_data
 from convfusion.distill.draws import Batches
+from convfusion.families import Site, denoiser_of
+from convfusion.families.conditioning import placed
+from convfusion.mixers.base import Grid
+from convfusion.mixers.delta_conv import DeltaConvBlock, gate_scale
 from convfusion.schedule import add_noise, noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of
 

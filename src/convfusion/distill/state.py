@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from convfusion import checkpoint, files
-from convfusion.adapters import Denoiser
 from convfusion.errors import CheckpointError, ConvFusionError
+from convfusion.families import Denoiser
 
 # Of an optimiser's tensors, those of their parameter's shape; '' is the average's.
 SHAPED = ("", "exp_avg", "exp_avg_sq", "momentum_buffer")

@@ -17,8 +17,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 
 from convfusion import checkpoint
-from convfusion.adapters import denoiser_of
-from convfusion.conditioning import placed
 from convfusion.data.latents import LatentDataset, TrainingData, hold_out, training_data
 from convfusion.distill import state as saved_state
 from convfusion.distill.config import DistillConfig
@@ -36,6 +34,8 @@ from convfusion.distill.startup import start_from_attention
 from convfusion.distill.task import DistillTask, Losses
 from convfusion.distill.validation import held_out_error, what_fails
 from convfusion.errors import ConvFusionError
+from convfusion.families import denoiser_of
+from convfusion.families.conditioning import placed
 from convfusion.fingerprint import fingerprint
 from convfusion.surgery import mixers_of
 

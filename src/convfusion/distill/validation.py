@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from convfusion.conditioning import placed
 from convfusion.data.latents import TrainingData
 from convfusion.distill.draws import noise_like
 from convfusion.distill.task import DistillTask, collected
 from convfusion.evaluate import TIMESTEPS, epsilon_errors
+from convfusion.families.conditioning import placed
 from convfusion.surgery import mixers_of
 
 

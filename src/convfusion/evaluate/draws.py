@@ -7,10 +7,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from convfusion.adapters import Denoiser, denoiser_of
-from convfusion.conditioning import latent_scale
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate.epsilon import TIMESTEPS
+from convfusion.families import Denoiser, denoiser_of
+from convfusion.families.conditioning import latent_scale
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import check_numbers
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from convfusion import hub
+from convfusion.checkpoint import hub
 from convfusion.errors import ConvFusionError, first_line
 from convfusion.fingerprint import fingerprint
 

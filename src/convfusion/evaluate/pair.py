@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from convfusion.adapters import Denoiser, denoiser_of
 from convfusion.errors import ConvFusionError
+from convfusion.families import Denoiser, denoiser_of
 from convfusion.fingerprint import fingerprint
 from convfusion.schedule import noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of, status

@@ -10,8 +10,6 @@ from typing import Any
 
 from PIL import Image
 
-from convfusion.adapters import adapter_for, denoiser_of
-from convfusion.conditioning import class_labels
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import measure
 from convfusion.evaluate.drawing import STUDENT, check_place, draw
@@ -22,6 +20,8 @@ from convfusion.evaluate.measure import REAL
 from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import RealPictures
 from convfusion.evaluate.results import Evaluation
+from convfusion.families import adapter_for, denoiser_of
+from convfusion.families.conditioning import class_labels
 from convfusion.generate import check_guidance, check_size, check_steps
 from convfusion.schedule import noise_schedule
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from convfusion.checkpoint import load
+from convfusion.checkpoint.pipelines import in_dtype
 from convfusion.data.latents import LatentDataset
 from convfusion.files import read_tensors
-from convfusion.pipelines import in_dtype
 
 FOLDER = Path(__file__).parent
 TEACHER, STUDENT, DATA = FOLDER / "teacher", FOLDER / "student", FOLDER / "data"

@@ -10,21 +10,23 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from convfusion.block import DeltaConv, TokenMixer
 from convfusion.errors import ConvFusionError
-from convfusion.fields import check_names
-from convfusion.mixers.base import Mixer
+from convfusion.mixers.base import Grid, Mixer, TokenMixer, check_grid
+from convfusion.mixers.delta_conv import DeltaConv, DeltaConvBlock
 from convfusion.mixers.linear import GeneralisedLinear
 from convfusion.mixers.local import Circular, Neighbourhood
 from convfusion.mixers.plain import Depthwise, MeanOnly, Removed
 from convfusion.mixers.reduced import Pooled, ToMe
+from convfusion.settings import check_names
 
 __all__ = [
     "MIXERS",
     "Circular",
     "DeltaConv",
+    "DeltaConvBlock",
     "Depthwise",
     "GeneralisedLinear",
+    "Grid",
     "MeanOnly",
     "Mixer",
     "Neighbourhood",
@@ -32,6 +34,7 @@ __all__ = [
     "Removed",
     "ToMe",
     "TokenMixer",
+    "check_grid",
     "mixer_from_dict",
     "mixer_to_dict",
 ]

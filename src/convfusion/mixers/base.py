@@ -11,8 +11,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from convfusion.block import TokenMixer
 from convfusion.errors import ConvFusionError
+
+Grid = tuple[int, int]
+
+
+class TokenMixer(nn.Module):
+    """What stands in place of a self-attention: the contract of `convfusion.mixers`.
+
+    Attributes:
+        config: the settings that it was built from.
+    """
+
+    config: Any
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Mix tokens [B, N, C] that lie row by row on a grid (H, W); same shape and dtype out."""
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+    def init_from(self, attention: Any) -> None:
+        """Start from the diffusers `Attention` that is replaced; by default, do nothing."""
 
 
 class Mixer(Protocol):
@@ -81,3 +99,14 @@ def take_over(mine: nn.Linear, stock: nn.Linear) -> None:
     mine.bias.zero_()
     if stock.bias is not None:
         mine.bias.copy_(stock.bias)
+
+
+def check_grid(tokens: Tensor, grid: Grid) -> Grid:
+    """Return the grid (H, W) if H·W tokens are there, else raise a ValueError naming both."""
+    height, width = grid
+    if tokens.shape[1] != height * width:
+        raise ConvFusionError(
+            f"there are N = {tokens.shape[1]} tokens, but the grid {height}×{width} "
+            f"has {height * width}"
+        )
+    return height, width

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convfusion.block import Grid, TokenMixer, check_grid
-from convfusion.mixers.base import ProjectedMixer
+from convfusion.mixers.base import Grid, ProjectedMixer, TokenMixer, check_grid
 
 EPSILON = 1e-4  # keeps the normaliser off zero, also in float16
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from convfusion.block import Grid, TokenMixer, check_grid
 from convfusion.errors import ConvFusionError
-from convfusion.fields import check_fields
-from convfusion.mixers.base import ProjectedMixer
-from convfusion.neighbourhood import circular_attention, neighbourhood_attention
+from convfusion.mixers.base import Grid, ProjectedMixer, TokenMixer, check_grid
+from convfusion.mixers.windows import circular_attention, neighbourhood_attention
+from convfusion.settings import check_fields
 
 
 @dataclass(frozen=True)

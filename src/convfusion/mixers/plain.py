@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convfusion.block import Grid, TokenMixer, check_grid, set_to_uniform_attention
 from convfusion.errors import ConvFusionError
-from convfusion.fields import check_fields
-from convfusion.mixers.base import take_over
+from convfusion.mixers.base import Grid, TokenMixer, check_grid, take_over
+from convfusion.mixers.delta_conv import set_to_uniform_attention
+from convfusion.settings import check_fields
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from convfusion.block import Grid, TokenMixer, check_grid
 from convfusion.errors import ConvFusionError
-from convfusion.fields import check_fields
-from convfusion.merging import match
-from convfusion.mixers.base import ProjectedMixer
+from convfusion.mixers.base import Grid, ProjectedMixer, TokenMixer, check_grid
+from convfusion.mixers.merging import match
+from convfusion.settings import check_fields
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convfusion.ops import kernels
 from convfusion.ops.reference import factor, pooled_sides
-from convfusion.ops.tiles import block_for, chunks_for, tile_for
+from convfusion.ops.tile_sizes import block_for, chunks_for, tile_for
 
 Grid = tuple[int, int]
 PIXELS, WARPS = 32, 4  # of the kernels that resize

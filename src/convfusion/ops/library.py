@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from convfusion.ops import reference
-from convfusion.ops.flops import backward_flops, forward_flops
+from convfusion.ops.operations import backward_flops, forward_flops
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = "3.3"  # Triton: the oldest that kernels were compiled with

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
-from convfusion.adapters.base import (
+from convfusion.families.base import (
     Adapter,
     Denoiser,
     GridHook,

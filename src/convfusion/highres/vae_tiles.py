@@ -22,7 +22,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.fields import check_fields
+from convfusion.settings import check_fields
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from convfusion.block import DeltaConv
 from convfusion.errors import ConvFusionError
 from convfusion.mixers import Mixer, mixer_from_dict, mixer_to_dict
+from convfusion.mixers.delta_conv import DeltaConv
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from convfusion.adapters import denoiser_of, list_sites, site_grid
-from convfusion.block import Grid, TokenMixer
 from convfusion.errors import ConvFusionError
+from convfusion.families import denoiser_of, list_sites, site_grid
 from convfusion.mixers import Circular, Neighbourhood
+from convfusion.mixers.base import Grid, TokenMixer
 from convfusion.ops import library
 from convfusion.surgery import MixedAttention
 
@@ -54,7 +54,7 @@ def pairs_in_windows(mixer: Neighbourhood | Circular, grid: Grid) -> int:
     """How many pairs of query and key a windowed attention compares on a grid (H, W).
 
     A kernel made for the window works out these and no more; the tiles of
-    `convfusion.neighbourhood` also work out pairs that they then mask.
+    `convfusion.mixers.windows` also work out pairs that they then mask.
     """
     height, width = grid
     if isinstance(mixer, Neighbourhood):

@@ -22,11 +22,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from convfusion import presets
-from convfusion.adapters import Denoiser, Site, adapter_for, list_sites
-from convfusion.block import DeltaConv, Gate
 from convfusion.errors import CheckpointError
+from convfusion.families import Denoiser, Site, adapter_for, list_sites
 from convfusion.files import FLOATS, TensorInfo, few, read_header, read_some
+from convfusion.mixers.delta_conv import DeltaConv, Gate
+from convfusion.surgery import presets
 
 Shape = tuple[int, ...]
 

@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from convfusion.adapters import adapter_for, denoiser_of
-from convfusion.budget import Means, choose_means, chunked_feed_forward, one_at_a_time
-from convfusion.conditioning import latent_scale
 from convfusion.data.pictures import encode_pictures, upcast_vae
 from convfusion.errors import ConvFusionError
-from convfusion.fields import check_fields
+from convfusion.families import adapter_for, denoiser_of
+from convfusion.families.conditioning import latent_scale
 from convfusion.generate import check_size, generate, size_unit
-from convfusion.tiles import check_tileable, tiled_vae
+from convfusion.highres.budget import Means, choose_means, chunked_feed_forward, one_at_a_time
+from convfusion.highres.vae_tiles import check_tileable, tiled_vae
+from convfusion.settings import check_fields
 
 Size = tuple[int, int]  # (height, width) in pixels
 OnStep = Callable[[int, int, int, int], None]  # rung of rungs, step of steps, each from 1

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convfusion.adapters import Denoiser, denoiser_of, list_sites, site_grid
-from convfusion.adapters.base import GRID
-from convfusion.conditioning import latent_scale
 from convfusion.errors import ConvFusionError
+from convfusion.families import Denoiser, denoiser_of, list_sites, site_grid
+from convfusion.families.base import GRID
+from convfusion.families.conditioning import latent_scale
 from convfusion.generate import size_unit
-from convfusion.memory import GIB, decoder_peak, denoiser_peak
-from convfusion.tiles import Tiles
+from convfusion.highres.peaks import GIB, decoder_peak, denoiser_peak
+from convfusion.highres.vae_tiles import Tiles
 
 Size = tuple[int, int]
 

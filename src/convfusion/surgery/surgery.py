@@ -18,14 +18,14 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from convfusion import presets
-from convfusion.adapters import Denoiser, Site, adapter_for, denoiser_of, list_sites
-from convfusion.adapters.base import drop_grid
-from convfusion.block import TokenMixer
-from convfusion.config import ConvertConfig
 from convfusion.errors import ConvFusionError, UnsupportedModelError
+from convfusion.families import Denoiser, Site, adapter_for, denoiser_of, list_sites
+from convfusion.families.base import drop_grid
 from convfusion.mixers import Mixer
-from convfusion.plugins import projections, tell_idle_lora, unwrapped
+from convfusion.mixers.base import TokenMixer
+from convfusion.surgery import presets
+from convfusion.surgery.config import ConvertConfig
+from convfusion.surgery.lora import projections, tell_idle_lora, unwrapped
 
 LOST_WITHOUT_ATTENTION = (
     "revert",
@@ -132,7 +132,7 @@ def convert(pipe_or_model: Any, config: ConvertConfig | str | None = None) -> St
     Args:
         pipe_or_model: a diffusers pipeline, or its UNet or transformer; on any device, `meta` too.
         config: which mixer goes where; the name of a preset; or None for the preset whose layout
-            the model has (see `convfusion.presets`).
+            the model has (see `convfusion.surgery.presets`).
 
     Returns:
         What now stands at each site.

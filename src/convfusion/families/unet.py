@@ -6,7 +6,7 @@ import re
 
 from diffusers import Transformer2DModel
 
-from convfusion.adapters.base import (
+from convfusion.families.base import (
     Adapter,
     Denoiser,
     GridHook,

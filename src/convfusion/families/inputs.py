@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convfusion.adapters import Denoiser, adapter_for
+from convfusion.families import Denoiser, adapter_for
 
 
 def example_inputs(

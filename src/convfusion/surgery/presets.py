@@ -10,10 +10,10 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from convfusion.adapters import Denoiser, adapter_for, list_sites
-from convfusion.block import DeltaConv
-from convfusion.config import ConvertConfig, with_kernel_sizes
 from convfusion.errors import ConvFusionError
+from convfusion.families import Denoiser, adapter_for, list_sites
+from convfusion.mixers.delta_conv import DeltaConv
+from convfusion.surgery.config import ConvertConfig, with_kernel_sizes
 
 
 def sd15() -> ConvertConfig:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from convfusion.adapters import denoiser_of
 from convfusion.bench.activations import peak_bytes
-from convfusion.inputs import example_inputs
+from convfusion.families import denoiser_of
+from convfusion.families.inputs import example_inputs
 
 GIB = 2**30
 

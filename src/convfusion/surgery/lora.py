@@ -15,7 +15,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from convfusion.adapters import Denoiser, list_sites
+from convfusion.families import Denoiser, list_sites
 
 
 def projections(attention: Any) -> Iterator[nn.Module]:

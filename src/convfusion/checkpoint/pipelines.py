@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from convfusion.adapters import Denoiser, denoiser_of
-from convfusion.checkpoint import MANIFEST, load, save
+from convfusion.checkpoint.blocks import MANIFEST, load, save
 from convfusion.errors import CheckpointError, ConvFusionError
+from convfusion.families import Denoiser, denoiser_of
 from convfusion.files import (
     few,
     read_header,

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.fields import check_fields
+from convfusion.mixers.base import Grid, TokenMixer, check_grid
 from convfusion.ops import library
+from convfusion.settings import check_fields
 
 Gate = Literal["scaled", "reference", "sigmoid"]
 Pooling = Literal["ceil", "adaptive"]
 Init = Literal["mean", "mean_zero", "random"]
-Grid = tuple[int, int]
 
 MAX_KERNEL = 255  # spans a grid of 128×128 from any of its tokens
 MAX_STAGES = 10  # the last at 1/512
@@ -73,23 +73,6 @@ class DeltaConv:
     def build(self, channels: int, heads: int = 1) -> DeltaConvBlock:
         """A block for tokens of `channels` channels; heads mean nothing to it."""
         return DeltaConvBlock(channels, self)
-
-
-class TokenMixer(nn.Module):
-    """What stands in place of a self-attention: the contract of `convfusion.mixers`.
-
-    Attributes:
-        config: the settings that it was built from.
-    """
-
-    config: Any
-
-    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Mix tokens [B, N, C] that lie row by row on a grid (H, W); same shape and dtype out."""
-        raise TypeError(f"{type(self).__name__} has no forward")
-
-    def init_from(self, attention: Any) -> None:
-        """Start from the diffusers `Attention` that is replaced; by default, do nothing."""
 
 
 class DeltaConvBlock(TokenMixer):
@@ -175,17 +158,6 @@ class DeltaConvBlock(TokenMixer):
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.config.kernel_size}, gate={self.config.gate}"
-
-
-def check_grid(tokens: Tensor, grid: Grid) -> Grid:
-    """Return the grid (H, W) if H·W tokens are there, else raise a ValueError naming both."""
-    height, width = grid
-    if tokens.shape[1] != height * width:
-        raise ConvFusionError(
-            f"there are N = {tokens.shape[1]} tokens, but the grid {height}×{width} "
-            f"has {height * width}"
-        )
-    return height, width
 
 
 def halve(maps: Tensor) -> Tensor:

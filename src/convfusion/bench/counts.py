@@ -18,17 +18,18 @@ from typing import Any
 
 import torch
 
-from convfusion.adapters import Site, list_sites, site_grid
 from convfusion.bench.activations import peak_bytes
 from convfusion.bench.models import BenchModel
-from convfusion.block import DeltaConv, Grid
-from convfusion.config import ConvertConfig, uniform
 from convfusion.errors import ConvFusionError
+from convfusion.families import Site, list_sites, site_grid
+from convfusion.families.inputs import example_inputs
 from convfusion.files import write_text
-from convfusion.flops import count, mixer_operations
-from convfusion.inputs import example_inputs
 from convfusion.mixers import MIXERS, Mixer
-from convfusion.presets import by_name, preset_for
+from convfusion.mixers.base import Grid
+from convfusion.mixers.delta_conv import DeltaConv
+from convfusion.operations import count, mixer_operations
+from convfusion.surgery.config import ConvertConfig, uniform
+from convfusion.surgery.presets import by_name, preset_for
 
 SIZES = (
     *((side, side) for side in (256, 512, 1024, 2048, 4096, 8192, 16384)),

@@ -1,7 +1,7 @@
 """Model families: what each one's self-attention sites are and how they learn their grid."""
 
-from convfusion.adapters import dit, unet
-from convfusion.adapters.base import (
+from convfusion.families import dit, unet
+from convfusion.families.base import (
     Adapter,
     Denoiser,
     Site,

@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from convfusion.adapters import denoiser_of, site_grid
 from convfusion.bench.latency import SiteKind, Variant, denoiser_call, site_kinds, time_site
 from convfusion.bench.timing import Timing, interleaved
-from convfusion.block import Grid
-from convfusion.config import ConvertConfig, uniform
 from convfusion.errors import ConvFusionError
-from convfusion.inputs import example_inputs
+from convfusion.families import denoiser_of, site_grid
+from convfusion.families.inputs import example_inputs
 from convfusion.mixers import Removed
+from convfusion.mixers.base import Grid
 from convfusion.surgery import attention_teacher, mixers_of
+from convfusion.surgery.config import ConvertConfig, uniform
 
 LARGEST = 64 * 64  # tokens that are timed; beyond, the fitted laws speak
 ROUNDS = 3

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convfusion.adapters import Denoiser, adapter_for, denoiser_of
 from convfusion.errors import ConvFusionError
+from convfusion.families import Denoiser, adapter_for, denoiser_of
 
 
 @torch.no_grad()

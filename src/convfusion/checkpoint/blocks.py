@@ -19,11 +19,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from convfusion import hub, released
-from convfusion.adapters import Denoiser, adapter_for, denoiser_of, list_sites
-from convfusion.block import TokenMixer
-from convfusion.config import ConvertConfig
+from convfusion.checkpoint import hub, released
 from convfusion.errors import CheckpointError, ConvFusionError
+from convfusion.families import Denoiser, adapter_for, denoiser_of, list_sites
 from convfusion.files import (
     FLOATS,
     few,
@@ -34,14 +32,9 @@ from convfusion.files import (
     write_text,
 )
 from convfusion.mixers import Mixer, mixer_from_dict, mixer_to_dict
-from convfusion.surgery import (
-    Status,
-    build_mixers,
-    drop_attention,
-    install,
-    mixers_of,
-    status,
-)
+from convfusion.mixers.base import TokenMixer
+from convfusion.surgery import Status, build_mixers, drop_attention, install, mixers_of, status
+from convfusion.surgery.config import ConvertConfig
 
 Blocks: TypeAlias = tuple[dict[str, Mixer], dict[str, dict[str, Tensor]]]  # settings, values
 
@@ -133,7 +126,7 @@ def load(
         pipe_or_model: the base model as it was converted, or converted already at the same sites
             with the same settings.
         source: a folder written by `save`; a `.safetensors` file that the paper's authors
-            released (see `convfusion.released`); or the name on the Hub, `user/name`, of what
+            released (see `convfusion.checkpoint.released`); or the name on the Hub, `user/name`, of what
             `push` put there, where no folder of that name is here.
         keep_attention: as in `ConvertConfig`.
         average: of a released file that holds both, take the moving average and not the weights

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convfusion.block import Grid
+from convfusion.mixers.base import Grid
 
 
 @dataclass(frozen=True)

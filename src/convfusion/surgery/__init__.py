@@ -1,0 +1,39 @@
+"""Replace self-attention in place, and put it back: what goes where, and who does it."""
+
+from convfusion.surgery.config import ConvertConfig, uniform, with_kernel_sizes
+from convfusion.surgery.surgery import (
+    LOST_WITHOUT_ATTENTION,
+    DroppedAttention,
+    MixedAttention,
+    SiteStatus,
+    Status,
+    attention_back,
+    attention_teacher,
+    build_mixers,
+    convert,
+    drop_attention,
+    install,
+    mixers_of,
+    revert,
+    status,
+)
+
+__all__ = [
+    "LOST_WITHOUT_ATTENTION",
+    "ConvertConfig",
+    "DroppedAttention",
+    "MixedAttention",
+    "SiteStatus",
+    "Status",
+    "attention_back",
+    "attention_teacher",
+    "build_mixers",
+    "convert",
+    "drop_attention",
+    "install",
+    "mixers_of",
+    "revert",
+    "status",
+    "uniform",
+    "with_kernel_sizes",
+]
