@@ -23,8 +23,7 @@ from convfusion.data import LatentDataset
 from convfusion.demo import distillation, error
 from convfusion.distill import distill
 from convfusion.evaluate import epsilon_error
-from convfusion.families import denoiser_of
-from convfusion.families.conditioning import encode_conditioning
+from convfusion.families import denoiser_of, encode_conditioning
 from convfusion.mixers import Removed
 from convfusion.schedule import add_noise, noise_schedule
 from convfusion.surgery import mixers_of

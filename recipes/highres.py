@@ -26,8 +26,7 @@ from convfusion import mini
 from convfusion.data.pictures import encode_pictures
 from convfusion.evaluate import kernel_distance, open_extractor
 from convfusion.evaluate.extractors import Extractor
-from convfusion.families import denoiser_of
-from convfusion.families.conditioning import latent_scale
+from convfusion.families import denoiser_of, latent_scale
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import generate
 from convfusion.highres import Ladder, Start, highres, last_steps

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 import convfusion
 from convfusion.bench.activations import peak_bytes
-from convfusion.families import list_sites
-from convfusion.families.inputs import example_inputs
+from convfusion.families import example_inputs, list_sites
 from convfusion.highres.budget import chunked_feed_forward
 from convfusion.highres.peaks import GIB, denoiser_peak
 from convfusion.surgery import mixers_of, presets
@@ -51,7 +50,7 @@ def without_values(name: str, dtype: torch.dtype) -> UNet2DConditionModel:
     """A converted UNet without attention and without values."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**MODELS[name])
-    convfusion.convert(unet, presets.preset_for(unet))
+    convfusion.convert(unet, presets.choose_preset(unet))
     convfusion.drop_attention(unet)
     return unet.to(dtype).eval()
 

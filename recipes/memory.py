@@ -44,7 +44,7 @@ def step(way: str, latents: int, checkpointing: bool) -> dict[str, Any]:
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     unet.requires_grad_(False)
     teacher = copy.deepcopy(unet) if way == "two models" else None
-    convfusion.convert(unet, presets.sd15())
+    convfusion.convert(unet, presets.get_preset("sd15"))
     if checkpointing:
         unet.enable_gradient_checkpointing()
     task = (

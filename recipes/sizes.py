@@ -28,8 +28,7 @@ from convfusion.data.pictures import encode_pictures
 from convfusion.demo import error, spread
 from convfusion.evaluate import TIMESTEPS, predictions, relative_error
 from convfusion.evaluate.real import decoded
-from convfusion.families import Denoiser, denoiser_of
-from convfusion.families.conditioning import encode_conditioning
+from convfusion.families import Denoiser, denoiser_of, encode_conditioning
 from convfusion.schedule import noise_schedule
 from experiment import TEACHERS, TEXT_TO_IMAGE, Table, recipe, shipped, student, weights_of
 from pictures import DISTANCES, Drawn, distances, extractor, look

@@ -1,6 +1,7 @@
 """Synthetic files in the layout of the authors' released weights, and a plain form of their block.
 
-Both are written from the description of the layout, and share nothing with `convfusion.checkpoint.released`.
+Both are written from the description of the layout, and share nothing with
+`convfusion.checkpoint.released`.
 """
 
 from __future__ import annotations

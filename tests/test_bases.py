@@ -86,7 +86,7 @@ def test_a_base_at_full_size(name):
     kind, config, preset, levels, published = BASES[name]
     with torch.device("meta"):
         model = kind(**config)
-    assert presets.preset_for(model) == preset
+    assert presets.choose_preset(model) == preset
     found = {}
     for site in list_sites(model):
         place = (site.level, site.channels)

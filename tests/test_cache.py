@@ -24,7 +24,8 @@ from convfusion.data.pictures import cover, encode_pictures
 from convfusion.data.samples import CHUNK
 from convfusion.data.sources import open_source
 from convfusion.data.store import LatentCache
-from convfusion.families.conditioning import encode_conditioning, flat
+from convfusion.families import encode_conditioning
+from convfusion.families.conditioning import flat
 from convfusion.files import write_tensors
 
 COUNT = 2 * CHUNK + 10

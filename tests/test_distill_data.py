@@ -7,7 +7,8 @@ from tiny_pipelines import PIPELINES
 from convfusion import ConvFusionError
 from convfusion.distill.draws import Batches
 from convfusion.distill.losses import feature_losses, min_snr_weight, weighted_mse
-from convfusion.families.conditioning import class_labels, encode_conditioning
+from convfusion.families import encode_conditioning
+from convfusion.families.dit import DIT
 from convfusion.schedule import add_noise, as_epsilon
 
 
@@ -81,7 +82,7 @@ def test_a_dropped_caption_is_what_sdxl_sees_without_a_negative_prompt():
 
 def test_class_labels_are_checked():
     pipe = PIPELINES["dit"]()
-    assert class_labels(pipe, ["green", "7", ""]) == [1, 7, 10]
+    assert DIT.call_prompts(pipe, ["green", "7", ""]) == [1, 7, 10]
     for wrong in ("blue", "11", "²"):
         with pytest.raises(ConvFusionError, match="no class of this model"):
-            class_labels(pipe, [wrong])
+            DIT.call_prompts(pipe, [wrong])

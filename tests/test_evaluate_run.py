@@ -22,7 +22,7 @@ from convfusion.evaluate import drawing as drawing_module
 from convfusion.evaluate import epsilon_errors, evaluate, psnr
 from convfusion.evaluate.drawing import picture_of, recorded_latents
 from convfusion.evaluate.real import open_real
-from convfusion.families.conditioning import encode_conditioning
+from convfusion.families import encode_conditioning
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import generate
 from convfusion.schedule import noise_schedule

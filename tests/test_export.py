@@ -9,7 +9,7 @@ from tiny_models import dit, randomise
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, export, uniform
-from convfusion.families.inputs import example_inputs
+from convfusion.families import example_inputs
 from convfusion.surgery import mixers_of
 
 

@@ -11,8 +11,7 @@ from tiny_models import CASES, run
 from convfusion.bench import latency
 from convfusion.bench.latency import Variant, site_kinds, standing, time_denoiser, time_site
 from convfusion.bench.timing import interleaved, peak_memory
-from convfusion.families import list_sites
-from convfusion.families.inputs import example_inputs
+from convfusion.families import example_inputs, list_sites
 from convfusion.mixers import MIXERS
 from convfusion.surgery import build_mixers, mixers_of, presets
 from convfusion.surgery.config import uniform
@@ -33,7 +32,7 @@ def test_inputs_suit_every_family(case):
 def test_kinds_hold_every_site_once(case):
     with torch.device("meta"):
         model = case.make()
-    kinds = site_kinds(model, presets.by_name(case.preset))
+    kinds = site_kinds(model, presets.get_preset(case.preset))
     paths = [path for kind in kinds for path in kind.paths]
     assert sorted(paths) == sorted(site.path for site in list_sites(model))
     costs = {(k.site.channels, k.site.heads, k.site.level, k.kernel_size) for k in kinds}
@@ -43,7 +42,7 @@ def test_kinds_hold_every_site_once(case):
 def test_mixers_stand_for_a_while(case):
     model = case.model()
     before = run(model, case, 16, 16)
-    mixers = build_mixers(model, list_sites(model), presets.by_name(case.preset))
+    mixers = build_mixers(model, list_sites(model), presets.get_preset(case.preset))
     with standing(model, mixers):
         assert mixers_of(model).keys() == mixers.keys()
         assert not torch.equal(run(model, case, 16, 16), before)
@@ -55,7 +54,7 @@ def test_mixers_stand_for_a_while(case):
 def test_a_denoiser_comes_back_as_it_was(case, backward):
     model = case.model()
     before = run(model, case, 16, 16)
-    variants = {"attention": Variant(), "blocks": Variant(presets.by_name(case.preset))}
+    variants = {"attention": Variant(), "blocks": Variant(presets.get_preset(case.preset))}
     found = time_denoiser(model, variants, (8, 8), batch=1, rounds=1, backward=backward)
     assert [len(found[name].timing.seconds) for name in variants] == [1, 1]
     assert torch.equal(run(model, case, 16, 16), before)
@@ -65,7 +64,7 @@ def test_a_site_is_timed_only_with_parity(monkeypatch):
     case = CASES[0]
     with torch.device("meta"):
         model = case.make()
-    config = presets.by_name(case.preset)
+    config = presets.get_preset(case.preset)
     site = site_kinds(model, config)[0].site
     variants = {"attention": Variant(), "block": Variant(config)}
     found = time_site(model, site, variants, (6, 5), rounds=3)
@@ -100,7 +99,7 @@ def test_a_compiled_block_is_timed(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **kw: compiled(f, backend="eager", **kw))
     with torch.device("meta"):
         model = CASES[0].make()
-    config = presets.by_name("sd15")
+    config = presets.get_preset("sd15")
     variants = {"compiled": Variant(config, compiled=True)}
     found = time_site(model, list_sites(model)[0], variants, (5, 6), rounds=1)
     assert found["compiled"].timing is not None and found["compiled"].parity < 1e-4

@@ -83,6 +83,6 @@ def test_the_run_file_is_for_the_real_model():
     settings = read_settings(SETTINGS, {})
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    assert settings.config == presets.preset_for(unet)
+    assert settings.config == presets.choose_preset(unet)
     assert convfusion.convert(unet, settings.config).converted == 16
     assert parse_size(settings.size) == (unet.config.sample_size * 8,) * 2

@@ -106,7 +106,7 @@ def test_a_hybrid_takes_the_cheaper_one():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_plans_of_every_family(case):
     model = case.model()
-    config = presets.by_name(case.preset)
+    config = presets.get_preset(case.preset)
     before = run(model, case, 16, 16)
     own = plan_speed(model, config, (16, 16), batch=1)
     assert sum(len(site.paths) for site in own.sites) == case.sites

@@ -103,7 +103,9 @@ def test_kernel_sizes_come_from_the_file(tmp_path):
     model = sd15()
     tensors = release(model, kernel=lambda b: next(k for p, k in sides.items() if b.startswith(p)))
     status = convfusion.load(model, write(tmp_path / "a.safetensors", tensors))
-    preset = convfusion.surgery.presets.sd15().mixers_for(row.site.path for row in status.sites)
+    preset = convfusion.surgery.presets.get_preset("sd15").mixers_for(
+        row.site.path for row in status.sites
+    )
     found = {row.site.path: row.mixer.kernel_size for row in status.sites}
     assert found == {path: mixer.kernel_size for path, mixer in preset.items()}
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, Removed, uniform
-from convfusion.bench.models import FULL_SIZE, denoiser_on_meta
+from convfusion.bench.models import denoiser_on_meta, full_size_configs
 from convfusion.families import list_sites
 from convfusion.mixers import MIXERS
 from convfusion.surgery import mixers_of
@@ -67,7 +67,7 @@ def test_odd_latents_of_a_unet(case):
 def test_sites_and_preset(case):
     status = convfusion.convert(case.model())
     assert len(status.sites) == status.converted == case.sites
-    preset = convfusion.surgery.presets.by_name(case.preset)
+    preset = convfusion.surgery.presets.get_preset(case.preset)
     assert {s.site.path: s.mixer for s in status.sites} == preset.mixers_for(
         s.site.path for s in status.sites
     )
@@ -199,10 +199,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
+@pytest.mark.parametrize("name", full_size_configs())
 def test_full_size_layouts_on_meta(name):
     levels, parameters, attention = LAYOUTS[name]
-    model = denoiser_on_meta(*FULL_SIZE[name])
+    model = denoiser_on_meta(*full_size_configs()[name])
     if parameters is not None:
         assert sum(p.numel() for p in model.parameters()) == parameters
     status = convfusion.convert(model)
@@ -213,7 +213,7 @@ def test_full_size_layouts_on_meta(name):
     assert found == levels
     weights = sum(row.attention_parameters for row in status.sites)
     assert round(weights / 1e6, 1) == attention
-    assert convfusion.surgery.presets.preset_for(model) == name
+    assert convfusion.surgery.presets.choose_preset(model) == name
 
 
 def test_patterns_choose_sites():

@@ -95,7 +95,7 @@ def run_demo(
     say(f"3/4  ΔConvBlocks take its place and are distilled for {config.steps} steps.")
     student = mini.load_teacher()
     before = parameters(student)
-    sites = convert(student, presets.default()).converted
+    sites = convert(student, presets.get_preset("default")).converted
     initial = error(student, held_out)
     run, losses = distil_live(student, config, on_step)
     judge("distilled", student)

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, adapter_for, denoiser_of
+from convfusion.families import Denoiser, denoiser_of, example_inputs, family_of, native_latents
 from convfusion.families.conditioning import flat, nested
-from convfusion.families.inputs import example_inputs
 from convfusion.mixers.delta_conv import DeltaConv
 from convfusion.surgery import drop_attention, mixers_of
 
@@ -87,18 +86,10 @@ def export_onnx(pipe_or_model: Any, path: str | Path) -> Exported:
 
 def checked_sizes(model: Denoiser) -> list[tuple[int, int, int]]:
     """Batches and latents (height, width) at which a file is compared, odd grids among them."""
-    unit = size_unit(model)
-    native = model.config.sample_size
-    height, width = (native, native) if isinstance(native, int) else native
+    unit = family_of(model).latent_unit(model)
+    height, width = native_latents(model)
     sizes = [(1, 3 * unit, 5 * unit), (3, 5 * unit, 3 * unit), (2, 4 * unit, 2 * unit)]
     return [*sizes, (1, unit * math.ceil(height / unit), unit * math.ceil(width / unit))]
-
-
-def size_unit(model: Denoiser) -> int:
-    """What both sides of the latents are multiples of: the halvings of a UNet, or a patch."""
-    if adapter_for(model).family == "unet":
-        return 2 ** (len(model.config.block_out_channels) - 1)
-    return model.config.patch_size
 
 
 def without_attention(model: Denoiser) -> Denoiser:
@@ -120,9 +111,11 @@ def _check(model: Denoiser, path: Path) -> None:
     mixers = mixers_of(model)
     if not mixers:
         raise ConvFusionError("this model is not converted: there is nothing new to export")
-    family = adapter_for(model).family
-    if family == "dit":
-        raise ConvFusionError("a DiT draws one size only and is not exported; UNets and PixArt are")
+    if family_of(model).fixed_size:
+        raise ConvFusionError(
+            f"a {type(model).__name__} draws one size only and is not exported: what an export "
+            "is for is one file for every size"
+        )
     for site, mixer in mixers.items():
         settings = mixer.config
         if (
@@ -169,7 +162,7 @@ def _inputs(model: Denoiser, size: tuple[int, int], batch: int, words: int) -> M
 
 def _write(model: Denoiser, path: Path) -> tuple[str, ...]:
     """Export to a file; returns the names of its inputs."""
-    unit, free = size_unit(model), torch.export.Dim.DYNAMIC
+    unit, free = family_of(model).latent_unit(model), torch.export.Dim.DYNAMIC
     given = _inputs(model, (2 * unit, 3 * unit), batch=2, words=7)
     tensors = {name: value for name, value in given.items() if value is not None}
     wrapped = _Flat(model, tuple(tensors), tuple(given.keys() - tensors.keys())).eval()

@@ -12,10 +12,8 @@ import torch
 from PIL import Image
 
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, adapter_for, denoiser_of
-from convfusion.families.conditioning import class_labels, latent_scale
+from convfusion.families import Denoiser, denoiser_of, family_of, native_size, pixel_unit
 
-NO_CLASS = 1000  # under guidance, in diffusers' DiT pipeline
 SEEDS = 2**64  # of torch's generators
 GUIDANCES = 1e3  # far above any that a model is used with
 
@@ -51,23 +49,20 @@ def generate(
         raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
     check_numbers(seeds, steps, guidance, batch_size)
     check_steps(pipe, steps)
+    family = family_of(denoiser_of(pipe))
     if size is not None:
         check_size(pipe, size)
+    if size is not None and not family.fixed_size:
         options |= {"height": size[0], "width": size[1]}
-    family = adapter_for(denoiser_of(pipe)).family
-    of_classes = family == "dit"
-    if of_classes and size is not None:
-        raise ConvFusionError("a DiT pipeline draws at its own size only: leave the size out")
     check_guidance(pipe, guidance)
-    if family == "pixart":  # else it draws at the nearest size of its training and resizes that
-        options.setdefault("use_resolution_binning", False)
+    options = {**family.call_options, **options}
     images: list[Image.Image] = []
     with silent(pipe):
         for start in range(0, len(prompts), batch_size):
             stop = start + batch_size
             part = prompts[start:stop]
             drawn = pipe(
-                class_labels(pipe, part) if of_classes else part,
+                family.call_prompts(pipe, part),
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[start:stop]],
@@ -106,7 +101,13 @@ def check_steps(pipe: Any, steps: int) -> None:
 
 def check_size(pipe: Any, size: tuple[int, int]) -> None:
     """Raise a ConvFusionError unless the denoiser can work on pictures of (height, width)."""
-    unit = size_unit(pipe)
+    denoiser, own = denoiser_of(pipe), native_size(pipe)
+    if family_of(denoiser).fixed_size and size != own:
+        raise ConvFusionError(
+            f"a {type(denoiser).__name__} draws at its own size only, {own[1]}×{own[0]}: leave "
+            "the size out"
+        )
+    unit = pixel_unit(pipe)
     if any(side < unit or side % unit for side in size):
         near = [max(unit, round(side / unit) * unit) for side in size]
         raise ConvFusionError(
@@ -116,39 +117,25 @@ def check_size(pipe: Any, size: tuple[int, int]) -> None:
 
 
 def check_guidance(pipe: Any, guidance: float) -> None:
-    """Raise a ConvFusionError if the pipeline would take one of its classes for no class."""
-    if guidance > 1 and not can_guide(pipe):
-        raise ConvFusionError(
-            f"this model has {denoiser_of(pipe).config.num_embeds_ada_norm} classes, and "
-            f"diffusers' DiT pipeline takes class {NO_CLASS} for none: it draws with a guidance "
-            "of 1 only"
-        )
+    """Raise a ConvFusionError for a guidance scale that the denoiser cannot draw with."""
+    denoiser = denoiser_of(pipe)
+    family_of(denoiser).check_guidance(denoiser, guidance)
 
 
 def can_guide(pipe: Any) -> bool:
-    """Whether a pipeline can draw with a guidance above 1: a DiT if it has 1000 classes."""
-    denoiser = denoiser_of(pipe)
-    if adapter_for(denoiser).family != "dit":
-        return True
-    return denoiser.config.num_embeds_ada_norm == NO_CLASS
-
-
-def size_unit(pipe: Any) -> int:
-    """What both sides of a picture must be multiples of, in pixels."""
-    return unit_of(denoiser_of(pipe), latent_scale(pipe))
-
-
-def unit_of(denoiser: Denoiser, scale: int) -> int:
-    """The same of a denoiser, with a VAE of so many pixels to a latent."""
-    unit = scale * denoiser.config.get("patch_size", 1)
-    return math.lcm(unit, 8)  # which stock pipelines insist on, whatever their VAE
+    """Whether a pipeline can draw with a guidance scale above 1."""
+    try:
+        check_guidance(pipe, GUIDANCES)
+    except ConvFusionError:
+        return False
+    return True
 
 
 @contextmanager
 def swapped_denoiser(pipe: Any, denoiser: Denoiser) -> Iterator[Any]:
     """Let a pipeline draw with another denoiser of the same family for a while."""
     own = denoiser_of(pipe)
-    name = "unet" if getattr(pipe, "unet", None) is own else "transformer"
+    name = family_of(own).component
     setattr(pipe, name, denoiser)
     try:
         yield pipe

@@ -23,8 +23,7 @@ from convfusion.analysis.capture import (
 )
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import psnr, relative_error
-from convfusion.families import denoiser_of, list_sites, site_grid
-from convfusion.families.conditioning import latent_scale
+from convfusion.families import denoiser_of, latent_scale, list_sites, native_size, site_grid
 from convfusion.files import write_text
 from convfusion.generate import generate
 from convfusion.mixers import MeanOnly, Mixer, Neighbourhood, Removed
@@ -147,9 +146,7 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
 def check_windows(pipe: Any, config: ConvertConfig, size: tuple[int, int] | None) -> None:
     """Raise a ConvFusionError for a neighbourhood that no grid of its sites is as large as."""
     model = denoiser_of(pipe)
-    native = model.config.sample_size
-    sides = native if isinstance(native, list | tuple) else (native, native)
-    height, width = sides if size is None else (side // latent_scale(pipe) for side in size)
+    height, width = (side // latent_scale(pipe) for side in size or native_size(pipe))
     sites = {site.path: site for site in list_sites(model)}
     largest: dict[Neighbourhood, int] = {}
     for path, mixer in config.mixers_for(sites).items():

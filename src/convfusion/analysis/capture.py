@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from convfusion.analysis.streaming import AttentionSums, Measure, measure_attention
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, Site, adapter_for, denoiser_of, list_sites
-from convfusion.families.base import argument_position
+from convfusion.families import Denoiser, Site, denoiser_of
+from convfusion.families.carrier import argument_position
+from convfusion.families.watch import project, watch_attention
 from convfusion.mixers.base import Grid
 from convfusion.surgery import mixers_of
 
@@ -187,55 +188,6 @@ def attention_capture(
             yield seen
     finally:
         handle.remove()
-
-
-@contextmanager
-def watch_attention(
-    model: Denoiser, see: Callable[[Site, Any, Tensor, Grid], None]
-) -> Iterator[None]:
-    """Show every self-attention call of a denoiser to a function, before it happens.
-
-    Args:
-        model: not converted.
-        see: called with the site, its diffusers `Attention`, its tokens [B, N, C] and their grid.
-    """
-    sites = list_sites(model)
-    grid_hook = adapter_for(model).grid_hook(model)
-    grids: dict[str, Grid] = {}  # by path of the owner
-
-    def grid_reader(owner: str) -> Callable:
-        def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            grids[owner] = grid_hook.grid(args, kwargs)
-
-        return read
-
-    def attention_reader(site: Site) -> Callable:
-        def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            see(site, module, args[0] if args else kwargs["hidden_states"], grids[site.owner])
-
-        return read
-
-    readers = [(owner, grid_reader(owner)) for owner in dict.fromkeys(s.owner for s in sites)]
-    readers += [(site.path, attention_reader(site)) for site in sites]
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(reader, with_kwargs=True)
-        for path, reader in readers
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def project(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys of a diffusers `Attention` for tokens [B, N, C], each [B, h, N, C/h]."""
-    parts = []
-    for layer, norm in ((attention.to_q, "norm_q"), (attention.to_k, "norm_k")):
-        heads = layer(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-        normalise = getattr(attention, norm, None)
-        parts.append(heads if normalise is None else normalise(heads))
-    return parts[0], parts[1]
 
 
 def call_timestep(model: Denoiser, args: tuple, kwargs: dict[str, Any]) -> float:

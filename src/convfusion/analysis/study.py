@@ -96,7 +96,7 @@ class SiteAnalysis:
 
     path: str
     level: int
-    grid: tuple[int, int]
+    grid: Grid
     queries: int
     uniform_receptive_field: int
     uniform_score_mass: list[float]

@@ -21,15 +21,14 @@ import torch
 from convfusion.bench.activations import peak_bytes
 from convfusion.bench.models import BenchModel
 from convfusion.errors import ConvFusionError
-from convfusion.families import Site, list_sites, site_grid
-from convfusion.families.inputs import example_inputs
+from convfusion.families import Site, example_inputs, list_sites, site_grid
 from convfusion.files import write_text
 from convfusion.mixers import MIXERS, Mixer
 from convfusion.mixers.base import Grid
 from convfusion.mixers.delta_conv import DeltaConv
 from convfusion.operations import count, mixer_operations
 from convfusion.surgery.config import ConvertConfig, uniform
-from convfusion.surgery.presets import by_name, preset_for
+from convfusion.surgery.presets import choose_preset, get_preset
 
 SIZES = (
     *((side, side) for side in (256, 512, 1024, 2048, 4096, 8192, 16384)),
@@ -98,7 +97,7 @@ def contenders(
         if kind != "delta_conv":
             found[kind] = uniform(MIXERS[kind]())
             continue
-        preset = by_name(preset_for(model.denoiser)).sites
+        preset = get_preset(choose_preset(model.denoiser)).sites
         for ratio in ratios:
             found[f"{kind} {ratio:g}"] = ConvertConfig(
                 {p: replace(m, ratio=ratio) for p, m in preset.items() if isinstance(m, DeltaConv)}

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.bench.timing import Timing, interleaved
-from convfusion.families import Denoiser, Site, list_sites
-from convfusion.families.inputs import example_inputs
+from convfusion.families import Denoiser, Site, example_inputs, list_sites
 from convfusion.mixers.base import Grid, TokenMixer
 from convfusion.mixers.delta_conv import DeltaConv
 from convfusion.surgery import build_mixers, install, revert

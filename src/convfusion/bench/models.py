@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,44 +13,19 @@ import torch
 
 from convfusion import mini
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, adapter_for, supported
+from convfusion.families import FAMILIES, Denoiser, component_names, family_of, supported_classes
 
-# Class and configuration of the published denoisers, where they differ from diffusers' defaults.
-FULL_SIZE: dict[str, tuple[str, dict[str, Any]]] = {
-    "sd15": ("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768}),
-    "sd21": (
-        "UNet2DConditionModel",
-        {
-            "sample_size": 96,
-            "attention_head_dim": (5, 10, 20, 20),
-            "cross_attention_dim": 1024,
-            "use_linear_projection": True,
-        },
-    ),
-    "sdxl": (
-        "UNet2DConditionModel",
-        {
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-    ),
-    "pixart": (
-        "PixArtTransformer2DModel",
-        {"sample_size": 128, "caption_channels": 4096, "use_additional_conditions": False},
-    ),
-    "dit": ("DiTTransformer2DModel", {"out_channels": 8}),
-}
-NAMES = (*FULL_SIZE, "mini")
-PIXELS_PER_LATENT = 8  # along a side, in the autoencoders of all five
+PIXELS_PER_LATENT = 8  # along a side, in the autoencoders of all that are known by name
+
+
+def full_size_configs() -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Class and configuration of the published denoisers that families know, by name."""
+    return {name: full for family in FAMILIES.values() for name, full in family.full_size.items()}
+
+
+def model_names() -> list[str]:
+    """The names that `bench_model` knows."""
+    return [*full_size_configs(), "mini"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +48,7 @@ class BenchModel:
         Raises:
             ConvFusionError: the model draws no pictures of this size.
         """
-        unit = self.pixels_per_latent * adapter_for(self.denoiser).grid_hook(self.denoiser).patch
+        unit = self.pixels_per_latent * family_of(self.denoiser).patch_size(self.denoiser)
         height, width = size
         if min(size) < unit or height % unit or width % unit:
             raise ConvFusionError(
@@ -87,29 +63,33 @@ def bench_model(name: str) -> BenchModel:
     Raises:
         ConvFusionError: there is no such name or folder, or no adapter for its denoiser.
     """
-    if name in FULL_SIZE:
-        return BenchModel(name, denoiser_on_meta(*FULL_SIZE[name]), PIXELS_PER_LATENT)
+    published = full_size_configs()
+    if name in published:
+        return BenchModel(name, denoiser_on_meta(*published[name]), PIXELS_PER_LATENT)
     if name == "mini":
         return _from_folder(name, mini.TEACHER)
     if (Path(name) / "model_index.json").is_file():
         return _from_folder(name, Path(name))
     raise ConvFusionError(
-        f"{name!r} is neither a model, one of {', '.join(NAMES)}, nor the folder of a pipeline"
+        f"{name!r} is neither a model, one of {', '.join(model_names())}, nor the folder of "
+        "a pipeline"
     )
 
 
-def denoiser_on_meta(kind: str, config: dict[str, Any]) -> Denoiser:
+def denoiser_on_meta(kind: str, config: Mapping[str, Any]) -> Denoiser:
     """A diffusers denoiser of a supported class, without weights."""
-    if kind not in supported():
-        raise ConvFusionError(f"{kind} is not supported; supported are {', '.join(supported())}")
+    if kind not in supported_classes():
+        raise ConvFusionError(
+            f"{kind} is not supported; supported are {', '.join(supported_classes())}"
+        )
     with torch.device("meta"):
         return getattr(diffusers, kind).from_config(config)
 
 
 def _from_folder(name: str, folder: Path) -> BenchModel:
-    part = next((p for p in ("unet", "transformer") if (folder / p).is_dir()), None)
+    part = next((p for p in component_names() if (folder / p).is_dir()), None)
     if part is None:
-        raise ConvFusionError(f"{folder} has no unet and no transformer")
+        raise ConvFusionError(f"{folder} has no folder {' or '.join(component_names())}")
     config, autoencoder = _read(folder / part), _read(folder / "vae")
     try:
         denoiser = denoiser_on_meta(config["_class_name"], config)

@@ -21,7 +21,7 @@ from convfusion.bench.models import BenchModel
 from convfusion.bench.rows import Row, rows_of
 from convfusion.bench.timing import surroundings
 from convfusion.families import Denoiser, list_sites, site_grid
-from convfusion.surgery.presets import by_name, preset_for
+from convfusion.surgery.presets import choose_preset, get_preset
 
 Sizes = Sequence[tuple[int, int]]
 
@@ -65,7 +65,7 @@ def site_rows(
         under: the conditions.
         on_case: told what is measured next.
     """
-    config = by_name(preset_for(model.denoiser))
+    config = get_preset(choose_preset(model.denoiser))
     for kind in site_kinds(model.denoiser, config):
         limits = Limits(under.limit)
         for size in sizes:

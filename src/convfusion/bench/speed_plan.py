@@ -22,8 +22,7 @@ import torch
 from convfusion.bench.latency import SiteKind, Variant, denoiser_call, site_kinds, time_site
 from convfusion.bench.timing import Timing, interleaved
 from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of, site_grid
-from convfusion.families.inputs import example_inputs
+from convfusion.families import denoiser_of, example_inputs, family_of, site_grid
 from convfusion.mixers import Removed
 from convfusion.mixers.base import Grid
 from convfusion.surgery import attention_teacher, mixers_of
@@ -275,8 +274,7 @@ def _weights(model: Any, kind: SiteKind, config: ConvertConfig) -> tuple[int, in
 
 def _rest(model: Any, latents: tuple[int, int], batch: int) -> float:
     """Seconds of a forward pass with nothing at the sites, from a smaller one if that is large."""
-    unit = 2 ** (len(model.config.get("block_out_channels", (0,))) - 1)
-    unit *= model.config.get("patch_size", 1)
+    unit = family_of(model).latent_unit(model)
     height, width = shrunk((latents[0] // unit, latents[1] // unit), LARGEST // unit**2)
     small = height * unit, width * unit
     inputs = example_inputs(model, small, batch=batch)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from convfusion.checkpoint import hub, released
 from convfusion.errors import CheckpointError, ConvFusionError
-from convfusion.families import Denoiser, adapter_for, denoiser_of, list_sites
+from convfusion.families import Denoiser, denoiser_of, family_of, list_sites
 from convfusion.files import (
     FLOATS,
     few,
@@ -126,8 +126,8 @@ def load(
         pipe_or_model: the base model as it was converted, or converted already at the same sites
             with the same settings.
         source: a folder written by `save`; a `.safetensors` file that the paper's authors
-            released (see `convfusion.checkpoint.released`); or the name on the Hub, `user/name`, of what
-            `push` put there, where no folder of that name is here.
+            released (see `convfusion.checkpoint.released`); or the name on the Hub, `user/name`,
+            of what `push` put there, where no folder of that name is here.
         keep_attention: as in `ConvertConfig`.
         average: of a released file that holds both, take the moving average and not the weights
             of the last step.
@@ -169,7 +169,7 @@ def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer]) -> dict[str, An
     return {
         "format": FORMAT,
         "version": __version__,
-        "family": adapter_for(model).family,
+        "family": family_of(model).name,
         "base_model": _public_name(named),
         "sites": {
             path: {"channels": channels[path], "mixer": mixer_to_dict(mixer.config)}
@@ -201,7 +201,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_family(model: Denoiser, manifest: dict[str, Any]) -> None:
-    family = adapter_for(model).family
+    family = family_of(model).name
     if manifest.get("family") != family:
         raise CheckpointError(
             f"the checkpoint is for a {manifest.get('family')} model, and this is a {family}"

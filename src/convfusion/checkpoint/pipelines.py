@@ -19,7 +19,7 @@ from torch.torch_version import TorchVersion
 
 from convfusion.checkpoint.blocks import MANIFEST, load, save
 from convfusion.errors import CheckpointError, ConvFusionError
-from convfusion.families import Denoiser, denoiser_of
+from convfusion.families import Denoiser, component_names, denoiser_of
 from convfusion.files import (
     few,
     read_header,
@@ -220,7 +220,7 @@ def _check_shapes(weights: Path) -> None:
 
 
 def _component(pipe: Any, model: Denoiser) -> str:
-    for name in ("unet", "transformer"):
+    for name in component_names():
         if getattr(pipe, name, None) is model:
             return name
     raise ConvFusionError("save_pipeline takes a pipeline; for a denoiser alone use save")

@@ -23,14 +23,13 @@ from pathlib import Path
 from torch import Tensor
 
 from convfusion.errors import CheckpointError
-from convfusion.families import Denoiser, Site, adapter_for, list_sites
+from convfusion.families import Denoiser, Site, family_of, list_sites
 from convfusion.files import FLOATS, TensorInfo, few, read_header, read_some
 from convfusion.mixers.delta_conv import DeltaConv, Gate
 from convfusion.surgery import presets
 
 Shape = tuple[int, ...]
 
-GATES: dict[str, Gate] = {"unet": "reference", "pixart": "sigmoid"}  # by family
 LAYERS = {"conv_up": "proj_in", "conv_out": "proj_out", "conv_pool": "mean_proj"}
 
 _BLOCK = r"(?:(?:down_blocks|up_blocks)\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+"
@@ -68,7 +67,7 @@ def read_layout(path: Path, model: Denoiser, *, average: bool = True) -> Layout:
     """
     gate = _gate(model)
     header = read_header(path)
-    sites = {site.path.removesuffix(".attn1"): site for site in list_sites(model)}
+    sites = {site.block: site for site in list_sites(model)}
     found = _blocks(path, header, average)
     if foreign := found.keys() - sites.keys():
         raise CheckpointError(f"{path} has blocks that this model lacks: {few(foreign)}")
@@ -97,14 +96,14 @@ def read_states(path: Path, layout: Layout) -> dict[str, dict[str, Tensor]]:
 
 
 def _gate(model: Denoiser) -> Gate:
-    family = adapter_for(model).family
-    layout = presets.preset_for(model)
-    if family not in GATES or layout == "sd21":
+    gate = family_of(model).released_gate
+    layout = presets.choose_preset(model)
+    if gate is None or layout == "sd21":
         raise CheckpointError(
             "released files are for SD1.x, SDXL and PixArt, and this is a "
             f"{type(model).__name__} of the layout {layout}"
         )
-    return GATES[family]
+    return gate
 
 
 def _blocks(

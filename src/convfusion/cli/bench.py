@@ -47,11 +47,11 @@ def flops(
         totals,
         write_costs,
     )
-    from convfusion.bench.models import NAMES, bench_model
+    from convfusion.bench.models import bench_model, model_names
 
     check_file(out)
     kinds = rivals(mixers)
-    found = [bench_model(name) for name in models or NAMES]
+    found = [bench_model(name) for name in models or model_names()]
     compared = {model.name: contenders(model, kinds, ratio or (0.5,)) for model in found}
     sizes = [parse_size(text) for text in size] if size else SIZES
     for model in found:

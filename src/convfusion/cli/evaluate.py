@@ -148,7 +148,7 @@ def real_pictures(pipe: Any, model: str, spec: str | None, prompts: Path | None,
     from convfusion.evaluate.drawing import process
     from convfusion.evaluate.draws import size_of
     from convfusion.evaluate.real import decoded, open_real
-    from convfusion.families.conditioning import latent_scale
+    from convfusion.families import latent_scale
 
     size = size_of(pipe, draws)
     if spec is not None:

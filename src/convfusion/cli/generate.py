@@ -137,12 +137,11 @@ def numbered(folder: Path, seeds: list[int]) -> list[Path]:
 def with_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractContextManager[None]:
     """Let the attention stand in at the sites where it is the cheaper one at a size in pixels."""
     from convfusion.bench.speed_plan import cheaper_attention
-    from convfusion.families import denoiser_of
-    from convfusion.families.conditioning import latent_scale
+    from convfusion.families import latent_scale, native_size
     from convfusion.surgery import attention_back, mixers_of
 
     scale = latent_scale(pipe)
-    height, width = size or (denoiser_of(pipe).config.sample_size * scale,) * 2
+    height, width = size or native_size(pipe)
     kept = cheaper_attention(pipe, (height // scale, width // scale))
     typer.echo(f"The attention is the cheaper one at {len(kept)} of {len(mixers_of(pipe))} sites.")
     return attention_back(pipe, kept)
@@ -150,8 +149,9 @@ def with_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractC
 
 def _draw(pipe: Any, prompts: list[str], size: Any, ladder: Any, settings: dict[str, Any]) -> Any:
     """Pictures at one go, or by the ladder where the size or a bound on memory asks for it."""
+    from convfusion.families import native_size
     from convfusion.generate import generate as run
-    from convfusion.highres import highres, is_large, native_size, plan_for
+    from convfusion.highres import highres, is_large, plan_for
 
     if not ladder.memory and (size is None or not is_large(pipe, size)):
         return run(pipe, prompts, size=size, **settings)

@@ -201,6 +201,10 @@ def conversion_for(denoiser: Any, config: str | None) -> Any:
     from convfusion.surgery import presets
     from convfusion.surgery.config import ConvertConfig
 
-    if config is not None and config not in presets.PRESETS and Path(config).suffix == ".json":
+    if (
+        config is not None
+        and config not in presets.preset_names()
+        and Path(config).suffix == ".json"
+    ):
         return ConvertConfig.load(config)
-    return presets.by_name(config or presets.preset_for(denoiser))
+    return presets.get_preset(config or presets.choose_preset(denoiser))

@@ -32,15 +32,14 @@ def plan(
     """Tell before a conversion whether it will be faster here, and from which size on."""
     from rich.console import Console
 
-    from convfusion.bench.models import FULL_SIZE, PIXELS_PER_LATENT, bench_model
+    from convfusion.bench.models import PIXELS_PER_LATENT, bench_model, full_size_configs
     from convfusion.bench.runs import with_random_weights
     from convfusion.bench.speed_plan import plan_speed
-    from convfusion.families import denoiser_of
-    from convfusion.families.conditioning import latent_scale
-    from convfusion.generate import check_size, unit_of
+    from convfusion.families import denoiser_of, latent_scale, pixel_unit_of
+    from convfusion.generate import check_size
 
     wanted = parse_size(size)
-    if model in FULL_SIZE:
+    if model in full_size_configs():
         if revision is not None:
             raise ConvFusionError(f"--revision is of a name on the Hub: {model} is none")
         named = bench_model(model)
@@ -56,7 +55,7 @@ def plan(
         found = plan_speed(
             pipe, chosen, latents, batch=batch, on_case=lambda t: status.update(f"measuring: {t}")
         )
-    print_plan(found, scale, unit_of(denoiser_of(pipe), scale))
+    print_plan(found, scale, pixel_unit_of(denoiser_of(pipe), scale))
 
 
 def print_plan(found: SpeedPlan, scale: int, unit: int) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of
-from convfusion.families.conditioning import latent_scale
+from convfusion.families import pixel_unit
 
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -61,6 +60,6 @@ def step_for(pipe: Any, size: Size) -> int:
     64 pixels for the large models; less for sizes below 512, of which 64 would be a coarse part.
     Always a multiple of what the pipeline can draw.
     """
-    unit = math.lcm(latent_scale(pipe) * denoiser_of(pipe).config.get("patch_size", 1), 8)
+    unit = pixel_unit(pipe)
     most = max(unit, min(64, min(size) // 8))
     return most // unit * unit

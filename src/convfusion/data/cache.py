@@ -29,8 +29,7 @@ from convfusion.data.store import (
     write_manifest,
 )
 from convfusion.errors import ConvFusionError
-from convfusion.families import adapter_for, denoiser_of
-from convfusion.families.conditioning import latent_scale
+from convfusion.families import denoiser_of, family_of, native_size
 from convfusion.files import write_tensors, write_text
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import check_size, swapped_denoiser
@@ -53,7 +52,7 @@ def open_cache(pipe: Any, folder: str | Path, *, size: Size | None = None) -> La
         CheckpointError: it is damaged.
     """
     manifest = read_manifest(Path(folder), complete=True)
-    family = adapter_for(denoiser_of(pipe)).family
+    family = family_of(denoiser_of(pipe)).name
     if manifest.get("family") != family:
         raise ConvFusionError(
             f"{folder} is the cache of a {manifest.get('family')} model, and this is a {family}"
@@ -134,13 +133,12 @@ def build_cache(
 
 def _sizes(pipe: Any, source: Source, size: Size | None, wanted: bool) -> list[Size]:
     """Sizes of pictures; the first is the one asked for, or the pipeline's own."""
-    side = denoiser_of(pipe).config.sample_size * latent_scale(pipe)
-    size = size or (side, side)
+    size = size or native_size(pipe)
     check_size(pipe, size)
-    if adapter_for(denoiser_of(pipe)).family == "dit" and (wanted or size != (side, side)):
-        raise ConvFusionError(f"a DiT model knows {side}x{side} only: leave size and buckets out")
     if not wanted:
         return [size]
+    if family_of(denoiser_of(pipe)).fixed_size:
+        raise ConvFusionError("this model draws at its own size only: leave the buckets out")
     if isinstance(source, Prompts):
         raise ConvFusionError("the teacher draws prompts at one size: leave the buckets out")
     return [size, *(each for each in sizes_about(size, step_for(pipe, size)) if each != size)]
@@ -163,7 +161,7 @@ def _rests_on(pipe: Any) -> dict[str, Any]:
     weights = _fingerprints(pipe)
     if missing := [part for part, found in weights.items() if found is None]:
         raise ConvFusionError(f"this pipeline has no {' and no '.join(missing)}: load all of it")
-    return {"family": adapter_for(denoiser_of(pipe)).family, "weights": weights}
+    return {"family": family_of(denoiser_of(pipe)).name, "weights": weights}
 
 
 def _fingerprints(pipe: Any) -> dict[str, str | None]:

@@ -21,8 +21,8 @@ from convfusion.data.pictures import UnusableError, cover, decode_picture, encod
 from convfusion.data.samples import CHUNK, Sample, Source
 from convfusion.data.sources import Drawing
 from convfusion.errors import ConvFusionError
-from convfusion.families import adapter_for, denoiser_of
-from convfusion.families.conditioning import class_labels, encode_conditioning, flat
+from convfusion.families import denoiser_of, encode_conditioning, family_of
+from convfusion.families.conditioning import flat
 from convfusion.generate import generate
 
 
@@ -115,12 +115,13 @@ class Encoder:
 
     def problem(self, sample: Sample) -> str:
         """Why a sample cannot be used, or ''."""
-        if not sample.problem and adapter_for(denoiser_of(self.pipe)).family == "dit":
-            try:
-                class_labels(self.pipe, [sample.caption])
-            except ConvFusionError:
-                return "caption is no class of the model"
-        return sample.problem
+        if sample.problem:
+            return sample.problem
+        try:
+            family_of(denoiser_of(self.pipe)).check_prompts(self.pipe, [sample.caption])
+        except ConvFusionError:
+            return "caption is no class of the model"
+        return ""
 
     def latents(self, batch: Sequence[Ready], size: Size) -> Tensor:
         """Scaled latents [B, C, h, w] on the CPU.
@@ -223,11 +224,11 @@ def draw_latents(pipe: Any, samples: Sequence[Sample], size: Size, drawing: Draw
         "batch_size": len(samples),
     }
     prompts = [sample.caption for sample in samples]
-    if adapter_for(denoiser_of(pipe)).family != "dit":
+    if family_of(denoiser_of(pipe)).gives_latents:
         options |= {"size": size, "output_type": "latent"}
         drawn: list[Any] = generate(pipe, prompts, **options)
         return torch.stack(drawn).float().cpu()
-    with _undecoded(pipe.vae) as latents:  # DiT pipelines give pictures only
+    with _undecoded(pipe.vae) as latents:  # it gives pictures only
         generate(pipe, prompts, output_type="pt", **options)
     return torch.cat(latents).float().cpu() * pipe.vae.config.scaling_factor
 

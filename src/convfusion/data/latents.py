@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.conditioning import encode_conditioning, flat, latent_scale
+from convfusion.families import encode_conditioning, latent_scale
+from convfusion.families.conditioning import flat
 
 
 class TrainingData(Protocol):

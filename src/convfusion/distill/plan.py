@@ -12,8 +12,7 @@ from convfusion.data.latents import LatentDataset
 from convfusion.distill.config import DistillConfig
 from convfusion.distill.optimizers import state_per_number
 from convfusion.distill.trainer import distill
-from convfusion.families import denoiser_of
-from convfusion.families.conditioning import latent_scale
+from convfusion.families import denoiser_of, latent_scale, native_size
 from convfusion.generate import check_size
 from convfusion.surgery import mixers_of, status
 
@@ -58,7 +57,7 @@ def plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None = None) 
     """
     student = denoiser_of(pipe)
     scale = latent_scale(pipe)
-    height, width = size or (student.config.sample_size * scale,) * 2
+    height, width = size or native_size(pipe)
     check_size(pipe, (height, width))
     count = config.batch_size
     shape = (count, student.config.in_channels, height // scale, width // scale)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convfusion.analysis.capture import project, watch_attention
 from convfusion.analysis.streaming import Measure, offset_means
 from convfusion.data.latents import LatentDataset, TrainingData, training_data
 from convfusion.distill.draws import Batches
 from convfusion.families import Site, denoiser_of
 from convfusion.families.conditioning import placed
+from convfusion.families.watch import project, watch_attention
 from convfusion.mixers.base import Grid
 from convfusion.mixers.delta_conv import DeltaConvBlock, gate_scale
 from convfusion.schedule import add_noise, noise_schedule

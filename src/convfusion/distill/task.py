@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convfusion.analysis.capture import watch_attention
 from convfusion.distill.config import LossWeights
 from convfusion.distill.losses import feature_losses, min_snr_weight, weighted_mse
 from convfusion.families import Denoiser, Site, list_sites
+from convfusion.families.watch import watch_attention
 from convfusion.mixers.base import Grid
 from convfusion.schedule import add_noise, as_epsilon, noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of

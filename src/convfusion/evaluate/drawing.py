@@ -31,8 +31,7 @@ from torch import Tensor
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate.draws import Draws
 from convfusion.evaluate.epsilon import epsilon_errors, relative_error
-from convfusion.families import Denoiser, denoiser_of
-from convfusion.families.conditioning import encode_conditioning, latent_scale
+from convfusion.families import Denoiser, denoiser_of, encode_conditioning, latent_scale
 from convfusion.files import write_bytes, write_text
 from convfusion.generate import generate, swapped_denoiser
 from convfusion.schedule import noise_schedule

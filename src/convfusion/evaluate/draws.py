@@ -9,8 +9,7 @@ from typing import Any
 
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate.epsilon import TIMESTEPS
-from convfusion.families import Denoiser, denoiser_of
-from convfusion.families.conditioning import latent_scale
+from convfusion.families import Denoiser, denoiser_of, native_size
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import check_numbers
 
@@ -97,8 +96,7 @@ def plan(prompts: list[str], samples: int | None, seed: int, **settings: Any) ->
 
 def size_of(pipe: Any, draws: Draws) -> tuple[int, int]:
     """(height, width) of the pictures that are drawn."""
-    side = denoiser_of(pipe).config.sample_size * latent_scale(pipe)
-    return draws.size or (side, side)
+    return draws.size or native_size(pipe)
 
 
 def settings_of(pipe: Any, teacher: Denoiser, draws: Draws) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convfusion.families import Denoiser, denoiser_of
-from convfusion.families.conditioning import encode_conditioning, latent_scale
+from convfusion.families import Denoiser, denoiser_of, encode_conditioning, latent_scale
 from convfusion.schedule import add_noise, as_epsilon, noise_schedule
 
 TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # where ε-errors are measured

@@ -20,8 +20,7 @@ from convfusion.evaluate.measure import REAL
 from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import RealPictures
 from convfusion.evaluate.results import Evaluation
-from convfusion.families import adapter_for, denoiser_of
-from convfusion.families.conditioning import class_labels
+from convfusion.families import denoiser_of, family_of
 from convfusion.generate import check_guidance, check_size, check_steps
 from convfusion.schedule import noise_schedule
 
@@ -125,13 +124,10 @@ def check_draws(pipe: Any, draws: Draws) -> None:
         raise ConvFusionError(
             f"the timestep {max(draws.timesteps)} is beyond the last, {count - 1}"
         )
-    if adapter_for(denoiser_of(pipe)).family == "dit":
-        class_labels(pipe, list(draws.prompts))
-        check_guidance(pipe, draws.guidance)
-        if draws.size is not None:
-            raise ConvFusionError("a DiT pipeline draws at its own size only: leave the size out")
-    else:
-        check_size(pipe, size)
+    family = family_of(denoiser_of(pipe))
+    family.check_prompts(pipe, draws.prompts)
+    check_guidance(pipe, draws.guidance)
+    check_size(pipe, size)
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and size[0] * size[1] > most:
         raise ConvFusionError(

@@ -1,28 +1,54 @@
-"""Model families: what each one's self-attention sites are and how they learn their grid."""
+"""Model families, a file each: what is particular to one kind of denoiser is said there alone."""
 
-from convfusion.families import dit, unet
+from convfusion.families import dit, pixart, unet
 from convfusion.families.base import (
-    Adapter,
+    FAMILIES,
     Denoiser,
+    Family,
     Site,
-    adapter_for,
+    Size,
+    component_names,
     denoiser_of,
+    encode_conditioning,
+    example_inputs,
+    family_of,
+    latent_scale,
     list_sites,
+    native_latents,
+    native_size,
+    noisy_latents,
+    pixel_unit,
+    pixel_unit_of,
     register,
     site_grid,
-    supported,
+    supported_classes,
 )
+from convfusion.families.carrier import Carrier, KeywordCarrier
 
 __all__ = [
-    "Adapter",
+    "FAMILIES",
+    "Carrier",
     "Denoiser",
+    "Family",
+    "KeywordCarrier",
     "Site",
-    "adapter_for",
+    "Size",
+    "component_names",
     "denoiser_of",
     "dit",
+    "encode_conditioning",
+    "example_inputs",
+    "family_of",
+    "latent_scale",
     "list_sites",
+    "native_latents",
+    "native_size",
+    "noisy_latents",
+    "pixart",
+    "pixel_unit",
+    "pixel_unit_of",
     "register",
     "site_grid",
-    "supported",
+    "supported_classes",
     "unet",
 ]

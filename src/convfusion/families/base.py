@@ -1,24 +1,28 @@
-"""The contract between a model family and everything else: its self-attention sites.
+"""The contract between a model family and everything else.
 
-Surgery, distillation and benchmarks know nothing about a family but what an `Adapter` lists.
+A `Family` says all that is particular to one kind of denoiser, in one file of this package. Nothing
+outside of it branches on a family's name or on a class of diffusers.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
+import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from convfusion.errors import UnsupportedModelError
+from convfusion.families.carrier import Carrier
+from convfusion.mixers import Gate
 
 Denoiser: TypeAlias = Any  # a diffusers ModelMixin and ConfigMixin; no type can say both
-
-GRID = "grid"  # the keyword under which a grid travels to a self-attention
+Size: TypeAlias = tuple[int, int]  # (height, width)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Site:
         owner: module path of the module whose input tells the grid ('' is the model itself).
         tap: module path of the module whose first input is the hidden state right after this
             site, gated and added to the residual: the feature that distillation compares.
+        rank: of its grid: 2 for (H, W), 3 for (T, H, W).
     """
 
     path: str
@@ -42,120 +47,200 @@ class Site:
     level: int
     owner: str
     tap: str
+    rank: int = 2
+
+    @property
+    def block(self) -> str:
+        """Module path of the transformer block that it is part of."""
+        return self.path.rpartition(".")[0]
 
 
-@dataclass(frozen=True)
-class GridHook:
-    """Forward pre-hook of a site's owner: sends the grid along with the cross-attention kwargs.
-
-    The grid travels as the shape of an empty tensor [H, W, 0], so that gradient checkpointing
-    replays it with the other arguments and `torch.compile` treats its sizes as dynamic.
-
-    Attributes:
-        patch: side of a patch; the grid is ⌊H/patch⌋ × ⌊W/patch⌋ of the owner's input [B, C, H, W].
-        position: where `cross_attention_kwargs` stands among the positional arguments.
-    """
-
-    patch: int
-    position: int
-
-    @classmethod
-    def of(cls, owner: type[Any], patch: int) -> GridHook:
-        """For owners of a class, whose `forward` takes `cross_attention_kwargs`."""
-        return cls(patch, argument_position(owner, "cross_attention_kwargs"))
-
-    def grid(self, args: tuple, kwargs: dict) -> tuple[int, int]:
-        """(H, W) of the tokens, from the arguments of a call of the owner."""
-        maps: Tensor = args[0] if args else kwargs["hidden_states"]
-        return maps.shape[-2] // self.patch, maps.shape[-1] // self.patch
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        maps: Tensor = args[0] if args else kwargs["hidden_states"]
-        grid = maps.new_empty((*self.grid(args, kwargs), 0))
-        if len(args) > self.position:
-            extra = {**(args[self.position] or {}), GRID: grid}
-            return (*args[: self.position], extra, *args[self.position + 1 :]), kwargs
-        extra = {**(kwargs.get("cross_attention_kwargs") or {}), GRID: grid}
-        return args, {**kwargs, "cross_attention_kwargs": extra}
-
-
-def argument_position(kind: type[Any], name: str) -> int:
-    """The position of an argument of a module class's `forward`, counted without `self`."""
-    return list(inspect.signature(kind.forward).parameters).index(name) - 1
-
-
-def drop_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of every other attention in reach of a grid: it has no use for one."""
-    return args, {key: value for key, value in kwargs.items() if key != GRID}
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What the library knows about one family of denoisers.
+class Family(ABC):
+    """What the library knows about one family of denoisers; see docs/extend.md.
 
     Attributes:
-        family: short name, stored in checkpoints.
-        class_name: the diffusers class.
-        sites: lists the sites of a model, in the order of its modules.
-        grid_hook: the hook for the owner modules of this model.
+        name: short, stored in checkpoints and caches.
+        classes: names of the diffusers classes of its denoisers; subclasses count too.
+        component: the attribute of a pipeline that holds the denoiser.
+        latents: the argument of the denoiser's forward that the noisy latents go to.
+        presets: kernel sizes of its ΔConvBlocks by pattern over site paths, by name of the preset.
+        full_size: class and configuration of published denoisers by name, where they differ from
+            the defaults of diffusers; `bench` and `plan` count and time them.
+        fixed_size: whether its pipelines draw at the denoiser's own size only.
+        gives_latents: whether its pipelines know `output_type="latent"`.
+        call_options: what its pipelines are called with unless the caller says otherwise.
+        released_gate: the gate of the blocks that the paper's authors released for it; None if
+            there are none.
     """
 
-    family: str
-    class_name: str
-    sites: Callable[[Denoiser], list[Site]]
-    grid_hook: Callable[[Denoiser], GridHook]
+    name: ClassVar[str]
+    classes: ClassVar[tuple[str, ...]]
+    component: ClassVar[str]
+    latents: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, int]]]
+    full_size: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
+    fixed_size: ClassVar[bool] = False
+    gives_latents: ClassVar[bool] = True
+    call_options: ClassVar[Mapping[str, Any]] = {}
+    released_gate: ClassVar[Gate | None] = None
+
+    @abstractmethod
+    def list_sites(self, model: Denoiser) -> list[Site]:
+        """The self-attentions of a model, in the order of its modules."""
+
+    @abstractmethod
+    def carrier(self, model: Denoiser) -> Carrier:
+        """How the grid of the tokens reaches the sites of a model."""
+
+    @abstractmethod
+    def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
+        """What a pipeline tells its denoiser of a batch of prompts, without guidance.
+
+        Args:
+            pipe: a pipeline of this family.
+            prompts: one per sample.
+            size: (height, width) of the pictures in pixels.
+
+        Returns:
+            Keyword arguments of the denoiser; each tensor is [B, …].
+        """
+
+    @abstractmethod
+    def example_conditioning(
+        self, model: Denoiser, batch: int, words: int | None, values: Values
+    ) -> dict[str, Any]:
+        """Made-up keyword arguments beside latents and timestep, in a pipeline's shapes.
+
+        Args:
+            model: a denoiser of this family.
+            batch: samples.
+            words: tokens of the text; None for as many as its text encoder gives.
+            values: makes a tensor of random values of a shape, in the model's dtype.
+        """
+
+    def preset_for(self, model: Denoiser) -> str:
+        """The name of the preset that fits a model; by default, the first."""
+        return next(iter(self.presets))
+
+    def patch_size(self, model: Denoiser) -> int:
+        """Latents along the side of a patch, which pictures must be multiples of."""
+        return 1
+
+    def latent_unit(self, model: Denoiser) -> int:
+        """What the sides of latents are multiples of where every layer divides them evenly."""
+        return self.patch_size(model)
+
+    def native_latents(self, model: Denoiser) -> Size:
+        """(height, width) of the latents that a model was trained on, by its config."""
+        sides = model.config.sample_size
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        return height, width
+
+    def check_prompts(self, pipe: Any, prompts: Sequence[str]) -> None:
+        """Raise a ConvFusionError for a prompt that a pipeline cannot draw; by default, never."""
+
+    def call_prompts(self, pipe: Any, prompts: Sequence[str]) -> list[Any]:
+        """Prompts as the call of a pipeline takes them."""
+        return list(prompts)
+
+    def check_guidance(self, model: Denoiser, guidance: float) -> None:
+        """Raise a ConvFusionError for a guidance scale that a model cannot draw with."""
 
 
-_ADAPTERS: dict[str, Adapter] = {}
+class Values:
+    """Makes fixed random values for a denoiser; on the meta device, shapes alone.
+
+    Args:
+        model: whose dtype floating-point values have.
+        device: of the values.
+    """
+
+    def __init__(self, model: Denoiser, device: torch.device | str) -> None:
+        self.device, self.dtype = device, model.dtype
+        meta = str(device) == "meta"
+        self._generator = None if meta else torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        """Normal values [*shape] in the model's dtype."""
+        drawn_on = "meta" if self._generator is None else None
+        made = torch.randn(*shape, generator=self._generator, device=drawn_on)
+        return made.to(self.device, self.dtype)
+
+    def filled(self, value: float, *shape: int) -> Tensor:
+        """[*shape] of one value in the model's dtype."""
+        return torch.full(shape, value, device=self.device, dtype=self.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """[*shape] of the integer 0, as class labels."""
+        return torch.zeros(*shape, device=self.device, dtype=torch.long)
 
 
-def register(adapter: Adapter) -> Adapter:
-    """Make a family known.
+FAMILIES: dict[str, Family] = {}  # by name
+
+
+def register(family: Family) -> Family:
+    """Make a family known to every part of the library.
 
     Raises:
-        ValueError: its class is taken already.
+        ValueError: it lacks something, or its name, class or preset is taken already.
     """
-    if adapter.class_name in _ADAPTERS:
-        raise ValueError(f"an adapter for {adapter.class_name} is registered already")
-    _ADAPTERS[adapter.class_name] = adapter
-    return adapter
+    kind = type(family).__name__
+    wanted = ("name", "classes", "component", "latents", "presets")
+    if missing := [each for each in wanted if not getattr(family, each, None)]:
+        raise ValueError(f"{kind} must say its {' and its '.join(missing)}")
+    for other in FAMILIES.values():
+        for what in ("classes", "presets", "full_size"):
+            if both := set(getattr(other, what)) & set(getattr(family, what)):
+                raise ValueError(f"{', '.join(sorted(both))}: taken by the family {other.name}")
+    if family.name in FAMILIES:
+        raise ValueError(f"a family with the name {family.name} is registered already")
+    FAMILIES[family.name] = family
+    return family
 
 
-def supported() -> list[str]:
-    """The denoiser classes that have an adapter."""
-    return sorted(_ADAPTERS)
+def supported_classes() -> list[str]:
+    """The names of the denoiser classes that a family knows."""
+    return sorted(name for family in FAMILIES.values() for name in family.classes)
 
 
-def adapter_for(model: Denoiser) -> Adapter:
-    """The adapter of a denoiser, found by the name of its class or of one it derives from.
+def component_names() -> list[str]:
+    """The attributes of pipelines that may hold a denoiser, `unet` and `transformer` first."""
+    return list(dict.fromkeys(family.component for family in FAMILIES.values()))
+
+
+def family_of(model: Denoiser) -> Family:
+    """The family of a denoiser, found by the name of its class or of one it derives from.
 
     Raises:
         UnsupportedModelError: there is none.
     """
     for parent in type(model).__mro__:
-        if parent.__name__ in _ADAPTERS:
-            return _ADAPTERS[parent.__name__]
+        for family in FAMILIES.values():
+            if parent.__name__ in family.classes:
+                return family
     raise UnsupportedModelError(
-        f"{type(model).__name__} is not supported; supported are {', '.join(supported())}"
+        f"{type(model).__name__} is not supported; supported are {', '.join(supported_classes())}"
     )
 
 
 def denoiser_of(pipe_or_model: Any) -> Denoiser:
-    """The denoiser of a pipeline (its `unet` or `transformer`), or the model itself.
+    """The denoiser of a pipeline, or the model itself.
 
     Raises:
-        UnsupportedModelError: there is no denoiser, or no adapter for it.
+        UnsupportedModelError: there is no denoiser, or no family knows it.
     """
     model = pipe_or_model
+    names = component_names()
     if not isinstance(model, nn.Module):
-        candidates = (getattr(pipe_or_model, name, None) for name in ("unet", "transformer"))
-        model = next((found for found in candidates if found is not None), None)
+        parts = (getattr(pipe_or_model, name, None) for name in names)
+        model = next((part for part in parts if part is not None), None)
     if not isinstance(model, nn.Module):
+        wanted = " or ".join(f"`{name}`" for name in names)
         raise UnsupportedModelError(
-            f"{type(pipe_or_model).__name__} has no `unet` or `transformer`; give a diffusers "
-            f"pipeline or one of {', '.join(supported())}"
+            f"{type(pipe_or_model).__name__} has no {wanted}; give a diffusers "
+            f"pipeline or one of {', '.join(supported_classes())}"
         )
-    adapter_for(model)
+    family_of(model)
     return model
 
 
@@ -165,7 +250,7 @@ def list_sites(model: Denoiser) -> list[Site]:
     Raises:
         UnsupportedModelError: unknown class, or no self-attention of a kind we can replace.
     """
-    sites = adapter_for(model).sites(model)
+    sites = family_of(model).list_sites(model)
     if not sites:
         raise UnsupportedModelError(
             f"this {type(model).__name__} has no self-attention in transformer blocks to replace"
@@ -173,11 +258,84 @@ def list_sites(model: Denoiser) -> list[Site]:
     return sites
 
 
-def site_grid(model: Denoiser, site: Site, latents: tuple[int, int]) -> tuple[int, int]:
+def site_grid(model: Denoiser, site: Site, latents: Size) -> Size:
     """(H, W) of the tokens of a site for latents of (height, width)."""
-    patch = adapter_for(model).grid_hook(model).patch
+    patch = family_of(model).patch_size(model)
     height, width = (-(-side // 2**site.level) // patch for side in latents)
     return height, width
+
+
+def native_latents(model: Denoiser) -> Size:
+    """(height, width) of the latents that a denoiser was trained on, by its config."""
+    return family_of(model).native_latents(model)
+
+
+def noisy_latents(model: Denoiser, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The latents [B, C, h, w] among the arguments of a call of a denoiser."""
+    return args[0] if args else kwargs[family_of(model).latents]
+
+
+def encode_conditioning(pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
+    """Keyword arguments of the denoiser for a batch of prompts, without guidance.
+
+    Args:
+        pipe: a text-to-image or class-to-image pipeline of a known family.
+        prompts: one per sample; class names or numbers for DiT.
+        size: (height, width) of the pictures in pixels (SDXL is told).
+    """
+    with torch.no_grad():
+        return family_of(denoiser_of(pipe)).encode_prompts(pipe, prompts, size)
+
+
+def example_inputs(
+    model: Denoiser,
+    size: Size,
+    *,
+    batch: int = 1,
+    words: int | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of one call of a denoiser, filled with fixed random values.
+
+    Args:
+        model: a denoiser of a known family.
+        size: (height, width) of the latents.
+        batch: samples.
+        words: tokens of the text; by default as many as the family's text encoder gives.
+        device: of the tensors, by default the model's; `meta` gives shapes alone.
+    """
+    family = family_of(model)
+    values = Values(model, model.device if device is None else device)
+    return {
+        family.latents: values(batch, model.config.in_channels, *size),
+        "timestep": torch.full((batch,), 500, device=values.device),
+        "return_dict": False,
+        **family.example_conditioning(model, batch, words, values),
+    }
+
+
+def latent_scale(pipe: Any) -> int:
+    """Pixels per latent, along a side."""
+    told = getattr(pipe, "vae_scale_factor", None)  # DiT pipelines do not tell
+    return told or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+
+
+def native_size(pipe: Any) -> Size:
+    """(height, width) in pixels of the pictures that a pipeline's denoiser was trained on."""
+    scale = latent_scale(pipe)
+    height, width = native_latents(denoiser_of(pipe))
+    return height * scale, width * scale
+
+
+def pixel_unit(pipe: Any) -> int:
+    """What both sides of a picture must be multiples of, in pixels."""
+    return pixel_unit_of(denoiser_of(pipe), latent_scale(pipe))
+
+
+def pixel_unit_of(model: Denoiser, scale: int) -> int:
+    """The same of a denoiser, with an autoencoder of so many pixels to a latent."""
+    unit = scale * family_of(model).patch_size(model)
+    return math.lcm(unit, 8)  # which stock pipelines insist on, whatever their autoencoder
 
 
 def transformer_blocks(model: Denoiser) -> list[tuple[str, BasicTransformerBlock]]:

@@ -7,7 +7,6 @@ from convfusion.highres.ladder import (
     highres,
     is_large,
     last_steps,
-    native_size,
     plan_for,
     rungs,
 )
@@ -21,7 +20,6 @@ __all__ = [
     "highres",
     "is_large",
     "last_steps",
-    "native_size",
     "plan_for",
     "rungs",
 ]

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor
 
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, denoiser_of, list_sites, site_grid
-from convfusion.families.base import GRID
-from convfusion.families.conditioning import latent_scale
-from convfusion.generate import size_unit
+from convfusion.families import (
+    Denoiser,
+    denoiser_of,
+    latent_scale,
+    list_sites,
+    noisy_latents,
+    pixel_unit,
+    site_grid,
+)
+from convfusion.families.carrier import GRID
 from convfusion.highres.peaks import GIB, decoder_peak, denoiser_peak
 from convfusion.highres.vae_tiles import Tiles
 
@@ -111,7 +117,7 @@ def _decoding(pipe: Any, size: Size, memory: float) -> tuple[Tiles | None, float
 
 def _largest(pipe: Any, size: Size, memory: float, batch: int, share: float) -> Size | None:
     """The largest size of this shape that fits, tried from a share of its sides downwards."""
-    unit = size_unit(pipe)
+    unit = pixel_unit(pipe)
     while True:
         height, width = (math.floor(side * share / unit) * unit for side in size)
         if min(height, width) < unit:
@@ -137,7 +143,7 @@ def chunked_feed_forward(model: Denoiser, latents: Size) -> Iterator[None]:
         latents: (height, width) of the latents that it will be given.
     """
     blocks = [
-        (model.get_submodule(site.path.removesuffix(".attn1")), site_grid(model, site, latents))
+        (model.get_submodule(site.block), site_grid(model, site, latents))
         for site in list_sites(model)
     ]
     try:
@@ -162,7 +168,7 @@ def one_at_a_time(model: Denoiser) -> Iterator[None]:
     forward = model.forward
 
     def in_turn(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        count = len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states", ())))
+        count = len(noisy_latents(model, args, kwargs))
         outputs = [
             forward(*_sample(args, i, count), **_sample({**kwargs, "return_dict": False}, i, count))
             for i in range(count)

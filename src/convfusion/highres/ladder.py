@@ -25,9 +25,8 @@ from torch import Tensor
 
 from convfusion.data.pictures import encode_pictures, upcast_vae
 from convfusion.errors import ConvFusionError
-from convfusion.families import adapter_for, denoiser_of
-from convfusion.families.conditioning import latent_scale
-from convfusion.generate import check_size, generate, size_unit
+from convfusion.families import denoiser_of, latent_scale, native_size, pixel_unit
+from convfusion.generate import check_size, generate
 from convfusion.highres.budget import Means, choose_means, chunked_feed_forward, one_at_a_time
 from convfusion.highres.vae_tiles import check_tileable, tiled_vae
 from convfusion.settings import check_fields
@@ -141,14 +140,10 @@ def plan_for(
     Raises:
         ConvFusionError: as for `highres`.
     """
-    if adapter_for(denoiser_of(pipe)).family == "dit":
-        raise ConvFusionError(
-            "a DiT pipeline draws at its own size only: there is no ladder for it"
-        )
     check_size(pipe, size)
     sizes: tuple[Size, ...] = (size,)
     if is_large(pipe, size) and not ladder.direct:
-        sizes = rungs(native_size(pipe), size, ladder.factor, size_unit(pipe))
+        sizes = rungs(native_size(pipe), size, ladder.factor, pixel_unit(pipe))
     if len(sizes) > 1 and round(steps * ladder.strength) < 1:
         raise ConvFusionError(
             f"a strength of {ladder.strength} leaves none of {steps} steps to a rung: "
@@ -159,13 +154,6 @@ def plan_for(
     if means.tiles:
         check_tileable(pipe.vae)
     return Plan(sizes, means)
-
-
-def native_size(pipe: Any) -> Size:
-    """(height, width) in pixels that the denoiser was trained for, by its config."""
-    sides, scale = denoiser_of(pipe).config.sample_size, latent_scale(pipe)
-    height, width = (sides, sides) if isinstance(sides, int) else sides
-    return height * scale, width * scale
 
 
 def is_large(pipe: Any, size: Size) -> bool:

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from convfusion.bench.activations import peak_bytes
-from convfusion.families import denoiser_of
-from convfusion.families.inputs import example_inputs
+from convfusion.families import denoiser_of, example_inputs, family_of
 
 GIB = 2**30
 
@@ -29,7 +28,7 @@ def denoiser_peak(pipe_or_model: Any, size: tuple[int, int], *, batch: int = 2) 
     """
     shapes = on_meta(denoiser_of(pipe_or_model))
     inputs = example_inputs(shapes, size, batch=batch, device="meta")
-    maps = inputs.pop("sample" if "sample" in inputs else "hidden_states")
+    maps = inputs.pop(family_of(shapes).latents)
     return peak_bytes(shapes, maps, **inputs) / GIB
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from convfusion.errors import ConvFusionError
 from convfusion.mixers.base import Grid, Mixer, TokenMixer, check_grid
-from convfusion.mixers.delta_conv import DeltaConv, DeltaConvBlock
+from convfusion.mixers.delta_conv import DeltaConv, DeltaConvBlock, Gate
 from convfusion.mixers.linear import GeneralisedLinear
 from convfusion.mixers.local import Circular, Neighbourhood
 from convfusion.mixers.plain import Depthwise, MeanOnly, Removed
@@ -25,6 +25,7 @@ __all__ = [
     "DeltaConv",
     "DeltaConvBlock",
     "Depthwise",
+    "Gate",
     "GeneralisedLinear",
     "Grid",
     "MeanOnly",

@@ -6,14 +6,14 @@ attention heads, which returns a `TokenMixer`.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
 
-Grid = tuple[int, int]
+Grid = tuple[int, ...]  # (H, W), or (T, H, W) of a video
 
 
 class TokenMixer(nn.Module):
@@ -21,12 +21,14 @@ class TokenMixer(nn.Module):
 
     Attributes:
         config: the settings that it was built from.
+        ranks: of the grids that it works on: 2 for (H, W), 3 for (T, H, W).
     """
 
     config: Any
+    ranks: ClassVar[tuple[int, ...]] = (2,)
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Mix tokens [B, N, C] that lie row by row on a grid (H, W); same shape and dtype out."""
+        """Mix tokens [B, N, C] that lie row by row on a grid; same shape and dtype out."""
         raise TypeError(f"{type(self).__name__} has no forward")
 
     def init_from(self, attention: Any) -> None:
@@ -102,11 +104,17 @@ def take_over(mine: nn.Linear, stock: nn.Linear) -> None:
 
 
 def check_grid(tokens: Tensor, grid: Grid) -> Grid:
-    """Return the grid (H, W) if H·W tokens are there, else raise a ValueError naming both."""
-    height, width = grid
-    if tokens.shape[1] != height * width:
+    """Return the grid if as many tokens [B, N, C] are there as it has places.
+
+    Raises:
+        ConvFusionError: N is another number; both are named.
+    """
+    places = 1
+    for side in grid:
+        places *= side
+    if tokens.shape[1] != places:
+        shape = "×".join(str(side) for side in grid)
         raise ConvFusionError(
-            f"there are N = {tokens.shape[1]} tokens, but the grid {height}×{width} "
-            f"has {height * width}"
+            f"there are N = {tokens.shape[1]} tokens, but the grid {shape} has {places}"
         )
-    return height, width
+    return grid

@@ -19,8 +19,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
-from convfusion.families import Denoiser, Site, adapter_for, denoiser_of, list_sites
-from convfusion.families.base import drop_grid
+from convfusion.families import Denoiser, Site, denoiser_of, family_of, list_sites
+from convfusion.families.carrier import drop_grid
 from convfusion.mixers import Mixer
 from convfusion.mixers.base import TokenMixer
 from convfusion.surgery import presets
@@ -146,9 +146,9 @@ def convert(pipe_or_model: Any, config: ConvertConfig | str | None = None) -> St
     if any(_is_converted(model, site) for site in sites):
         raise ConvFusionError("this model is converted already: revert it first")
     if config is None:
-        config = presets.preset_for(model)
+        config = presets.choose_preset(model)
     if isinstance(config, str):
-        config = presets.by_name(config)
+        config = presets.get_preset(config)
     mixers = build_mixers(model, sites, config)
     install(model, mixers, keep_attention=config.keep_attention)
     return status(model)
@@ -244,7 +244,7 @@ def status(pipe_or_model: Any) -> Status:
                 mixer_parameters=mixer_weights,
             )
         )
-    return Status(type(model).__name__, adapter_for(model).family, tuple(rows))
+    return Status(type(model).__name__, family_of(model).name, tuple(rows))
 
 
 def mixers_of(pipe_or_model: Any) -> dict[str, TokenMixer]:
@@ -315,7 +315,7 @@ def _drop(attention: nn.Module) -> None:
 
 def _hooked(model: Denoiser) -> Iterator[tuple[Any, Any]]:
     """The modules that need a hook while the model is converted, each with its hook."""
-    hook = adapter_for(model).grid_hook(model)
+    hook = family_of(model).carrier(model)
     sites = list_sites(model)
     reached = sorted({site.owner for site in sites if _is_converted(model, site)})
     for path in reached:

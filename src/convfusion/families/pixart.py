@@ -1,0 +1,101 @@
+"""PixArtTransformer2DModel: PixArt-α and PixArt-Σ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers import PixArtTransformer2DModel
+
+from convfusion.errors import ConvFusionError
+from convfusion.families.base import (
+    Denoiser,
+    Family,
+    Site,
+    Size,
+    Values,
+    is_self_attention,
+    register,
+    transformer_blocks,
+)
+from convfusion.families.carrier import KeywordCarrier
+
+T5_WORDS = 300  # tokens that PixArt-Σ's text encoder reads
+
+_CLASS = "PixArtTransformer2DModel"
+
+
+class PixArt(Family):
+    """Transformers on patches of latents, told of captions by cross-attention."""
+
+    name = "pixart"
+    classes = (_CLASS,)
+    component = "transformer"
+    latents = "hidden_states"
+    presets = {"pixart": {"*": 13}}  # of the paper's reference weights
+    full_size = {
+        "pixart": (
+            _CLASS,
+            {"sample_size": 128, "caption_channels": 4096, "use_additional_conditions": False},
+        )
+    }
+    # Otherwise it draws at the nearest size of its training, and resizes that.
+    call_options = {"use_resolution_binning": False}
+    released_gate = "sigmoid"
+
+    def list_sites(self, model: Denoiser) -> list[Site]:
+        return list_plain_sites(model)
+
+    def carrier(self, model: Denoiser) -> KeywordCarrier:
+        return KeywordCarrier.of(PixArtTransformer2DModel, model.config.patch_size)
+
+    def patch_size(self, model: Denoiser) -> int:
+        return model.config.patch_size
+
+    def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
+        if pipe.transformer.config.use_additional_conditions:
+            raise ConvFusionError(
+                "PixArt-α models with resolution conditions are not supported in distillation; "
+                "PixArt-Σ and PixArt-α at 256 and 512 are"
+            )
+        embeds, mask, _, _ = pipe.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, device=pipe.transformer.device
+        )
+        return {
+            "encoder_hidden_states": embeds,
+            "encoder_attention_mask": mask,
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
+
+    def example_conditioning(
+        self, model: Denoiser, batch: int, words: int | None, values: Values
+    ) -> dict[str, Any]:
+        config, words = model.config, words or T5_WORDS
+        told: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        if config.use_additional_conditions:  # PixArt-α at 1024 pixels
+            told = {"resolution": values(batch, 2), "aspect_ratio": values(batch, 1)}
+        return {
+            "encoder_hidden_states": values(batch, words, config.caption_channels),
+            "encoder_attention_mask": values.filled(1.0, batch, words),
+            "added_cond_kwargs": told,
+        }
+
+
+def list_plain_sites(model: Denoiser) -> list[Site]:
+    """The self-attentions of a transformer all of whose blocks have the same tokens."""
+    return [
+        Site(
+            path=f"{path}.attn1",
+            channels=block.attn1.query_dim,
+            heads=block.attn1.heads,
+            level=0,
+            owner="",
+            # PixArt feeds the hidden state straight to attn2; DiT has none, and norm3 comes next.
+            tap=f"{path}.attn2" if block.attn2 is not None else f"{path}.norm3",
+        )
+        for path, block in transformer_blocks(model)
+        if is_self_attention(block)
+    ]
+
+
+PIXART = register(PixArt())
