@@ -32,7 +32,7 @@ from convfusion.analysis import (
     variants,
 )
 from convfusion.analysis.capture import sampling_timesteps
-from convfusion.analysis.kernels import kernel_for
+from convfusion.analysis.kernel_sizes import kernel_for
 from convfusion.analysis.page import claims, write_report
 from convfusion.analysis.streaming import measure_attention, summarise
 from convfusion.families import denoiser_of, list_sites, site_grid

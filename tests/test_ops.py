@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import pyramid as bench
 from convfusion import ConvFusionError, DeltaConv, DeltaConvBlock
-from convfusion.bench import kernels as bench
 from convfusion.ops import library, reference
 from convfusion.ops.tile_sizes import CHANNELS, PROGRAMS, block_for, chunks_for, tile_for
 
@@ -194,7 +194,7 @@ def test_kernels_compile_for_a_gpu(grid, kernel, tmp_path, monkeypatch):
     Sides of 1 are a case of their own: the launcher makes such arguments constants.
     """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from convfusion.ops.ahead import ENTRIES, compile_for, launches
+    from compile_ahead import ENTRIES, compile_for, launches
 
     tokens = (2, grid[0] * grid[1], 96)
     found = launches(tokens, grid, kernel, 2, "sigmoid", torch.bfloat16)

@@ -2,7 +2,7 @@
 
 from convfusion.analysis.ablation import ablate, save_ablation, variants
 from convfusion.analysis.capture import attention_capture
-from convfusion.analysis.kernels import recommend
+from convfusion.analysis.kernel_sizes import recommend
 from convfusion.analysis.statistics import HighPass
 from convfusion.analysis.streaming import Measure
 from convfusion.analysis.study import Analysis, AnalysisConfig, SiteAnalysis, analyze, untrained

@@ -11,7 +11,7 @@ from PIL import Image
 
 from convfusion import report
 from convfusion.analysis import plots
-from convfusion.analysis.kernels import recommend
+from convfusion.analysis.kernel_sizes import recommend
 from convfusion.analysis.study import Analysis, SiteAnalysis
 from convfusion.files import write_text
 from convfusion.mixers.delta_conv import DeltaConv

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from convfusion.bench.models import BenchModel, bench_model
 
 _HOME = {
-    "Cost": "flops",
-    "contenders": "flops",
-    "operation_table": "flops",
-    "totals": "flops",
-    "write_costs": "flops",
+    "Cost": "counts",
+    "contenders": "counts",
+    "operation_table": "counts",
+    "totals": "counts",
+    "write_costs": "counts",
     "BenchModel": "models",
     "bench_model": "models",
 }

@@ -204,7 +204,7 @@ def supported_classes() -> list[str]:
 
 
 def component_names() -> list[str]:
-    """The attributes of pipelines that may hold a denoiser, `unet` and `transformer` first."""
+    """The attributes of pipelines that may hold a denoiser."""
     return list(dict.fromkeys(family.component for family in FAMILIES.values()))
 
 

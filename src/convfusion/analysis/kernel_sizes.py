@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from convfusion.analysis.study import Analysis, SiteAnalysis
-from convfusion.mixers.delta_conv import DeltaConv
+from convfusion.mixers import DeltaConv, Grid
 from convfusion.surgery.config import ConvertConfig
 
 SHARE_OF_FIELD = 0.6  # the kernels of the paper's reference weights over the ERF measured there
@@ -47,7 +47,7 @@ def recommend(
     return ConvertConfig(sites=sites, **options)
 
 
-def kernel_for(field: float, grid: tuple[int, int]) -> tuple[int, int]:
+def kernel_for(field: float, grid: Grid) -> tuple[int, int]:
     """Kernel size and stages for an effective receptive field on a grid (H, W)."""
     widest = min(LARGEST, 2 * max(grid) - 1)
     kernel = min(max(_nearest_odd(SHARE_OF_FIELD * field), SMALLEST), max(widest, 1))

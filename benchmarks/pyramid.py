@@ -1,8 +1,8 @@
 """Parity, then speed, of the fused pyramid on a CUDA GPU.
 
-    python -m convfusion.bench.kernels                 check, measure, write results/kernels_gpu.csv
-    python -m convfusion.bench.kernels --dry-run       the cases, with bytes and operations counted
-    python -m convfusion.bench.kernels --compile 90    registers of every kernel, for H100
+    python benchmarks/pyramid.py                 check, measure, write results/kernels_gpu.csv
+    python benchmarks/pyramid.py --dry-run       the cases, with bytes and operations counted
+    python benchmarks/pyramid.py --compile 90    registers of every kernel, for H100
 
 The last two need no GPU. Nothing is timed before every kernel agrees with the reference in float64
 and gives the same bits twice.
@@ -303,7 +303,7 @@ def list_cases(dtypes: Sequence[str]) -> None:
 
 def list_compiled(capability: int, dtypes: Sequence[str]) -> None:
     """Print what a thread of each kernel takes on a GPU of this compute capability."""
-    from convfusion.ops.ahead import compile_for, launches
+    from compile_ahead import compile_for, launches
 
     done = set()
     for case, dtype in product(CASES, dtypes):
