@@ -17,10 +17,8 @@ test: $(VENV)/.installed
 	$(BIN)/pytest
 
 # The oldest libraries that pyproject.toml allows: a name in constraints-oldest.txt replaces its line
-# in constraints.txt. The tests are those that lean on these libraries most.
+# in constraints.txt. The tests are those that lean on these libraries most, marked `libraries`.
 OLDEST := .venv-oldest
-LEANING := analysis bases cache checkpoint cli distill distill_data evaluate evaluate_cli \
-	evaluate_extractors evaluate_run highres hub libraries mini plugins processes resume sources surgery
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -31,7 +29,7 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/pytest $(LEANING:%=tests/test_%.py)
+	$(OLDEST)/bin/pytest -m libraries
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
