@@ -346,3 +346,20 @@ def transformer_blocks(model: Denoiser) -> list[tuple[str, BasicTransformerBlock
 def is_self_attention(block: BasicTransformerBlock) -> bool:
     """Whether `attn1` of a block attends to its own tokens."""
     return isinstance(block.attn1, Attention) and not block.attn1.is_cross_attention
+
+
+def list_plain_sites(model: Denoiser) -> list[Site]:
+    """The self-attentions of a transformer all of whose blocks have the same tokens."""
+    return [
+        Site(
+            path=f"{path}.attn1",
+            channels=block.attn1.query_dim,
+            heads=block.attn1.heads,
+            level=0,
+            owner="",
+            # The hidden state goes straight to attn2 if there is one; else norm3 comes next.
+            tap=f"{path}.attn2" if block.attn2 is not None else f"{path}.norm3",
+        )
+        for path, block in transformer_blocks(model)
+        if is_self_attention(block)
+    ]

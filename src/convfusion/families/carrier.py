@@ -30,25 +30,28 @@ class KeywordCarrier:
     """Sends the grid in `cross_attention_kwargs`, which reach every attention of the owner.
 
     Attributes:
-        patch: side of a patch; the grid is ⌊H/patch⌋ × ⌊W/patch⌋ of the owner's input [B, C, H, W].
+        patch: side of a patch; the grid is ⌊H/patch⌋ × ⌊W/patch⌋ of the owner's maps.
         position: where `cross_attention_kwargs` stands among the positional arguments.
+        maps: name of the owner's first argument, maps [B, C, H, W].
     """
 
     patch: int
     position: int
+    maps: str = "hidden_states"
 
     @classmethod
     def of(cls, owner: type[Any], patch: int) -> KeywordCarrier:
         """For owners of a class, whose `forward` takes `cross_attention_kwargs`."""
-        return cls(patch, argument_position(owner, "cross_attention_kwargs"))
+        first = list(inspect.signature(owner.forward).parameters)[1]
+        return cls(patch, argument_position(owner, "cross_attention_kwargs"), first)
 
     def grid(self, args: tuple, kwargs: dict) -> tuple[int, int]:
         """(H, W) of the tokens, from the arguments of a call of the owner."""
-        maps: Tensor = args[0] if args else kwargs["hidden_states"]
+        maps: Tensor = args[0] if args else kwargs[self.maps]
         return maps.shape[-2] // self.patch, maps.shape[-1] // self.patch
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        maps: Tensor = args[0] if args else kwargs["hidden_states"]
+        maps: Tensor = args[0] if args else kwargs[self.maps]
         grid = maps.new_empty((*self.grid(args, kwargs), 0))
         if len(args) > self.position:
             extra = {**(args[self.position] or {}), GRID: grid}

@@ -9,9 +9,16 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.base import Denoiser, Family, Site, Size, Values, register
+from convfusion.families.base import (
+    Denoiser,
+    Family,
+    Site,
+    Size,
+    Values,
+    list_plain_sites,
+    register,
+)
 from convfusion.families.carrier import KeywordCarrier
-from convfusion.families.pixart import list_plain_sites
 
 NO_CLASS = 1000  # under guidance, in diffusers' DiT pipeline
 

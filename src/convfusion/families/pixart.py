@@ -14,9 +14,8 @@ from convfusion.families.base import (
     Site,
     Size,
     Values,
-    is_self_attention,
+    list_plain_sites,
     register,
-    transformer_blocks,
 )
 from convfusion.families.carrier import KeywordCarrier
 
@@ -79,23 +78,6 @@ class PixArt(Family):
             "encoder_attention_mask": values.filled(1.0, batch, words),
             "added_cond_kwargs": told,
         }
-
-
-def list_plain_sites(model: Denoiser) -> list[Site]:
-    """The self-attentions of a transformer all of whose blocks have the same tokens."""
-    return [
-        Site(
-            path=f"{path}.attn1",
-            channels=block.attn1.query_dim,
-            heads=block.attn1.heads,
-            level=0,
-            owner="",
-            # PixArt feeds the hidden state straight to attn2; DiT has none, and norm3 comes next.
-            tap=f"{path}.attn2" if block.attn2 is not None else f"{path}.norm3",
-        )
-        for path, block in transformer_blocks(model)
-        if is_self_attention(block)
-    ]
 
 
 PIXART = register(PixArt())
