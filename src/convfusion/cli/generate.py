@@ -113,7 +113,7 @@ def check_pictures(out: Path, count: int) -> bool:
     Raises:
         ConvFusionError: it can be neither, or the file is there, or there are more pictures.
     """
-    from convfusion.data.sources import PICTURES
+    from convfusion.data.pictures import PICTURES
 
     if out.suffix.lower() not in PICTURES:
         check_folder(out)
