@@ -10,6 +10,7 @@ from torch import Tensor
 
 from convfusion.adapters import Denoiser, adapter_for, denoiser_of
 from convfusion.errors import ConvFusionError
+from convfusion.text import check_prompts
 
 
 @torch.no_grad()
@@ -20,7 +21,11 @@ def encode_conditioning(pipe: Any, prompts: list[str], size: tuple[int, int]) ->
         pipe: a Stable Diffusion (1, 2, XL), PixArt or DiT pipeline.
         prompts: one per sample; class names or numbers for DiT.
         size: (height, width) of the pictures in pixels (SDXL is told).
+
+    Raises:
+        ConvFusionError: a prompt is no text, or no class of a DiT.
     """
+    check_prompts(prompts)
     family = adapter_for(denoiser_of(pipe)).family
     if family == "unet":
         return _stable_diffusion(pipe, prompts, size)
@@ -66,7 +71,7 @@ def class_labels(pipe: Any, prompts: list[str]) -> list[int]:
     none = pipe.transformer.config.num_embeds_ada_norm
     known = getattr(pipe, "labels", {})
     for prompt in prompts:
-        number = prompt.isascii() and prompt.isdigit() and int(prompt) <= none
+        number = prompt.isascii() and prompt.isdigit() and len(prompt) < 10 and int(prompt) <= none
         if prompt and prompt not in known and not number:
             raise ConvFusionError(
                 f"{prompt!r} is no class of this model: give a name or a number up to {none - 1}"

@@ -14,6 +14,7 @@ from PIL import Image
 from convfusion.adapters import Denoiser, adapter_for, denoiser_of
 from convfusion.conditioning import class_labels, latent_scale
 from convfusion.errors import ConvFusionError
+from convfusion.text import check_prompts
 
 NO_CLASS = 1000  # under guidance, in diffusers' DiT pipeline
 SEEDS = 2**64  # of torch's generators
@@ -44,11 +45,13 @@ def generate(
         options: further arguments of the pipeline's call.
 
     Raises:
-        ConvFusionError: there are not as many seeds as prompts, or a number is out of range.
+        ConvFusionError: there are not as many seeds as prompts, a prompt is no text, or a number
+            is out of range.
     """
     seeds = list(range(len(prompts))) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
+    check_prompts(prompts)
     check_numbers(seeds, steps, guidance, batch_size)
     check_steps(pipe, steps)
     if size is not None:

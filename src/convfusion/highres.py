@@ -30,6 +30,7 @@ from convfusion.data.pictures import encode_pictures, upcast_vae
 from convfusion.errors import ConvFusionError
 from convfusion.fields import check_fields
 from convfusion.generate import check_size, generate, size_unit
+from convfusion.text import check_prompts
 from convfusion.tiles import check_tileable, tiled_vae
 
 Size = tuple[int, int]  # (height, width) in pixels
@@ -122,6 +123,7 @@ def highres(
     seeds = list(range(len(prompts))) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
+    check_prompts(prompts)
     plan = plan_for(pipe, size, ladder, steps=steps, guidance=guidance)
     images = []
     for prompt, seed in zip(prompts, seeds, strict=True):
