@@ -32,7 +32,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 PNG = b"\x89PNG\r\n\x1a\n"
-REMARKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks that no pixel needs
+NEEDED = (b"tRNS", b"eXIf")  # of the chunks that a PNG can do without, those that tell of pixels
 
 
 class UnusableError(Exception):
@@ -54,13 +54,14 @@ def decode_picture(data: bytes | Path) -> Image.Image:
                 file.seek(0)
                 if file.read(len(PNG)) != PNG:
                     raise
-                return _decoded(io.BytesIO(_without_remarks(file)))
+                return _decoded(io.BytesIO(_without_metadata(file)))
     except Exception:  # decoders raise nearly anything on damaged files
         raise UnusableError("unreadable picture") from None
 
 
 def _decoded(data: BinaryIO) -> Image.Image:
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a picture's metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(data, formats=FORMATS) as file:
             file.load()
@@ -83,10 +84,10 @@ def _turn(picture: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _without_remarks(file: BinaryIO) -> bytes:
-    """A PNG, read on from behind its signature, without texts and colour profile.
+def _without_metadata(file: BinaryIO) -> bytes:
+    """A PNG, read on from behind its signature, without texts, colour profile and the like.
 
-    Pillow refuses a picture for the sake of a long one.
+    Pillow refuses a sound picture if one of them is long or damaged.
     """
     parts, left = [PNG], PICTURE_BYTES
     while len(head := file.read(8)) == 8:
@@ -95,7 +96,7 @@ def _without_remarks(file: BinaryIO) -> bytes:
         if left < 0:
             raise ValueError("too large")
         body = file.read(length)
-        if head[4:] not in REMARKS:
+        if head[4:5].isupper() or head[4:] in NEEDED:
             parts += [head, body]
     return b"".join(parts)
 

@@ -16,7 +16,7 @@ from convfusion.data.samples import CAPTION_NAMES, Sample, digest_of, make_sampl
 from convfusion.errors import ConvFusionError
 from convfusion.text import CAPTION_BYTES, decode_text, open_plain
 
-NAME_BYTES = 1 << 16  # of a header that holds a long name and the like
+NAME_BYTES = 1 << 14  # of a header that holds a long name; old `tarfile` takes their square
 NAMES = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -36,7 +36,7 @@ class Header(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Header:
         found = super().frombuf(buf, encoding, errors)
         if found.size < 0 or (found.type in NAMES and found.size > NAME_BYTES):
-            raise tarfile.HeaderError("a size that cannot be")
+            raise tarfile.InvalidHeaderError("a size that cannot be")
         return found
 
     @classmethod
@@ -44,7 +44,8 @@ class Header(tarfile.TarInfo):
         start = tarfile_.offset
         found = super().fromtarfile(tarfile_)
         if found.size < 0 or tarfile_.offset <= start:  # extended headers have sizes, too
-            raise tarfile.HeaderError("a size that cannot be")
+            tarfile_.offset = start
+            raise tarfile.InvalidHeaderError("a size that cannot be")
         return found
 
 
@@ -156,4 +157,4 @@ def _parted(path: str) -> tuple[str, str]:
 
 
 def _is_hidden(member: tarfile.TarInfo) -> bool:
-    return any(part[:1] == "." and part != "." for part in member.name.split("/"))
+    return any(part[:1] == "." and part.strip(".") for part in member.name.split("/"))

@@ -143,10 +143,10 @@ def _open_folder(
         _check_absent(spec, "a folder of pictures has", split=split)
         return open_pictures(spec, listing, image, caption, captioned)
     tables = [name for name in listing.files if Path(name).suffix.lower() in TABLES]
+    for name, problem in listing.unread:
+        raise ConvFusionError(f"{folder / name} cannot be read: {problem}")
     if not tables:
         raise ConvFusionError(f"{spec} has no pictures ({', '.join(PICTURES)}), tables or shards")
-    for name, problem in listing.unread:
-        raise ConvFusionError(f"{folder / name} cannot be read: it is a {problem}")
     files = [str(folder / name) for name in tables]
     return open_rows(spec, files, image, caption, split, captioned)
 
@@ -160,7 +160,7 @@ def _check_absent(spec: str, have: str, **given: str | None) -> None:
 
 def expand_braces(pattern: str) -> list[str]:
     """`a-{08..10}.tar` → a-08.tar, a-09.tar, a-10.tar; `{x,y}` → x, y."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", pattern)
+    match = re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*))\}", pattern)
     if match is None:
         return [pattern]
     first, last, words = match.groups()
