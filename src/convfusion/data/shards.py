@@ -24,6 +24,8 @@ NAMES = (
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
+# Which ends the files as a damaged header does. Its type is not in the stubs.
+InvalidHeader: type[tarfile.HeaderError] = vars(tarfile)["InvalidHeaderError"]
 
 
 class Header(tarfile.TarInfo):
@@ -36,7 +38,7 @@ class Header(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Header:
         found = super().frombuf(buf, encoding, errors)
         if found.size < 0 or (found.type in NAMES and found.size > NAME_BYTES):
-            raise tarfile.InvalidHeaderError("a size that cannot be")
+            raise InvalidHeader("a size that cannot be")
         return found
 
     @classmethod
@@ -45,7 +47,7 @@ class Header(tarfile.TarInfo):
         found = super().fromtarfile(tarfile_)
         if found.size < 0 or tarfile_.offset <= start:  # extended headers have sizes, too
             tarfile_.offset = start
-            raise tarfile.InvalidHeaderError("a size that cannot be")
+            raise InvalidHeader("a size that cannot be")
         return found
 
 
