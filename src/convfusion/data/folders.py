@@ -130,9 +130,10 @@ def open_pictures(
     folder = Path(spec)
     pictures = [name for name in listing.files if is_picture(name)]
     unread = [Entry(name, problem=problem) for name, problem in listing.unread]
-    if not captioned:
-        return PictureFolder(spec, (*map(Entry, pictures), *unread), captioned=False)
     tables = [name for name in listing.files if posixpath.basename(name) in METADATA]
+    if not captioned:
+        names = dict.fromkeys([*_listed(folder, tables), *pictures])
+        return PictureFolder(spec, (*map(Entry, names), *unread), captioned=False)
     homes = [posixpath.dirname(name) for name in tables]
     if twice := {home for home in homes if homes.count(home) > 1}:
         both = " and ".join(name for name in tables if posixpath.dirname(name) in twice)
@@ -156,6 +157,15 @@ def open_pictures(
             entries.append(Entry(name, problem="not in the metadata file" if listed else ""))
     entries += [entry for entry in unread if entry.name not in told]
     return PictureFolder(spec, tuple(entries), tuple(tables))
+
+
+def _listed(folder: Path, tables: list[str]) -> list[str]:
+    """The pictures that metadata files name, in their order, if they can be read."""
+    try:
+        entries = read_metadata(folder, tables, None, None, captioned=False)
+    except ConvFusionError:
+        return []
+    return [entry.name for entry in entries if not entry.problem]
 
 
 def version_of(file: Path) -> str:

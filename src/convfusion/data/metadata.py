@@ -37,7 +37,11 @@ Row = tuple[int, dict[str, Any] | None]  # its line, and its columns unless it i
 
 
 def read_metadata(
-    folder: Path, tables: Sequence[str], image: str | None, caption: str | None
+    folder: Path,
+    tables: Sequence[str],
+    image: str | None,
+    caption: str | None,
+    captioned: bool = True,
 ) -> list[Entry]:
     """What metadata files tell of the pictures of their folders.
 
@@ -46,31 +50,39 @@ def read_metadata(
         tables: names of metadata files in it or in its subfolders.
         image: column that names the picture, or None to find it.
         caption: column of the captions, or None for those of `CAPTION_NAMES`.
+        captioned: whether captions are needed.
 
     Raises:
         ConvFusionError: a file cannot be read, or a column is not found.
     """
-    return [
-        entry
-        for name in tables
-        for entry in _entries(folder, name, image, caption, _rows(folder / name))
-    ]
+    found: list[Entry] = []
+    for name in tables:
+        rows = _rows(folder / name)
+        columns = list(dict.fromkeys(key for _, row in rows if row is not None for key in row))
+        file, captions = _columns(folder / name, columns, image, caption, captioned)
+        found += _entries(folder, name, rows, file, captions)
+    return found
 
 
-def _entries(
-    folder: Path, table: str, image: str | None, caption: str | None, rows: list[Row]
-) -> list[Entry]:
-    columns = list(dict.fromkeys(name for _, row in rows if row is not None for name in row))
+def _columns(
+    table: Path, columns: list[str], image: str | None, caption: str | None, captioned: bool
+) -> tuple[str, list[str]]:
+    """The column that names the pictures, and those of captions."""
     names = [image, f"{image}_file_name"] if image else FILE_NAMES
     file = next((name for name in names if name in columns), None)
     captions = [n for n in ([caption] if caption else CAPTION_NAMES) if n in columns and n != file]
-    if file is None or not captions:
+    if file is None or (captioned and not captions):
         what = "the file of the picture" if file is None else "captions"
         asked = image if file is None else caption
         lacks = f"no column {asked!r} of" if asked else "no column that is known to hold"
-        raise ConvFusionError(
-            f"{folder / table} has {lacks} {what}: name one of {', '.join(columns)}"
-        )
+        listed = ", ".join(map(str, columns))
+        raise ConvFusionError(f"{table} has {lacks} {what}: name one of {listed}")
+    return file, captions
+
+
+def _entries(
+    folder: Path, table: str, rows: list[Row], file: str, captions: list[str]
+) -> list[Entry]:
     home, found = posixpath.dirname(table), []
     for line, row in rows:
         where = f"{table}, line {line}"

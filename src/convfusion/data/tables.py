@@ -128,12 +128,10 @@ def _load(spec: str, files: Sequence[str] | None) -> Any:
         return builder.as_dataset()
     if files is None:
         return datasets.load_from_disk(spec)
-    found = {Path(name).suffix.lower() for name in files}
-    if len(found) > 1:
-        raise ConvFusionError(
-            f"{spec} has tables of the kinds {', '.join(sorted(found))}: name one"
-        )
-    kind = TABLES[found.pop()]
+    suffixes = sorted({Path(name).suffix.lower() for name in files})
+    if len(suffixes) > 1:
+        raise ConvFusionError(f"{spec} has tables in {' and '.join(suffixes)}: name one of them")
+    kind = TABLES[suffixes[0]]
     return datasets.load_dataset(kind, data_files=[glob.escape(name) for name in files])
 
 
