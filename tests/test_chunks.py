@@ -52,6 +52,15 @@ def test_a_cut_shard_keeps_what_is_before_the_cut(pipe, tmp_path):
     assert built.skipped == {"damaged shard": {"count": 1, "names": ["x.tar"]}}
 
 
+def test_half_an_emoji_does_not_end_the_work(pipe, tmp_path):
+    half = b'{"caption": "cute cat \\ud83d"}'
+    members = {"a.png": encoded(0), "a.json": half, "b.png": encoded(1), "b.txt": b"red"}
+    source = open_source(str(shard(tmp_path / "x.tar", members)))
+    built = build_cache(pipe, source, tmp_path / "cache")
+    assert list(built.captions) == ["red"]
+    assert built.skipped == {"damaged caption": {"count": 1, "names": ["x.tar/a"]}}
+
+
 def test_nothing_that_can_be_used_is_an_error(pipe, tmp_path):
     data = write_pictures(tmp_path / "data", 3, [(8, 8)])
     with pytest.raises(ConvFusionError, match="can be used: 3× picture smaller than its size"):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, denoiser_of, family_of, native_size, pixel_unit
+from convfusion.text import check_prompts
 
 SEEDS = 2**64  # of torch's generators
 GUIDANCES = 1e3  # far above any that a model is used with
@@ -42,11 +43,13 @@ def generate(
         options: further arguments of the pipeline's call.
 
     Raises:
-        ConvFusionError: there are not as many seeds as prompts, or a number is out of range.
+        ConvFusionError: there are not as many seeds as prompts, a prompt is no text, or a number
+            is out of range.
     """
     seeds = list(range(len(prompts))) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
+    check_prompts(prompts)
     check_numbers(seeds, steps, guidance, batch_size)
     check_steps(pipe, steps)
     family = family_of(denoiser_of(pipe))

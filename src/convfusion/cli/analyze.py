@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from convfusion import text
 from convfusion.cli.console import progress_bar
 from convfusion.cli.models import guidance_for, is_embedded, needs_matplotlib, stock_pipeline
 from convfusion.cli.options import Device, Model, Precision, Revision, Size, check_new, parse_size
@@ -148,26 +149,17 @@ def read_prompts(model: str, path: Path | None, mini_prompts: int = MINI_PROMPTS
         from convfusion.demo import spread
 
         return spread(mini.training_data(), mini_prompts, offset=0.5).captions
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise ConvFusionError(f"--prompts: {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConvFusionError(f"{path} is not a text file in UTF-8") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ConvFusionError(f"{path} has no prompts: it should hold one per line")
-    return prompts
+    return text.read_prompts(path)
 
 
-def parse_timesteps(text: str | None) -> tuple[float, ...] | None:
+def parse_timesteps(given: str | None) -> tuple[float, ...] | None:
     """`881,481,81` → (881, 481, 81)."""
-    if text is None:
+    if given is None:
         return None
     try:
-        return tuple(float(word) for word in text.split(","))
+        return tuple(float(word) for word in given.split(","))
     except ValueError:
-        raise ConvFusionError(f"timesteps look like 881,481,81, not {text!r}") from None
+        raise ConvFusionError(f"timesteps look like 881,481,81, not {given!r}") from None
 
 
 def print_claims(found: list[tuple[str, str]], other: list[tuple[str, str]] | None) -> None:

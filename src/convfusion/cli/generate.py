@@ -22,6 +22,7 @@ from convfusion.cli.options import (
     parse_size,
 )
 from convfusion.errors import ConvFusionError
+from convfusion.text import check_prompts
 
 Direct = Annotated[
     bool, typer.Option("--direct", help="Draw at a large size at once, without a ladder.")
@@ -79,6 +80,7 @@ def generate(
     from convfusion.generate import check_size
     from convfusion.highres import Ladder
 
+    check_prompts(prompt)
     one = check_pictures(out, len(prompt))
     ladder = Ladder(
         factor=factor,
@@ -113,7 +115,7 @@ def check_pictures(out: Path, count: int) -> bool:
     Raises:
         ConvFusionError: it can be neither, or the file is there, or there are more pictures.
     """
-    from convfusion.data.sources import PICTURES
+    from convfusion.data.pictures import PICTURES
 
     if out.suffix.lower() not in PICTURES:
         check_folder(out)

@@ -7,14 +7,32 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow knows others, and runs a program to read some of them
+from convfusion.text import open_plain
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".apng", ".jfif", ".jpe")
+OTHER_PICTURES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2")  # not read
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow knows more, and runs a program to read some
+PICTURE_BYTES = 1 << 29  # of an encoded picture
+
+ORIENTATION = 0x0112  # in EXIF: what brings a picture upright
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG = b"\x89PNG\r\n\x1a\n"
+NEEDED = (b"tRNS", b"eXIf")  # of the chunks that a PNG can do without, those that tell of pixels
 
 
 class UnusableError(Exception):
@@ -25,23 +43,62 @@ def decode_picture(data: bytes | Path) -> Image.Image:
     """A picture in RGB, upright, with transparency on white.
 
     Raises:
-        UnusableError: it is no picture of `FORMATS`, damaged, or larger than Pillow's limit.
+        UnusableError: it is no picture of `FORMATS` in a plain file, damaged, or larger than
+            Pillow's limit.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(
-                io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS
-            ) as file:
-                upright = ImageOps.exif_transpose(file)
-                if upright.mode[0] in "IF":  # 16 bits and more of grey, which Pillow would clip
-                    raise ValueError("unsupported depth")
-                upright = upright.convert("RGBA")
-                on_white = Image.new("RGBA", upright.size, "white")
-                on_white.alpha_composite(upright)
-                return on_white.convert("RGB")
+        with io.BytesIO(data) if isinstance(data, bytes) else open_plain(data) as file:
+            try:
+                return _decoded(file)
+            except Exception:
+                file.seek(0)
+                if file.read(len(PNG)) != PNG:
+                    raise
+                return _decoded(io.BytesIO(_without_metadata(file)))
     except Exception:  # decoders raise nearly anything on damaged files
         raise UnusableError("unreadable picture") from None
+
+
+def _decoded(data: BinaryIO) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a picture's metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(data, formats=FORMATS) as file:
+            file.load()
+            picture: Image.Image = file
+            if file.mode[0] in "IF":  # 16 bits and more of grey, which Pillow would clip
+                raise ValueError("unsupported depth")
+            # Pillow's own way to turn a picture also writes its EXIF anew, which can fail.
+            if (turn := _turn(file)) is not None:
+                picture = file.transpose(turn)
+            picture = picture.convert("RGBA")
+            on_white = Image.new("RGBA", picture.size, "white")
+            on_white.alpha_composite(picture)
+            return on_white.convert("RGB")
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    try:
+        return UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
+    except Exception:  # a damaged EXIF says nothing of the pixels
+        return None
+
+
+def _without_metadata(file: BinaryIO) -> bytes:
+    """A PNG, read on from behind its signature, without texts, colour profile and the like.
+
+    Pillow refuses a sound picture if one of them is long or damaged.
+    """
+    parts, left = [PNG], PICTURE_BYTES
+    while len(head := file.read(8)) == 8:
+        length = int.from_bytes(head[:4], "big") + 4  # with its check sum
+        left -= length
+        if left < 0:
+            raise ValueError("too large")
+        body = file.read(length)
+        if head[4:5].isupper() or head[4:] in NEEDED:
+            parts += [head, body]
+    return b"".join(parts)
 
 
 def cover(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:

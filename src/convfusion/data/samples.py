@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from convfusion.errors import ConvFusionError
+from convfusion.text import decode_text, is_text, strip_text
+
 CHUNK = 64  # consecutive samples that are worked on, and kept, together
+NESTED = 8  # lists in lists that a caption is looked for in
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "description", "txt")
 
 
@@ -78,23 +82,68 @@ class Ranges(ABC):
         return range(unit * CHUNK, min((unit + 1) * CHUNK, len(self)))
 
 
-def make_sample(name: str, picture: bytes | Path | None, caption: Any) -> Sample:
-    """A sample with its caption as text, or with what is wrong with it."""
-    if isinstance(caption, list):  # several of one picture, as in COCO
-        caption = next((each for each in caption if each), None)
-    if isinstance(caption, bytes):
-        try:
-            caption = caption.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            return Sample(name, problem="damaged caption")
-    text = str(caption).strip() if isinstance(caption, (str, int)) else ""
+def make_sample(
+    name: str, picture: bytes | Path | None, caption: Any, captioned: bool = True
+) -> Sample:
+    """A sample with its caption as text, or with what is wrong with it.
+
+    Args:
+        name: what a report calls it.
+        picture: encoded, or its file.
+        caption: see `caption_of`.
+        captioned: whether a caption is needed.
+    """
     if picture is None:
         return Sample(name, problem="no picture")
+    if not captioned:
+        return Sample(name, picture=picture)
+    try:
+        text = caption_of(caption)
+    except ConvFusionError:
+        return Sample(name, problem="damaged caption")
     return Sample(name, text, picture) if text else Sample(name, problem="no caption")
+
+
+def caption_of(value: Any, depth: int = NESTED) -> str:
+    """The text of a caption in any of its usual forms, or '' if there is none.
+
+    Args:
+        value: text, encoded text, the number of a class, the error that reading it raised, a list
+            of those, of which the first with text in it is taken, or a dictionary with a caption
+            under one of `CAPTION_NAMES`.
+        depth: of lists and dictionaries within each other.
+
+    Raises:
+        ConvFusionError: there is none that is sound, and one that is damaged.
+    """
+    if isinstance(value, ConvFusionError):
+        raise value
+    if isinstance(value, bytes):
+        value = decode_text(value, "the caption")
+    if isinstance(value, str):
+        if not is_text(value):
+            raise ConvFusionError("the caption is not valid Unicode")
+        return strip_text(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, dict):
+        value = [value.get(name) for name in (*CAPTION_NAMES, "raw")]
+    if not isinstance(value, list) or not depth:
+        return ""
+    error: ConvFusionError | None = None
+    for each in value:
+        try:
+            if text := caption_of(each, depth - 1):
+                return text
+        except ConvFusionError as found:
+            error = error or found
+    if error:
+        raise error
+    return ""
 
 
 def digest_of(names: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for name in names:
-        digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
+        digest.update(name.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()[:16]

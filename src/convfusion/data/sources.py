@@ -2,115 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-import json
+import os
 import re
-import tarfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convfusion.data.samples import CAPTION_NAMES, Ranges, Sample, Source, digest_of, make_sample
-from convfusion.data.tables import METADATA, SAVED, TABLES, open_rows
+from convfusion.data.folders import is_picture, list_files, open_pictures
+from convfusion.data.pictures import PICTURES
+from convfusion.data.samples import Ranges, Sample, Source, digest_of
+from convfusion.data.shards import Shards
+from convfusion.data.tables import SAVED, TABLES, open_rows
 from convfusion.errors import ConvFusionError
 from convfusion.settings import check_fields
+from convfusion.text import read_prompts
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-
-
-@dataclass(frozen=True)
-class PictureFolder(Ranges):
-    """Pictures of a folder and its subfolders, each with its caption in NAME.txt beside it."""
-
-    spec: str
-    pictures: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def description(self) -> dict[str, Any]:
-        folder = Path(self.spec)
-        pairs = ((folder / name, _caption(folder / name)) for name in self.pictures)
-        found = (f"{p.relative_to(folder)} {_version(p)} {_version(text)}" for p, text in pairs)
-        return {"kind": "folder", "samples": len(self), "files": digest_of(found)}
-
-    def read(self, unit: int) -> Iterator[Sample]:
-        for index in self.within(unit):
-            name = self.pictures[index]
-            path = Path(self.spec) / name
-            try:
-                caption = _caption(path).read_bytes()
-            except OSError:
-                caption = None
-            yield make_sample(name, path, caption)
-
-
-@dataclass(frozen=True)
-class Shards:
-    """Tar shards as `webdataset` writes them: files of one sample follow each other.
-
-    The standard library reads them: unlike `webdataset` it can tell where a damaged one ends.
-
-    Attributes:
-        spec: as the user gave it.
-        paths: of the shards; each is one unit.
-        image: extension of the pictures, or None to find it.
-        caption: extension or JSON field of the captions, or None to find it.
-    """
-
-    spec: str
-    paths: tuple[Path, ...]
-    image: str | None = None
-    caption: str | None = None
-    total: int | None = field(default=None, init=False)
-
-    @property
-    def units(self) -> int:
-        return len(self.paths)
-
-    def description(self) -> dict[str, Any]:
-        shards = (f"{path.name} {path.stat().st_size}" for path in self.paths)
-        asked = {"image": self.image, "caption": self.caption}
-        return {"kind": "shards", "shards": self.units, "names": digest_of(shards), **asked}
-
-    def read(self, unit: int) -> Iterator[Sample]:
-        path = self.paths[unit]
-        try:
-            with tarfile.open(path, "r:") as tar:
-                files = (file for file in iter(tar.next, None) if _is_plain(file))
-                for key, members in itertools.groupby(files, lambda file: _parted(file.name)[0]):
-                    if key:
-                        yield self._sample(f"{path.name}/{key}", tar, members)
-                # A damaged header ends the list of files as the zeros at the true end do.
-                if tar.fileobj is not None:
-                    tar.fileobj.seek(tar.offset)
-                if tar.fileobj is None or tar.fileobj.read(512) != bytes(512):
-                    yield Sample(path.name, problem="damaged shard")
-        except (tarfile.TarError, OSError, ValueError):
-            yield Sample(path.name, problem="damaged shard")
-
-    def _sample(
-        self, name: str, tar: tarfile.TarFile, members: Iterable[tarfile.TarInfo]
-    ) -> Sample:
-        found = {_parted(member.name)[1]: member for member in members}
-
-        def content(names: Iterable[str]) -> bytes | None:
-            member = next((found[name] for name in names if name in found), None)
-            file = None if member is None else tar.extractfile(member)
-            return None if file is None else file.read()
-
-        picture = content([self.image] if self.image else [kind[1:] for kind in PICTURES])
-        caption: Any = content([self.caption] if self.caption else CAPTION_NAMES)
-        if caption is None and (text := content(["json"])) is not None:
-            try:
-                fields = json.loads(text)
-            except (ValueError, RecursionError):
-                return Sample(name, problem="damaged caption")
-            wanted = [self.caption] if self.caption else CAPTION_NAMES
-            if isinstance(fields, dict):
-                caption = next((fields[key] for key in wanted if key in fields), None)
-        return make_sample(name, picture, caption)
+BRACES = 1_000_000  # names that a pattern may stand for
 
 
 @dataclass(frozen=True)
@@ -163,11 +71,12 @@ def open_source(
     caption: str | None = None,
     split: str | None = None,
     drawing: Drawing | None = None,
+    captioned: bool = True,
 ) -> Source:
     """Find out what a user's string stands for, and open it.
 
     Args:
-        spec: a folder of pictures with NAME.txt beside them; a folder with a metadata file, with
+        spec: a folder of pictures with NAME.txt beside them or a metadata file; a folder with
             tables, or of `save_to_disk`; a table (.parquet, .arrow);
             `hf:NAME`, a data set of the Hub; tar shards (a folder of them, one, or a pattern such
             as `data-{000..012}.tar`); a .txt file with one prompt per line.
@@ -175,72 +84,88 @@ def open_source(
         caption: column of the captions, or their extension or JSON field in shards.
         split: of a data set with several.
         drawing: how prompts are drawn.
+        captioned: whether captions are needed. Without, samples have none.
 
     Raises:
-        ConvFusionError: it does not exist, is empty or cannot be read, or a column is not found.
+        ConvFusionError: it does not exist, is empty or cannot be read, a column is not found, or
+            something is asked for that such a source does not have.
     """
     if spec.startswith("hf:"):
-        return open_rows(spec, image, caption, split)
+        return open_rows(spec, None, image, caption, split, captioned)
     if re.match(r"[a-z][a-z0-9+.-]*://|pipe:", spec):
         raise ConvFusionError(f"{spec} is not on this machine: copy it to disk, or write hf:NAME")
     path = Path(spec)
-    if (path / "cache.json").is_file():
+    if os.path.isfile(path / "cache.json"):
         raise ConvFusionError(f"{spec} is a cache already: it needs no source")
-    shards = sorted(path.glob("*.tar")) if path.is_dir() else []
-    if not path.exists() and "{" in spec:
-        shards = [Path(each) for each in expand_braces(spec)]
-        if missing := [each for each in shards if not each.is_file()]:
-            raise ConvFusionError(f"{missing[0]} does not exist ({len(missing)} of {spec} do not)")
-    elif not path.exists():
+    if shards := _find_shards(spec):
+        _check_absent(spec, "tar shards have", split=split)
+        return Shards(spec, tuple(shards), image, caption, captioned)
+    if os.path.isdir(path):
+        return _open_folder(spec, image, caption, split, captioned)
+    if not os.path.isfile(path):
+        raise ConvFusionError(f"{spec} is no plain file and no folder")
+    if path.suffix.lower() == ".txt":
+        _check_absent(spec, "prompts have", image=image, caption=caption, split=split)
+        return Prompts(spec, tuple(read_prompts(path)), drawing or Drawing())
+    if path.suffix.lower() not in TABLES:
+        raise ConvFusionError(f"{spec} is no data: it should be a {', '.join(TABLES)} or .tar")
+    return open_rows(spec, [spec], image, caption, split, captioned)
+
+
+def _find_shards(spec: str) -> list[Path]:
+    """The tar shards that a string stands for.
+
+    Raises:
+        ConvFusionError: nothing of that name exists.
+    """
+    path = Path(spec)
+    if os.path.isdir(path):
+        found = sorted(path.glob("*.tar"))
+        return [each for each in found if not (each.name.startswith(".") or each.is_dir())]
+    if os.path.exists(path):
+        return [path] if path.suffix == ".tar" else []
+    if "{" not in spec:
         raise ConvFusionError(f"{spec} does not exist; a data set of the Hub is called hf:{spec}")
-    if path.suffix == ".tar" and path.is_file():
-        shards = [path]
-    if shards:
-        return Shards(spec, tuple(shards), image, caption)
-    if path.suffix.lower() == ".txt" and path.is_file():
-        return _open_prompts(path, drawing or Drawing())
-    if path.is_file():
-        if path.suffix.lower() not in TABLES:
-            raise ConvFusionError(f"{spec} is no data: it should be a {', '.join(TABLES)} or .tar")
-        return open_rows(spec, image, caption, split)
-    return _open_folder(spec, image, caption, split)
+    shards = [Path(each) for each in expand_braces(spec)]
+    if missing := [each for each in shards if not os.path.isfile(each)]:
+        raise ConvFusionError(f"{missing[0]} does not exist ({len(missing)} of {spec} do not)")
+    return shards
 
 
-def _open_folder(spec: str, image: str | None, caption: str | None, split: str | None) -> Source:
+def _open_folder(
+    spec: str, image: str | None, caption: str | None, split: str | None, captioned: bool
+) -> Source:
     folder = Path(spec)
-    if any((folder / name).is_file() for name in (*SAVED, *METADATA)):
-        return open_rows(spec, image, caption, split)
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    pictures = [file for file in files if file.suffix.lower() in PICTURES]
-    if not pictures and any(file.suffix in TABLES for file in files):
-        return open_rows(spec, image, caption, split)
-    if not pictures:
+    if any((folder / name).is_file() for name in SAVED):
+        return open_rows(spec, None, image, caption, split, captioned)
+    listing = list_files(folder)
+    if any(map(is_picture, listing.files)):
+        _check_absent(spec, "a folder of pictures has", split=split)
+        return open_pictures(spec, listing, image, caption, captioned)
+    tables = [name for name in listing.files if Path(name).suffix.lower() in TABLES]
+    for name, problem in listing.unread:
+        raise ConvFusionError(f"{folder / name} cannot be read: {problem}")
+    if not tables:
         raise ConvFusionError(f"{spec} has no pictures ({', '.join(PICTURES)}), tables or shards")
-    if not any(file.with_suffix(".txt").is_file() for file in pictures):
-        text = pictures[0].with_suffix(".txt").name
-        raise ConvFusionError(
-            f"{spec} has pictures without captions: {text} should lie beside {pictures[0].name}"
-        )
-    return PictureFolder(spec, tuple(file.relative_to(folder).as_posix() for file in pictures))
+    files = [str(folder / name) for name in tables]
+    return open_rows(spec, files, image, caption, split, captioned)
 
 
-def _open_prompts(path: Path, drawing: Drawing) -> Prompts:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ConvFusionError(f"{path} is not a text file in UTF-8") from None
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise ConvFusionError(f"{path} has no prompts: it should hold one per line")
-    return Prompts(str(path), prompts, drawing)
+def _check_absent(spec: str, have: str, **given: str | None) -> None:
+    """Refuse what is asked of a source that has no such thing."""
+    for name, value in given.items():
+        if value is not None:
+            raise ConvFusionError(f"{spec} has no {name} {value!r}: {have} none, leave it out")
 
 
 def expand_braces(pattern: str) -> list[str]:
     """`a-{08..10}.tar` → a-08.tar, a-09.tar, a-10.tar; `{x,y}` → x, y."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", pattern)
+    match = re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*))\}", pattern)
     if match is None:
         return [pattern]
     first, last, words = match.groups()
+    if first is not None and not 0 <= int(last) - int(first) < BRACES:
+        raise ConvFusionError(f"{match[0]} should count up, and to no more than {BRACES} names")
     parts = (
         words.split(",")
         if first is None
@@ -248,27 +173,3 @@ def expand_braces(pattern: str) -> list[str]:
     )
     head, tail = pattern[: match.start()], pattern[match.end() :]
     return [rest for part in parts for rest in expand_braces(head + part + tail)]
-
-
-def _parted(path: str) -> tuple[str, str]:
-    """The key of a shard's sample and the extension, split at the first dot of the file's name."""
-    folder, slash, name = path.rpartition("/")
-    key, _, extension = name.partition(".")
-    return (folder + slash + key if key and extension else ""), extension.lower()
-
-
-def _caption(picture: Path) -> Path:
-    return picture.with_suffix(".txt")
-
-
-def _version(file: Path) -> str:
-    """What changes when a file does: its size and time."""
-    try:
-        facts = file.stat()
-    except OSError:
-        return "missing"
-    return f"{facts.st_size} {facts.st_mtime_ns}"
-
-
-def _is_plain(member: tarfile.TarInfo) -> bool:
-    return member.isreg() and not member.issparse()  # a sparse file may claim any size

@@ -11,6 +11,7 @@ from typing import Any
 from convfusion.distill.config import DistillConfig
 from convfusion.errors import ConvFusionError
 from convfusion.settings import check_fields, check_names
+from convfusion.text import read_text, split_lines
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -74,10 +75,8 @@ def read_settings(path: str | Path | None, given: Mapping[str, Any]) -> RunSetti
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConvFusionError(f"{path} cannot be read: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            values = tomllib.loads("\n".join(split_lines(read_text(Path(path)))))
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise ConvFusionError(f"{path} is no TOML: {error}") from None
         try:
             RunSettings.from_dict(values)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from convfusion.data.folders import PictureFolder
 from convfusion.data.latents import LatentDataset
 from convfusion.data.pictures import UnusableError, cover, decode_picture, upcast_vae
-from convfusion.data.sources import PICTURES, Prompts, open_source
+from convfusion.data.sources import Prompts, open_source
 from convfusion.errors import ConvFusionError
 
 Counted = dict[str, int]
@@ -51,20 +52,13 @@ def open_real(spec: str, size: tuple[int, int]) -> RealPictures:
     """Real pictures by name.
 
     Args:
-        spec: a folder of pictures, captions or not, or what `data.open_source` takes.
+        spec: what `data.open_source` takes, except prompts; captions are not needed.
         size: (height, width) of the drawn pictures.
 
     Raises:
         ConvFusionError: there are none.
     """
-    folder = Path(spec)
-    tables = ("*.tar", "*.parquet", "*.arrow", "metadata.*", "state.json", "dataset_dict.json")
-    if folder.is_dir() and not any(any(folder.glob(name)) for name in tables):
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES)
-        if not files:
-            raise ConvFusionError(f"{spec} has no pictures ({', '.join(PICTURES)})")
-        return RealPictures(folder.name, lambda: ((file, "") for file in files), size)
-    source = open_source(spec)
+    source = open_source(spec, captioned=False)
     if isinstance(source, Prompts):
         raise ConvFusionError(f"{spec} holds prompts, and real pictures are asked for")
 
@@ -73,7 +67,8 @@ def open_real(spec: str, size: tuple[int, int]) -> RealPictures:
             for sample in source.read(unit):
                 yield sample.picture, sample.problem
 
-    return RealPictures(spec, samples, size)
+    name = Path(spec).name if isinstance(source, PictureFolder) else spec
+    return RealPictures(name or spec, samples, size)
 
 
 @torch.no_grad()

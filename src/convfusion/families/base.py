@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from convfusion.errors import UnsupportedModelError
 from convfusion.families.carrier import Carrier
 from convfusion.mixers import Gate
+from convfusion.text import check_prompts
 
 Denoiser: TypeAlias = Any  # a diffusers ModelMixin and ConfigMixin; no type can say both
 Size: TypeAlias = tuple[int, int]  # (height, width)
@@ -282,7 +283,11 @@ def encode_conditioning(pipe: Any, prompts: Sequence[str], size: Size) -> dict[s
         pipe: a text-to-image or class-to-image pipeline of a known family.
         prompts: one per sample; class names or numbers for DiT.
         size: (height, width) of the pictures in pixels (SDXL is told).
+
+    Raises:
+        ConvFusionError: a prompt is no text, or no class of a DiT.
     """
+    check_prompts(prompts)
     with torch.no_grad():
         return family_of(denoiser_of(pipe)).encode_prompts(pipe, prompts, size)
 

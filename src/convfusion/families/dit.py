@@ -67,7 +67,8 @@ class DiT(Family):
         none = pipe.transformer.config.num_embeds_ada_norm
         known = getattr(pipe, "labels", {})
         for prompt in prompts:
-            number = prompt.isascii() and prompt.isdigit() and int(prompt) <= none
+            digits = prompt.isascii() and prompt.isdigit() and len(prompt) < 10
+            number = digits and int(prompt) <= none
             if prompt and prompt not in known and not number:
                 raise ConvFusionError(
                     f"{prompt!r} is no class of this model: give a name or a number up to "

@@ -30,6 +30,7 @@ from convfusion.generate import check_size, generate
 from convfusion.highres.budget import Means, choose_means, chunked_feed_forward, one_at_a_time
 from convfusion.highres.vae_tiles import check_tileable, tiled_vae
 from convfusion.settings import check_fields
+from convfusion.text import check_prompts
 
 Size = tuple[int, int]  # (height, width) in pixels
 OnStep = Callable[[int, int, int, int], None]  # rung of rungs, step of steps, each from 1
@@ -121,6 +122,7 @@ def highres(
     seeds = list(range(len(prompts))) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
+    check_prompts(prompts)
     plan = plan_for(pipe, size, ladder, steps=steps, guidance=guidance)
     images = []
     for prompt, seed in zip(prompts, seeds, strict=True):

@@ -12,6 +12,7 @@ from typing import Any
 from convfusion.errors import ConvFusionError
 from convfusion.mixers import Mixer, mixer_from_dict, mixer_to_dict
 from convfusion.mixers.delta_conv import DeltaConv
+from convfusion.text import read_text
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class ConvertConfig:
     @classmethod
     def load(cls, path: str | Path) -> ConvertConfig:
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except json.JSONDecodeError as error:
+            return cls.from_dict(json.loads(read_text(Path(path))))
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConvFusionError(f"{path} is not JSON: {error}") from None
 
 
