@@ -1,7 +1,7 @@
 """What the paper's recipe takes on a model of Stable Diffusion 1.5's size.
 
-`python recipes/training_cost.py` takes a few training steps on such a UNet with random weights (they
-take as long as trained ones), counts the operations of a step, and writes
+`python recipes/training_cost.py` takes a few training steps on such a UNet with random weights,
+which take as long as trained ones, counts the operations of a step, and writes
 `results/training_cost.csv`: the time on this machine, measured, and the time on a machine that does
 10¹⁴ operations in a second, worked out.
 """
