@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,5 +138,7 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> bool:
     axes.set(xlabel="step", ylabel="weighted loss", yscale="log")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    files.write_bytes(path, buffer.getvalue())
     return True

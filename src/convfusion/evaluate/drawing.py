@@ -14,7 +14,6 @@ bits, and so does one that several processes share.
 from __future__ import annotations
 
 import functools
-import io
 import json
 import os
 import time
@@ -33,7 +32,7 @@ from convfusion.conditioning import encode_conditioning, latent_scale
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate.draws import Draws
 from convfusion.evaluate.epsilon import epsilon_errors, relative_error
-from convfusion.files import write_bytes, write_text
+from convfusion.files import write_picture, write_text
 from convfusion.generate import generate, swapped_denoiser
 from convfusion.schedule import noise_schedule
 
@@ -251,13 +250,6 @@ def recorded_latents(pipe: Any, count: int) -> Iterator[list[tuple[float, Tensor
 def picture_of(folder: Path, side: str, index: int) -> Path:
     """Where a picture lies."""
     return folder / side / f"{index:05d}.png"
-
-
-def write_picture(path: Path, image: Image.Image) -> None:
-    """Write a PNG aside and rename it into place."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
 
 
 def read_pictures(folder: Path, side: str, count: int) -> Iterator[Image.Image]:

@@ -103,8 +103,8 @@ def _measured(
         **about,
         samples=measure.sample_results(folder, draws, records, seen),
         curves=measure.curves(draws, records),
-        distributions=measure.distributions(seen),
-        scores=measure.set_scores(seen, clips),
+        distributions=measure.distributions(seen, draws.prompts),
+        scores=measure.set_scores(seen, clips, draws.prompts),
     )
 
 
