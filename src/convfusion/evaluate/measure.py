@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convfusion.evaluate.clip import Clip
 from convfusion.evaluate.drawing import OTHER, SIDES, STUDENT, TEACHER, read_pictures
 from convfusion.evaluate.draws import Draws
-from convfusion.evaluate.extractors import Clip, Extractor, Features
+from convfusion.evaluate.extractors import Extractor, Features
 from convfusion.evaluate.images import psnr, ssim
 from convfusion.evaluate.scores import (
     KernelDistance,
@@ -260,9 +261,8 @@ def look(extractor: Extractor, folder: Path, count: int) -> dict[str, Features]:
     return {side: extractor(read_pictures(folder, side, count)) for side in SIDES}
 
 
-def clip_of(clip: Clip, folder: Path, draws: Draws) -> dict[str, Tensor]:
-    """CLIP scores [n] of the drawn pictures with their prompts."""
-    texts = clip.texts(list(draws.prompts))
+def clip_of(clip: Clip, folder: Path, draws: Draws, texts: Tensor) -> dict[str, Tensor]:
+    """CLIP scores [n] of the drawn pictures with their prompts, of which `texts` has embeddings."""
     seen = look(clip.images, folder, len(draws))
     return {side: clip_scores(each.features, texts) for side, each in seen.items()}
 

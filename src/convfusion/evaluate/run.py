@@ -14,9 +14,10 @@ from convfusion.adapters import adapter_for, denoiser_of
 from convfusion.conditioning import class_labels
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import measure
-from convfusion.evaluate.drawing import STUDENT, check_place, draw
+from convfusion.evaluate.clip import Clip
+from convfusion.evaluate.drawing import STUDENT, check_place, draw, process
 from convfusion.evaluate.draws import Draws, settings_of, size_of
-from convfusion.evaluate.extractors import Clip, Extractor, Features, check_installed
+from convfusion.evaluate.extractors import Extractor, Features, check_installed
 from convfusion.evaluate.images import SSIM_SIDE
 from convfusion.evaluate.measure import REAL
 from convfusion.evaluate.pair import teacher_denoiser
@@ -67,6 +68,8 @@ def evaluate(
     check_place(folder, settings)
     if real is not None:
         check_real(real)
+    main = process()[0] == 0
+    texts = clip.texts(list(draws.prompts)) if clip and main else None  # before anything is drawn
     on_drawn = partial(on_progress, "drawing")
     records = draw(pipe, reference, draws, folder, settings, on_progress=on_drawn)
     if records is None:
@@ -75,7 +78,7 @@ def evaluate(
     seen = measure.look(extractor, folder, len(draws))
     if real is not None:
         seen[REAL] = extractor(real)
-    clips = measure.clip_of(clip, folder, draws) if clip else {}
+    clips = measure.clip_of(clip, folder, draws, texts) if clip and texts is not None else {}
     about = {
         "student": names[0],
         "teacher": names[1],
