@@ -116,6 +116,18 @@ def write_picture(path: Path, image: Image.Image, *, optimize: bool = False) -> 
     write_bytes(path, buffer.getvalue())
 
 
+def is_whole(path: Path, size: tuple[int, int] | None = None) -> bool:
+    """Whether a PNG is there and can be read to its end, and is of a size (width, height)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            picture.load()
+            return size is None or picture.size == size
+    except Exception:  # Pillow has many kinds for what is damaged
+        return False
+
+
 def replace_folder(aside: Path, folder: Path) -> None:
     """Put a finished folder in the place of another one, or of none."""
     old = folder.with_name(folder.name + ".old")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,16 +103,21 @@ def results(result: DistillResult, history: Sequence[dict[str, Any]]) -> str:
     if result.epsilon_error is not None:
         lines.append(
             "- ε-error, the mean of ‖ε̂ − ε̃‖²/‖ε̃‖² over ten timesteps, on samples held out: "
-            f"{result.epsilon_error:.3e}"
+            + told(result.epsilon_error)
         )
     for name in sorted({key for entry in history for key in entry if key.startswith("loss/")}):
         values = [entry[name] for entry in history if name in entry]
         tail = values[-max(1, len(values) // 20) :]
-        told = f"{values[0]:.3e}"
+        text = f"{values[0]:.3e}"
         if len(values) > 1:
-            told += f" at first, {sum(tail) / len(tail):.3e} at last"
-        lines.append(f"- {name.removeprefix('loss/')}: {told}")
+            text += f" at first, {sum(tail) / len(tail):.3e} at last"
+        lines.append(f"- {name.removeprefix('loss/')}: {text}")
     return "\n".join(lines)
+
+
+def told(error: float) -> str:
+    """An ε-error in words."""
+    return f"{error:.3e}" if math.isfinite(error) else "not finite"
 
 
 def samples(folder: Path) -> str:

@@ -262,7 +262,7 @@ def look(extractor: Extractor, folder: Path, count: int) -> dict[str, Features]:
 
 
 def clip_of(clip: Clip, folder: Path, draws: Draws, texts: Tensor) -> dict[str, Tensor]:
-    """CLIP scores [n] of the drawn pictures with their prompts, of which `texts` has embeddings."""
+    """CLIP scores [n] of the drawn pictures with their prompts, embedded as `texts` [n, d]."""
     seen = look(clip.images, folder, len(draws))
     return {side: clip_scores(each.features, texts) for side, each in seen.items()}
 
