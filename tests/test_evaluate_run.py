@@ -25,6 +25,7 @@ from convfusion.evaluate.drawing import picture_of, recorded_latents
 from convfusion.evaluate.real import open_real
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import generate
+from convfusion.locks import locked
 from convfusion.schedule import noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of
 
@@ -245,16 +246,26 @@ def test_a_picture_that_was_taken_away_is_drawn_again(tmp_path):
     (tmp_path / "records" / "00000.json").write_text("{")
     evaluate(pipe, told, tmp_path, **options)
     assert files(tmp_path) == written
-    picture_of(tmp_path, "student", 1).write_bytes(b"no picture")
-    with pytest.raises(ConvFusionError, match=r"00001\.png is damaged: delete it"):
+    path, record = picture_of(tmp_path, "student", 1), tmp_path / "records" / "00000.json"
+    for damaged in (b"no picture", path.read_bytes()[:-30]):
+        path.write_bytes(damaged)
         evaluate(pipe, told, tmp_path, **options)
-    picture_of(tmp_path, "student", 1).unlink()
-    evaluate(pipe, told, tmp_path, **options)
-    assert files(tmp_path) == written
+        assert files(tmp_path) == written
+    whole = json.loads(record.read_text())
+    for values in ({"trajectory": [[1.0]]}, {"epsilon_errors": "x"}, {"samples": [0, 5]}):
+        record.write_text(json.dumps(whole | values))
+        evaluate(pipe, told, tmp_path, **options)
+        assert files(tmp_path) == written
     assert (pipe.unet, fingerprint(pipe.unet)) == before[:2]
     assert vars(pipe.scheduler).keys() - before[2] <= {"num_inference_steps"}
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;student" in page
+
+
+def test_one_process_at_a_time_writes_into_a_folder(tmp_path):
+    with locked(tmp_path), pytest.raises(ConvFusionError, match="is being written into by"):
+        evaluate(student(), draws(), tmp_path, extractor=thumbnails())
+    assert not list(tmp_path.iterdir())
 
 
 def other_weights(pipe):
