@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 
 from convfusion.errors import CheckpointError, ConvFusionError
-from convfusion.files import unreadable, write_picture, write_text
+from convfusion.files import is_whole, unreadable, write_picture, write_text
 
 HISTORY = "losses.jsonl"
 HELD_OUT = "held_out/epsilon_error"
@@ -121,6 +121,19 @@ class RunLog:
 def picture_of(out: Path, step: int) -> Path:
     """Where the validation picture of a step lies."""
     return out / "validation" / f"step-{step:07d}.png"
+
+
+class Owed(NamedTuple):
+    """What is missing of a validation: its picture, and its ε-error in the log."""
+
+    picture: bool
+    error: bool
+
+
+def owed(out: Path, step: int, *, held_out: bool) -> Owed:
+    """What a kill left undone of the validation of a step, which may have samples held out."""
+    told = any(HELD_OUT in entry for entry in read_history(out) if entry["step"] == step)
+    return Owed(not is_whole(picture_of(out, step)), held_out and not told)
 
 
 def show(tracker: GeneralTracker, pixels: np.ndarray, step: int) -> None:

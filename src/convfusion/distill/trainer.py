@@ -6,10 +6,10 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -31,13 +31,12 @@ from convfusion.distill.environment import (
     ready_to_train,
     stop_on_interrupt,
 )
-from convfusion.distill.logs import HELD_OUT, RunLog, picture_of, read_history
+from convfusion.distill.logs import HELD_OUT, Owed, RunLog, owed
 from convfusion.distill.optimizers import make_optimizer
 from convfusion.distill.startup import start_from_attention
 from convfusion.distill.task import DistillTask, Losses
 from convfusion.distill.validation import held_out_error, what_fails
 from convfusion.errors import ConvFusionError
-from convfusion.files import is_whole
 from convfusion.fingerprint import fingerprint
 from convfusion.locks import locked
 from convfusion.surgery import mixers_of
@@ -100,47 +99,27 @@ def distill(
             one cannot be written.
     """
     folder = Path(out) if out is not None else None
-    if folder is None or os.environ.get("RANK", "0") != "0":
-        return _distill(pipe, data, config, folder, resume, on_step, validate)
-    with locked(folder):  # of a launcher's processes the first one writes
-        return _distill(pipe, data, config, folder, resume, on_step, validate)
-
-
-def _distill(
-    pipe: Any,
-    data: LatentDataset | TrainingData,
-    config: DistillConfig,
-    folder: Path | None,
-    resume: bool,
-    on_step: OnStep | None,
-    validate: DrawPicture | None,
-) -> DistillResult:
-    if folder is not None and not resume:
-        saved_state.check_unused(folder)
-    trainer = Trainer(pipe, data, config, folder)
-    trainer.accelerator.wait_for_everyone()  # all have looked at the folder before one writes
-    found = saved_state.to_resume(folder) if folder is not None and resume else None
-    started = time.perf_counter()
-    with ready_to_train(trainer.student, config), stop_on_interrupt() as interrupted:
-        trainer.begin(found)
-        terms = trainer.train(interrupted, on_step, validate)
-        ended = trainer.state.step == config.steps
-        error = trainer.error
-        if ended and error is None:  # as where a run had come to its end before
-            error = trainer.held_out_error()
-    if folder is not None and trainer.accelerator.is_main_process:
-        checkpoint.save(pipe, folder)
-    trainer.accelerator.wait_for_everyone()
+    writes = folder is not None and os.environ.get("RANK", "0") == "0"  # of a launcher's processes
+    with locked(folder) if folder is not None and writes else nullcontext():
+        if folder is not None and not resume:
+            saved_state.check_unused(folder)
+        trainer = Trainer(pipe, data, config, folder)
+        trainer.accelerator.wait_for_everyone()  # all have looked at the folder before one writes
+        found = saved_state.to_resume(folder) if folder is not None and resume else None
+        started = time.perf_counter()
+        with ready_to_train(trainer.student, config), stop_on_interrupt() as interrupted:
+            trainer.begin(found)
+            terms = trainer.train(interrupted, on_step, validate)
+            ended = trainer.state.step == config.steps
+            error = trainer.error
+            if ended and error is None:  # as where a run had come to its end before
+                error = trainer.held_out_error()
+        if folder is not None and trainer.accelerator.is_main_process:
+            checkpoint.save(pipe, folder)
+        trainer.accelerator.wait_for_everyone()
     seconds = time.perf_counter() - started
     state = trainer.state
     return DistillResult(state.step, not ended, seconds, terms, state.skipped, error)
-
-
-class Owed(NamedTuple):
-    """What is missing of a validation: its picture, and its ε-error in the log."""
-
-    picture: bool
-    error: bool
 
 
 class Trainer:
@@ -189,18 +168,13 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(self.task, optimizer)
         if self.state.scaler:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
-        self.owed = self.unfinished() if found is not None else Owed(False, False)
+        self.owed = Owed(False, False)
+        if found is not None and self.out is not None and self.is_due(self.state.step):
+            self.owed = owed(
+                self.out, self.state.step, held_out=any(map(len, self.held_out.groups))
+            )
         self.accelerator.wait_for_everyone()  # all have looked before one writes
         self.log = RunLog(self.accelerator, self.out, self.state.step, config.to_dict())
-
-    def unfinished(self) -> Owed:
-        """What a kill left undone after the checkpoint of this step, of its validation."""
-        step, out = self.state.step, self.out
-        if out is None or not self.is_due(step):
-            return Owed(False, False)
-        told = [entry for entry in read_history(out) if entry["step"] == step]
-        held_out = any(map(len, self.held_out.groups)) and not any(HELD_OUT in e for e in told)
-        return Owed(not is_whole(picture_of(out, step)), held_out)
 
     def is_due(self, step: int) -> bool:
         """Whether a step is followed by a validation."""
