@@ -37,12 +37,13 @@ def draw(pipe: Any, solver: str, steps: int, guidance: float, samples: int) -> l
 
 
 def alike(solver: str, steps: int, guidance: float, samples: int) -> dict[str, str]:
-    """PSNR of the student's pictures to the teacher's."""
+    """Mean PSNR of the student's pictures to the teacher's, with its standard error."""
     student, teacher = (
         draw(pipe, solver, steps, guidance, samples)
         for pipe in (mini.load_student(), mini.load_teacher())
     )
-    return {"psnr": f"{mean_psnr(student, teacher):.2f}"}
+    found = mean_psnr(student, teacher)
+    return {"psnr": f"{found.value:.2f}", "psnr_error": f"{found.error:.2f}"}
 
 
 def main() -> None:

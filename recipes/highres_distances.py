@@ -30,11 +30,11 @@ from convfusion.evaluate import (
     open_extractor,
     plan,
 )
-from convfusion.evaluate.drawing import write_picture
 from convfusion.evaluate.draws import Draws
 from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import decoded
 from convfusion.families import denoiser_of
+from convfusion.files import write_picture
 from convfusion.fingerprint import fingerprint
 from convfusion.highres import Ladder, highres
 from pages import ROOT, add, has

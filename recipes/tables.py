@@ -18,6 +18,7 @@ from functools import partial
 import highres_tables
 import quality_tables
 import speed_tables
+from convfusion.report import decibels
 from pages import RESULTS, ROOT, one, read, table
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -35,23 +36,23 @@ def demo() -> str:
     distilled, shipped = found["distilled"], found["shipped"]
     rows = []
     for name, error, psnr in (
-        ("self-attention removed", worst, found["removed"]["image_psnr"]),
-        ("ΔConvBlocks, not yet distilled", distilled["initial_error"], None),
+        ("self-attention removed", worst, pictures(found["removed"])),
+        ("ΔConvBlocks, not yet distilled", distilled["initial_error"], "–"),
         (
             f"distilled live: {distilled['steps']} steps",
             distilled["epsilon_error"],
-            distilled["image_psnr"],
+            pictures(distilled),
         ),
-        ("the shipped student", shipped["epsilon_error"], shipped["image_psnr"]),
+        ("the shipped student", shipped["epsilon_error"], pictures(shipped)),
     ):
-        decibels = "–" if psnr is None else f"{psnr:.1f} dB"
-        rows.append([name, f"{error:.2e}", f"1/{worst / error:.1f}", decibels])
+        rows.append([name, f"{error:.2e}", f"1/{worst / error:.1f}", psnr])
     heads = ["the model, against its teacher", "ε-error", "of *removed*", "PSNR of pictures"]
     before, after = (found["parameters"][key] / 1e6 for key in ("before", "after"))
     return f"""{table(heads, rows)}
 
 On 64 pictures and 16 prompts of names that no training saw. ε-error is the mean of ‖ε̂ − ε̃‖²/‖ε̃‖²
-over pictures, ten timesteps and noises; pictures take {found["image_steps"]} deterministic steps at
+over pictures, ten timesteps and noises; PSNR is the mean over 16 pictures, with its standard error;
+pictures take {found["image_steps"]} deterministic steps at
 guidance {found["guidance"]:g}. All {found["sites"]} sites are replaced. With the blocks that are
 distilled live the denoiser goes from {before:.2f}M to {after:.2f}M parameters, and its attention
 took {found["flops_ratio"]:.2f} times the operations of the blocks at this model's 16×16 tokens;
@@ -60,14 +61,20 @@ tokens. From [results/demo.json](results/demo.json), which `make demo` remakes a
 teacher `{found["teacher_sha256"][:12]}`."""
 
 
+def pictures(row: dict[str, float]) -> str:
+    """The PSNR of a model's pictures in the demo."""
+    return decibels(row["image_psnr"], row["image_psnr_error"])
+
+
 def quality() -> str:
     """In a sentence, how close the embedded model's blocks come."""
     found = json.loads((RESULTS / "demo.json").read_text())
     removed, live, shipped = (found[name] for name in ("removed", "distilled", "shipped"))
     parts = [removed["epsilon_error"] / each["epsilon_error"] for each in (live, shipped)]
     return f"""Beside the teacher's pictures from equal seeds, those of the model without
-self-attention have {removed["image_psnr"]:.1f} dB, with blocks distilled for {live["steps"]} steps
-{live["image_psnr"]:.1f} dB, and with those of the shipped student {shipped["image_psnr"]:.1f} dB.
+self-attention have {pictures(removed)}, with blocks distilled for {live["steps"]} steps
+{pictures(live)}, and with those of the shipped student {pictures(shipped)}
+(mean PSNR over 16 pictures, with its standard error).
 The blocks' ε-errors are 1/{parts[0]:.0f} and 1/{parts[1]:.0f} of what no self-attention leaves. All
 on names that no training saw. From [results/demo.json](../results/demo.json)."""
 
@@ -249,7 +256,12 @@ def ablation(folder: str) -> str:
     found = json.loads((ROOT / "docs" / folder / "ablation.json").read_text())
     worst = found["removed"]["epsilon_error"]
     lines = [
-        [name, f"{row['epsilon_error']:.2e}", f"1/{worst / row['epsilon_error']:.0f}", psnr(row)]
+        [
+            name,
+            f"{row['epsilon_error']:.2e}",
+            f"1/{worst / row['epsilon_error']:.0f}",
+            decibels(row["psnr"], row["psnr_error"]),
+        ]
         for name, row in found.items()
         if row["epsilon_error"]
     ]
@@ -281,10 +293,6 @@ def short(path: str) -> str:
     """`up_blocks.1.0` for `up_blocks.1.attentions.0.transformer_blocks.0.attn1`."""
     shorter = path.removesuffix(".attn1").removesuffix(".transformer_blocks.0")
     return shorter.replace(".attentions", "")
-
-
-def psnr(row: dict[str, float | None]) -> str:
-    return "equal" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
 
 
 TABLES: dict[str, Callable[[], str]] = {

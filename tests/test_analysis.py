@@ -301,7 +301,7 @@ def test_ablation_leaves_the_pipeline_as_it_was(kind):
     assert found["self-attention"].epsilon_error == 0
     assert all(found[name].epsilon_error > 0 for name in tried)
     assert all(list(found[name].by_timestep) == [*found["removed"].by_timestep] for name in tried)
-    assert found["self-attention"].psnr == float("inf") > found["removed"].psnr
+    assert found["self-attention"].psnr is None and np.isfinite(found["removed"].psnr)
     assert status(pipe).converted == 0
     after = generate(pipe, ["red"], steps=2, guidance=guidance_for(kind))
     assert np.array_equal(before[0], after[0])

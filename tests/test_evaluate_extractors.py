@@ -9,14 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    CLIPConfig,
-    CLIPModel,
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
 )
 
-from convfusion import ConvFusionError, mini
+from convfusion import ConvFusionError
 from convfusion.evaluate import extractors, open_clip, open_extractor
 from convfusion.evaluate.extractors import Preprocessing
 
@@ -107,46 +105,6 @@ def test_a_head_gives_logits_beside_the_features(tmp_path):
         torch.testing.assert_close(found.features, model.dinov2(pixels).pooler_output)
 
 
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    from transformers import CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("clip")
-    words = CLIPTokenizer.from_pretrained(mini.TEACHER / "tokenizer")
-    words.save_pretrained(folder)
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    text = {"vocab_size": len(words), "max_position_embeddings": words.model_max_length}
-    text |= {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
-    config = CLIPConfig(
-        text_config=small | text | {"num_hidden_layers": 1},
-        vision_config=small | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
-        projection_dim=8,
-    )
-    torch.manual_seed(0)
-    CLIPModel(config).eval().save_pretrained(folder)
-    return folder
-
-
-def test_clip_scores_are_what_the_model_itself_says(clip_folder):
-    """logits_per_image is the cosine, times the model's own temperature."""
-    clip = open_clip(str(clip_folder))
-    assert clip.images.preprocessing.side == 28
-    prompts = ["red apple, noto", "a word " * 200]
-    pictures = [noise(seed=i) for i in range(2)]
-    embedded = clip.images(pictures).features, clip.texts(prompts, batch_size=1)
-    tokens = clip.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
-    model = clip.images.network.model
-    with torch.no_grad():
-        told = model(pixel_values=clip.images.preprocessing(pictures), **tokens)
-    cosines = torch.cosine_similarity(embedded[0][:, None], embedded[1][None], dim=2)
-    expected = told.logits_per_image / model.logit_scale.exp()
-    torch.testing.assert_close(cosines, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_clip_model_is_an_extractor_too(clip_folder):
-    assert open_extractor(str(clip_folder))([noise()]).features.shape == (1, 8)
-
-
 def test_a_network_has_the_same_fingerprint_again(lite0, tmp_path):
     assert open_extractor().weights == lite0.weights
     dino(tmp_path / "a", classes=False)
@@ -215,3 +173,107 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(extractors, "find_spec", lambda name: None)
     with pytest.raises(ConvFusionError, match=r"pip install 'convfusion\[eval\]'"):
         open_extractor()
+
+
+def test_opening_a_network_moves_no_random_state(tmp_path):
+    from randomness import random_states
+
+    dino(tmp_path / "dino", classes=True)
+    without_pooler(tmp_path)
+    for name in ("efficientnet-lite0", str(tmp_path / "dino"), str(tmp_path / "vit")):
+        before = random_states()
+        open_extractor(name)
+        assert random_states() == before, name
+
+
+def vit(side=28):
+    from transformers import ViTConfig
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    return ViTConfig(**small, num_hidden_layers=1, image_size=side, patch_size=14)
+
+
+def without_pooler(folder):
+    from transformers import ViTModel
+
+    ViTModel(vit(), add_pooling_layer=False).eval().save_pretrained(folder / "vit")
+    return folder / "vit"
+
+
+def test_a_pooler_that_was_not_trained_is_left_out(tmp_path):
+    """transformers would draw one, another in each process."""
+    folder = str(without_pooler(tmp_path))
+    one, other = open_extractor(folder), open_extractor(folder)
+    assert one.weights == other.weights
+    with torch.no_grad():
+        tokens = one.network.model(one.preprocessing([noise()])).last_hidden_state
+    torch.testing.assert_close(one([noise()]).features, tokens[:, 0])
+
+
+def random_masks(folder):
+    from transformers import ViTMAEConfig, ViTMAEModel
+
+    config = ViTMAEConfig(**{k: v for k, v in vit(112).to_dict().items() if k in (
+        "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers",
+        "image_size", "patch_size",
+    )})  # fmt: skip
+    ViTMAEModel(config).save_pretrained(folder / "x")
+    return folder / "x"
+
+
+def other_side(folder):
+    path = without_pooler(folder)
+    (path / "preprocessor_config.json").write_text('{"size": {"height": 30, "width": 30}}')
+    return path
+
+
+def half_of_the_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    dino(folder / "x", classes=True)
+    path = folder / "x" / "model.safetensors"
+    kept = {name: each for name, each in load_file(path).items() if "classifier" not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+    return folder / "x"
+
+
+def damaged(folder):
+    dino(folder / "x", classes=False)
+    path = folder / "x" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    return folder / "x"
+
+
+UNFIT = {
+    random_masks: "sees something else in a picture each time",
+    other_side: "cannot look at pictures of 30×30",
+    half_of_the_weights: "has no weights for classifier.bias, classifier.weight of its Dinov2",
+    damaged: "is no extractor",
+}
+
+
+@pytest.mark.parametrize("made", UNFIT, ids=lambda made: made.__name__)
+def test_what_could_not_tell_once_all_is_drawn_is_refused_at_once(made, tmp_path):
+    from randomness import random_states
+
+    folder, before = str(made(tmp_path)), random_states()
+    with pytest.raises(ConvFusionError, match=UNFIT[made]) as told:
+        open_extractor(folder)
+    assert "\n" not in str(told.value) and random_states() == before
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    class Unreachable:
+        def model_info(self, name, **options):
+            asked.append(name)
+            raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ConvFusionError, match="nor a Hub name that can be reached"):
+        open_extractor("nobody/nothing-of-this-name")
+    assert asked == ["nobody/nothing-of-this-name"]

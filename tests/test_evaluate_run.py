@@ -25,6 +25,7 @@ from convfusion.evaluate.real import open_real
 from convfusion.families import encode_conditioning
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import generate
+from convfusion.locks import locked
 from convfusion.schedule import noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of
 
@@ -110,7 +111,8 @@ def test_tables_say_what_the_json_says(finished):
     assert mean["network"] == ""
     values = [each.student.psnr for each in found.samples]
     assert float(mean["value"]) == pytest.approx(np.mean(values))
-    assert float(mean["standard_error"]) == pytest.approx(np.std(values, ddof=1) / 6**0.5)
+    means = np.mean([values[:3], values[3:]], axis=0)  # of each prompt's two pictures
+    assert float(mean["standard_error"]) == pytest.approx(np.std(means, ddof=1) / 3**0.5)
 
 
 def test_pairs_are_of_equal_seeds(finished):
@@ -176,7 +178,7 @@ def test_every_family_can_be_evaluated(kind, tmp_path):
     assert all(np.isfinite(each.epsilon_error) and each.latent_error > 0 for each in found.samples)
     one = found.distributions[0]
     assert one.precision is None and one.kid_error is None  # two pictures have no five neighbours
-    assert "2 pictures are too few to be compared as sets" in (tmp_path / "report.html").read_text()
+    assert "2 pictures of 2 prompts are too few" in (tmp_path / "report.html").read_text()
 
 
 class Killed(Exception):
@@ -191,7 +193,7 @@ def test_a_killed_run_ends_in_the_same_bits(finished, tmp_path, monkeypatch, mom
     was found.
     """
     complete, _, _, real = finished
-    write, written = drawing_module.write_bytes, []
+    write, written = files_module.write_bytes, []
 
     def killed(path, data):
         written.append(path)
@@ -203,8 +205,7 @@ def test_a_killed_run_ends_in_the_same_bits(finished, tmp_path, monkeypatch, mom
     out = tmp_path / "out"
     options = {"extractor": thumbnails(), "real": open_real(str(real), (16, 16))}
     with monkeypatch.context() as patched:
-        for module in (drawing_module, files_module):
-            patched.setattr(module, "write_bytes", killed)
+        patched.setattr(files_module, "write_bytes", killed)
         with pytest.raises(Killed):
             evaluate(student(), draws(), out, **options)
     assert not (out / "evaluation.json").exists()
@@ -245,16 +246,26 @@ def test_a_picture_that_was_taken_away_is_drawn_again(tmp_path):
     (tmp_path / "records" / "00000.json").write_text("{")
     evaluate(pipe, told, tmp_path, **options)
     assert files(tmp_path) == written
-    picture_of(tmp_path, "student", 1).write_bytes(b"no picture")
-    with pytest.raises(ConvFusionError, match=r"00001\.png is damaged: delete it"):
+    path, record = picture_of(tmp_path, "student", 1), tmp_path / "records" / "00000.json"
+    for damaged in (b"no picture", path.read_bytes()[:-30]):
+        path.write_bytes(damaged)
         evaluate(pipe, told, tmp_path, **options)
-    picture_of(tmp_path, "student", 1).unlink()
-    evaluate(pipe, told, tmp_path, **options)
-    assert files(tmp_path) == written
+        assert files(tmp_path) == written
+    whole = json.loads(record.read_text())
+    for values in ({"trajectory": [[1.0]]}, {"epsilon_errors": "x"}, {"samples": [0, 5]}):
+        record.write_text(json.dumps(whole | values))
+        evaluate(pipe, told, tmp_path, **options)
+        assert files(tmp_path) == written
     assert (pipe.unet, fingerprint(pipe.unet)) == before[:2]
     assert vars(pipe.scheduler).keys() - before[2] <= {"num_inference_steps"}
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;student" in page
+
+
+def test_one_process_at_a_time_writes_into_a_folder(tmp_path):
+    with locked(tmp_path), pytest.raises(ConvFusionError, match="is being written into by"):
+        evaluate(student(), draws(), tmp_path, extractor=thumbnails())
+    assert not list(tmp_path.iterdir())
 
 
 def other_weights(pipe):

@@ -90,6 +90,7 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
     for name in ("removed", "distilled", "shipped"):
         assert results[name]["epsilon_error"] > 0
         assert np.isfinite(results[name]["image_psnr"])
+        assert results[name]["image_psnr_error"] > 0
     assert results["distilled"].keys() >= {"initial_error", "steps", "seconds"}
     assert results["sites"] == 7
     assert results["flops_ratio"] > 1

@@ -15,7 +15,7 @@ from convfusion.data import LatentDataset
 from convfusion.distill import DistillConfig, DistillResult, LossWeights, distill
 from convfusion.evaluate import epsilon_error, mean_psnr
 from convfusion.families import denoiser_of
-from convfusion.files import write_text
+from convfusion.files import write_picture, write_text
 from convfusion.generate import generate
 from convfusion.mixers import Removed
 from convfusion.operations import flops_ratio
@@ -81,8 +81,12 @@ def run_demo(
 
     def judge(name: str, pipe: Any) -> None:
         pictures[name] = draw(pipe, prompts)
-        psnr = mean_psnr(pictures[name], pictures["teacher"])
-        results[name] = {"epsilon_error": error(pipe, held_out), "image_psnr": psnr}
+        psnr = mean_psnr(pictures[name], pictures["teacher"], prompts)
+        results[name] = {
+            "epsilon_error": error(pipe, held_out),
+            "image_psnr": psnr.value,
+            "image_psnr_error": psnr.error,
+        }
 
     say("1/4  The pretrained teacher draws the held-out prompts.")
     pictures["teacher"] = draw(mini.load_teacher(), prompts)
@@ -133,7 +137,7 @@ def write_results(
     folder: Path, results: dict[str, Any], grid: Image.Image, losses: list[dict[str, float]]
 ) -> None:
     """Write `grid.png`, `report.html` and `demo.json`."""
-    grid.save(folder / "grid.png")
+    write_picture(folder / "grid.png", grid)
     write_text(folder / "report.html", report.demo_page(results, grid, losses))
     write_text(folder / "demo.json", json.dumps(results, indent=2) + "\n")
 

@@ -7,6 +7,7 @@ headers that are too long, offsets out of range, tensors that overlap and shapes
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -14,13 +15,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convfusion.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 JSON_BYTES = 16 * 2**20  # a manifest of SDXL's 70 sites takes 30 kB
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # dtypes, in the words of safetensors
@@ -103,6 +107,25 @@ def write_bytes(path: Path, data: bytes) -> None:
     """As `write_tensors`, for the content of any file."""
     with _aside(path) as aside:
         aside.write_bytes(data)
+
+
+def write_picture(path: Path, image: Image.Image, *, optimize: bool = False) -> None:
+    """As `write_tensors`, for a PNG in RGB; `optimize` takes longer and less room."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG", optimize=optimize)
+    write_bytes(path, buffer.getvalue())
+
+
+def is_whole(path: Path, size: tuple[int, int] | None = None) -> bool:
+    """Whether a PNG is there and can be read to its end, and is of a size (width, height)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            picture.load()
+            return size is None or picture.size == size
+    except Exception:  # Pillow has many kinds for what is damaged
+        return False
 
 
 def replace_folder(aside: Path, folder: Path) -> None:

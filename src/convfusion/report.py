@@ -69,8 +69,8 @@ The prompts below, and the pictures and noises behind the numbers, were seen by 
 <h2>Distance to the teacher</h2>
 {_table(results)}
 <p class="note">ε-error: mean of ‖ε̂ − ε̃‖² / ‖ε̃‖² over held-out pictures, timesteps and noises.
-PSNR: of pictures drawn from equal seeds in {results["image_steps"]} steps at guidance
-{results["guidance"]}. Teacher {results["teacher_sha256"][:12]}.</p>
+PSNR: mean over pictures drawn from equal seeds in {results["image_steps"]} steps at guidance
+{results["guidance"]}, with its standard error. Teacher {results["teacher_sha256"][:12]}.</p>
 <h2>Cost</h2>
 <p>Self-attention takes {results["flops_ratio"]:.2f} times the operations of the blocks at the
 16×16 tokens of this small model; the ratio grows with the number of tokens.
@@ -96,12 +96,20 @@ def _table(results: Mapping[str, Any]) -> str:
         if key == "initial":
             value, psnr = results["distilled"]["initial_error"], "–"
         else:
-            value, psnr = results[key]["epsilon_error"], f"{results[key]['image_psnr']:.1f} dB"
+            value = results[key]["epsilon_error"]
+            psnr = decibels(results[key]["image_psnr"], results[key]["image_psnr_error"])
         cells = (html.escape(name), f"{value:.2e}", f"1/{worst / value:.1f}", psnr)
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     heads = ("", "ε-error", "of removed", "picture PSNR")
     head = "".join(f"<th>{cell}</th>" for cell in heads)
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def decibels(psnr: float | None, error: float | None) -> str:
+    """A mean PSNR with its standard error; None is of equal pictures, and of a single one."""
+    if psnr is None:
+        return "equal"
+    return f"{psnr:.1f} dB" if error is None else f"{psnr:.1f} ± {error:.1f} dB"
 
 
 def loss_curve(values: Sequence[float], width: int = 700, height: int = 220) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -22,9 +20,9 @@ from convfusion.analysis.capture import (
     stock_denoiser,
 )
 from convfusion.errors import ConvFusionError
-from convfusion.evaluate import psnr, relative_error
+from convfusion.evaluate import mean_psnr, relative_error
 from convfusion.families import denoiser_of, latent_scale, list_sites, native_size, site_grid
-from convfusion.files import write_text
+from convfusion.files import write_picture, write_text
 from convfusion.generate import generate
 from convfusion.mixers import MeanOnly, Mixer, Neighbourhood, Removed
 from convfusion.report import labelled_grid
@@ -43,23 +41,20 @@ class Ablated:
         images: one per prompt, from equal seeds.
         epsilon_error: mean of ‖ε̂ − ε̃‖²/‖ε̃‖² over the states that the stock model visits.
         by_timestep: the same at each timestep.
-        psnr: PSNR of all images together against those of the stock model, dB; infinite if all
+        psnr: mean over images of each one's PSNR against that of the stock model, dB; None if all
             are equal.
+        psnr_error: its standard error over prompts; None of a single prompt.
     """
 
     images: list[Image.Image]
     epsilon_error: float
     by_timestep: dict[float, float]
-    psnr: float
+    psnr: float | None
+    psnr_error: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The errors as JSON-ready values; a PSNR of None means equal pictures."""
-        decibels = self.psnr if math.isfinite(self.psnr) else None
-        return {
-            "epsilon_error": self.epsilon_error,
-            "by_timestep": self.by_timestep,
-            "psnr": decibels,
-        }
+        """The errors as JSON-ready values."""
+        return {field.name: getattr(self, field.name) for field in fields(self)[1:]}
 
 
 def variants(windows: list[int], sites: list[str] | None = None) -> dict[str, ConvertConfig]:
@@ -116,7 +111,7 @@ def ablate(
 
     with recorded_calls(pipe, chosen) as calls:
         stock = draw()
-    found = {STOCK: Ablated(stock, 0.0, dict.fromkeys(chosen, 0.0), math.inf)}
+    found = {STOCK: Ablated(stock, 0.0, dict.fromkeys(chosen, 0.0), None, None)}
     for name, config in tried.items():
         convert(pipe, replace(config, keep_attention=True))
         try:
@@ -125,7 +120,7 @@ def ablate(
         finally:
             revert(pipe)
         mean = sum(errors.values()) / len(errors)
-        found[name] = Ablated(images, mean, errors, psnr(pixels(images), pixels(stock)))
+        found[name] = Ablated(images, mean, errors, *mean_psnr(images, stock, prompts))
     return found
 
 
@@ -134,13 +129,9 @@ def save_ablation(found: dict[str, Ablated], prompts: list[str], folder: str | P
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     grid = labelled_grid({name: row.images for name, row in found.items()}, prompts)
-    grid.save(folder / "ablation.png")
+    write_picture(folder / "ablation.png", grid)
     table = {name: row.to_dict() for name, row in found.items()}
     write_text(folder / "ablation.json", json.dumps(table, indent=2, ensure_ascii=False) + "\n")
-
-
-def pixels(images: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in images])
 
 
 def check_windows(pipe: Any, config: ConvertConfig, size: tuple[int, int] | None) -> None:

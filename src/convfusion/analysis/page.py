@@ -13,7 +13,7 @@ from convfusion import report
 from convfusion.analysis import plots
 from convfusion.analysis.kernel_sizes import recommend
 from convfusion.analysis.study import Analysis, SiteAnalysis
-from convfusion.files import write_text
+from convfusion.files import write_picture, write_text
 from convfusion.mixers.delta_conv import DeltaConv
 
 RESOLUTION = 110  # dots per inch
@@ -67,7 +67,7 @@ def write_report(analysis: Analysis, folder: str | Path, control: Analysis | Non
     images = {}
     for name, figure in figures.items():
         images[name] = picture(figure)
-        images[name].save(out / f"{name}.png", optimize=True)
+        write_picture(out / f"{name}.png", images[name], optimize=True)
     recommend(analysis).save(out / "kernels.json")
     if control is not None:
         control.save(out / "control.json")

@@ -180,10 +180,12 @@ def print_ablation(rows: dict[str, dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from convfusion.report import decibels
+
     table = Table(title="Without training, against the stock model")
     for column in ("", "ε-error", "picture PSNR"):
         table.add_column(column, justify="right" if column else "left")
     for name, row in list(rows.items())[1:]:
-        psnr = "equal" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
+        psnr = decibels(row["psnr"], row["psnr_error"])
         table.add_row(name, f"{row['epsilon_error']:.2e}", psnr)
     Console().print(table)

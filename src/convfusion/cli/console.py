@@ -45,6 +45,8 @@ def print_results(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from convfusion.report import decibels
+
     table = Table(title="Distance to the teacher, held-out names")
     for column in ("", "ε-error", "of removed", "picture PSNR"):
         table.add_column(column, justify="left" if not column else "right")
@@ -52,7 +54,8 @@ def print_results(results: dict[str, Any]) -> None:
     for name in ("removed", "distilled", "shipped"):
         row = results[name]
         ratio = f"1/{worst / row['epsilon_error']:.1f}"
-        table.add_row(name, f"{row['epsilon_error']:.2e}", ratio, f"{row['image_psnr']:.1f} dB")
+        psnr = decibels(row["image_psnr"], row["image_psnr_error"])
+        table.add_row(name, f"{row['epsilon_error']:.2e}", ratio, psnr)
     Console().print(table)
 
 

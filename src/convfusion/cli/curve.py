@@ -49,6 +49,7 @@ def curve(
     from convfusion.distill.curve import chosen_counts
     from convfusion.distill.partial import check_ranking
     from convfusion.distill.settings import RunSettings
+    from convfusion.locks import locked
 
     check_new(out, may_hold="cache")  # of a run that was stopped, which goes on with it
     ranking = check_ranking(by)
@@ -69,8 +70,9 @@ def curve(
     source = source_of(run)
     pipe = stock_pipeline(model, precision, device, revision)
     counts = chosen_counts(equip(pipe, None, config).converted, sites)
-    found = measured(pipe, run, *in_two(pipe, run, source(pipe, out), held_out))
-    files = found.save(out, counts, ranking)
+    with locked(out):
+        found = measured(pipe, run, *in_two(pipe, run, source(pipe, out), held_out))
+        files = found.save(out, counts, ranking)
     print_curve(found, ranking)
     names = ", ".join(file.name for file in files)
     typer.echo(f"Written: {out}/curve.png, curve.json, curve.csv, {names}")

@@ -166,7 +166,9 @@ def train(
         write_card(out, pipe, run, result)
     if result.epsilon_error is not None:
         count = run.distill.held_out
-        typer.echo(f"ε-error on {count} samples held out: {result.epsilon_error:.2e}")
+        error = result.epsilon_error
+        text = f"{error:.2e}" if math.isfinite(error) else "not finite: the blocks are of no use"
+        typer.echo(f"ε-error on {count} samples held out: {text}")
     typer.echo(f"Written: {out}")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from convfusion.errors import ConvFusionError
+from convfusion.locks import LOCK
 
 Model = Annotated[
     str,
@@ -62,7 +63,7 @@ Device = Annotated[
 def check_new(out: Path, *, advice: str = "choose another folder", may_hold: str = "") -> None:
     """Refuse to write into a folder that holds something else than what it may."""
     check_folder(out)
-    if out.exists() and any(each.name != may_hold for each in out.iterdir()):
+    if out.exists() and any(each.name not in (may_hold, LOCK) for each in out.iterdir()):
         raise ConvFusionError(f"{out} exists and is not empty: {advice}")
 
 

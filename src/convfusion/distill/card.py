@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,16 +104,21 @@ def results(result: DistillResult, history: Sequence[dict[str, Any]]) -> str:
     if result.epsilon_error is not None:
         lines.append(
             "- ε-error, the mean of ‖ε̂ − ε̃‖²/‖ε̃‖² over ten timesteps, on samples held out: "
-            f"{result.epsilon_error:.3e}"
+            + told(result.epsilon_error)
         )
     for name in sorted({key for entry in history for key in entry if key.startswith("loss/")}):
         values = [entry[name] for entry in history if name in entry]
         tail = values[-max(1, len(values) // 20) :]
-        told = f"{values[0]:.3e}"
+        text = f"{values[0]:.3e}"
         if len(values) > 1:
-            told += f" at first, {sum(tail) / len(tail):.3e} at last"
-        lines.append(f"- {name.removeprefix('loss/')}: {told}")
+            text += f" at first, {sum(tail) / len(tail):.3e} at last"
+        lines.append(f"- {name.removeprefix('loss/')}: {text}")
     return "\n".join(lines)
+
+
+def told(error: float) -> str:
+    """An ε-error in words."""
+    return f"{error:.3e}" if math.isfinite(error) else "not finite"
 
 
 def samples(folder: Path) -> str:
@@ -138,5 +145,7 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> bool:
     axes.set(xlabel="step", ylabel="weighted loss", yscale="log")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    files.write_bytes(path, buffer.getvalue())
     return True

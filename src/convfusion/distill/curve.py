@@ -23,7 +23,7 @@ from convfusion.distill.partial import (
 from convfusion.distill.task import DistillTask
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of
-from convfusion.files import write_text
+from convfusion.files import write_picture, write_text
 from convfusion.fingerprint import fingerprint
 from convfusion.operations import site_flops
 from convfusion.surgery import mixers_of
@@ -114,7 +114,7 @@ class ReplacementCurve:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "curve.json", json.dumps(self.to_dict(), indent=2) + "\n")
         write_text(folder / "curve.csv", self._table())
-        picture(figure(self)).save(folder / "curve.png", optimize=True)
+        write_picture(folder / "curve.png", picture(figure(self)), optimize=True)
         files = [folder / f"cheapest-{k:02d}.json" for k in counts]
         for k, file in zip(counts, files, strict=True):
             self.cheapest_config(k, by).save(file)

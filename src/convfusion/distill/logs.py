@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 
-from convfusion.errors import ConvFusionError
-from convfusion.files import write_text
+from convfusion.errors import CheckpointError, ConvFusionError
+from convfusion.files import is_whole, unreadable, write_picture, write_text
 
 HISTORY = "losses.jsonl"
+HELD_OUT = "held_out/epsilon_error"
 
 
 def tracker_name(wanted: str) -> str | None:
@@ -34,15 +35,29 @@ def tracker_name(wanted: str) -> str | None:
 
 
 def read_history(out: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run, in order; a line torn by a kill is left out."""
+    """The logged steps of a run, in order; a line that a kill tore or damaged is left out.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
     path = out / HISTORY
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise unreadable(path, error) from None
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in lines:
         try:
-            entries.append(json.loads(line))
-        except ValueError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(entry, dict) and all(map(_is_number, entry.values())) and "step" in entry:
+            entries.append(entry)
     return entries
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class RunLog:
@@ -70,20 +85,29 @@ class RunLog:
             write_text(self.out / HISTORY, text)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Log named numbers of a step, but for those that are not finite."""
+        """Log named numbers of a step, except for those that are not finite.
+
+        Raises:
+            CheckpointError: the line cannot be written, as on a full disk.
+        """
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         self.accelerator.log(values, step=step)
-        if self.out is not None:
-            with open(self.out / HISTORY, "a", encoding="utf-8") as file:
+        if self.out is None:
+            return
+        path = self.out / HISTORY
+        try:
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
 
     def picture(self, step: int, picture: Any) -> None:
         """Write a validation picture, and show it where the tracker can."""
         if self.out is None:
             return
-        folder = self.out / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"step-{step:07d}.png")
+        path = picture_of(self.out, step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_picture(path, picture)
         pixels = np.asarray(picture.convert("RGB"))[None]
         for tracker in self.accelerator.trackers:
             show(tracker, pixels, step)
@@ -92,6 +116,24 @@ class RunLog:
         """Let the trackers finish. The processes go on: a script may have more to do."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def picture_of(out: Path, step: int) -> Path:
+    """Where the validation picture of a step lies."""
+    return out / "validation" / f"step-{step:07d}.png"
+
+
+class Owed(NamedTuple):
+    """What is missing of a validation: its picture, and its ε-error in the log."""
+
+    picture: bool
+    error: bool
+
+
+def owed(out: Path, step: int, *, held_out: bool) -> Owed:
+    """What a kill left undone of the validation of a step, which may have samples held out."""
+    told = any(HELD_OUT in entry for entry in read_history(out) if entry["step"] == step)
+    return Owed(not is_whole(picture_of(out, step)), held_out and not told)
 
 
 def show(tracker: GeneralTracker, pixels: np.ndarray, step: int) -> None:

@@ -7,6 +7,7 @@ What a site costs is how well its block imitates its attention after stage 1 of 
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -24,6 +25,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.evaluate import predictions, relative_error
 from convfusion.families import denoiser_of
 from convfusion.families.conditioning import placed
+from convfusion.files import few
 from convfusion.surgery import attention_back, mixers_of
 from convfusion.surgery.config import ConvertConfig
 
@@ -184,6 +186,7 @@ def imitation_errors(
     for path, total in sums.items():
         error, mean, square = (total[:3] / total[3]).tolist()
         errors[path] = error / max(square - mean**2, 1e-12)
+        check_finite(errors[path], f"the imitation error of the block at {path}")
     return errors
 
 
@@ -217,7 +220,19 @@ def subset_errors(
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
-    return [torch.cat(found).mean().item() for found in errors]
+    means = [torch.cat(found).mean().item() for found in errors]
+    for subset, mean in zip(subsets, means, strict=True):
+        check_finite(mean, f"the ε-error with {few(subset)} replaced")
+    return means
+
+
+def check_finite(error: float, what: str) -> None:
+    """Raise a ConvFusionError for an error that sites cannot be ranked by."""
+    if not math.isfinite(error):
+        raise ConvFusionError(
+            f"{what} is not finite, so that sites cannot be ranked: try a lower learning rate or "
+            "another autocast"
+        )
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:

@@ -184,10 +184,12 @@ def read_run(
 def check_same_run(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of itself; a CheckpointError if it is of another config."""
     try:
-        facts = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        facts = files.read_json(folder / STATE)
         before = dict(facts["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / STATE} cannot be read: {error}") from None
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE} has no config: {error}") from None
     here = json.loads(json.dumps(config))
     changed = sorted(k for k in here if here[k] != before.get(k) and k not in FREE)
     if changed:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from convfusion.distill.environment import (
     ready_to_train,
     stop_on_interrupt,
 )
-from convfusion.distill.logs import RunLog
+from convfusion.distill.logs import HELD_OUT, Owed, RunLog, owed
 from convfusion.distill.optimizers import make_optimizer
 from convfusion.distill.startup import start_from_attention
 from convfusion.distill.task import DistillTask, Losses
@@ -37,6 +38,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of
 from convfusion.families.conditioning import placed
 from convfusion.fingerprint import fingerprint
+from convfusion.locks import locked
 from convfusion.surgery import mixers_of
 
 OnStep = Callable[[int, dict[str, float]], None]
@@ -91,27 +93,30 @@ def distill(
 
     Raises:
         ConvFusionError: the model is not converted, or its attention was dropped; or too many
-            steps in a row had a loss or gradient that was not finite.
+            steps in a row had a loss or gradient that was not finite; or another process trains
+            into the folder.
         CheckpointError: the checkpoint to resume from belongs to another config or is damaged; or
             one cannot be written.
     """
     folder = Path(out) if out is not None else None
-    if folder is not None and not resume:
-        saved_state.check_unused(folder)
-    trainer = Trainer(pipe, data, config, folder)
-    trainer.accelerator.wait_for_everyone()  # all have looked at the folder before one writes
-    found = saved_state.to_resume(folder) if folder is not None and resume else None
-    started = time.perf_counter()
-    with ready_to_train(trainer.student, config), stop_on_interrupt() as interrupted:
-        trainer.begin(found)
-        terms = trainer.train(interrupted, on_step, validate)
-        ended = trainer.state.step == config.steps
-        error = trainer.error
-        if ended and error is None:  # as where a run had come to its end before
-            error = trainer.held_out_error()
-    if folder is not None and trainer.accelerator.is_main_process:
-        checkpoint.save(pipe, folder)
-    trainer.accelerator.wait_for_everyone()
+    writes = folder is not None and os.environ.get("RANK", "0") == "0"  # of a launcher's processes
+    with locked(folder) if folder is not None and writes else nullcontext():
+        if folder is not None and not resume:
+            saved_state.check_unused(folder)
+        trainer = Trainer(pipe, data, config, folder)
+        trainer.accelerator.wait_for_everyone()  # all have looked at the folder before one writes
+        found = saved_state.to_resume(folder) if folder is not None and resume else None
+        started = time.perf_counter()
+        with ready_to_train(trainer.student, config), stop_on_interrupt() as interrupted:
+            trainer.begin(found)
+            terms = trainer.train(interrupted, on_step, validate)
+            ended = trainer.state.step == config.steps
+            error = trainer.error
+            if ended and error is None:  # as where a run had come to its end before
+                error = trainer.held_out_error()
+        if folder is not None and trainer.accelerator.is_main_process:
+            checkpoint.save(pipe, folder)
+        trainer.accelerator.wait_for_everyone()
     seconds = time.perf_counter() - started
     state = trainer.state
     return DistillResult(state.step, not ended, seconds, terms, state.skipped, error)
@@ -163,7 +168,18 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(self.task, optimizer)
         if self.state.scaler:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
+        self.owed = Owed(False, False)
+        if found is not None and self.out is not None and self.is_due(self.state.step):
+            self.owed = owed(
+                self.out, self.state.step, held_out=any(map(len, self.held_out.groups))
+            )
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
         self.log = RunLog(self.accelerator, self.out, self.state.step, config.to_dict())
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step is followed by a validation."""
+        every = self.config.validate_every
+        return step == self.config.steps or bool(every and step % every == 0)
 
     def make_average(self) -> EMAModel | None:
         if not self.config.ema:
@@ -183,6 +199,7 @@ class Trainer:
         config, state = self.config, self.state
         terms: dict[str, float] = {}
         try:
+            self.catch_up(validate)
             for parts in self.steps():
                 terms = self.take_step(parts)
                 state.step += 1
@@ -192,8 +209,7 @@ class Trainer:
                 last = self.anyone(bool(interrupted)) or ended
                 if last or state.step % config.save_every == 0:
                     self.save()
-                due = config.validate_every and state.step % config.validate_every == 0
-                if due or ended:
+                if self.is_due(state.step):
                     error = self.validate(validate)
                     self.error = error if ended else None
                 if last:
@@ -319,8 +335,15 @@ class Trainer:
         latents, noise, timesteps = (tensor.to(device) for tensor in part[:3])
         return latents, noise, timesteps, placed(part.conditioning, self.student)
 
-    def validate(self, draw: DrawPicture | None) -> float | None:
-        """Draw a picture, and measure and return the ε-error held out, with the average."""
+    def catch_up(self, draw: DrawPicture | None) -> None:
+        """Do what a kill left undone of the validation after the last checkpoint."""
+        picture = self.owed.picture and draw is not None
+        if picture or self.owed.error:
+            error = self.validate(draw if picture else None, log=self.owed.error)
+            self.error = error if self.state.step == self.config.steps else None
+
+    def validate(self, draw: DrawPicture | None, *, log: bool = True) -> float | None:
+        """Draw a picture, and measure, log and return the ε-error held out, with the average."""
         with self.averaged():
             if draw is not None and self.accelerator.is_main_process:
                 # The base may be in half precision, and the blocks are not.
@@ -328,8 +351,8 @@ class Trainer:
                     picture = draw(self.pipe, self.state.step)
                 self.log.picture(self.state.step, picture)
             error = self.held_out_error()
-        if error is not None:
-            self.log.write(self.state.step, {"held_out/epsilon_error": error})
+        if error is not None and log and math.isfinite(error):
+            self.log.write(self.state.step, {HELD_OUT: error})
         self.accelerator.wait_for_everyone()
         return error
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from convfusion.lazy import lazy
 
 if TYPE_CHECKING:
+    from convfusion.evaluate.clip import open_clip
     from convfusion.evaluate.draws import Draws, plan
     from convfusion.evaluate.epsilon import (
         TIMESTEPS,
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
         predictions,
         relative_error,
     )
-    from convfusion.evaluate.extractors import open_clip, open_extractor
+    from convfusion.evaluate.extractors import open_extractor
     from convfusion.evaluate.images import mean_psnr, psnr, ssim
     from convfusion.evaluate.real import open_real
     from convfusion.evaluate.results import Evaluation
@@ -36,7 +37,7 @@ _HOME = {
     "epsilon_errors": "epsilon",
     "predictions": "epsilon",
     "relative_error": "epsilon",
-    "open_clip": "extractors",
+    "open_clip": "clip",
     "open_extractor": "extractors",
     "mean_psnr": "images",
     "psnr": "images",

@@ -14,7 +14,6 @@ bits, and so does one that several processes share.
 from __future__ import annotations
 
 import functools
-import io
 import json
 import os
 import time
@@ -28,12 +27,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from convfusion.errors import ConvFusionError
-from convfusion.evaluate.draws import Draws
+from convfusion.errors import CheckpointError, ConvFusionError
+from convfusion.evaluate.draws import Draws, size_of
 from convfusion.evaluate.epsilon import epsilon_errors, relative_error
 from convfusion.families import Denoiser, denoiser_of, encode_conditioning, latent_scale
-from convfusion.files import write_bytes, write_text
+from convfusion.files import is_whole, read_json, write_picture, write_text
 from convfusion.generate import generate, swapped_denoiser
+from convfusion.locks import LOCK
 from convfusion.schedule import noise_schedule
 
 TEACHER, STUDENT, OTHER = "teacher", "student", "teacher-other-seed"
@@ -72,11 +72,11 @@ def draw(
     rank, processes = process()
     begin(folder, settings, rank)
 
-    missing = draws.batches
+    missing, (height, width) = draws.batches, size_of(pipe, draws)
 
     def look() -> None:
         nonlocal missing
-        missing = [rows for rows in missing if not _is_done(folder, rows)]
+        missing = [rows for rows in missing if not _is_done(folder, draws, rows, (width, height))]
         on_progress(len(draws) - sum(map(len, missing)))
 
     look()
@@ -89,7 +89,7 @@ def draw(
     while missing:  # files tell, so no process waits at a barrier that may time out
         time.sleep(1)
         look()
-    return [json.loads(_record_of(folder, rows).read_text("utf-8")) for rows in draws.batches]
+    return [read_json(_record_of(folder, rows)) for rows in draws.batches]
 
 
 def process() -> tuple[int, int]:
@@ -123,8 +123,8 @@ def check_place(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / SETTINGS
     if path.is_file():
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            held = read_json(path)
+        except CheckpointError:
             raise ConvFusionError(f"{path} is damaged: choose another folder") from None
         wanted = json.loads(json.dumps({"format": FORMAT, **settings}))
         if other := _differences(held, wanted):
@@ -134,7 +134,9 @@ def check_place(folder: Path, settings: dict[str, Any]) -> None:
             )
         return
     # A run killed at its very start leaves the settings aside.
-    left = folder.is_dir() and all(path.suffix == ".tmp" for path in folder.iterdir())
+    left = folder.is_dir() and all(
+        path.suffix == ".tmp" or path.name == LOCK for path in folder.iterdir()
+    )
     if folder.exists() and not left:
         raise ConvFusionError(f"{folder} exists and is no evaluation: choose another folder")
 
@@ -184,12 +186,18 @@ def _draw_batch(pipe: Any, teacher: Denoiser, draws: Draws, rows: range, folder:
             write_picture(picture_of(folder, side, i), image)
         paths[side] = path
     final = paths[TEACHER][-1][1]
+    errors = _epsilon(pipe, teacher, draws, final, rows)
+    if not np.isfinite(errors).all():
+        raise ConvFusionError(
+            f"the ε-error of the seeds {seeds[0]} to {seeds[-1]} is not finite: try another "
+            "--precision"
+        )
     record = {
         "samples": list(rows),
         "timesteps": [t for t, _ in paths[TEACHER]],
         "trajectory": _strayed(paths[STUDENT], paths[TEACHER]),
         "trajectory_other_seed": _strayed(paths[OTHER], paths[TEACHER]),
-        "epsilon_errors": _epsilon(pipe, teacher, draws, final, rows),
+        "epsilon_errors": errors,
     }
     write_text(_record_of(folder, rows), json.dumps(record) + "\n")
 
@@ -252,13 +260,6 @@ def picture_of(folder: Path, side: str, index: int) -> Path:
     return folder / side / f"{index:05d}.png"
 
 
-def write_picture(path: Path, image: Image.Image) -> None:
-    """Write a PNG aside and rename it into place."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
-
-
 def read_pictures(folder: Path, side: str, count: int) -> Iterator[Image.Image]:
     """The pictures of a side, in order.
 
@@ -270,7 +271,7 @@ def read_pictures(folder: Path, side: str, count: int) -> Iterator[Image.Image]:
         try:
             with Image.open(path, formats=("PNG",)) as file:
                 yield file.convert("RGB")
-        except (OSError, SyntaxError):
+        except Exception:  # Pillow has many kinds for what is damaged
             raise ConvFusionError(
                 f"{path} is damaged: delete it, and the same command draws it again"
             ) from None
@@ -280,15 +281,33 @@ def _record_of(folder: Path, rows: range) -> Path:
     return folder / RECORDS / f"{rows.start:05d}.json"
 
 
-def _read_record(folder: Path, rows: range) -> dict[str, Any] | None:
-    """The record of a batch; None if there is none, or a damaged one."""
+def _is_record(found: Any, draws: Draws, rows: range) -> bool:
+    """Whether this is a whole record of a batch, with finite numbers only."""
+    if (
+        not isinstance(found, dict)
+        or not found.keys() >= RECORDED
+        or found["samples"] != list(rows)
+    ):
+        return False
     try:
-        found = json.loads(_record_of(folder, rows).read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and found.keys() >= RECORDED else None
+        timesteps = np.array(found["timesteps"], float)
+        width = {"epsilon_errors": len(draws.timesteps)}
+        return timesteps.ndim == 1 and all(
+            values.shape == (len(rows), width.get(name, len(timesteps)))
+            and np.isfinite(values).all()
+            for name in RECORDED - {"samples", "timesteps"}
+            for values in (np.array(found[name], float),)
+        )
+    except (TypeError, ValueError):
+        return False
 
 
-def _is_done(folder: Path, rows: range) -> bool:
-    drawn = (picture_of(folder, side, i) for side in SIDES for i in rows)
-    return _read_record(folder, rows) is not None and all(path.is_file() for path in drawn)
+def _is_done(folder: Path, draws: Draws, rows: range, size: tuple[int, int]) -> bool:
+    """Whether the record of a batch and its pictures are there, and whole."""
+    path = _record_of(folder, rows)
+    try:
+        if not path.exists() or not _is_record(read_json(path), draws, rows):
+            return False
+    except CheckpointError:
+        return False
+    return all(is_whole(picture_of(folder, side, i), size) for side in SIDES for i in rows)

@@ -16,8 +16,9 @@ TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # where ε-errors
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     """‖ε̂ − ε̃‖² / ‖ε̃‖² of each sample of [B, C, H, W]; [B] float64."""
-    difference = (student - teacher).double().square().flatten(1).sum(dim=1)
-    return difference / teacher.double().square().flatten(1).sum(dim=1)
+    taught = teacher.double()
+    difference = (student.double() - taught).square().flatten(1).sum(dim=1)
+    return difference / taught.square().flatten(1).sum(dim=1)
 
 
 def epsilon_error(

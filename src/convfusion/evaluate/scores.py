@@ -7,14 +7,70 @@ has at other seeds.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from convfusion.errors import ConvFusionError
 
 ROWS = 1024  # of a matrix of distances that are held at once
+
+
+class Mean(NamedTuple):
+    """A mean of scores.
+
+    Attributes:
+        value: of it; None of no scores.
+        error: its standard error over prompts; None of a single prompt.
+    """
+
+    value: float | None
+    error: float | None
+
+
+def mean_of(values: Sequence[float], prompts: Sequence[str] | None = None) -> Mean:
+    """The mean of some scores, with its standard error; arguments as for `standard_error`."""
+    mean = float(np.mean(values, dtype=np.float64)) if len(values) else None
+    return Mean(mean, standard_error(values, prompts))
+
+
+def standard_error(values: Sequence[float], prompts: Sequence[str] | None = None) -> float | None:
+    """Standard error of the mean of some scores, over prompts; None of fewer than two prompts.
+
+    Pictures of one prompt are alike, so prompts are what was sampled, and not pictures: the error
+    is that of a mean over clusters (Liang and Zeger 1986), and of one picture for each prompt the
+    usual one.
+
+    Args:
+        values: a score for each picture.
+        prompts: of each picture; by default each has a prompt of its own.
+
+    Raises:
+        ConvFusionError: there is not a prompt for each score.
+    """
+    groups = _groups(len(values), prompts).numpy()
+    count = len(set(groups.tolist()))
+    if count < 2:
+        return None
+    scores = np.asarray(values, np.float64)
+    sums = np.bincount(groups, weights=scores - scores.mean())
+    return float(np.sqrt(count / (count - 1) * np.square(sums).sum()) / len(scores))
+
+
+def _groups(count: int, prompts: Sequence[str] | None) -> Tensor:
+    """The number of each row's prompt, [n], in the order in which prompts come."""
+    if prompts is None:
+        return torch.arange(count)
+    if len(prompts) != count:
+        raise ConvFusionError(f"a prompt is needed for each of {count} rows, not {len(prompts)}")
+    numbers: dict[str, int] = {}
+    found = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    return torch.tensor(found, dtype=torch.long)
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
@@ -47,8 +103,8 @@ class KernelDistance:
 
     Attributes:
         value: of it.
-        left_out: the values without each picture in turn, a tensor for each set; of paired sets
-            one tensor, without each pair.
+        left_out: the values without each prompt in turn, a tensor for each set; of paired sets
+            one tensor, without each prompt in both.
     """
 
     value: float
@@ -56,7 +112,7 @@ class KernelDistance:
 
     @property
     def error(self) -> float | None:
-        """Standard error by the jackknife (Efron and Stein 1981); None of two pictures.
+        """Standard error by the jackknife (Efron and Stein 1981); None of two prompts.
 
         Too large, up to about twice, where the sets are of one distribution.
         """
@@ -71,7 +127,9 @@ class KernelDistance:
         return KernelDistance(self.value - other.value, tuple(a - b for a, b in pairs))
 
 
-def kernel_distance(one: Tensor, other: Tensor, *, paired: bool = False) -> KernelDistance:
+def kernel_distance(
+    one: Tensor, other: Tensor, *, paired: bool = False, prompts: Sequence[str] | None = None
+) -> KernelDistance:
     """KID: the unbiased squared maximum mean discrepancy under k(x, y) = (x·y/d + 1)³.
 
     Bińkowski et al. 2018. Unlike the Fréchet distance it has no bias: two sets of one
@@ -82,30 +140,68 @@ def kernel_distance(one: Tensor, other: Tensor, *, paired: bool = False) -> Kern
         other: features [m, d].
         paired: rows of one number belong to one prompt, and are left out together where the
             standard error is worked out.
+        prompts: of the rows of `one`, and of `other` if they are paired. All rows of a prompt are
+            left out together; by default each row has a prompt of its own.
 
     Raises:
-        ConvFusionError: as `frechet_distance`; or paired sets are not of one length.
+        ConvFusionError: as `frechet_distance`; or paired sets are not of one length, or there is
+            not a prompt for each row.
     """
     one, other = checked(one, other)
     n, m = len(one), len(other)
     if paired and n != m:
         raise ConvFusionError(f"paired sets have a row for each prompt, not {n} and {m}")
-    own, theirs = _kernel_sums(one, one) - _kernel(one, one), _kernel_sums(other, other)
-    theirs -= _kernel(other, other)  # no row is compared with itself
+    groups = _groups(n, prompts)
+    others = groups if paired else torch.arange(m)
+    own, theirs = _pairs(one, groups), _pairs(other, others)
     across, back = _kernel_sums(one, other), _kernel_sums(other, one)
-
-    def discrepancy(own: Tensor, theirs: Tensor, across: Tensor, n: int, m: int) -> Tensor:
-        return own / max(n * (n - 1), 1) + theirs / max(m * (m - 1), 1) - 2 * across / (n * m)
-
-    sums = own.sum(), theirs.sum(), across.sum()
-    value = discrepancy(*sums, n, m).item()
+    rest, rest_other = n - _by_group(torch.ones(n), groups), m - _by_group(torch.ones(m), others)
+    total = across.sum()
+    value = _discrepancy(own.all, theirs.all, total, torch.tensor(n), torch.tensor(m)).item()
     if paired:
-        shared = across + back - _kernel(one, other)
-        rest = sums[0] - 2 * own, sums[1] - 2 * theirs, sums[2] - shared
-        return KernelDistance(value, (discrepancy(*rest, n - 1, m - 1),))
-    without_one = discrepancy(sums[0] - 2 * own, sums[1], sums[2] - across, n - 1, m)
-    without_other = discrepancy(sums[0], sums[1] - 2 * theirs, sums[2] - back, n, m - 1)
+        shared = _by_group(across + back, groups) - _within(one, other, groups)
+        found = _discrepancy(own.rest, theirs.rest, total - shared, rest, rest_other)
+        return KernelDistance(value, (found,))
+    left, right = total - _by_group(across, groups), total - _by_group(back, others)
+    without_one = _discrepancy(own.rest, theirs.all, left, rest, torch.tensor(m))
+    without_other = _discrepancy(own.all, theirs.rest, right, torch.tensor(n), rest_other)
     return KernelDistance(value, (without_one, without_other))
+
+
+def _discrepancy(own: Tensor, theirs: Tensor, across: Tensor, n: Tensor, m: Tensor) -> Tensor:
+    """The distance, from sums over pairs of n rows, of m rows, and of both."""
+    pairs, others = ((count * (count - 1)).clamp(min=1) for count in (n, m))
+    return own / pairs + theirs / others - 2 * across / (n * m)
+
+
+class _Pairs(NamedTuple):
+    """Σ k(x_i, x_j) over i ≠ j: of all rows, and of those that are left without each group."""
+
+    all: Tensor
+    rest: Tensor
+
+
+def _pairs(features: Tensor, groups: Tensor) -> _Pairs:
+    itself = _kernel(features, features)  # no row is compared with itself
+    sums = _kernel_sums(features, features) - itself
+    inside = _within(features, features, groups) - _by_group(itself, groups)
+    return _Pairs(sums.sum(), sums.sum() - 2 * _by_group(sums, groups) + inside)
+
+
+def _by_group(values: Tensor, groups: Tensor) -> Tensor:
+    """Sums of values [n] by group, [G]."""
+    total = values.new_zeros(int(groups.max()) + 1, dtype=torch.float64)
+    return total.index_add(0, groups, values.double())
+
+
+def _within(one: Tensor, other: Tensor, groups: Tensor) -> Tensor:
+    """Σ k(x_i, y_j) over the pairs of each group, [G]."""
+    if int(groups.max()) + 1 == len(groups):
+        return _kernel(one, other)
+    rows: list[list[int]] = [[] for _ in range(int(groups.max()) + 1)]
+    for row, group in enumerate(groups.tolist()):
+        rows[group].append(row)
+    return torch.stack([_kernel_sums(one[part], other[part]).sum() for part in rows])
 
 
 def _kernel_sums(one: Tensor, other: Tensor) -> Tensor:
@@ -201,7 +297,7 @@ def inception_score(logits: Tensor) -> float:
     lies between 1 and the number of classes, grows with n, and knows nothing of a reference.
     """
     told = checked(logits)[0].log_softmax(dim=1)
-    overall = told.logsumexp(dim=0) - torch.log(torch.tensor(float(len(told))))
+    overall = told.logsumexp(dim=0) - math.log(len(told))
     return (told.exp() * (told - overall)).sum(dim=1).mean().exp().item()
 
 
