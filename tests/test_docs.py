@@ -1,6 +1,7 @@
 """What the pages say is what the results say, and what they name is there."""
 
 import ast
+import csv
 import importlib
 import re
 import shlex
@@ -15,7 +16,12 @@ import convfusion
 from convfusion import analysis, bench, cli, data, distill, evaluate
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "recipes/mini/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "recipes/mini/README.md",
+    ROOT / "recipes/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -41,6 +47,49 @@ def test_measured_tables_are_those_of_the_results():
     command = [sys.executable, ROOT / "recipes" / "tables.py", "--check"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def distances(name: str) -> list[dict[str, str]]:
+    """The rows of a table of results that have a kernel distance."""
+    with open(ROOT / "results" / name, newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get("kid")]
+
+
+def standard_errors(row: dict[str, str]) -> float:
+    """How far a student is from its teacher, in standard errors of the difference."""
+    return float(row["kid_excess"]) / float(row["kid_excess_error"])
+
+
+def test_every_value_with_an_error_is_one_of_the_results():
+    prose = re.sub(r"^\|.*", "", (ROOT / "docs/quality.md").read_text(), flags=re.MULTILINE)
+    measured = {
+        f"{1000 * float(row[kind]):.1f} ± {1000 * float(row[kind + '_error']):.1f}"
+        for table in (ROOT / "results").glob("*.csv")
+        for row in distances(table.name)
+        for kind in ("kid", "kid_excess")
+        if row[kind]
+    }
+    found = re.findall(r"[-−]?\d+\.\d+\s±\s\d+\.\d+", prose)
+    assert len(found) > 5
+    assert {re.sub(r"\s", " ", each).replace("−", "-") for each in found} - measured == set()
+
+
+def test_what_can_be_told_apart_is_beyond_two_standard_errors():
+    text = " ".join((ROOT / "docs/quality.md").read_text().split())
+    real = {
+        row["mixer"]: row for row in distances("rivals_pictures.csv") if row["reference"] == "real"
+    }
+    window = standard_errors(real["13×13 neighbourhood attention"])
+    by_field = "neighbourhood attention as wide as the recommended kernels"
+    recommended = standard_errors(real[by_field])
+    assert window > 2 > recommended
+    assert "13×13 window can be told from its teacher" in text and f"({window:.1f} standard" in text
+    assert f"recommended ones cannot (0.9 ± 0.5, {recommended:.1f} standard errors;" in text
+    rows = [row for row in distances("sizes.csv") if row["pipeline"] == "student"]
+    apart = [f"{r['width']}×{r['height']}" for r in rows if abs(standard_errors(r)) > 2]
+    assert (apart, len(rows)) == (["64×64"], 5)
+    assert f"48 pictures tell the two apart at {apart[0]} alone" in text
+    assert "at none of the four others by two standard errors" in text
 
 
 @every_page

@@ -186,7 +186,7 @@ def test_it_starts_closer_to_the_teacher():
     from convfusion import mini
     from convfusion.demo import error, spread
 
-    pipe, held_out = mini.load_teacher(), spread(mini.held_out_data(), 4)
+    pipe, held_out = mini.load_teacher(), spread(mini.held_out_data("choice"), 4)
     convfusion.convert(pipe, uniform(DeltaConv(7, ratio=2.0, init="mean_zero")))
     before = error(pipe, held_out)
     start_from_attention(pipe, mini.training_data(), pictures=8)
