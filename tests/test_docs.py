@@ -49,6 +49,31 @@ def test_measured_tables_are_those_of_the_results():
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+def test_no_table_mixes_lists_of_pictures(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    which = importlib.import_module("pages").which
+    assert "list `choice`" in which([{"held_out": "choice"}] * 2)
+    with pytest.raises(ValueError, match="choice, first"):
+        which([{"held_out": "choice"}, {"held_out": "first"}])
+
+
+def test_the_page_of_the_recipes_has_every_script_and_its_results():
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (ROOT / "recipes/README.md").read_text().splitlines()
+        if re.match(r"\| `\w+\.py", line)
+    ]
+    scripts = {path.name for path in (ROOT / "recipes").glob("*.py") if runs(path)}
+    assert {row[0].strip("`").split()[0] for row in rows} == scripts - {"tables.py"}
+    for name in (name for row in rows for name in re.findall(r"`([^`]+)`", row[2])):
+        assert list((ROOT / "results").glob(name)), name
+
+
+def runs(path: Path) -> bool:
+    """Whether a module is a script."""
+    return "__main__" in path.read_text(encoding="utf-8")
+
+
 def distances(name: str) -> list[dict[str, str]]:
     """The rows of a table of results that have a kernel distance."""
     with open(ROOT / "results" / name, newline="") as file:

@@ -96,6 +96,8 @@ def test_what_is_chosen_on_and_what_is_reported_are_apart_and_frozen():
     assert {*choice.captions, *results.captions} == set(everything.captions)
     pictures = [{each.numpy().tobytes() for each in data.latents} for data in (choice, results)]
     assert not pictures[0] & pictures[1]
+    with pytest.raises(convfusion.ConvFusionError, match="there are choice and results"):
+        mini.held_out_data("result")
     said = json.dumps([choice.captions, results.captions]).encode()
     assert hashlib.sha256(said).hexdigest()[:16] == "c52483e30767c4fd"
     latents = dict(zip(everything.captions, everything.latents, strict=True))

@@ -14,10 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from convfusion.checkpoint import load
 from convfusion.data.latents import LatentDataset
+from convfusion.errors import ConvFusionError
 from convfusion.files import read_tensors
 from convfusion.pipelines import in_dtype
 
@@ -62,7 +63,14 @@ def held_out_data(part: HeldOut | None = None) -> LatentDataset:
     Args:
         part: `choice`, 125 samples for whatever is chosen or tuned; `results`, 245 others for what
             is reported. None is both.
+
+    Raises:
+        ConvFusionError: there is no such list.
     """
+    if part not in (None, *get_args(HeldOut)):
+        raise ConvFusionError(
+            f"there is no list {part!r}; there are {' and '.join(get_args(HeldOut))}"
+        )
     data = _read("held_out")
     if part is None:
         return data
