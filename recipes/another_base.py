@@ -29,7 +29,7 @@ from convfusion.schedule import add_noise, noise_schedule
 from convfusion.surgery import mixers_of
 from experiment import KEPT, Table, digest, shipped, weights_of
 
-TABLE = Table("another_base.csv", ["variant", "design", "tuning_steps", "steps", "made"])
+TABLE = Table("another_base.csv", ["variant", "design", "tuning_steps", "steps", "made"], "results")
 Row = dict[str, str]
 
 
@@ -75,7 +75,7 @@ def train(pipe: Any, data: LatentDataset, steps: int) -> None:
 
 def measured(variant: str, design: str, tuning: int, steps: int) -> Row:
     """The ε-error of one variant against the model whose attention it replaces."""
-    held_out = of_design(mini.held_out_data(), design)
+    held_out = of_design(mini.held_out_data("results"), design)
     base = mini.load_teacher() if "their own base" in variant else fine_tune(design, tuning)
     if variant == "the base itself":
         found = epsilon_error(mini.load_teacher(), base.unet, held_out.latents, held_out.captions)

@@ -97,7 +97,7 @@ def curve(
     config = replace(recipe.settings(steps, seed), autocast="bf16")
     unfused(pipe)
     convert(pipe, ConvertConfig(sites=recipe.blocks.sites, seed=seed))
-    held_out = spread(mini.held_out_data(), 32)
+    held_out = spread(mini.held_out_data("results"), 32)
     teacher = AskedOnce(attention_teacher(denoiser_of(pipe)))
     found: list[tuple[int, float, float]] = []
     measuring, started = 0.0, time.process_time()
@@ -120,6 +120,7 @@ def curve(
 def run(name: str, recipe: str, seed: int, steps: int, length: int, enough: float) -> float:
     """One run, unless it is there already; returns its last ε-error."""
     key = {"model": name, "recipe": recipe, "seed": str(seed), "length": str(length)}
+    key["held_out"] = "results"
     weights = {"weights": weights_of(name)}
     there = [row for row in rows(RESULTS) if (key | weights).items() <= row.items()]
     if not there:

@@ -24,6 +24,7 @@ from convfusion.demo import distillation, error, spread
 from convfusion.distill import DistillConfig, distill
 from convfusion.families import denoiser_of
 from convfusion.fingerprint import fingerprint
+from convfusion.mini import HeldOut
 from convfusion.operations import site_flops
 from mini import fashion
 from mini.pixart import load_pixart
@@ -31,6 +32,7 @@ from pages import add, rows
 
 KEPT = Path(__file__).parent / "run"
 JUDGED = 64  # held-out latents that ε-errors are measured on
+START = "weighted by the queries that have each key"  # of `attention`: tells it from an earlier one
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,22 @@ class Teacher:
     Attributes:
         load: makes its pipeline, on the CPU in float32.
         training_data: that students are distilled on.
-        held_out_data: that they are judged on.
+        held_out_data: that they are judged on, by the name of a list.
         latents: (height, width) of them.
     """
 
     load: Callable[[], Any]
     training_data: Callable[[], LatentDataset]
-    held_out_data: Callable[[], LatentDataset]
+    held_out_data: Callable[[HeldOut], LatentDataset]
     latents: tuple[int, int]
 
 
 TEACHERS = {
     "mini": Teacher(mini.load_teacher, mini.training_data, mini.held_out_data, (16, 16)),
     "pixart": Teacher(load_pixart, mini.training_data, mini.held_out_data, (16, 16)),
-    "fashion": Teacher(fashion.load_fashion, fashion.training_data, fashion.test_data, (8, 8)),
+    "fashion": Teacher(
+        fashion.load_fashion, fashion.training_data, lambda part: fashion.test_data(), (8, 8)
+    ),
 }
 TEXT_TO_IMAGE = ("mini", "pixart")
 
@@ -71,9 +75,10 @@ class Recipe:
     settings: DistillConfig | None
 
     def made(self, teacher: str) -> str:
-        """A hash of the teacher's weights and of all settings."""
+        """A hash of the teacher's weights, of all settings, and of the start that they name."""
         settings = asdict(self.settings) if self.settings else None
-        return digest(weights_of(teacher), self.blocks.to_dict(), settings)
+        start = [START] if self.settings and self.settings.start == "attention" else []
+        return digest(weights_of(teacher), self.blocks.to_dict(), settings, *start)
 
 
 def recipe(blocks: ConvertConfig, steps: int, seed: int = 0, **settings: Any) -> Recipe:
@@ -117,11 +122,11 @@ def unfused(pipe: Any) -> None:
             module.set_processor(AttnProcessor())
 
 
-def judged(teacher: str, made_by: Recipe) -> dict[str, Any]:
-    """A student's ε-error on pictures that no training saw, and what it costs."""
+def judged(teacher: str, made_by: Recipe, part: HeldOut = "choice") -> dict[str, Any]:
+    """A student's ε-error on a list of pictures that no training saw, and what it costs."""
     pipe, seconds = student(teacher, made_by)
     costs = site_flops(pipe, TEACHERS[teacher].latents).values()
-    held_out = spread(TEACHERS[teacher].held_out_data(), JUDGED)
+    held_out = spread(TEACHERS[teacher].held_out_data(part), JUDGED)
     return {
         "epsilon_error": f"{error(pipe, held_out):.4e}",
         "parameters": sum(site.mixer_parameters for site in status(pipe).sites),
@@ -137,14 +142,16 @@ class Table:
     Args:
         name: of the file.
         keys: the columns that tell rows apart.
+        held_out: the list of held-out pictures that it rests on, one more such column.
     """
 
-    def __init__(self, name: str, keys: Iterable[str]) -> None:
+    def __init__(self, name: str, keys: Iterable[str], held_out: HeldOut | None = None) -> None:
         self.name, self.keys = name, tuple(keys)
+        self.fixed = {"held_out": held_out} if held_out else {}
 
     def once(self, measure: Callable[[], dict[str, Any]], *key: Any) -> dict[str, str]:
         """The row with this key, which is measured and written unless it is there."""
-        wanted = dict(zip(self.keys, map(str, key), strict=True))
+        wanted = dict(zip(self.keys, map(str, key), strict=True)) | self.fixed
         for row in rows(self.name):
             if wanted.items() <= row.items():
                 return row

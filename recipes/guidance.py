@@ -20,8 +20,8 @@ from convfusion.generate import generate
 from experiment import Table, shipped, weights_of
 from pictures import BATCH, Drawn, distances, look, real_pictures
 
-SCALES = Table("guidance.csv", ["pipeline", "guidance", "samples", "made"])
-SOLVED = Table("solvers.csv", ["solver", "steps", "guidance", "samples", "made"])
+SCALES = Table("guidance.csv", ["pipeline", "guidance", "samples", "made"], "results")
+SOLVED = Table("solvers.csv", ["solver", "steps", "guidance", "samples", "made"], "results")
 SOLVERS = {
     "DDIM": DDIMScheduler,
     "DPM-Solver++ 2M": DPMSolverMultistepScheduler,
@@ -32,7 +32,8 @@ SOLVERS = {
 def draw(pipe: Any, solver: str, steps: int, guidance: float, samples: int) -> list[Any]:
     """Pictures of held-out names."""
     pipe.scheduler = SOLVERS[solver].from_config(pipe.scheduler.config)
-    prompts = mini.held_out_data().captions[:: len(mini.held_out_data()) // samples][:samples]
+    captions = mini.held_out_data("results").captions
+    prompts = captions[:: len(captions) // samples][:samples]
     return generate(pipe, prompts, steps=steps, guidance=guidance, batch_size=BATCH)
 
 
@@ -48,7 +49,7 @@ def alike(solver: str, steps: int, guidance: float, samples: int) -> dict[str, s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=382, help="pictures of a set")
+    parser.add_argument("--samples", type=int, default=245, help="pictures of a set")
     parser.add_argument("--pairs", type=int, default=32, help="pictures that are compared")
     args = parser.parse_args()
     maker, made = shipped()

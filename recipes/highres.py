@@ -53,7 +53,7 @@ CLIMBS = [  # what is enlarged, strength, guidance
 @torch.no_grad()
 def rungs(args: argparse.Namespace) -> None:
     """From 32 pixels to 64, where the truth is known, and on to 128, beyond the training."""
-    pipe, data = LOAD[args.model](), mini.held_out_data()
+    pipe, data = LOAD[args.model](), mini.held_out_data("choice")
     places = np.linspace(0, len(data) - 1, args.pictures).round().astype(int)
     weights, extractor = fingerprint(denoiser_of(pipe)), open_extractor()
     for side, chosen in ((64, places), (128, places[::2])):  # the larger take four times as long
@@ -64,6 +64,7 @@ def rungs(args: argparse.Namespace) -> None:
             key = {"to": str(side), "enlarged": way, "strength": str(strength)}
             key |= {"guidance": str(guidance), "model": args.model}
             key |= {"pictures": str(len(chosen)), "weights": weights}
+            key["held_out"] = "choice"
             if has(FILE, key) or (side == 128 and (way == "the true picture" or strength > 0.3)):
                 continue
             drawn = truth

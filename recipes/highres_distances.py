@@ -62,12 +62,12 @@ SETS = (  # side, way, who draws, and of how many prompts one: 4 times the size 
 
 def distances(args: argparse.Namespace) -> None:
     """One row for each set and reference that is not in the table yet."""
-    captions = list(mini.held_out_data().captions)
-    draws = plan(captions, args.samples, 0, steps=STEPS, guidance=mini.GUIDANCE)
+    held_out = mini.held_out_data("results")
+    draws = plan(list(held_out.captions), args.samples, 0, steps=STEPS, guidance=mini.GUIDANCE)
     others = replace(draws, seeds=draws.other_seeds)
     extractor, teacher = open_extractor(), mini.load_teacher()
     references = {
-        "held-out pictures": extractor(decoded(teacher, mini.held_out_data(), "", (OWN, OWN))),
+        "held-out pictures": extractor(decoded(teacher, held_out, "", (OWN, OWN))),
         "teacher's, other seeds": extractor(drawn(teacher, others, OWN, "own size", args.work)),
     }
     for side, way, models, part in SETS:
@@ -75,7 +75,7 @@ def distances(args: argparse.Namespace) -> None:
         for name in models:
             pipe = LOAD[name]()
             key = {"side": str(side), "way": way, "model": name, "samples": str(len(chosen))}
-            key["weights"] = fingerprint(denoiser_of(pipe))
+            key |= {"weights": fingerprint(denoiser_of(pipe)), "held_out": "results"}
             if has(FILE, key):
                 continue
             found = extractor(drawn(pipe, chosen, side, way, args.work)).features
@@ -113,12 +113,13 @@ def drawn(pipe: Any, draws: Draws, side: int, way: str, work: Path) -> Iterator[
 
 def errors(args: argparse.Namespace) -> None:
     """ε-errors of the student on held-out pictures, enlarged by Lanczos, at every size."""
-    pipe, data = mini.load_student(), spread(mini.held_out_data(), args.samples)
+    pipe = mini.load_student()
+    data = spread(mini.held_out_data("results"), args.samples)
     teacher = teacher_denoiser(pipe)
     images = list(decoded(pipe, data, "", (OWN, OWN)))
     for side in (OWN, 2 * OWN, 4 * OWN):
         key = {"side": str(side), "samples": str(args.samples)}
-        key["weights"] = fingerprint(denoiser_of(pipe))
+        key |= {"weights": fingerprint(denoiser_of(pipe)), "held_out": "results"}
         if has(ERRORS, key):
             continue
         large = [image.resize((side, side), Image.Resampling.LANCZOS) for image in images]

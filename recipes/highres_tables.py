@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-from pages import read, table
+from pages import read, table, which
 
 
 def rungs() -> str:
@@ -25,7 +25,9 @@ def rungs() -> str:
         cells += [near["psnr_truth"] if way != "the true picture" else "–"]
         cells += [f"{1e3 * (float(near['kernel_truth']) - least):.1f}", near["sharpness"]]
         lines.append([way, *cells, far["psnr_below"], far["sharpness"]])
-    return f"""{table(heads, lines)}
+    return f"""{which(read("highres_rungs.csv"))}
+
+{table(heads, lines)}
 
 From 32 pixels to 64, {near["pictures"]} held-out pictures, and in the last two columns from 64 to
 128, half as many; the student, 25 steps. "Low kept" puts the low frequencies back. The kernel
@@ -54,7 +56,9 @@ def distances() -> str:
             cells.append(f"{float(by[name]['frechet']):.0f}" if comparable else "–")
         lines.append([f"{side}×{side}", way, model, row["samples"], *cells])
     sizes = [by[name]["reference_samples"] for name in names]
-    return f"""{table(heads, lines)}
+    return f"""{which(rows)}
+
+{table(heads, lines)}
 
 Shrunk to 64×64; features of {row["network"]}; {" and ".join(sizes)} pictures of reference. A
 Fréchet distance falls with the number of pictures, so that only those of equal numbers stand here;
@@ -70,7 +74,9 @@ def errors() -> str:
         [f"{row['side']}×{row['side']}", *(f"{float(row[n]):.1e}" for n in ("error", "error_late"))]
         for row in rows
     ]
-    return f"""{table(heads, lines)}
+    return f"""{which(rows)}
+
+{table(heads, lines)}
 
 {rows[0]["samples"]} held-out pictures, enlarged by Lanczos; from
 [results/highres_errors.csv](../results/highres_errors.csv), written by

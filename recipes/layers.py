@@ -16,7 +16,7 @@ from convfusion.distill.partial import every, only, site_costs
 from convfusion.families import denoiser_of, list_sites
 from experiment import JUDGED, Table, judged, recipe
 
-TABLE = Table("layers.csv", ["order", "sites", "seed", "steps", "made"])
+TABLE = Table("layers.csv", ["order", "sites", "seed", "steps", "made"], "results")
 ALL = uniform(DeltaConv())
 
 
@@ -25,7 +25,7 @@ def orders(steps: int, seed: int) -> dict[str, list[str]]:
     pipe = mini.load_teacher()
     paths = [site.path for site in list_sites(denoiser_of(pipe))]
     convert(pipe, ConvertConfig(ALL.sites, seed=seed))
-    held_out = spread(mini.held_out_data(), JUDGED, offset=0.5)  # none that students are judged by
+    held_out = spread(mini.held_out_data("choice"), JUDGED)
     training = recipe(ALL, steps, seed).settings  # one autocast for all runs of a process
     costs = site_costs(pipe, mini.training_data(), held_out, training)
     return {
@@ -54,7 +54,7 @@ def main() -> None:
     for order, blocks in choices(args.steps, args.seed):
         how = recipe(blocks, args.steps, args.seed)
         key = (order, len(blocks.sites), args.seed, args.steps, how.made("mini"))
-        TABLE.once(lambda how=how: judged("mini", how), *key)
+        TABLE.once(lambda how=how: judged("mini", how, "results"), *key)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ the sites of Stable Diffusion 1.5 at 512×512 pixels, and writes `results/layout
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +26,8 @@ from torch import Tensor
 from convfusion.bench.timing import interleaved, surroundings
 from convfusion.mixers.base import Grid
 from convfusion.mixers.delta_conv import DeltaConv, DeltaConvBlock, apply_gate, halve
+from pages import write
 
-RESULTS = Path(__file__).parent.parent / "results"
 CASES = ((320, 64, 7), (320, 64, 11), (640, 32, 9), (1280, 16, 5))  # C, side, K
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -126,10 +124,7 @@ def main() -> None:
             rows += case(channels, side, kernel, dtype, args.rounds)
             for row in rows[-len(WAYS) :]:
                 print(*list(row.values())[:8], flush=True)
-    with open(RESULTS / "layouts.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    write("layouts.csv", rows)
 
 
 if __name__ == "__main__":

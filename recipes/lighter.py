@@ -14,7 +14,7 @@ from convfusion import ConvertConfig, DeltaConv, uniform
 from experiment import Table, judged, recipe
 from pages import ROOT
 
-TABLE = Table("lighter.csv", ["kernels", "ratio", "seed", "steps", "made"])
+TABLE = Table("lighter.csv", ["kernels", "ratio", "seed", "steps", "made"], "choice")
 RECOMMENDED = ROOT / "docs" / "analysis-mini" / "kernels.json"
 RATIOS = (1.0, 0.5, 0.25, 0.125)
 

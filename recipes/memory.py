@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import resource
 import subprocess
@@ -24,8 +23,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 import convfusion
 from convfusion.distill import DistillTask
 from convfusion.surgery import mixers_of, presets
+from pages import write
 
-RESULTS = Path(__file__).parent.parent / "results"
 WAYS = ("one copy", "two models")
 
 
@@ -91,12 +90,9 @@ def main() -> None:
             said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             rows.append({"way": way, "checkpointing": checkpointing, **json.loads(said)})
             print(rows[-1], flush=True)
-    with open(RESULTS / "memory.csv", "w", newline="") as file:
-        facts = {"latents": args.latents, "dtype": "float32", "device": "cpu"}
-        facts |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
-        table = csv.DictWriter(file, [*rows[0], *facts], lineterminator="\n")
-        table.writeheader()
-        table.writerows({**row, **facts} for row in rows)
+    facts = {"latents": args.latents, "dtype": "float32", "device": "cpu"}
+    facts |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    write("memory.csv", [{**row, **facts} for row in rows])
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def errors(how: Recipe | None) -> dict[str, str]:
     """The ε-error of a student on test pictures; none for what is no student."""
     if how is None:
         return {"epsilon_error": ""}
-    held_out = spread(FASHION.held_out_data(), JUDGED)
+    held_out = spread(FASHION.held_out_data("results"), JUDGED)
     return {"epsilon_error": f"{error(trained(how), held_out):.4e}"}
 
 

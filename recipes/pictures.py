@@ -42,14 +42,14 @@ class Drawn:
     size: tuple[int, int] | None = (64, 64)
 
     def plan(self, prompts: Sequence[str] | None = None) -> Draws:
-        """Prompts and seeds: by default captions of held-out names, each as often as any other.
+        """Prompts and seeds: by default captions of the list `results`, each as often as any other.
 
         Of more prompts than are drawn, some that are evenly spread over them.
 
         Raises:
             ConvFusionError: they cannot be drawn equally often.
         """
-        told = mini.held_out_data().captions if prompts is None else prompts
+        told = mini.held_out_data("results").captions if prompts is None else prompts
         return plan(list(told), self.samples, self.first_seed)
 
     def made(self, by: str) -> str:
@@ -76,8 +76,8 @@ def look(
 
 
 def real_pictures(pipe: Any) -> Tensor:
-    """Features of the held-out pictures, as the model's VAE decodes them."""
-    return extractor()(decoded(pipe, mini.held_out_data(), "held out", (64, 64))).features
+    """Features of the pictures of `results`, as the model's VAE decodes them."""
+    return extractor()(decoded(pipe, mini.held_out_data("results"), "held out", (64, 64))).features
 
 
 def distances(

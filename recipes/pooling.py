@@ -7,16 +7,14 @@ on crops of held-out latents, and writes the change of its prediction to `result
 from __future__ import annotations
 
 import copy
-import csv
 from dataclasses import replace
-from pathlib import Path
 
 from convfusion import mini
 from convfusion.demo import spread
 from convfusion.evaluate import epsilon_error
 from convfusion.surgery import attention_teacher, mixers_of
+from pages import write
 
-RESULTS = Path(__file__).parent.parent / "results"
 SIZES = ((16, 16), (16, 15), (15, 15), (13, 15), (13, 13))  # of the latents
 SAMPLES = 32
 
@@ -24,24 +22,30 @@ SAMPLES = 32
 def main() -> None:
     pipe = mini.load_student()
     student, teacher = copy.deepcopy(pipe.unet), attention_teacher(pipe.unet)
-    samples = spread(mini.held_out_data(), SAMPLES)
-    heads = "height,width,change,student_error,changed_student_error,samples,teacher_sha256"
-    with open(RESULTS / "pooling.csv", "w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(heads.split(","))
-        for height, width in SIZES:
-            latents = samples.latents[..., :height, :width]
-            own = epsilon_error(pipe, teacher, latents, samples.captions)
-            kinds = {path: mixer.config for path, mixer in mixers_of(pipe).items()}
-            for mixer in mixers_of(pipe).values():
-                mixer.config = replace(mixer.config, pooling="adaptive")
-            change = epsilon_error(pipe, student, latents, samples.captions)
-            other = epsilon_error(pipe, teacher, latents, samples.captions)
-            for path, mixer in mixers_of(pipe).items():
-                mixer.config = kinds[path]
-            errors = (f"{error:.4e}" for error in (change, own, other))
-            table.writerow([height, width, *errors, SAMPLES, mini.teacher_hash()[:12]])
-            file.flush()
+    samples = spread(mini.held_out_data("results"), SAMPLES)
+    rows = []
+    for height, width in SIZES:
+        latents = samples.latents[..., :height, :width]
+        own = epsilon_error(pipe, teacher, latents, samples.captions)
+        kinds = {path: mixer.config for path, mixer in mixers_of(pipe).items()}
+        for mixer in mixers_of(pipe).values():
+            mixer.config = replace(mixer.config, pooling="adaptive")
+        change = epsilon_error(pipe, student, latents, samples.captions)
+        other = epsilon_error(pipe, teacher, latents, samples.captions)
+        for path, mixer in mixers_of(pipe).items():
+            mixer.config = kinds[path]
+        errors = {"change": change, "student_error": own, "changed_student_error": other}
+        rows.append(
+            {
+                "height": height,
+                "width": width,
+                **{name: f"{error:.4e}" for name, error in errors.items()},
+                "samples": SAMPLES,
+                "teacher_sha256": mini.teacher_hash()[:12],
+                "held_out": "results",
+            }
+        )
+    write("pooling.csv", rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pages import one, read, table
+from pages import one, read, table, which
 from pages import rows as rows_if_any
 
 Row = dict[str, str]
@@ -62,9 +62,12 @@ def rivals(model: str) -> str:
             line.append(timing(seconds[line[0]]))
         whole = seconds["the teacher"]
         lines.insert(0, ["the teacher's own", "0", "–", "–", "1.00×", timing(whole)])
-    return f"""{table(heads, lines)}
+    rows = rows_of("rivals.csv", model)
+    return f"""{which(rows)}
 
-{one(rows_of("rivals.csv", model), "steps")[0]} steps each."""
+{table(heads, lines)}
+
+{one(rows, "steps")[0]} steps each."""
 
 
 def rows_of(name: str, model: str) -> list[Row]:
@@ -94,7 +97,7 @@ def in_short() -> str:
         [name, *(cell for m in models for cell in (number(mean_error(m[name])), cost(m[name][0])))]
         for name in named
     ]
-    return table(heads, lines)
+    return f"{which(read('rivals.csv'), 'docs/quality.md')}\n\n{table(heads, lines)}"
 
 
 def mean_error(rows: list[Row]) -> float:
@@ -115,7 +118,9 @@ def rival_pictures(model: str) -> str:
         for name, by in sorted(found.items(), key=lambda pair: float(pair[1]["teacher"]["kid"]))
     ]
     real = next(iter(found.values()))["real"]["reference_samples"]
-    return f"""{table(heads, lines)}
+    return f"""{which(rows)}
+
+{table(heads, lines)}
 
 {one(rows, "samples")[0]} pictures each, against {real} real ones, and against as many of the
 teacher from other noises. KID in thousandths. EfficientNet-Lite0 features."""
@@ -133,8 +138,9 @@ def beside(row: Row) -> tuple[str, str, str]:
     return kid(row), excess, f"{float(row['frechet']):.1f}"
 
 
-def ablation() -> str:
-    rows = read("ablation.csv")
+def ablation(held_out: str) -> str:
+    """What each part brings, in the rows that rest on some held-out pictures."""
+    rows = [row for row in read("ablation.csv") if row["held_out"] == held_out]
     runs: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         runs[row["part"], row["variant"]].append(row)
@@ -145,7 +151,11 @@ def ablation() -> str:
         for (part, name), own in sorted(runs.items(), key=lambda run: parts.index(run[0][0]))
     ]
     heads = ["part", "variant", "ε-error", "over the first", "parameters", "fewer operations"]
-    return f"{table(heads, lines)}\n\n{one(rows, 'steps')[0]} steps each."
+    return f"""{which(rows)}
+
+{table(heads, lines)}
+
+{one(rows, "steps")[0]} steps each. A range is that of seeds, and the value before it their mean."""
 
 
 def layers() -> str:
@@ -164,7 +174,9 @@ def layers() -> str:
     lines = [[k, *(by[order, k] for order in orders)] for k in counts]
     second = [row for row in rows if "every" in row["order"]]
     told = "; ".join(f"{row['order']} ({row['sites']} sites): {cell(row)}" for row in second)
-    return f"""{table(["sites", *orders], lines)}
+    return f"""{which(rows)}
+
+{table(["sites", *orders], lines)}
 
 In brackets: how much of the operations of all attention is gone. {one(rows, "steps", "seed")[0]}
 steps each, one seed. And {told}."""
@@ -186,7 +198,8 @@ def sizes(model: str) -> str:
         excess = kid(pair[1], "kid_excess") if pair[1]["kid"] else "–"
         lines.append([f"{width}×{height}", *errors, own, *distances, excess])
     samples = one(rows, "samples")[0]
-    return f"{table(heads, lines)}\n\nKID in thousandths, of {samples} pictures each."
+    note = f"KID in thousandths, of {samples} pictures each."
+    return f"{which(rows)}\n\n{table(heads, lines)}\n\n{note}"
 
 
 def another_base() -> str:
@@ -194,7 +207,9 @@ def another_base() -> str:
     lines = [[r["variant"], r["steps"], number(r["epsilon_error"])] for r in rows]
     batches, design = one(rows, "tuning_steps", "design")
     heads = ["in place of the fine-tune's self-attention", "steps of distillation", "ε-error"]
-    return f"""{table(heads, lines)}
+    return f"""{which(rows)}
+
+{table(heads, lines)}
 
 The fine-tune: {batches} batches of 32 pictures of one design
 (`{design}`), all weights. *The base itself* is the whole other model, attention and all,
@@ -213,7 +228,7 @@ def lighter() -> str:
         ]
         for ratio in ratios
     ]
-    return table(["channel ratio", *(f"K {k}" for k in kernels)], lines)
+    return f"{which(rows)}\n\n{table(['channel ratio', *(f'K {k}' for k in kernels)], lines)}"
 
 
 def guidance() -> str:
@@ -226,7 +241,8 @@ def guidance() -> str:
         for scale, by in found.items()
     ]
     scales = table(["guidance", "KID to real: teacher", "student", "difference"], lines)
-    return f"{scales}\n\nKID in thousandths; {one(rows, 'samples')[0]} pictures each."
+    note = f"KID in thousandths; {one(rows, 'samples')[0]} pictures each."
+    return f"{which(rows)}\n\n{scales}\n\n{note}"
 
 
 def solvers() -> str:
@@ -236,7 +252,8 @@ def solvers() -> str:
     for row in rows:
         by[row["solver"]][row["steps"]] = f"{float(row['psnr']):.1f} dB"
     lines = [[name, *(found[each] for each in steps)] for name, found in by.items()]
-    return table(["solver", *(f"{each} steps" for each in steps)], lines)
+    heads = ["solver", *(f"{each} steps" for each in steps)]
+    return f"{which(rows)}\n\n{table(heads, lines)}"
 
 
 def photographs() -> str:
@@ -271,7 +288,8 @@ TABLES: dict[str, Callable[[], Any]] = {
     **{f"rivals {name}": partial(rivals, name) for name in ("mini", "pixart")},
     **{f"pictures {name}": partial(rival_pictures, name) for name in ("mini", "pixart")},
     **{f"sizes {name}": partial(sizes, name) for name in ("mini", "pixart")},
-    "parts": ablation,
+    "parts": partial(ablation, "choice"),
+    "parts before": partial(ablation, "first"),
     "layers": layers,
     "another base": another_base,
     "lighter": lighter,

@@ -8,17 +8,15 @@ itself, whatever the grid and the filter.
 
 from __future__ import annotations
 
-import csv
 from itertools import product
-from pathlib import Path
 
 import torch
 
 from convfusion.analysis import HighPass, Measure
 from convfusion.analysis.statistics import attention_score_mass, receptive_field
 from convfusion.analysis.streaming import measure_map, summarise
+from pages import write
 
-RESULTS = Path(__file__).parent.parent / "results"
 SIDES = (16, 32)
 WIDTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
 FILTERS = tuple(HighPass(cutoff, order) for cutoff, order in product((0.5, 1, 2, 4), (1, 2, 4)))
@@ -33,16 +31,22 @@ def gaussian(side: int, width: float) -> torch.Tensor:
 
 
 def main() -> None:
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / "receptive_fields.csv", "w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["side", "width", "cutoff", "order", "of_itself", "positive", "magnitude"])
-        for side, width, filters in product(SIDES, WIDTHS, FILTERS):
-            sums = measure_map(gaussian(side, width), (side, side), Measure(filters, side**2))
-            found = summarise(sums)[0]
-            own = receptive_field(attention_score_mass(sums.rings[0]))
-            fields = (own, found.receptive_field, found.receptive_field_magnitude)
-            table.writerow([side, width, filters.cutoff, filters.order, *fields])
+    rows = []
+    for side, width, filters in product(SIDES, WIDTHS, FILTERS):
+        sums = measure_map(gaussian(side, width), (side, side), Measure(filters, side**2))
+        found = summarise(sums)[0]
+        rows.append(
+            {
+                "side": side,
+                "width": width,
+                "cutoff": filters.cutoff,
+                "order": filters.order,
+                "of_itself": receptive_field(attention_score_mass(sums.rings[0])),
+                "positive": found.receptive_field,
+                "magnitude": found.receptive_field_magnitude,
+            }
+        )
+    write("receptive_fields.csv", rows)
 
 
 if __name__ == "__main__":

@@ -65,9 +65,11 @@ RIVALS: dict[str, Mixer] = {
 DELTA = [name for name, mixer in RIVALS.items() if isinstance(mixer, DeltaConv)]
 BY_KERNEL = "neighbourhood attention as wide as the recommended kernels"
 RATES = (2e-2, 2e-3)
-TRAINED = Table("rivals.csv", ["model", "mixer", "learning_rate", "seed", "steps", "made"])
+TRAINED = Table(
+    "rivals.csv", ["model", "mixer", "learning_rate", "seed", "steps", "made"], "choice"
+)
 TIMED = Table("rivals_seconds.csv", ["model", "mixer"])
-LOOKED = Table("rivals_pictures.csv", ["model", "mixer", "reference", "samples", "made"])
+LOOKED = Table("rivals_pictures.csv", ["model", "mixer", "reference", "samples", "made"], "results")
 
 
 def blocks_of(teacher: str, name: str) -> ConvertConfig:
@@ -128,7 +130,7 @@ def time_all(teacher: str, pictures: int = 8, rounds: int = 3) -> None:
     for name in (*RIVALS, BY_KERNEL):
         pipes[name] = TEACHERS[teacher].load()
         convert(pipes[name], blocks_of(teacher, name))
-    prompts = mini.held_out_data().captions[:pictures]
+    prompts = mini.held_out_data("results").captions[:pictures]
     calls = {name: partial(generate, pipe, prompts) for name, pipe in pipes.items()}
     cpu = torch.device("cpu")
     for name, timing in interleaved(calls, cpu, rounds).items():
@@ -145,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=TEXT_TO_IMAGE, default=TEXT_TO_IMAGE)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--samples", type=int, default=382, help="pictures of a set; 0: none")
+    parser.add_argument("--samples", type=int, default=245, help="pictures of a set; 0: none")
     parser.add_argument("--seconds", action="store_true", help="time them, and nothing else")
     args = parser.parse_args()
     if args.samples:

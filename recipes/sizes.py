@@ -33,7 +33,7 @@ from convfusion.schedule import noise_schedule
 from experiment import TEACHERS, TEXT_TO_IMAGE, Table, recipe, shipped, student, weights_of
 from pictures import DISTANCES, Drawn, distances, extractor, look
 
-TABLE = Table("sizes.csv", ["model", "pipeline", "width", "height", "samples", "made"])
+TABLE = Table("sizes.csv", ["model", "pipeline", "width", "height", "samples", "made"], "results")
 SIZES = ((64, 64), (96, 96), (64, 128), (128, 64), (128, 128), (256, 256))  # (height, width)
 JUDGED = 32  # pictures that errors are measured on
 DRAWN = 128  # the longest side that sets are drawn at: beyond it attention takes too long on a CPU
@@ -43,7 +43,7 @@ Size = tuple[int, int]
 @cache
 def framed(size: Size, count: int) -> LatentDataset:
     """Held-out pictures, enlarged into a frame of (height, width), as latents of both models."""
-    pipe, data = mini.load_teacher(), spread(mini.held_out_data(), count)
+    pipe, data = mini.load_teacher(), spread(mini.held_out_data("results"), count)
     latents = []
     for image in decoded(pipe, data, "held out", (64, 64)):
         fitted = ImageOps.pad(image, size[::-1], Image.Resampling.BICUBIC, color="white")
@@ -72,7 +72,7 @@ def measured(maker: Callable[[], Any], made: str, drawn: Drawn, model: str) -> d
     converted = made != weights_of(model)
     kids = dict.fromkeys(DISTANCES, "")
     if max(size) <= DRAWN:
-        everyone = framed(size, len(mini.held_out_data()))
+        everyone = framed(size, len(mini.held_out_data("results")))
         reference = extractor()(decoded(pipe, everyone, "framed", size)).features
         whole = look(TEACHERS[model].load, weights_of(model), drawn)
         kids = distances(look(maker, made, drawn), reference, whole)

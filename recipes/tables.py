@@ -19,7 +19,7 @@ import highres_tables
 import quality_tables
 import speed_tables
 from convfusion.report import decibels
-from pages import RESULTS, ROOT, one, read, table
+from pages import RESULTS, ROOT, one, read, table, which
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
@@ -48,7 +48,9 @@ def demo() -> str:
         rows.append([name, f"{error:.2e}", f"1/{worst / error:.1f}", psnr])
     heads = ["the model, against its teacher", "ε-error", "of *removed*", "PSNR of pictures"]
     before, after = (found["parameters"][key] / 1e6 for key in ("before", "after"))
-    return f"""{table(heads, rows)}
+    return f"""{which([found], "docs/quality.md")}
+
+{table(heads, rows)}
 
 On 64 pictures and 16 prompts of names that no training saw. ε-error is the mean of ‖ε̂ − ε̃‖²/‖ε̃‖²
 over pictures, ten timesteps and noises; PSNR is the mean over 16 pictures, with its standard error;
@@ -105,7 +107,8 @@ def kernels() -> str:
         errors = mean_and_spread([float(row["epsilon_error"]) for row in rows])
         lines.append([name, rows[0]["kernels_x_stages"], ratio, errors])
     note = f"{rows[0]['steps']} steps; mean and range of {len(rows)} seeds"
-    return f"{table(heads, lines)}\n\n{note}; teacher `{rows[0]['teacher_sha256']}`."
+    note = f"{note}; teacher `{rows[0]['teacher_sha256']}`."
+    return f"{which(read('kernels.csv'))}\n\n{table(heads, lines)}\n\n{note}"
 
 
 def initialisation() -> str:
@@ -115,7 +118,7 @@ def initialisation() -> str:
     steps = sorted(next(iter(found.values())))
     heads = ["init", *(f"after {step}" if step else "before" for step in steps)]
     lines = [[f"`{name}`", *(mean_and_spread(by[s]) for s in steps)] for name, by in found.items()]
-    return table(heads, lines)
+    return f"{which(read('initialisation.csv'))}\n\n{table(heads, lines)}"
 
 
 def efficiency() -> str:
@@ -148,7 +151,9 @@ def efficiency() -> str:
         for model, own in seeds.items()
     )
     counts = ", ".join(f"{len(own)} of {model}" for model, own in seeds.items())
-    return f"""{table(heads, lines)}
+    return f"""{which(read("efficiency.csv"))}
+
+{table(heads, lines)}
 
 Steps (and processor seconds) until the ε-error on 32 held-out samples is at most so many times that
 of the paper's recipe of the same seed at its end ({lengths}).
@@ -212,7 +217,9 @@ def pooling() -> str:
         lines.append(
             [f"{row['height']}×{row['width']}", "none" if none else f"{change:.2e}", *errors]
         )
-    return f"""{table(heads, lines)}
+    return f"""{which(rows)}
+
+{table(heads, lines)}
 
 Mean of ‖ε̂′ − ε̂‖²/‖ε̂‖² over {rows[0]["samples"]} held-out samples of the embedded model and ten
 timesteps; its blocks were trained with `ceil` and have three stages. From

@@ -66,7 +66,7 @@ def test_evaluate(run, places, tmp_path):
 
 def test_the_embedded_model_brings_prompts_and_pictures_of_its_own():
     """Those that neither teacher nor student has seen."""
-    held = mini.held_out_data()
+    held = mini.held_out_data("results")
     assert prompts_of("mini", None) == list(held.captions)
     pipe = mini.load_teacher()
     real = real_pictures(pipe, "mini", None, None, plan(["a", "b"], None, 0))

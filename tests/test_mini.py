@@ -1,7 +1,10 @@
 """The embedded model, its data, and the demo on it."""
 
 import csv
+import hashlib
+import importlib
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -73,6 +76,58 @@ def test_held_out_names_are_apart_and_made_of_training_words():
     assert names_in(mini.training_data()) <= training
 
 
+def test_nothing_held_out_was_trained_on():
+    """Names may share a picture, whose latents are then equal bit for bit."""
+    seen = {latents.numpy().tobytes() for latents in mini.training_data().latents}
+    for part in (None, "choice", "results"):
+        held = mini.held_out_data(part)
+        equal = zip(held.latents, held.captions, strict=True)
+        assert [caption for each, caption in equal if each.numpy().tobytes() in seen] == []
+    # Of these, the training picture is none of the 512 that are packaged.
+    shared = ["family: man, boy, noto", "family: adult, child, child, noto"]
+    shared += ["family: man, woman, boy, twemoji", "family: adult, child, child, twemoji"]
+    assert not set(shared) & set(mini.held_out_data().captions)
+
+
+def test_what_is_chosen_on_and_what_is_reported_are_apart_and_frozen():
+    choice, results = mini.held_out_data("choice"), mini.held_out_data("results")
+    everything = mini.held_out_data()
+    assert (len(choice), len(results), len(everything)) == (125, 245, 370)
+    assert {*choice.captions, *results.captions} == set(everything.captions)
+    pictures = [{each.numpy().tobytes() for each in data.latents} for data in (choice, results)]
+    assert not pictures[0] & pictures[1]
+    with pytest.raises(convfusion.ConvFusionError, match="there are choice and results"):
+        mini.held_out_data("result")
+    said = json.dumps([choice.captions, results.captions]).encode()
+    assert hashlib.sha256(said).hexdigest()[:16] == "c52483e30767c4fd"
+    latents = dict(zip(everything.captions, everything.latents, strict=True))
+    for data in (choice, results):
+        for caption, own in zip(data.captions, data.latents, strict=True):
+            assert torch.equal(own, latents[caption])
+
+
+def test_every_user_of_held_out_pictures_names_a_list():
+    unnamed = re.compile(r"held_out_data\(\)")
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
+    assert [str(file) for file in files if unnamed.search(file.read_text(encoding="utf-8"))] == []
+
+
+def test_the_recipe_holds_out_no_picture_of_the_training(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "mini")
+    load_pictures = importlib.import_module("common").load_pictures
+    images = np.stack([np.full((64, 64, 3), value, np.uint8) for value in (1, 2, 2, 3)])
+    np.savez(tmp_path / "emoji.npz", images=images)
+    rows = [{"name": name, "tone": "", "design": "noto"} for name in "abcd"]
+    facts = {"held_out": ["c", "d"], "pictures": rows}
+    (tmp_path / "names.json").write_text(json.dumps(facts))
+    kept = {
+        side: [row["name"] for row in load_pictures(tmp_path, side).rows]
+        for side in ("train", "held_out")
+    }
+    assert kept == {"train": ["a", "b"], "held_out": ["d"]}  # c looks like b
+    assert load_pictures(tmp_path, "held_out").images.unique().tolist() == [3]
+
+
 def test_latents_are_scaled():
     for data in (mini.training_data(), mini.held_out_data()):
         assert data.latents.shape[1:] == (4, 16, 16)
@@ -84,7 +139,10 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "DRAWN", 2)
     monkeypatch.setattr(demo, "SHOWN", 2)
     monkeypatch.setattr(demo, "IMAGE_STEPS", 2)
-    said = []
+    said, asked, held_out_data = [], [], mini.held_out_data
+    monkeypatch.setattr(
+        mini, "held_out_data", lambda part: (asked.append(part), held_out_data(part))[1]
+    )
     results = run_demo(tmp_path, DistillConfig(steps=2, batch_size=2), say=said.append)
     assert results == json.loads((tmp_path / "demo.json").read_text())
     for name in ("removed", "distilled", "shipped"):
@@ -92,6 +150,7 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
         assert np.isfinite(results[name]["image_psnr"])
         assert results[name]["image_psnr_error"] > 0
     assert results["distilled"].keys() >= {"initial_error", "steps", "seconds"}
+    assert set(asked) == {results["held_out"]} == {"results"}  # nothing was chosen on these
     assert results["sites"] == 7
     assert results["flops_ratio"] > 1
     assert results["parameters"]["after"] < results["parameters"]["before"]
@@ -142,7 +201,7 @@ def test_the_shipped_student_is_as_close_as_the_readme_says():
     """On a sample small enough for a test, within a third of the committed result."""
     committed = json.loads((RESULTS / "demo.json").read_text())
     ratio = committed["removed"]["epsilon_error"] / committed["shipped"]["epsilon_error"]
-    data = demo.spread(mini.held_out_data(), 8)
+    data = demo.spread(mini.held_out_data("results"), 8)
     student = mini.load_student()
     shipped = demo.error(student, data)
     convfusion.revert(student)

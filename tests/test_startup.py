@@ -9,7 +9,7 @@ from tiny_pipelines import PIPELINES
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, MeanOnly, uniform
-from convfusion.analysis.streaming import Measure, offset_means
+from convfusion.analysis.streaming import Measure, OffsetMeans, mean_offsets, offset_means
 from convfusion.data import LatentDataset
 from convfusion.distill.startup import (
     leading_directions,
@@ -36,7 +36,9 @@ def test_the_block_is_the_equation(gate, ratio):
     block = DeltaConv(side, gate=gate, ratio=ratio).build(channels)
     block.init_from(attention)
     kernels = torch.rand(heads, side, side, dtype=torch.float64) / side**2
-    set_to_mean_attention(block, attention, kernels)
+    away = torch.tensor([1, 0, 1])
+    share = (1 - away / 5)[:, None] * (1 - away / 6)
+    set_to_mean_attention(block, attention, OffsetMeans(kernels, share))
     x = torch.randn(2, 30, channels)
     values = (x @ attention.to_v.weight.T).unflatten(-1, (heads, -1))  # the bias comes at the end
     mean = values.mean(dim=1)
@@ -46,7 +48,7 @@ def test_the_block_is_the_equation(gate, ratio):
         for row in range(5):
             for column in range(6):
                 token = row * 6 + column
-                mixed[:, token, head] = (1 - a.sum()) * mean[:, head]
+                mixed[:, token, head] = (1 - (a * share).sum()) * mean[:, head]
                 for i in range(side):
                     for j in range(side):
                         r, c = row + i - 1, column + j - 1
@@ -77,14 +79,82 @@ def test_offset_means_against_the_whole_map():
     query, key = torch.randn(2, 3, 35, 4)
     maps = torch.softmax(0.5 * query @ key.transpose(1, 2), dim=-1).double()
     sums, counts = torch.zeros(3, 5, 5, dtype=torch.float64), torch.zeros(5, 5)
+    beyond = torch.zeros(3, dtype=torch.float64)
     for q in range(35):
         for k in range(35):
             i, j = k // 7 - q // 7 + radius, k % 7 - q % 7 + radius
             if 0 <= i < 5 and 0 <= j < 5:
                 sums[:, i, j] += maps[:, q, k]
                 counts[i, j] += 1
+            else:
+                beyond += maps[:, q, k] / 35
     found = offset_means(query, key, 0.5, grid, radius, Measure(queries=64))
-    assert torch.allclose(found, sums / counts, atol=1e-6)
+    assert torch.allclose(found.kernels, sums / counts, atol=1e-6)
+    assert torch.allclose(found.share, counts.double() / 35)
+    assert torch.allclose(found.outside(), beyond, atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (8, 8), (5, 2), (1, 1), (20, 16)])
+@pytest.mark.parametrize("side", [3, 7, 13])
+@torch.no_grad()
+def test_uniform_attention_leaves_the_mean_branch_what_no_window_holds(grid, side):
+    """Counted one by one, whether all queries are looked at or only some of a large grid."""
+    places = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
+    held = [max(abs(a - c), abs(b - d)) <= side // 2 for a, b in places for c, d in places]
+    zeros = torch.zeros(2, len(places), 4)
+    means = offset_means(zeros, zeros, 1.0, grid, side // 2, Measure(queries=64))
+    expected = 1 - sum(held) / len(held)
+    assert means.outside().tolist() == pytest.approx([expected] * 2, abs=1e-6)
+    attention = attention_with_bias(8, 2)
+    attention.to_q.weight.zero_()
+    attention.to_q.bias.zero_()
+    block = DeltaConv(side, ratio=2.0).build(8)
+    block.init_from(attention)
+    set_to_mean_attention(block, attention, means)
+    whole = attention.to_out[0].weight @ attention.to_v.weight
+    assert torch.allclose(block.mean_proj.weight, expected * whole, atol=1e-6)
+    tokens = torch.randn(2, len(places), 8) + 1
+    target = attention(tokens)
+    missed = (block(tokens, grid) - target).square().sum() / target.square().sum()
+    assert missed < (1e-10 if all(held) else 0.2)
+
+
+@torch.no_grad()
+def test_pictures_of_several_grids_count_alike():
+    """A small grid says nothing of offsets beyond it, and each grid has its own borders."""
+    torch.manual_seed(2)
+    found = []
+    for grid in ((4, 4), (8, 8), (3, 9)):
+        query, key = torch.randn(2, 2, grid[0] * grid[1], 4)
+        found.append(offset_means(query, key, 0.5, grid, 3, Measure(queries=512)))
+    means = mean_offsets(found)
+    beyond = torch.stack([each.outside() for each in found])
+    assert beyond[0].abs().max() < 1e-6  # the window reaches across 4×4
+    assert torch.allclose(means.outside(), beyond.mean(0))
+    assert torch.allclose(means.kernels[:, 0, 0], _only_of(found[:2])), "3×9 has no such offset"
+    alike = mean_offsets([found[0]] * 3)
+    assert torch.allclose(alike.kernels, found[0].kernels)
+    assert mean_offsets([found[2]]).kernels[:, 0].abs().max() == 0  # and nothing is divided by 0
+
+
+def _only_of(found):
+    """The mean at the first offset over the queries of some grids that have it."""
+    weights = torch.stack([each.share[0, 0] for each in found])
+    values = torch.stack([each.kernels[:, 0, 0] for each in found])
+    return (weights[:, None] * values).sum(0) / weights.sum()
+
+
+def test_a_window_over_the_whole_grid_leaves_nothing_to_the_mean_branch():
+    """The embedded model's middle site has 4×4 tokens, which a kernel of 7 covers; no other is."""
+    from convfusion import mini
+
+    pipe = mini.load_teacher()
+    convfusion.convert(pipe, uniform(DeltaConv(7)))
+    start_from_attention(pipe, mini.training_data(), pictures=2)
+    sizes = {p: m.mean_proj.weight.abs().max().item() for p, m in mixers_of(pipe).items()}
+    (middle,) = [path for path in sizes if path.startswith("mid_block")]
+    assert sizes.pop(middle) < 1e-5
+    assert min(sizes.values()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
@@ -116,7 +186,7 @@ def test_it_starts_closer_to_the_teacher():
     from convfusion import mini
     from convfusion.demo import error, spread
 
-    pipe, held_out = mini.load_teacher(), spread(mini.held_out_data(), 4)
+    pipe, held_out = mini.load_teacher(), spread(mini.held_out_data("choice"), 4)
     convfusion.convert(pipe, uniform(DeltaConv(7, ratio=2.0, init="mean_zero")))
     before = error(pipe, held_out)
     start_from_attention(pipe, mini.training_data(), pictures=8)

@@ -23,13 +23,22 @@ class Pictures:
 
 
 def load_pictures(run: Path, side: str) -> Pictures:
-    """The `train` or the `held_out` side of the split that `emoji.py` wrote."""
+    """The `train` or the `held_out` side of the split that `emoji.py` wrote.
+
+    Names may share a picture: what equals one of `train`, pixel by pixel, is not held out.
+    """
     facts = json.loads((run / "names.json").read_text())
     held = set(facts["held_out"])
-    keep = [(row["name"] in held) == (side == "held_out") for row in facts["pictures"]]
-    images = np.load(run / "emoji.npz")["images"][np.array(keep)]
+    images = np.load(run / "emoji.npz")["images"]
+    apart = np.array([row["name"] in held for row in facts["pictures"]])
+    seen = {image.tobytes() for image in images[~apart]}
+    wanted = apart if side == "held_out" else ~apart
+    keep = [
+        own and (side == "train" or image.tobytes() not in seen)
+        for own, image in zip(wanted, images, strict=True)
+    ]
     rows = [row for row, k in zip(facts["pictures"], keep, strict=True) if k]
-    return Pictures(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), rows)
+    return Pictures(torch.from_numpy(images[keep]).permute(0, 3, 1, 2).contiguous(), rows)
 
 
 def caption(row: dict, *, design: bool = True) -> str:

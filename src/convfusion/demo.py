@@ -25,8 +25,8 @@ from convfusion.surgery.config import uniform
 DEMO_STEPS = 400
 LATENTS = (16, 16)  # the embedded model's
 IMAGE_STEPS = 25
-EVALUATED = 64  # held-out latents that ε-errors are measured on
-DRAWN = 16  # held-out prompts that are drawn
+EVALUATED = 64  # latents of the list `results` that ε-errors are measured on
+DRAWN = 16  # prompts of that list that are drawn
 SHOWN = 10  # of them in the grid
 
 ROWS = {
@@ -67,15 +67,16 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run the demo and write `demo.json`, `grid.png` and `report.html` to a folder.
 
-    Errors and pictures are of names, pictures and noises that no training saw.
+    Errors and pictures are of names, pictures and noises that no training saw, and that nothing was
+    chosen on.
 
     Returns:
         What `demo.json` holds.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    held_out = spread(mini.held_out_data(), EVALUATED)
-    prompts = spread(mini.held_out_data(), DRAWN, offset=0.5).captions
+    held_out = spread(mini.held_out_data("results"), EVALUATED)
+    prompts = spread(mini.held_out_data("results"), DRAWN, offset=0.5).captions
     pictures: dict[str, list[Image.Image]] = {}
     results: dict[str, Any] = {}
 
@@ -130,6 +131,7 @@ def facts(student: Any, before: int) -> dict[str, Any]:
         "guidance": mini.GUIDANCE,
         "image_steps": IMAGE_STEPS,
         "teacher_sha256": mini.teacher_hash(),
+        "held_out": "results",
     }
 
 

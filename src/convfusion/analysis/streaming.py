@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -160,10 +160,27 @@ def measure_attention(
     return totals.finish()
 
 
+class OffsetMeans(NamedTuple):
+    """What queries give to the key at each offset (Δrow, Δcolumn), the offset (0, 0) in the middle.
+
+    Attributes:
+        kernels: a_h(Δ) [h, 2R + 1, 2R + 1], the mean attention of the queries that have that key.
+        share: [2R + 1, 2R + 1], the share of all queries of the grid that have it; at a border
+            some keys are missing.
+    """
+
+    kernels: Tensor
+    share: Tensor
+
+    def outside(self) -> Tensor:
+        """Attention of each head beyond the window, [h] from 0 to 1: the mean over all queries."""
+        return (1 - (self.kernels * self.share).sum((1, 2))).clamp(0, 1)
+
+
 @torch.no_grad()
 def offset_means(
     query: Tensor, key: Tensor, scale: float, grid: Grid, radius: int, settings: Measure
-) -> Tensor:
+) -> OffsetMeans:
     """Mean attention of each head to the key at each offset (Δrow, Δcolumn) from the query.
 
     Of the chosen queries, those count that have a key at that offset. Offsets that none has get 0.
@@ -173,7 +190,7 @@ def offset_means(
         radius: R, the largest offset along either side.
 
     Returns:
-        float64 [h, 2R + 1, 2R + 1], the offset (0, 0) in the middle.
+        The means and how many queries have each key, in float64.
     """
     height, width = grid
     chosen = settings.chosen_queries(grid).to(query.device)
@@ -191,7 +208,22 @@ def offset_means(
         maps = torch.softmax(query[:, part].float() @ key * scale, dim=-1)
         sums += ring_sums(maps, bins, side**2 + 1)
         counts += torch.bincount(bins.flatten(), minlength=side**2 + 1)
-    return (sums / counts.clamp(min=1))[:, :-1].unflatten(1, (side, side))
+    kernels = (sums / counts.clamp(min=1))[:, :-1].unflatten(1, (side, side))
+    away = torch.arange(-radius, radius + 1, dtype=kind, device=query.device).abs()
+    rows, columns = ((1 - away / length).clamp(min=0) for length in grid)
+    return OffsetMeans(kernels, rows[:, None] * columns)
+
+
+def mean_offsets(found: list[OffsetMeans]) -> OffsetMeans:
+    """The means over several pictures, whose grids may differ; every picture counts alike.
+
+    The kernels are means over the queries that have each key, whatever their picture: a small grid
+    says nothing of the offsets that reach beyond it. `outside` is the mean of the pictures' own.
+    """
+    shares = torch.stack([means.share for means in found])
+    sums = torch.stack([means.kernels * means.share for means in found]).sum(0)
+    total = shares.sum(0)
+    return OffsetMeans(torch.where(total > 0, sums / total, 0.0), total / len(found))
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ def in_two(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:
     from convfusion.demo import spread
 
     if not run.data:
-        own = mini.held_out_data()
+        own = mini.held_out_data("choice")  # sites are chosen on them
         return data, training_data(pipe, spread(own, min(count, len(own))))
     return hold_out(data, count, run.distill.seed)
 

@@ -124,11 +124,11 @@ def run(pipe: Any, draws: Any, out: Path, **options: Any) -> Any:
 
 
 def prompts_of(model: str, file: Path | None) -> list[str]:
-    """The prompts of a file; of the embedded model, those that no training saw."""
+    """The prompts of a file; of the embedded model, its list for results."""
     from convfusion import mini
 
     if file is None and is_embedded(model):
-        return list(mini.held_out_data().captions)
+        return list(mini.held_out_data("results").captions)
     return read_prompts(model, file)
 
 
@@ -155,7 +155,7 @@ def real_pictures(pipe: Any, model: str, spec: str | None, prompts: Path | None,
         return open_real(spec, size)
     if not is_embedded(model) or prompts is not None:
         return None
-    held, scale = mini.held_out_data(), latent_scale(pipe)
+    held, scale = mini.held_out_data("results"), latent_scale(pipe)
     height, width = (side * scale for side in held.latents.shape[-2:])
     if size[0] > height or size[1] > width:
         if process()[0] == 0:

@@ -3,11 +3,19 @@
 A head h that attends to the offset Δ with mean weight a_h(Δ), whatever the query and the picture,
 is a depthwise convolution of its values:
 
-    out(x) = Σ_h W_o,h·[ Σ_{Δ in K×K} a_h(Δ)·W_v,h·x(·+Δ)  +  (1 − Σ_Δ a_h(Δ))·mean W_v,h·x ] + bias
+    out(x) = Σ_h W_o,h·[ Σ_{Δ in K×K} a_h(Δ)·W_v,h·x(·+Δ)  +  r_h·mean W_v,h·x ] + bias
 
 A ΔConvBlock can be exactly that. Its first stage convolves the values, or as many of their leading
 directions as it has channels for; the other half of the gate starts constant; and the mean branch
-takes the attention that falls outside of the window. What depends on the content is left to learn.
+takes the attention r_h that falls outside of the window. What depends on the content is left to
+learn.
+
+Near a border some of the keys are missing, for the attention as for the convolution. Of a grid H×W,
+(H − |Δy|)·(W − |Δx|) queries have the key at Δ, so that the mean over all queries is
+
+    r_h = 1 − Σ_Δ a_h(Δ)·(H − |Δy|)·(W − |Δx|)/(H·W)
+
+which is 0 where the window reaches across the grid from every token.
 """
 
 from __future__ import annotations
@@ -17,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convfusion.analysis.streaming import Measure, offset_means
+from convfusion.analysis.streaming import Measure, OffsetMeans, mean_offsets, offset_means
 from convfusion.data.latents import LatentDataset, TrainingData, training_data
 from convfusion.distill.draws import Batches
 from convfusion.families import Site, denoiser_of
@@ -58,7 +66,7 @@ def start_from_attention(
     student = denoiser_of(pipe)
     blocks = {p: m for p, m in mixers_of(student).items() if isinstance(m, DeltaConvBlock)}
     teacher = attention_teacher(student)
-    found: dict[str, list[Tensor]] = {path: [] for path in blocks}
+    found: dict[str, list[OffsetMeans]] = {path: [] for path in blocks}
 
     def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
         if site.path not in blocks:
@@ -83,26 +91,25 @@ def start_from_attention(
             steps = timesteps.to(student.device)
             teacher(noisy, timestep=steps, return_dict=False, **placed(conditioning, student))
     for path, block in blocks.items():
-        kernels = torch.stack(found[path]).mean(dim=0)
-        set_to_mean_attention(block, teacher.get_submodule(path), kernels)
+        set_to_mean_attention(block, teacher.get_submodule(path), mean_offsets(found[path]))
 
 
 @torch.no_grad()
-def set_to_mean_attention(block: DeltaConvBlock, attention: Any, kernels: Tensor) -> None:
+def set_to_mean_attention(block: DeltaConvBlock, attention: Any, means: OffsetMeans) -> None:
     """Set a block to its attention with the map a_h(Δ) at every query; see the module's equation.
 
     Args:
         block: its further stages start at zero. The bias of its mean branch is left as `convert`
             set it, to that of uniform attention.
         attention: the diffusers `Attention` it stands for.
-        kernels: [h, K, K], mean attention at each offset within the kernel.
+        means: attention at each offset within the kernel.
     """
-    heads, side = kernels.shape[:2]
+    heads, side = means.kernels.shape[:2]
     half = block.proj_in.out_features // 2
     each = half // heads  # directions per head; channels that remain stay unused
     value = attention.to_v.weight.float().unflatten(0, (heads, -1))  # [h, d, C]
     out = attention.to_out[0].weight.float().unflatten(1, (heads, -1)).transpose(0, 1)  # [h, C, d]
-    kernels = kernels.to(value.device, torch.float32)
+    kernels = means.kernels.to(value.device, torch.float32)
     stage = block.convs[0].get_parameter("weight")
     stage[half:] = 0.0
     stage[half:, 0, side // 2, side // 2] = 1.0  # what is constant stays so, at the border too
@@ -119,7 +126,7 @@ def set_to_mean_attention(block: DeltaConvBlock, attention: Any, kernels: Tensor
         stage[place] = kernels[head].to(stage.dtype)
         block.proj_out.weight[:, place] = (write / factor).to(stage.dtype)
     if block.mean_proj is not None:
-        outside = 1 - kernels.sum(dim=(1, 2))
+        outside = means.outside().to(value.device, torch.float32)
         block.mean_proj.weight.copy_(torch.einsum("h,hcd,hde->ce", outside, out, value))
 
 

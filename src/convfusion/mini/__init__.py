@@ -3,6 +3,10 @@
 A plain `StableDiffusionPipeline` for 64×64 pictures with seven self-attention sites. Captions
 look like `waving hand sign, dark skin tone, noto`; the designs are `noto` and `twemoji`. One name
 in ten was held out of all training, of the teacher and of the student.
+
+Some names share a picture: twelve of the pictures held out were, pixel by pixel, pictures of
+training names, and are gone. The others are two lists that never change: `choice`, on which
+anything may be chosen, and `results`, on which the README's figures are measured and nothing is.
 """
 
 from __future__ import annotations
@@ -10,11 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from convfusion.checkpoint import load
 from convfusion.checkpoint.pipelines import in_dtype
 from convfusion.data.latents import LatentDataset
+from convfusion.errors import ConvFusionError
 from convfusion.files import read_tensors
 
 FOLDER = Path(__file__).parent
@@ -22,6 +27,10 @@ TEACHER, STUDENT, DATA = FOLDER / "teacher", FOLDER / "student", FOLDER / "data"
 NAMES = ("mini", "mini-teacher")  # on the command line: with the student, and as it was trained
 GUIDANCE = 3.0  # classifier-free guidance that its pictures look best with
 STRENGTH = 0.1  # of a rung to a larger size: with more, it draws texture (docs/highres.md)
+HeldOut = Literal["choice", "results"]
+FIRST = 382  # pictures held out as first packaged, by whose numbers the lists go
+SEEN = (89, 94, *range(276, 286))  # of them, those that equal a picture of the training
+CHOICE = {half * FIRST // 128 for half in range(128)} | {93}  # one in three; 93 equals 86, of them
 
 
 def load_teacher() -> Any:
@@ -48,9 +57,26 @@ def training_data() -> LatentDataset:
     return _read("train")
 
 
-def held_out_data() -> LatentDataset:
-    """Latents and captions of names that neither teacher nor student has seen."""
-    return _read("held_out")
+def held_out_data(part: HeldOut | None = None) -> LatentDataset:
+    """Latents and captions of names that neither teacher nor student has seen.
+
+    Args:
+        part: `choice`, 125 samples for whatever is chosen or tuned; `results`, 245 others for what
+            is reported. None is both.
+
+    Raises:
+        ConvFusionError: there is no such list.
+    """
+    if part not in (None, *get_args(HeldOut)):
+        raise ConvFusionError(
+            f"there is no list {part!r}; there are {' and '.join(get_args(HeldOut))}"
+        )
+    data = _read("held_out")
+    if part is None:
+        return data
+    kept = [number for number in range(FIRST) if number not in SEEN]
+    picks = [i for i, number in enumerate(kept) if (number in CHOICE) == (part == "choice")]
+    return LatentDataset(data.latents[picks], [data.captions[i] for i in picks])
 
 
 def held_out_names() -> list[str]:
