@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from convfusion.adapters import denoiser_of, list_sites, site_grid
 from convfusion.block import Grid, TokenMixer
 from convfusion.errors import ConvFusionError
+from convfusion.mixed import MixedAttention
 from convfusion.mixers import Circular, Neighbourhood
 from convfusion.ops import library
-from convfusion.surgery import MixedAttention
 
 
 def _sdpa_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
