@@ -120,7 +120,7 @@ def check_config(config: Any) -> None:
         hint = f"for a kernel size, give with_kernel_sizes({config})"
     else:
         hint = "give one, the name of a preset, or None"
-    raise ConvFusionError(f"a {_kind_of(config)} is no ConvertConfig: {hint}")
+    raise ConvFusionError(f"{_kind_of(config)} is no ConvertConfig: {hint}")
 
 
 def check_mixer(mixer: Any) -> None:
@@ -142,7 +142,7 @@ def _is_mixer(thing: Any) -> bool:
 
 
 def _kind_of(thing: Any) -> str:
-    return f"class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
+    return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
 
 
 def uniform(mixer: Mixer, **options: Any) -> ConvertConfig:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ def convert(pipe_or_model: Any, config: ConvertConfig | str | None = None) -> St
     if config is None:
         config = presets.preset_for(model)
     if isinstance(config, str):
-        config = presets.by_name(config)
+        config = Path(config) if config.endswith(".json") else presets.by_name(config)
     check_config(config)
     mixers = build_mixers(model, sites, config)
     install(model, mixers, keep_attention=config.keep_attention)

@@ -15,6 +15,7 @@ from convfusion.adapters.base import (
     register,
     transformer_blocks,
 )
+from convfusion.errors import UnsupportedModelError
 
 _PLACE = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.")
 
@@ -22,12 +23,17 @@ _PLACE = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.")
 def _level(path: str, levels: int) -> int:
     match = _PLACE.match(path)
     if match is None:
-        raise ValueError(f"{path} is in no down, mid or up block")
+        raise UnsupportedModelError(f"{path} is in no down, mid or up block")
     kind, index = match.group(1), int(match.group(2) or 0)
     return {"down_blocks": index, "mid_block": levels - 1, "up_blocks": levels - 1 - index}[kind]
 
 
+def _owner(path: str) -> str:
+    return path.rsplit(".transformer_blocks.", 1)[0]
+
+
 def _sites(model: Denoiser) -> list[Site]:
+    """Those of its `Transformer2DModel`s; a motion module's attention is over time, not space."""
     levels = len(model.config.block_out_channels)
     return [
         Site(
@@ -35,11 +41,12 @@ def _sites(model: Denoiser) -> list[Site]:
             channels=block.attn1.query_dim,
             heads=block.attn1.heads,
             level=_level(path, levels),
-            owner=path.rsplit(".transformer_blocks.", 1)[0],
+            owner=_owner(path),
             tap=f"{path}.norm2" if block.attn2 is not None else f"{path}.norm3",
         )
         for path, block in transformer_blocks(model)
         if is_self_attention(block)
+        and isinstance(model.get_submodule(_owner(path)), Transformer2DModel)
     ]
 
 
