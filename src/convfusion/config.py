@@ -105,16 +105,16 @@ class ConvertConfig:
         return cls.from_dict(read_json(Path(path)))
 
 
-def check_config(config: Any) -> None:
-    """Raise a ConvFusionError that says what to give, unless something is a `ConvertConfig`."""
+def checked_config(config: Any) -> ConvertConfig:
+    """A `ConvertConfig` as it is; of anything else, a ConvFusionError says what to give."""
     if isinstance(config, ConvertConfig):
-        return
+        return config
     if _is_mixer(config):
         hint = "for one mixer everywhere, give uniform(mixer)"
     elif isinstance(config, Mapping):
         made = "ConvertConfig.from_dict(…)" if "sites" in config else "ConvertConfig(sites=…)"
         hint = f"for this dictionary, give {made}"
-    elif isinstance(config, Path):
+    elif isinstance(config, str | Path):
         hint = f"for this file, give ConvertConfig.load({str(config)!r})"
     elif isinstance(config, int):
         hint = f"for a kernel size, give with_kernel_sizes({config})"

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from convfusion import presets
 from convfusion.adapters import Denoiser, Site, adapter_for, denoiser_of, list_sites
 from convfusion.adapters.base import drop_grid
 from convfusion.block import TokenMixer
-from convfusion.config import ConvertConfig, check_config
+from convfusion.config import ConvertConfig, checked_config
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.layers import (
     check_at_hand,
@@ -126,11 +125,11 @@ def convert(pipe_or_model: Any, config: ConvertConfig | str | None = None) -> St
         raise ConvFusionError("this model is converted already: revert it first")
     if config is None:
         config = presets.preset_for(model)
-    if isinstance(config, str):
-        config = Path(config) if config.endswith(".json") else presets.by_name(config)
-    check_config(config)
-    mixers = build_mixers(model, sites, config)
-    install(model, mixers, keep_attention=config.keep_attention)
+    if isinstance(config, str) and not config.endswith(".json"):
+        config = presets.by_name(config)
+    chosen = checked_config(config)
+    mixers = build_mixers(model, sites, chosen)
+    install(model, mixers, keep_attention=chosen.keep_attention)
     return status(model)
 
 
