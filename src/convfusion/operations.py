@@ -16,7 +16,7 @@ from convfusion.families import denoiser_of, list_sites, site_grid
 from convfusion.mixers import Circular, Neighbourhood
 from convfusion.mixers.base import Grid, TokenMixer
 from convfusion.ops import library
-from convfusion.surgery import MixedAttention
+from convfusion.surgery.mixed import MixedAttention
 
 
 def _sdpa_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:

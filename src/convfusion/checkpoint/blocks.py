@@ -35,6 +35,7 @@ from convfusion.mixers import Mixer, mixer_from_dict, mixer_to_dict
 from convfusion.mixers.base import TokenMixer
 from convfusion.surgery import Status, build_mixers, drop_attention, install, mixers_of, status
 from convfusion.surgery.config import ConvertConfig
+from convfusion.surgery.layers import check_blocks, check_floats, check_untied, separate
 
 Blocks: TypeAlias = tuple[dict[str, Mixer], dict[str, dict[str, Tensor]]]  # settings, values
 
@@ -54,16 +55,18 @@ def save(pipe_or_model: Any, folder: str | Path) -> None:
     mixers = mixers_of(model)
     if not mixers:
         raise ConvFusionError("this model is not converted: there are no blocks to save")
+    check_blocks(mixers)
+    check_floats(mixers)
     if any(p.is_meta for mixer in mixers.values() for p in mixer.parameters()):
         raise ConvFusionError("this model is on the meta device: it has no values to save")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{path}.mixer.{name}": tensor.contiguous()
+        f"{path}.mixer.{name}": tensor
         for path, mixer in mixers.items()
         for name, tensor in mixer.state_dict().items()
     }
-    write_tensors(folder / BLOCKS, tensors)
+    write_tensors(folder / BLOCKS, separate(tensors))
     write_text(folder / MANIFEST, json.dumps(_manifest(pipe_or_model, mixers), indent=2) + "\n")
 
 
@@ -110,6 +113,7 @@ def push(
     )
 
 
+@torch.inference_mode(False)
 def load(
     pipe_or_model: Any,
     source: str | Path,
@@ -143,10 +147,14 @@ def load(
         raise CheckpointError(
             "the model is converted otherwise than this checkpoint: revert it first"
         )
+    check_blocks(present)
+    check_untied(present)
     mixers = present or build_mixers(model, list_sites(model), ConvertConfig(sites=wanted))
     for path, mixer in mixers.items():
         fill(mixer, states[path])
     if not present:
+        for path, mixer in mixers.items():  # of a base that is frozen, they are as well
+            mixer.requires_grad_(model.get_submodule(path).to_v.weight.requires_grad)
         install(model, mixers, keep_attention=keep_attention)
     elif not keep_attention:
         drop_attention(model)

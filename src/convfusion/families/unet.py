@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import Transformer2DModel
 
+from convfusion.errors import UnsupportedModelError
 from convfusion.families.base import (
     Denoiser,
     Family,
@@ -114,6 +115,7 @@ class UNet(Family):
     released_gate = "reference"
 
     def list_sites(self, model: Denoiser) -> list[Site]:
+        """Those of its `Transformer2DModel`s: a motion module attends over time, not space."""
         levels = len(model.config.block_out_channels)
         return [
             Site(
@@ -121,11 +123,12 @@ class UNet(Family):
                 channels=block.attn1.query_dim,
                 heads=block.attn1.heads,
                 level=level_of(path, levels),
-                owner=path.rsplit(".transformer_blocks.", 1)[0],
+                owner=owner_of(path),
                 tap=f"{path}.norm2" if block.attn2 is not None else f"{path}.norm3",
             )
             for path, block in transformer_blocks(model)
             if is_self_attention(block)
+            and isinstance(model.get_submodule(owner_of(path)), Transformer2DModel)
         ]
 
     def carrier(self, model: Denoiser) -> KeywordCarrier:
@@ -175,11 +178,16 @@ class UNet(Family):
         return inputs
 
 
+def owner_of(path: str) -> str:
+    """Module path of the transformer that a block is part of."""
+    return path.rsplit(".transformer_blocks.", 1)[0]
+
+
 def level_of(path: str, levels: int) -> int:
     """How often the latents were halved before a transformer block of a UNet."""
     match = _PLACE.match(path)
     if match is None:
-        raise ValueError(f"{path} is in no down, mid or up block")
+        raise UnsupportedModelError(f"{path} is in no down, mid or up block")
     kind, index = match.group(1), int(match.group(2) or 0)
     return {"down_blocks": index, "mid_block": levels - 1, "up_blocks": levels - 1 - index}[kind]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from convfusion.errors import ConvFusionError
+from convfusion.files import read_json, write_text
 from convfusion.mixers import Mixer, mixer_from_dict, mixer_to_dict
 from convfusion.mixers.delta_conv import DeltaConv
-from convfusion.text import read_text
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,14 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         if type(self.keep_attention) is not bool or type(self.seed) is not int:
             raise ConvFusionError("`keep_attention` must be true or false, and `seed` an integer")
-        if not self.sites:
+        if _is_mixer(self.sites):
+            raise ConvFusionError("`sites` maps patterns to mixers; one for all is uniform(mixer)")
+        if not isinstance(self.sites, Mapping) or not self.sites:
             raise ConvFusionError("`sites` must map at least one pattern to a mixer")
+        for pattern, mixer in self.sites.items():
+            if not isinstance(pattern, str):
+                raise ConvFusionError(f"a pattern of `sites` must be a string, not {pattern!r}")
+            check_mixer(mixer)
 
     def mixers_for(self, paths: Iterable[str]) -> dict[str, Mixer]:
         """The mixer of every path that a pattern matches, in the order of the paths.
@@ -81,14 +87,62 @@ class ConvertConfig:
         return cls(**config)
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Write it as JSON.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> ConvertConfig:
-        try:
-            return cls.from_dict(json.loads(read_text(Path(path))))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ConvFusionError(f"{path} is not JSON: {error}") from None
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: there is no such file, or it is no JSON.
+            ConvFusionError: it holds something else than a config.
+        """
+        return cls.from_dict(read_json(Path(path)))
+
+
+def checked_config(config: Any) -> ConvertConfig:
+    """A `ConvertConfig` as it is; of anything else, a ConvFusionError says what to give."""
+    if isinstance(config, ConvertConfig):
+        return config
+    if _is_mixer(config):
+        hint = "for one mixer everywhere, give uniform(mixer)"
+    elif isinstance(config, Mapping):
+        made = "ConvertConfig.from_dict(…)" if "sites" in config else "ConvertConfig(sites=…)"
+        hint = f"for this dictionary, give {made}"
+    elif isinstance(config, str | Path):
+        hint = f"for this file, give ConvertConfig.load({str(config)!r})"
+    elif isinstance(config, int):
+        hint = f"for a kernel size, give with_kernel_sizes({config})"
+    else:
+        hint = "give one, the name of a preset, or None"
+    raise ConvFusionError(f"{_kind_of(config)} is no ConvertConfig: {hint}")
+
+
+def check_mixer(mixer: Any) -> None:
+    """Raise a ConvFusionError that says what to give, unless something is settings of a mixer."""
+    if isinstance(mixer, type):
+        raise ConvFusionError(f"{mixer.__name__} is a class: give its settings, {mixer.__name__}()")
+    if isinstance(mixer, int):
+        raise ConvFusionError(
+            f"{mixer} is no mixer: for kernel sizes, give with_kernel_sizes(…) or DeltaConv"
+            f"(kernel_size={mixer})"
+        )
+    if not _is_mixer(mixer):
+        raise ConvFusionError(f"{mixer!r} is no mixer, such as DeltaConv(kernel_size=9)")
+
+
+def _is_mixer(thing: Any) -> bool:
+    """Whether something is the settings of a mixer, or a class of them."""
+    return callable(getattr(thing, "build", None))
+
+
+def _kind_of(thing: Any) -> str:
+    return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
 
 
 def uniform(mixer: Mixer, **options: Any) -> ConvertConfig:
@@ -99,8 +153,18 @@ def uniform(mixer: Mixer, **options: Any) -> ConvertConfig:
 def with_kernel_sizes(
     sizes: int | Mapping[str, int], base: DeltaConv = DeltaConv(), **options: Any
 ) -> ConvertConfig:
-    """ΔConvBlocks whose kernel is one number, or given by site pattern."""
+    """ΔConvBlocks whose kernel is one number, or given by site pattern.
+
+    Raises:
+        ConvFusionError: sizes are neither, or one of them is no kernel size.
+    """
     by_site = {"*": sizes} if isinstance(sizes, int) else sizes
+    if not isinstance(by_site, Mapping):
+        raise ConvFusionError(
+            f"kernel sizes are an integer, or integers by site pattern, not {sizes!r}"
+        )
+    if not isinstance(base, DeltaConv):
+        raise ConvFusionError(f"`base` must be settings, DeltaConv(…), not {base!r}")
     return ConvertConfig(
         sites={site: replace(base, kernel_size=size) for site, size in by_site.items()}, **options
     )

@@ -8,24 +8,39 @@ with the cross-attention keywords, put there by a hook of the module that knows 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
+from torch import nn
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families import Denoiser, Site, denoiser_of, family_of, list_sites
 from convfusion.families.carrier import drop_grid
 from convfusion.mixers import Mixer
 from convfusion.mixers.base import TokenMixer
+from convfusion.patches import copied_without_patches
 from convfusion.surgery import presets
-from convfusion.surgery.config import ConvertConfig
-from convfusion.surgery.lora import projections, tell_idle_lora, unwrapped
+from convfusion.surgery.config import ConvertConfig, checked_config
+from convfusion.surgery.layers import (
+    check_at_hand,
+    check_projections,
+    check_unhooked,
+    compute_dtype,
+    unwrapped,
+)
+from convfusion.surgery.lora import check_forward, watch_plugins
+from convfusion.surgery.mixed import (
+    PROJECTIONS,
+    DroppedAttention,
+    MixedAttention,
+    check_processor,
+    resting_mixer,
+)
 
 LOST_WITHOUT_ATTENTION = (
     "revert",
@@ -35,43 +50,6 @@ LOST_WITHOUT_ATTENTION = (
     "fuse_qkv_projections",
     "ControlNetModel.from_unet",
 )
-_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out", "to_qkv", "to_kv")
-
-
-class MixedAttention(Attention):
-    """A self-attention whose forward is its child `mixer`; its weights wait for `revert`."""
-
-    mixer: TokenMixer
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        grid: Tensor | None = None,
-        **unused: Any,
-    ) -> Tensor:
-        """Mix tokens [B, N, C] on the grid that `grid` [H, W, 0] has as its shape."""
-        if grid is None:
-            raise ConvFusionError(
-                "no grid reached a converted self-attention: call the denoiser itself, "
-                "model(…), since model.forward(…) skips the hooks that pass the grid on"
-            )
-        if attention_mask is not None:
-            raise ConvFusionError("a converted self-attention takes no attention mask")
-        return self.mixer(hidden_states, (grid.shape[0], grid.shape[1]))
-
-
-class DroppedAttention(MixedAttention):
-    """A converted self-attention without its stock weights."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _PROJECTIONS:
-            raise AttributeError(
-                f"{name}: the self-attention weights of this site were dropped; what needs them "
-                "works on a model converted with keep_attention=True"
-            )
-        return super().__getattr__(name)
 
 
 @dataclass(frozen=True)
@@ -143,36 +121,42 @@ def convert(pipe_or_model: Any, config: ConvertConfig | str | None = None) -> St
     """
     model = denoiser_of(pipe_or_model)
     sites = list_sites(model)
-    if any(_is_converted(model, site) for site in sites):
+    if any(resting_mixer(module) for module in model.modules()):
         raise ConvFusionError("this model is converted already: revert it first")
     if config is None:
         config = presets.choose_preset(model)
-    if isinstance(config, str):
+    if isinstance(config, str) and not config.endswith(".json"):
         config = presets.get_preset(config)
-    mixers = build_mixers(model, sites, config)
-    install(model, mixers, keep_attention=config.keep_attention)
+    chosen = checked_config(config)
+    mixers = build_mixers(model, sites, chosen)
+    install(model, mixers, keep_attention=chosen.keep_attention)
     return status(model)
 
 
 def build_mixers(
     model: Denoiser, sites: list[Site], config: ConvertConfig
 ) -> dict[str, TokenMixer]:
-    """A mixer for every chosen site, initialised from its attention, with its dtype and device."""
+    """A mixer for every chosen site, initialised from its attention.
+
+    It has the device and the dtype that its attention computes with, and can be trained, also where
+    it is built under `torch.inference_mode`.
+    """
     chosen = config.mixers_for(site.path for site in sites)
+    check_at_hand(model, [model.get_submodule(path) for path in chosen])
     built: dict[str, TokenMixer] = {}
-    with torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # of the CPU alone
         for site in sites:
             if site.path not in chosen:
                 continue
             attention = _plain_attention(model, site)
-            weight = attention.to_v.weight
+            weight, dtype = attention.to_v.weight, compute_dtype(model, unwrapped(attention.to_v))
             with torch.device("meta" if weight.is_meta else "cpu"):
                 mixer = chosen[site.path].build(site.channels, site.heads)
             mixer = mixer.to(weight.device)
             if not weight.is_meta:
                 mixer.init_from(attention)
-            built[site.path] = mixer.to(weight.dtype)
+            built[site.path] = mixer.to(dtype)
     return built
 
 
@@ -183,6 +167,7 @@ def install(model: Denoiser, mixers: dict[str, TokenMixer], *, keep_attention: b
             attention = model.get_submodule(site.path)
             attention.__class__ = MixedAttention
             attention.mixer = mixers[site.path].train(attention.training)
+            attention.site = site.path
             if not keep_attention:
                 _drop(attention)
     _connect(model)
@@ -205,15 +190,15 @@ def drop_attention(pipe_or_model: Any) -> Status:
 def revert(pipe_or_model: Any) -> Status:
     """Undo `convert`, bit for bit: the attention takes its place again, the mixers are gone.
 
+    What another library has replaced since then stays as it is now.
+
     Raises:
         ConvFusionError: the model is not converted, or its attention was dropped. Nothing is
             changed.
     """
     model = denoiser_of(pipe_or_model)
-    mixed = [
-        model.get_submodule(site.path) for site in list_sites(model) if _is_converted(model, site)
-    ]
-    if not mixed:
+    mixed = [module for module in model.modules() if resting_mixer(module) is not None]
+    if not mixed and not hasattr(model, "_convfusion_hooks"):
         raise ConvFusionError("this model is not converted: there is nothing to revert")
     if any(isinstance(attention, DroppedAttention) for attention in mixed):
         raise ConvFusionError(
@@ -221,7 +206,7 @@ def revert(pipe_or_model: Any) -> Status:
         )
     _disconnect(model)
     for attention in mixed:
-        del attention.mixer
+        del attention.mixer, attention.site
         attention.__class__ = Attention
     return status(model)
 
@@ -230,7 +215,7 @@ def status(pipe_or_model: Any) -> Status:
     """What stands at each self-attention site of a pipeline or denoiser."""
     model = denoiser_of(pipe_or_model)
     rows = []
-    for site in list_sites(model):
+    for site in family_of(model).list_sites(model):  # of which another library may have left none
         attention = model.get_submodule(site.path)
         mixer = attention.mixer if _is_converted(model, site) else None
         mixer_weights = sum(p.numel() for p in mixer.parameters()) if mixer is not None else 0
@@ -252,7 +237,7 @@ def mixers_of(pipe_or_model: Any) -> dict[str, TokenMixer]:
     model = denoiser_of(pipe_or_model)
     return {
         site.path: model.get_submodule(site.path).mixer
-        for site in list_sites(model)
+        for site in family_of(model).list_sites(model)
         if _is_converted(model, site)
     }
 
@@ -284,7 +269,8 @@ def attention_back(pipe_or_model: Any, paths: Iterable[str]) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
         for attention in resting:
-            attention.__class__ = MixedAttention
+            if resting_mixer(attention) is not None:  # it was not reverted inside
+                attention.__class__ = MixedAttention
 
 
 def _is_converted(model: Denoiser, site: Site) -> bool:
@@ -297,17 +283,14 @@ def _plain_attention(model: Denoiser, site: Site) -> Attention:
         raise UnsupportedModelError(
             f"{site.path} is a {type(attention).__name__}, not a plain diffusers Attention"
         )
-    layers = [unwrapped(layer) for layer in projections(attention)]
-    if any(type(layer) is not nn.Linear for layer in layers):
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers} - {"Linear"}))
-        raise UnsupportedModelError(
-            f"{site.path} has projections of the kind {kinds}: convert before quantising"
-        )
+    check_projections(site.path, attention)
+    check_forward(site.path, attention)
+    check_processor(site.path, attention.processor)
     return attention
 
 
 def _drop(attention: nn.Module) -> None:
-    for name in _PROJECTIONS:
+    for name in PROJECTIONS:
         if hasattr(attention, name):
             delattr(attention, name)
     attention.__class__ = DroppedAttention
@@ -321,34 +304,39 @@ def _hooked(model: Denoiser) -> Iterator[tuple[Any, Any]]:
     for path in reached:
         owner = model.get_submodule(path)
         yield owner, hook
-        for module in owner.modules():
-            if isinstance(module, Attention) and not isinstance(module, MixedAttention):
-                yield module, drop_grid
+        for block in owner.modules():
+            if isinstance(block, BasicTransformerBlock):
+                for module in (block.attn1, block.attn2):
+                    if module is not None and not isinstance(module, MixedAttention):
+                        yield module, drop_grid
 
 
 def _connect(model: Denoiser) -> None:
-    model._convfusion_adapters = ()
-    model._convfusion_teller = model.register_forward_pre_hook(tell_idle_lora, with_kwargs=True)
-    for module, hook in _hooked(model):
-        module._convfusion_hook = module.register_forward_pre_hook(hook, with_kwargs=True)
+    _disconnect(model)  # what is left where another library has replaced every site
+    model._convfusion_sites = tuple(mixers_of(model))
+    model._convfusion_hooks = [
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        for module, hook in ((model, watch_plugins), *_hooked(model))
+    ]
 
 
 def _disconnect(model: Denoiser) -> None:
-    model._convfusion_teller.remove()
-    del model._convfusion_teller, model._convfusion_adapters
-    for module, _ in _hooked(model):
-        module._convfusion_hook.remove()
-        del module._convfusion_hook
+    if hasattr(model, "_convfusion_hooks"):
+        for handle in model._convfusion_hooks:
+            handle.remove()
+        del model._convfusion_hooks, model._convfusion_sites
 
 
 def attention_teacher(student: Denoiser) -> Denoiser:
     """The model as it was before its conversion, sharing every weight with the student.
 
-    A copy of the module tree whose parameters and buffers are the student's own, then reverted:
-    it costs no memory for weights, and stays right while the student's graph is in flight.
+    A copy of the module tree whose parameters and buffers are the student's own, without what other
+    libraries put on its modules, then reverted: it costs no memory for weights, and stays right
+    while the student's graph is in flight.
 
     Raises:
-        ConvFusionError: the student is not converted, or its attention was dropped.
+        ConvFusionError: the student is not converted, its attention was dropped, or its weights
+            need a hook to be computed with.
     """
     if not mixers_of(student):
         raise ConvFusionError("this model is not converted: convert it before distilling")
@@ -357,7 +345,8 @@ def attention_teacher(student: Denoiser) -> Denoiser:
             "the attention of this model was dropped, and it is the teacher: "
             "convert with keep_attention=True"
         )
+    check_unhooked(student)
     shared = {id(t): t for t in (*student.parameters(), *student.buffers())}
-    teacher = copy.deepcopy(student, shared)
+    teacher = copied_without_patches(student, shared)
     revert(teacher)
     return teacher.eval()

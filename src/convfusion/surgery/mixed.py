@@ -1,0 +1,188 @@
+"""What stands at a converted site, and how every way into a diffusers `Attention` comes to it.
+
+A converted self-attention is its own `Attention` with another class. There are two ways into an
+attention, and both lead to the mixer: `forward`, and the `processor` that diffusers' own `forward`
+calls. The second one matters where another library holds on to the `forward` that it found, as
+accelerate's and diffusers' hooks do: what they call, before or after a conversion or its undoing,
+is what stands at the site then.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from convfusion.errors import ConvFusionError
+from convfusion.mixers.base import TokenMixer
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out", "to_qkv", "to_kv")
+
+# Processors that compute an attention as it is, each in a way of its own: a mixer replaces that.
+_PLAIN = frozenset(
+    {
+        "AttnProcessor",
+        "AttnProcessor2_0",
+        "AttnProcessorNPU",
+        "FusedAttnProcessor2_0",
+        "SlicedAttnProcessor",
+        "XFormersAttnProcessor",
+        "XLAFlashAttnProcessor2_0",
+    }
+)
+
+
+def let_stand(paths: Iterable[str]) -> str:
+    """What works where only an attention will do, for the end of a message."""
+    listed = ", ".join(map(repr, paths))
+    return f"let the attention stand: with convfusion.surgery.attention_back(pipe, [{listed}])"
+
+
+def is_foreign(processor: Any) -> bool:
+    """Whether a processor does more than compute an attention."""
+    return type(processor).__name__ not in _PLAIN
+
+
+def check_processor(site: str, processor: Any) -> None:
+    """Refuse a processor whose guidance would be silently void on a converted self-attention.
+
+    Raises:
+        ConvFusionError: it is one of perturbed-attention guidance (PAG).
+    """
+    if type(processor).__name__.startswith("PAG"):
+        raise ConvFusionError(
+            f"perturbed-attention guidance (PAG) perturbs the self-attention, and {site} is "
+            f"converted: choose `pag_applied_layers` that are not, or {let_stand([site])}"
+        )
+
+
+class ConvFusionProcessor:
+    """The attention processor of every converted self-attention: it calls the mixer."""
+
+    def __call__(
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        grid: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """Mix tokens [B, N, C] on the grid that `grid` [H, W, 0] has as its shape.
+
+        Raises:
+            ConvFusionError: there is no grid, it has not N places, or there are further tokens to
+                attend to, or a mask.
+        """
+        if grid is None:
+            raise ConvFusionError(
+                f"no grid reached the converted self-attention {attention.site}: call the denoiser "
+                "itself, model(…), since model.forward(…) skips the hooks that pass the grid on; "
+                "and a patch of a block must pass on the block's cross_attention_kwargs"
+            )
+        if attention_mask is not None:
+            raise ConvFusionError(f"a converted self-attention takes no mask: {attention.site}")
+        if not _is_itself(encoder_hidden_states, hidden_states):
+            raise ConvFusionError(
+                f"the converted self-attention {attention.site} was given further tokens to attend "
+                "to, as in reference-only or shared attention, and a mixer knows its own alone: "
+                + let_stand([attention.site])
+            )
+        height, width = grid.shape[0], grid.shape[1]
+        if hidden_states.shape[1] != height * width:
+            raise ConvFusionError(
+                f"the converted self-attention {attention.site} was given "
+                f"N = {hidden_states.shape[1]} tokens, but the grid {height}×{width} has "
+                f"{height * width}: take off what merges or adds tokens (such as tomesd), or "
+                + let_stand([attention.site])
+            )
+        processor = attention.get_processor()
+        if is_foreign(processor):
+            self.show(processor, attention, hidden_states, others)
+        return attention.mixer(hidden_states, (height, width))
+
+    def show(self, processor: Any, attention: Any, tokens: Tensor, others: dict[str, Any]) -> None:
+        """Call another library's processor for what it records; what it returns is not used.
+
+        Attend-and-Excite counts its calls, and self-attention guidance keeps the attention's map.
+        """
+        check_processor(attention.site, processor)
+        if isinstance(attention, DroppedAttention):
+            raise ConvFusionError(
+                f"{type(processor).__name__} works with the self-attention of {attention.site}, "
+                "whose weights were dropped: convert with keep_attention=True"
+            )
+        known = inspect.signature(processor.__call__).parameters
+        processor(attention, tokens, **{key: v for key, v in others.items() if key in known})
+
+
+def _is_itself(given: Tensor | None, tokens: Tensor) -> bool:
+    """Whether what is to be attended to are the tokens themselves."""
+    if given is None or given is tokens:
+        return True
+    if torch.compiler.is_compiling() or given.shape != tokens.shape:
+        return False
+    return torch.equal(given, tokens)
+
+
+_PROCESSOR = ConvFusionProcessor()
+
+
+class MixedAttention(Attention):
+    """A self-attention whose forward is its child `mixer`; its weights wait for `revert`.
+
+    Attributes:
+        mixer: what is computed.
+        site: the path of this attention.
+    """
+
+    mixer: TokenMixer
+    site: str
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Mix tokens; see `ConvFusionProcessor`."""
+        if not isinstance(self, MixedAttention):  # taken by a hook before the site was reverted
+            return type(self).forward(self, hidden_states, *args, **kwargs)
+        return _PROCESSOR(self, hidden_states, *args, **kwargs)
+
+    @property
+    def processor(self) -> Any:
+        """What diffusers' own `Attention.forward` calls."""
+        return _PROCESSOR
+
+    @processor.setter
+    def processor(self, processor: Any) -> None:
+        check_processor(self.site, processor)
+        vars(self)["processor"] = processor
+
+    def set_processor(self, processor: Any) -> None:
+        """Keep a processor for the attention, as diffusers does."""
+        if not isinstance(processor, nn.Module):
+            self._modules.pop("processor", None)
+        self.processor = processor
+
+    def get_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """The processor that the attention would have."""
+        return vars(self).get("processor") or self._modules.get("processor")
+
+
+class DroppedAttention(MixedAttention):
+    """A converted self-attention without its stock weights."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in PROJECTIONS:
+            raise AttributeError(
+                f"{name}: the self-attention weights of this site were dropped; what needs them "
+                "works on a model converted with keep_attention=True"
+            )
+        return super().__getattr__(name)
+
+
+def resting_mixer(attention: nn.Module) -> TokenMixer | None:
+    """The mixer of an attention that stands in for it, or that it stands in for."""
+    mixer = attention._modules.get("mixer") if isinstance(attention, Attention) else None
+    return mixer if isinstance(mixer, TokenMixer) else None
