@@ -26,6 +26,7 @@ from convfusion.config import ConvertConfig
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.mixers import Mixer
 from convfusion.plugins import projections, tell_idle_lora, unwrapped
+from convfusion.saving import guard, unguard
 
 LOST_WITHOUT_ATTENTION = (
     "revert",
@@ -327,6 +328,7 @@ def _hooked(model: Denoiser) -> Iterator[tuple[Any, Any]]:
 
 
 def _connect(model: Denoiser) -> None:
+    guard(model)
     model._convfusion_adapters = ()
     model._convfusion_teller = model.register_forward_pre_hook(tell_idle_lora, with_kwargs=True)
     for module, hook in _hooked(model):
@@ -334,6 +336,7 @@ def _connect(model: Denoiser) -> None:
 
 
 def _disconnect(model: Denoiser) -> None:
+    unguard(model)
     model._convfusion_teller.remove()
     del model._convfusion_teller, model._convfusion_adapters
     for module, _ in _hooked(model):
