@@ -132,6 +132,7 @@ def push(
     """
     folder = Path(folder)
     manifest = _read_manifest(folder / MANIFEST)
+    read_header(folder / BLOCKS)
     _check_digest(folder, manifest)
     written = folder / hub.CARD
     card = written.read_text(encoding="utf-8") if written.is_file() else hub.plain_card(manifest)

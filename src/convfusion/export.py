@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from convfusion.adapters import Denoiser, adapter_for, denoiser_of
 from convfusion.block import DeltaConv
 from convfusion.conditioning import flat, nested
 from convfusion.errors import ConvFusionError
+from convfusion.folders import made_folder, scratch_folder
 from convfusion.inputs import example_inputs
 from convfusion.surgery import drop_attention, mixers_of
 
@@ -63,10 +63,8 @@ def export_onnx(pipe_or_model: Any, path: str | Path) -> Exported:
     model, path = denoiser_of(pipe_or_model), Path(path)
     _check(model, path)
     bare = without_attention(model)
-    aside = path.with_name(path.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    place = Path(os.path.realpath(path))  # a link stays one
+    with made_folder(place.parent) as folder, scratch_folder(folder) as aside:
         names = _write(bare, aside / path.name)
         errors = {
             (batch, height, width): _difference(bare, aside / path.name, (height, width), batch)
@@ -79,9 +77,7 @@ def export_onnx(pipe_or_model: Any, path: str | Path) -> Exported:
                 f"{worst[1]}×{worst[2]}, so it was not kept"
             )
         for file in sorted(aside.iterdir(), key=lambda file: file.suffix == ".onnx"):
-            os.replace(file, path.with_name(file.name))
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            os.replace(file, place if file.name == path.name else folder / file.name)
     return Exported(path, names, errors)
 
 

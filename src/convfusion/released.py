@@ -148,7 +148,7 @@ def _settings(where: str, tensors: Mapping[str, TensorInfo], site: Site, gate: G
     """The settings of a block, from its shapes, every one of which is checked."""
     spatial = [match for name in tensors if (match := _KERNEL.fullmatch(name))]
     kernels = sorted(int(match[1]) for match in spatial if match[2] == "weight")
-    biased = any(match[2] == "bias" for match in spatial)
+    biased = sum(match[2] == "bias" for match in spatial) == len(kernels)
     if kernels != list(range(len(kernels))) or not kernels:
         raise CheckpointError(f"{where} has the stages {kernels}: they must count from 0")
     channels, stages = site.channels, len(kernels)
