@@ -19,10 +19,13 @@ GATES = {
 }
 
 
-def release(model, kernel=3, stages=2, ratio=0.5, seed=0, group="") -> dict[str, Tensor]:
+def release(
+    model, kernel=3, stages=2, ratio=0.5, seed=0, group="", bias=False
+) -> dict[str, Tensor]:
     """Tensors as they are named in a released file, for every self-attention of a model.
 
-    `kernel` is one side, or a function of the block's path that tells it.
+    `kernel` is one side, or a function of the block's path that tells it. With `bias` the
+    depthwise kernels have one, as in the first two states of the authors' code.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -39,6 +42,8 @@ def release(model, kernel=3, stages=2, ratio=0.5, seed=0, group="") -> dict[str,
             "conv_pool.bias": (width,),
         }
         shapes |= {f"gates.{i}.conv_spatial.weight": (side, side, inner) for i in range(stages)}
+        if bias:
+            shapes |= {f"gates.{i}.conv_spatial.bias": (inner,) for i in range(stages)}
         for name, shape in shapes.items():
             tensors[f"{group}{block}.conv1.{name}"] = 0.3 * torch.randn(shape, generator=generator)
     return tensors
@@ -57,9 +62,10 @@ def reference_block(weights: dict[str, Tensor], tokens: Tensor, grid, gate: str)
     maps = tokens.double().unflatten(1, grid)
     inner = maps @ weights["conv_up.weight"].T + weights["conv_up.bias"]
     stages = []
-    for i in range(sum(name.startswith("gates.") for name in weights)):
+    for i in range(sum(name.endswith("conv_spatial.weight") for name in weights)):
         size = (math.floor(grid[0] * 0.5**i), math.floor(grid[1] * 0.5**i))
         mixed = depthwise(pool(inner, size), weights[f"gates.{i}.conv_spatial.weight"])
+        mixed = mixed + weights.get(f"gates.{i}.conv_spatial.bias", 0.0)
         half = mixed.shape[-1] // 2
         stages.append(upsample(GATES[gate](mixed[..., :half], mixed[..., half:]), grid))
     out = torch.cat(stages, dim=-1) @ weights["conv_out.weight"].T + weights["conv_out.bias"]

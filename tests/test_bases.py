@@ -11,7 +11,7 @@ from tiny_pipelines import stable_diffusion
 
 import convfusion
 from convfusion import cli
-from convfusion.checkpoint.pipelines import in_dtype
+from convfusion.checkpoint.loading import in_dtype
 from convfusion.cli.models import load_pipeline
 from convfusion.families import list_sites
 from convfusion.surgery import presets

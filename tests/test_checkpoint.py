@@ -14,7 +14,8 @@ import convfusion
 from convfusion import CheckpointError, ConvFusionError, DeltaConv, Removed, uniform
 from convfusion.checkpoint import BLOCKS, MANIFEST
 from convfusion.checkpoint.blocks import _public_name, read_tensors, write_tensors
-from convfusion.checkpoint.pipelines import BARE, in_dtype
+from convfusion.checkpoint.loading import in_dtype
+from convfusion.checkpoint.pipelines import BARE
 from convfusion.families import denoiser_of
 from convfusion.generate import generate
 from convfusion.surgery import mixers_of

@@ -1,222 +1,230 @@
-"""Folders of pictures: links, hidden files, other names, metadata files."""
+"""What is written to disk: whole or not at all, and nothing beside it is touched."""
 
-import json
 import os
+import signal
+import stat
+import subprocess
+import sys
 
 import pytest
-from PIL import Image
-from test_sources import everything, png
+import torch
+from tiny_pipelines import stable_diffusion
 
-from convfusion import ConvFusionError
-from convfusion.data import open_source
-from convfusion.evaluate import open_real
-
-SIZE = (8, 8)
-
-
-def told(folder, **options):
-    """What is said of each sample of a source: its caption, or why it cannot be used."""
-    source = open_source(str(folder), **options)
-    found = [(s.name, s.caption or s.problem) for s in everything(source)]
-    assert source.total == len(found) and source.description()
-    return dict(found)
+import convfusion
+from convfusion import CheckpointError, ConvFusionError, files, folders
+from convfusion.checkpoint import pipelines
+from convfusion.files import write_tensors, write_text
 
 
-def put(folder, *names, caption="red"):
-    """Pictures, with a caption beside each unless it is None."""
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png())
-        if caption is not None:
-            path.with_suffix(".txt").write_text(caption)
+@pytest.fixture
+def pipe():
+    found = stable_diffusion()
+    convfusion.convert(found)
+    return found
 
 
-def real(spec):
-    """How many real pictures there are, and what was skipped."""
-    found = open_real(str(spec), SIZE)
-    return len(list(found)), found.skipped
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_links_are_followed_or_told(tmp_path):
-    folder = tmp_path / "pictures"
-    put(folder, "a.png", "sub/b.png")
-    put(tmp_path / "elsewhere", "c.png", "deep/d.png")
-    links = {
-        "more": tmp_path / "elsewhere",
-        "up": folder,
-        "sub/twice": tmp_path / "elsewhere",
-        "linked.png": folder / "a.png",
-        "gone.png": tmp_path / "nowhere.png",
-        "gone": tmp_path / "nowhere",
-        "self.png": folder / "self.png",
-    }
-    for name, target in links.items():
-        (folder / name).symlink_to(target)
-    assert told(folder) == {
-        "a.png": "red",
-        "linked.png": "no caption",
-        "more/c.png": "red",
-        "more/deep/d.png": "red",
-        "sub/b.png": "red",
-        "gone": "broken link",
-        "gone.png": "broken link",
-        "self.png": "broken link",
-        "sub/twice": "folder that is read already",
-        "up": "folder that is read already",
-    }
-    assert real(folder) == (5, {"broken link": 3, "folder that is read already": 2})
-
-
-def test_folders_that_link_to_each_other_end(tmp_path):
-    names = [f"{i:02d}" for i in range(20)]
-    for name in names:
-        put(tmp_path / name, "a.png")
-        for other in names:
-            (tmp_path / name / f"to{other}").symlink_to(tmp_path / other)
-    found = list(told(tmp_path).values())
-    assert found.count("red") == 20 and found.count("folder that is read already") == 400
-
-
-def test_what_is_hidden_is_left_out(tmp_path):
-    hidden = (".ipynb_checkpoints/a-checkpoint.png", "sub/.cache/b.png", "._a.png", ".c.png")
-    put(tmp_path, *hidden, caption="before it was corrected")
-    put(tmp_path, "a.png")
-    assert told(tmp_path) == {"a.png": "red"}
-    assert real(tmp_path) == (1, {})
-    (tmp_path / ".x.tar").write_bytes(b"")
-    (tmp_path / ".x.parquet").write_bytes(b"")
-    (tmp_path / "x.tar").mkdir()  # a name, and no shard
-    assert told(tmp_path) == {"a.png": "red"}
-    put(tmp_path / ".mine", "a.png")
-    assert told(tmp_path / ".mine") == {"a.png": "red"}  # asked for by name
-
-
-def test_pipes_and_devices_are_told_and_never_read(tmp_path):
-    put(tmp_path, "a.png", "b.png", "c.png", "d.png")
-    for name in ("a.png", "b.txt"):
-        (tmp_path / name).unlink()
-        os.mkfifo(tmp_path / name)
-    (tmp_path / "c.txt").unlink()
-    (tmp_path / "c.txt").symlink_to("/dev/zero")
-    with open(tmp_path / "d.txt", "wb") as file:
-        file.truncate(1 << 40)
-    assert told(tmp_path) == {
-        "a.png": "no plain file",
-        "b.png": "damaged caption",
-        "c.png": "damaged caption",
-        "d.png": "damaged caption",
-    }
-
-
-def test_pictures_of_other_endings_count(tmp_path):
-    for name, kind in (("a.bmp", "BMP"), ("b.JFIF", "JPEG"), ("c.gif", "GIF"), ("d.tif", "TIFF")):
-        Image.new("RGB", SIZE).save(tmp_path / name, kind)
-    put(tmp_path, "e.jpe")
-    assert real(tmp_path) == (3, {"unreadable picture": 2})
-    assert list(told(tmp_path)) == ["a.bmp", "b.JFIF", "c.gif", "d.tif", "e.jpe"]
-
-
-def test_captions_in_utf_16_and_those_in_no_encoding(tmp_path):
-    texts = {"a": "röd".encode("utf-16"), "b": "röd".encode("latin-1"), "c": b"r\0d"}
-    put(tmp_path, *(f"{name}.png" for name in texts))
-    for name, data in texts.items():
-        (tmp_path / f"{name}.txt").write_bytes(data)
-    damaged = "damaged caption"
-    assert told(tmp_path) == {"a.png": "röd", "b.png": damaged, "c.png": damaged}
-
-
-NAMES = (
-    "photo of a train.png",
-    "test-tube.png",
-    "val/3.png",
-    "dev 4.png",
-    "train/x.png",
-    "ö[1].png",
-)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_names_of_pictures_mean_nothing(name, tmp_path):
-    names = ["cat.png", "dog.png", name]
-    put(tmp_path, *names, caption=None)
-    lines = [json.dumps({"file_name": each, "text": each}) for each in names]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    assert told(tmp_path) == {each: each for each in names}
-
-
-def test_a_line_of_metadata_that_cannot_be_used_is_told(tmp_path):
-    put(tmp_path, "a.png", "b.png", "c.png", "d.png", caption=None)
-    (tmp_path / "c.txt").write_text("beside")
-    lines = (
-        '{"file_name": "a.png", "text": "rött\u2028äpple"}',
-        '{"file_name": "./b.png", "text": "", "caption": [null, "green"]}',
-        '{"file_name": "c.png", "text": null}',
-        "{",
-        '{"text": "red"}',
-        '{"file_name": "gone.png", "text": "red"}',
-        '{"file_name": "../x.png", "text": "red"}',
-        '{"file_name": "/dev/zero", "text": "red"}',
-    )
-    (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
-    assert told(tmp_path) == {
-        "a.png": "rött\u2028äpple",
-        "b.png": "green",
-        "c.png": "beside",
-        "metadata.jsonl, line 4": "damaged caption",
-        "metadata.jsonl, line 5": "no picture",
-        "gone.png": "no picture",
-        "../x.png": "no picture",
-        "/dev/zero": "no picture",
-        "d.png": "not in the metadata file",
-    }
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "\\ud83d"}')
-    assert told(tmp_path)["a.png"] == "damaged caption"
-
-
-def test_metadata_in_other_formats_and_subfolders(tmp_path):
-    put(tmp_path, "a.png")
-    put(tmp_path, "sub/b.png", "sub/c.png", caption=None)
-    table = 'file_name,text\r\nb.png,"rött\r\näpple"\r\n'
-    (tmp_path / "sub/metadata.csv").write_bytes(table.encode("utf-16"))
-    expected = {
-        "a.png": "red",
-        "sub/b.png": "rött\r\näpple",
-        "sub/c.png": "not in the metadata file",
-    }
-    assert told(tmp_path) == expected
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    (tmp_path / "sub/metadata.csv").unlink()
-    content = {"file_name": ["b.png"], "text": ["green"]}
-    parquet.write_table(pyarrow.table(content), tmp_path / "sub/metadata.parquet")
-    assert told(tmp_path)["sub/b.png"] == "green"
+def test_what_lies_beside_a_pipeline_stays(pipe, tmp_path):
+    for name in ("X.old", "X.writing", "X.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    before = tree(tmp_path)
+    convfusion.save_pipeline(pipe, tmp_path / "X")
+    convfusion.save_pipeline(pipe, tmp_path / "X")  # over itself
+    assert [name for name in tree(tmp_path) if name.split("/")[0] != "X"] == before
+    assert not [path for path in tmp_path.rglob("*") if folders.is_unfinished(path)]
+    convfusion.load_pipeline(tmp_path / "X")
 
 
 @pytest.mark.parametrize(
-    ("files", "options", "message"),
-    [
-        ({"metadata.csv": b"file_name;text\n"}, {}, "hold the file of the picture"),
-        ({"metadata.csv": b"file_name,text\na.png,r\xf6d\n"}, {}, r"metadata\.csv.*: line 2"),
-        ({"metadata.jsonl": b"{}", "metadata.csv": b""}, {}, "keep the one that is meant"),
-        ({"metadata.jsonl": b'{"file_name": "a.png"}'}, {}, "no column that is known to hold cap"),
-        ({"metadata.jsonl": b'{"file_name": "a.png"}'}, {"caption": "alt"}, "no column 'alt'"),
-        ({"metadata.parquet": b"nothing"}, {}, r"metadata\.parquet cannot be read"),
-        ({"a.txt": b"red"}, {"caption": "alt"}, "it has no column 'alt'"),
-        ({"a.txt": b"red"}, {"split": "test"}, "has no split 'test'"),
-    ],
+    "mine",
+    ["notes.txt", "unet/mine.safetensors", "other/weights", "convfusion/README.md", "empty/"],
 )
-def test_what_cannot_be_told_of_a_folder_is_one_clear_line(files, options, message, tmp_path):
-    put(tmp_path, "a.png", caption=None)
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-    with pytest.raises(ConvFusionError, match=message) as error:
-        open_source(str(tmp_path), **options)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_folder_with_files_of_others_is_refused_by_name(pipe, tmp_path, mine, ours):
+    place = tmp_path / "X"
+    if ours:
+        convfusion.save_pipeline(pipe, place)
+    (place / mine).parent.mkdir(parents=True, exist_ok=True)
+    (place / mine).mkdir() if mine.endswith("/") else (place / mine).write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(ConvFusionError, match=rf"X holds {mine.split('/')[0]}.*another folder"):
+        convfusion.save_pipeline(pipe, place)
+    assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("beside", ["metadata.json", "metadata.jsonl", "metadata.csv"])
-def test_real_pictures_need_no_captions(beside, tmp_path):
-    put(tmp_path, "a.png", "b.png", caption=None)
-    (tmp_path / beside).write_text('{"file_name": "a.png", "taken": "2020"}')
-    assert real(tmp_path) == (2, {})
+def test_a_link_within_a_pipeline_is_refused(pipe, tmp_path):
+    convfusion.save_pipeline(pipe, tmp_path / "X")
+    (tmp_path / "X" / "vae").rename(tmp_path / "disk")
+    (tmp_path / "X" / "vae").symlink_to(tmp_path / "disk")
+    with pytest.raises(ConvFusionError, match="holds vae"):
+        convfusion.save_pipeline(pipe, tmp_path / "X")
+    assert (tmp_path / "disk" / "config.json").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_filled(pipe, tmp_path, there):
+    if there:
+        (tmp_path / "disk").mkdir()
+    (tmp_path / "X").symlink_to(tmp_path / "disk")
+    (tmp_path / "b").symlink_to(tmp_path / "blocks")
+    for _ in range(2):
+        convfusion.save_pipeline(pipe, tmp_path / "X")
+        convfusion.save(pipe, tmp_path / "b")
+    assert (tmp_path / "X").is_symlink() and (tmp_path / "b").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"X", "b", "disk", "blocks"}
+    convfusion.load_pipeline(tmp_path / "disk")
+    convfusion.load(stable_diffusion(), tmp_path / "blocks")
+
+
+def test_the_working_directory_may_be_the_target(pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convfusion.save_pipeline(pipe, ".")
+    convfusion.load_pipeline(".")
+
+
+def test_a_file_in_the_way_is_refused(pipe, tmp_path):
+    (tmp_path / "X").write_text("mine")
+    with pytest.raises(ConvFusionError, match="it is a file"):
+        convfusion.save_pipeline(pipe, tmp_path / "X")
+    assert (tmp_path / "X").read_text() == "mine"
+
+
+def test_blocks_leave_the_other_files_of_their_folder(pipe, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    convfusion.save(pipe, tmp_path)
+    assert tree(tmp_path) == ["blocks.safetensors", "convfusion.json", "notes"]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(28, "No space left"), Exception("x")]
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_what_fails_leaves_nothing_and_spoils_nothing(pipe, tmp_path, monkeypatch, error, there):
+    place = tmp_path / "new" / "X"
+    if there:
+        convfusion.save_pipeline(pipe, place)
+    before = tree(tmp_path)
+
+    def fail(folder):
+        raise error
+
+    monkeypatch.setattr(pipe.scheduler, "save_pretrained", fail)
+    expected = type(error) if isinstance(error, KeyboardInterrupt) else CheckpointError
+    with pytest.raises(expected) as raised:
+        convfusion.save_pipeline(pipe, place)
+    assert tree(tmp_path) == before
+    assert isinstance(error, KeyboardInterrupt) or f"{place} cannot be written" in str(raised.value)
+
+
+def test_a_move_that_fails_is_undone(pipe, tmp_path, monkeypatch):
+    convfusion.save_pipeline(pipe, tmp_path / "X")
+    before, rename, moves = tree(tmp_path), os.rename, []
+
+    def fail_at_the_ninth(source, target):
+        moves.append(source)
+        if len(moves) == 9:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(folders.os, "rename", fail_at_the_ninth)
+    with pytest.raises(CheckpointError, match="cannot be written: Input/output error"):
+        convfusion.save_pipeline(pipe, tmp_path / "X")
+    assert tree(tmp_path) == before
+    convfusion.load_pipeline(tmp_path / "X")
+
+
+@pytest.mark.parametrize("moves", range(0, 14, 2))
+def test_after_a_kill_between_two_moves_there_is_a_whole_pipeline_or_none(
+    pipe, tmp_path, monkeypatch, moves
+):
+    place, rename, done = tmp_path / "X", os.rename, []
+    convfusion.save_pipeline(pipe, place)
+
+    def kill(source, target):
+        if len(done) == moves:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(source)
+        rename(source, target)
+
+    child = os.fork()
+    if child == 0:
+        folders.os.rename = kill
+        convfusion.save_pipeline(pipe, place)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    if moves:
+        with pytest.raises(CheckpointError, match=r"is no (converted )?pipeline"):
+            convfusion.load_pipeline(place)
+        assert not (place / "model_index.json").exists()  # nor one for diffusers
+    convfusion.save_pipeline(pipe, place)  # what the kill left is in nobody's way
+    convfusion.load_pipeline(place)
+    assert not [path for path in place.iterdir() if folders.is_unfinished(path)]
+
+
+def test_what_a_killed_process_left_goes_and_what_a_running_one_writes_stays(pipe, tmp_path):
+    host = folders.unfinished_name().split("-")[1]
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                           capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+    names = {who: f".convfusion-{host}-{who}-{'0' * 16}.tmp" for who in (ended, str(os.getpid()))}
+    elsewhere = f".convfusion-{'0' * 8}-{ended}-{'0' * 16}.tmp"
+    for name in (*names.values(), elsewhere, "mine.tmp"):
+        (tmp_path / name).write_text("x")
+    convfusion.save(pipe, tmp_path)
+    assert not (tmp_path / names[ended]).exists()
+    assert all((tmp_path / name).exists() for name in (names[str(os.getpid())], elsewhere))
+    assert (tmp_path / "mine.tmp").exists()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_all_that_is_written_has_the_mode_of_a_new_file(pipe, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+        write_text(tmp_path / "a.json", "{}")
+        convfusion.save_pipeline(pipe, tmp_path / "X")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob("*") if p.is_file()}
+    assert modes == {0o666 & ~mask}
+    held = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "X").rglob("*") if p.is_dir()}
+    assert held == {0o777 & ~mask}
+
+
+def test_two_that_write_one_file_do_not_meet(tmp_path):
+    path = tmp_path / ("x" * 250)  # the longest name that there is
+    with files._aside(path) as first, files._aside(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # which was the last to be done
+    assert tree(tmp_path) == [path.name]
+
+
+def test_a_linked_file_is_written_where_it_leads(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a.json").symlink_to(tmp_path / "disk" / "b.json")
+    write_text(tmp_path / "a.json", "{}")
+    assert (tmp_path / "a.json").is_symlink() and (tmp_path / "disk" / "b.json").read_text() == "{}"
+
+
+def test_no_device_is_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="no plain file"):
+        write_text(tmp_path / "pipe", "x")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_pipeline_is_not_written_where_nothing_can_be(pipe, tmp_path, monkeypatch, run):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    code, _, err = run("convert", "no/such/model", "--out", tmp_path / "X")
+    assert code == 2 and f"nothing may be written in {tmp_path}" in err
+
+
+def test_what_an_unfinished_save_left_does_not_make_a_folder_used(tmp_path, run):
+    (tmp_path / "X").mkdir()
+    (tmp_path / "X" / folders.unfinished_name()).mkdir()
+    code, _, err = run("convert", "mini-teacher", "--out", tmp_path / "X")
+    assert (code, err) == (0, "")
+    assert pipelines.FILES in {path.name for path in (tmp_path / "X" / "convfusion").iterdir()}

@@ -17,7 +17,7 @@ from diffusers import PixArtTransformer2DModel
 
 import convfusion
 from convfusion import demo, mini
-from convfusion.checkpoint.pipelines import in_dtype
+from convfusion.checkpoint.loading import in_dtype
 from convfusion.data import LatentDataset
 from convfusion.demo import run_demo
 from convfusion.distill import DistillConfig

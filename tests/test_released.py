@@ -54,11 +54,12 @@ def as_described(model, tensors, case, gate, size):
 SIZES = [("sd15", (24, 40)), ("sd15", (17, 23)), ("sdxl", (18, 14)), ("pixart", (12, 14))]
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("name", "size"), SIZES)
 @torch.no_grad()
-def test_a_released_file_computes_what_is_described(name, size, tmp_path):
+def test_a_released_file_computes_what_is_described(name, size, bias, tmp_path):
     case = BY_NAME[name]
-    tensors = release(case.model())
+    tensors = release(case.model(), bias=bias)
     model = case.model()
     status = convfusion.load(model, write(tmp_path / "file.safetensors", tensors))
     assert status.converted == case.sites
@@ -95,6 +96,20 @@ def test_a_block_equals_the_plain_form_on_any_grid(
         found = mixer(tokens, grid)
     expected = reference_block(weights, tokens, grid, gate)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_biases_of_the_kernels_come_back_and_keep_to_the_plain_path(tmp_path):
+    model, again = sd15(), sd15()
+    tensors = release(sd15(), bias=True)
+    convfusion.load(model, write(tmp_path / "a.safetensors", tensors))
+    mixer = mixers_of(model)[f"{SITE}.attn1"]
+    assert mixer.config.conv_bias and mixer.stage_weights() == []  # the fused one knows no bias
+    assert torch.equal(mixer.convs[1].bias, tensors[f"{SITE}.conv1.gates.1.conv_spatial.bias"])
+    convfusion.save(model, tmp_path / "blocks")
+    convfusion.load(again, tmp_path / "blocks")
+    found = mixers_of(again)[f"{SITE}.attn1"].state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in mixer.state_dict().items())
 
 
 def test_kernel_sizes_come_from_the_file(tmp_path):
@@ -188,6 +203,10 @@ DAMAGE = {
         "blocks that this model lacks: up_blocks.9",
     ),
     "a tensor too many": (reshaped("gates.0.conv_spatial.bias", 8), "no block has: gates.0"),
+    "a bias of another size": (
+        lambda t: [reshaped(f"gates.{i}.conv_spatial.bias", 7)(t) for i in (0, 1)],
+        r"bias is F32 of shape \(7,\), expected",
+    ),
     "another tensor": (
         lambda t: t.update({"conv_in.weight": torch.ones(1)}),
         "to no block: conv_in",

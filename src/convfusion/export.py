@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, denoiser_of, example_inputs, family_of, native_latents
 from convfusion.families.conditioning import flat, nested
+from convfusion.folders import made_folder, scratch_folder
 from convfusion.mixers.delta_conv import DeltaConv
 from convfusion.surgery import drop_attention, mixers_of
 
@@ -62,10 +62,8 @@ def export_onnx(pipe_or_model: Any, path: str | Path) -> Exported:
     model, path = denoiser_of(pipe_or_model), Path(path)
     _check(model, path)
     bare = without_attention(model)
-    aside = path.with_name(path.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    place = Path(os.path.realpath(path))  # a link stays one
+    with made_folder(place.parent) as folder, scratch_folder(folder) as aside:
         names = _write(bare, aside / path.name)
         errors = {
             (batch, height, width): _difference(bare, aside / path.name, (height, width), batch)
@@ -78,9 +76,7 @@ def export_onnx(pipe_or_model: Any, path: str | Path) -> Exported:
                 f"{worst[1]}×{worst[2]}, so it was not kept"
             )
         for file in sorted(aside.iterdir(), key=lambda file: file.suffix == ".onnx"):
-            os.replace(file, path.with_name(file.name))
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            os.replace(file, place if file.name == path.name else folder / file.name)
     return Exported(path, names, errors)
 
 

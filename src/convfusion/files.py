@@ -7,10 +7,12 @@ headers that are too long, offsets out of range, tensors that overlap and shapes
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
 import os
-import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convfusion.errors import CheckpointError
+from convfusion.folders import unfinished_name, unwritable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -88,14 +91,18 @@ def read_json(path: Path) -> Any:
         raise unreadable(path, error) from None
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write a safetensors file aside, flush it to disk and rename it into place.
+
+    Returns:
+        The SHA-256 of the file, as `file_digest` tells it.
 
     Raises:
         CheckpointError: it cannot be written, as on a full disk; nothing is left of it.
     """
     with _aside(path) as aside:
         save_file(tensors, aside, metadata={"format": "pt"})
+        return file_digest(aside)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -128,14 +135,31 @@ def is_whole(path: Path, size: tuple[int, int] | None = None) -> bool:
         return False
 
 
-def replace_folder(aside: Path, folder: Path) -> None:
-    """Put a finished folder in the place of another one, or of none."""
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+        return digest.hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def share_files(folder: Path) -> None:
+    """Give all files in a folder the mode that a new file has here; libraries keep some private."""
+    probe = folder / unfinished_name()
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
@@ -162,13 +186,26 @@ def _opened(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """A name to write to, which takes the place of another file once it is on disk."""
-    aside = path.with_name(path.name + ".tmp")
+    """A file to write to, which takes the place of another one once it is on disk.
+
+    Its name is nobody else's, so several processes may write the same file, and the last one
+    stays. A link stays too, and leads to what was written. The mode is that of any new file here.
+    """
+    place = Path(os.path.realpath(path))
+    if place.exists() and not place.is_file():
+        raise CheckpointError(f"{path} cannot be written: it is no plain file")
+    aside = place.with_name(unfinished_name())
     try:
+        aside.touch(exist_ok=False)
+        mode = stat.S_IMODE(aside.stat().st_mode)
         yield aside
+        aside.chmod(mode)  # safetensors puts a file in its place that only its owner may read
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written: {error}") from None
+        os.replace(aside, place)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        if isinstance(error, (OSError, SafetensorError)):
+            raise unwritable(path, error) from None
+        raise

@@ -4,6 +4,7 @@ A checkpoint is a folder with `blocks.safetensors`, the mixers' tensors under
 `<site path>.mixer.<name>`, and `convfusion.json`, the manifest:
 
     {"format": 1, "version": "<of convfusion>", "family": "unet", "base_model": "<name or path>",
+     "sha256": "<of blocks.safetensors>",
      "sites": {"<site path>": {"channels": 64, "mixer": {"kind": "delta_conv", …}}}}
 
 Only safetensors and JSON are read, so a file from outside cannot run code.
@@ -25,12 +26,14 @@ from convfusion.families import Denoiser, denoiser_of, family_of, list_sites
 from convfusion.files import (
     FLOATS,
     few,
+    file_digest,
     read_header,
     read_json,
     read_tensors,
     write_tensors,
     write_text,
 )
+from convfusion.folders import made_folder, remove_remains
 from convfusion.mixers import Mixer, mixer_from_dict, mixer_to_dict
 from convfusion.mixers.base import TokenMixer
 from convfusion.surgery import Status, build_mixers, drop_attention, install, mixers_of, status
@@ -46,10 +49,29 @@ BLOCKS, MANIFEST = "blocks.safetensors", "convfusion.json"
 def save(pipe_or_model: Any, folder: str | Path) -> None:
     """Write the mixers of a converted pipeline or denoiser to a folder.
 
-    Each file is written aside and renamed, the manifest last.
+    Each file is written aside and renamed, the manifest last; it names the tensor file by its
+    SHA-256. Other files in the folder stay.
 
     Raises:
-        ConvFusionError: the model is not converted.
+        ConvFusionError: the model is not converted, or `load` would refuse what is written.
+        CheckpointError: it cannot be written, as on a full disk.
+    """
+    check_saveable(pipe_or_model)
+    mixers = mixers_of(pipe_or_model)
+    folder = Path(folder)
+    with made_folder(folder) as place:
+        remove_remains(place)
+        digest = write_tensors(folder / BLOCKS, _tensors(mixers))
+        manifest = _manifest(pipe_or_model, mixers, digest)
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def check_saveable(pipe_or_model: Any) -> None:
+    """Refuse a model whose blocks `save` would write and `load` would refuse.
+
+    Raises:
+        ConvFusionError: it is not converted; or its blocks have no values, tensors that their
+            settings do not ask for, a dtype that is not read, or values that are not finite.
     """
     model = denoiser_of(pipe_or_model)
     mixers = mixers_of(model)
@@ -59,15 +81,19 @@ def save(pipe_or_model: Any, folder: str | Path) -> None:
     check_floats(mixers)
     if any(p.is_meta for mixer in mixers.values() for p in mixer.parameters()):
         raise ConvFusionError("this model is on the meta device: it has no values to save")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{path}.mixer.{name}": tensor
-        for path, mixer in mixers.items()
-        for name, tensor in mixer.state_dict().items()
-    }
-    write_tensors(folder / BLOCKS, separate(tensors))
-    write_text(folder / MANIFEST, json.dumps(_manifest(pipe_or_model, mixers), indent=2) + "\n")
+    tensors = _tensors(mixers)
+    wanted = {path: mixer.config for path, mixer in mixers.items()}
+    expected = {key: shape for key, (_, _, shape) in _expected_tensors(model, wanted).items()}
+    differing = expected.keys() ^ tensors.keys()
+    differing |= {k for k in expected.keys() - differing if tensors[k].shape != expected[k]}
+    if differing:
+        raise ConvFusionError(
+            f"the blocks are not what their settings ask for, at {few(differing)}: fold in or take "
+            "off what was put into them, such as a LoRA; then save"
+        )
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ConvFusionError(f"{key} has values that are NaN or infinite: it is not saved")
 
 
 def push(
@@ -100,6 +126,7 @@ def push(
     folder = Path(folder)
     manifest = _read_manifest(folder / MANIFEST)
     read_header(folder / BLOCKS)
+    _check_digest(folder, manifest)
     written = folder / hub.CARD
     card = written.read_text(encoding="utf-8") if written.is_file() else hub.plain_card(manifest)
     return hub.upload(
@@ -151,6 +178,8 @@ def load(
     check_untied(present)
     mixers = present or build_mixers(model, list_sites(model), ConvertConfig(sites=wanted))
     for path, mixer in mixers.items():
+        _check_finite(source, path, mixer, states[path])
+    for path, mixer in mixers.items():
         fill(mixer, states[path])
     if not present:
         for path, mixer in mixers.items():  # of a base that is frozen, they are as well
@@ -168,7 +197,33 @@ def fill(mixer: TokenMixer, state: dict[str, Tensor]) -> None:
     mixer.load_state_dict(cast, assign=any(tensor.is_meta for tensor in own.values()))
 
 
-def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer]) -> dict[str, Any]:
+def _tensors(mixers: dict[str, TokenMixer]) -> dict[str, Tensor]:
+    return separate(
+        {
+            f"{path}.mixer.{name}": tensor
+            for path, mixer in mixers.items()
+            for name, tensor in mixer.state_dict().items()
+        }
+    )
+
+
+def _check_finite(
+    source: str | Path, path: str, mixer: TokenMixer, state: dict[str, Tensor]
+) -> None:
+    """Refuse values that are no numbers, or that the dtype of the model cannot hold."""
+    own = mixer.state_dict()
+    for name, tensor in state.items():
+        dtype = own[name].dtype
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{source}: {path}.mixer.{name} has NaN or infinite values")
+        if not tensor.to(dtype).isfinite().all():
+            raise CheckpointError(
+                f"{source}: {path}.mixer.{name} has values beyond what {dtype} can hold: load it "
+                "in float32 or bfloat16"
+            )
+
+
+def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer], digest: str) -> dict[str, Any]:
     from convfusion import __version__
 
     model = denoiser_of(pipe_or_model)
@@ -179,6 +234,7 @@ def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer]) -> dict[str, An
         "version": __version__,
         "family": family_of(model).name,
         "base_model": _public_name(named),
+        "sha256": digest,
         "sites": {
             path: {"channels": channels[path], "mixer": mixer_to_dict(mixer.config)}
             for path, mixer in mixers.items()
@@ -206,6 +262,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     ):
         raise CheckpointError(f"{path}: `sites` must map paths to channels and mixers")
     return manifest
+
+
+def _check_digest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse tensors that are not those that the manifest was written for."""
+    if manifest.get("sha256") != file_digest(folder / BLOCKS):
+        raise CheckpointError(
+            f"{folder / BLOCKS} is not the file that {MANIFEST} beside it was written for: it is "
+            "damaged, or the writing of it was cut short; save it again"
+        )
 
 
 def _check_family(model: Denoiser, manifest: dict[str, Any]) -> None:
@@ -266,6 +331,7 @@ def _read_folder(folder: Path, model: Denoiser) -> Blocks:
                 if found.shape != shape
                 else f"{path}: {key} is {found.dtype}, expected one of {', '.join(sorted(FLOATS))}"
             )
+    _check_digest(folder, manifest)
     tensors = read_tensors(path)
     states: dict[str, dict[str, Tensor]] = {site: {} for site in wanted}
     for key, (site, name, _) in expected.items():

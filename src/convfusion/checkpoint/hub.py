@@ -1,4 +1,4 @@
-"""Blocks on the Hugging Face Hub: uploaded with a model card, and fetched by name."""
+"""The Hugging Face Hub: blocks uploaded with a model card, blocks and pipelines fetched by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from convfusion.errors import CheckpointError, first_line
+from convfusion.checkpoint.loading import check_index
+from convfusion.errors import CheckpointError, ConvFusionError, first_line
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # of a repository, owner/name
 
@@ -73,6 +74,43 @@ def fetch(repo_id: str, files: tuple[str, ...], revision: str | None) -> Path:
         raise CheckpointError(
             f"{repo_id} is no folder here, and the Hub has no repository of that name and "
             f"revision or cannot be reached ({first_line(error)})"
+        ) from None
+
+
+def fetch_pipeline(repo_id: str, revision: str | None) -> Path:
+    """The folder of the cache with a pipeline of diffusers, of its safetensors weights alone.
+
+    Its `model_index.json` comes first, so that a model that cannot be converted is refused before
+    its weights are fetched. Where there are no plain weights, those of the variant fp16 are taken.
+
+    Raises:
+        CheckpointError: there is no such pipeline, or the Hub cannot be reached.
+        UnsupportedModelError: its denoiser is of a class that cannot be converted.
+    """
+    from diffusers import DiffusionPipeline
+
+    wanted = f" (revision {revision})" if revision else ""
+    if not NAME.fullmatch(repo_id):
+        raise CheckpointError(
+            f"{repo_id} is no pipeline: no folder of that name is here, and it is no name on the "
+            "Hub, user/name"
+        )
+    try:
+        check_index(DiffusionPipeline.load_config(repo_id, revision=revision), repo_id)
+        options = {"revision": revision, "use_safetensors": True}
+        try:
+            return Path(DiffusionPipeline.download(repo_id, **options))
+        except (*FAILURES, ValueError) as error:
+            try:
+                return Path(DiffusionPipeline.download(repo_id, variant="fp16", **options))
+            except (*FAILURES, ValueError):
+                raise error from None
+    except ConvFusionError:
+        raise
+    except (*FAILURES, ValueError) as error:
+        raise CheckpointError(
+            f"{repo_id} is no pipeline: no folder of that name is here, and the Hub has none of "
+            f"that name{wanted} or cannot be reached ({first_line(error)})"
         ) from None
 
 

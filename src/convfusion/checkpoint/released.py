@@ -4,6 +4,7 @@ Names there are `<group><block path>.conv1.<name>`, with diffusers' path of the 
 
     conv_up.weight, conv_up.bias        [C', C], [C']           our proj_in
     gates.<i>.conv_spatial.weight       [K, K, C']              our convs.<i>, [C', 1, K, K]
+    gates.<i>.conv_spatial.bias         [C']                    its bias, in some files
     conv_out.weight, conv_out.bias      [C, n·C'/2], [C]        our proj_out
     conv_pool.weight, conv_pool.bias    [C, C], [C]             our mean_proj
 
@@ -37,7 +38,7 @@ _NAME = re.compile(
     rf"(?P<group>|.*?[:.])(?P<block>{_BLOCK}|transformer_blocks\.\d+)\.conv1\.(?P<name>.+)"
 )
 _NUMBER = re.compile(r".*\$(?:int|float|bool)")
-_KERNEL = re.compile(r"gates\.(\d{1,3})\.conv_spatial\.weight")
+_KERNEL = re.compile(r"gates\.(\d{1,3})\.conv_spatial\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def read_states(path: Path, layout: Layout) -> dict[str, dict[str, Tensor]]:
     for site, names in layout.names.items():
         state = read_some(path, {full: own for own, full in names.items()})
         for name, tensor in state.items():
-            if name.startswith("convs."):  # the channels come last there
+            if name.startswith("convs.") and name.endswith(
+                ".weight"
+            ):  # the channels come last there
                 state[name] = tensor.permute(2, 0, 1).unsqueeze(1).contiguous()
         states[site] = state
     return states
@@ -142,7 +145,9 @@ def _chosen(path: Path, groups: list[str], average: bool) -> str:
 
 def _settings(where: str, tensors: Mapping[str, TensorInfo], site: Site, gate: Gate) -> DeltaConv:
     """The settings of a block, from its shapes, every one of which is checked."""
-    kernels = sorted(int(match[1]) for name in tensors if (match := _KERNEL.fullmatch(name)))
+    spatial = [match for name in tensors if (match := _KERNEL.fullmatch(name))]
+    kernels = sorted(int(match[1]) for match in spatial if match[2] == "weight")
+    biased = sum(match[2] == "bias" for match in spatial) == len(kernels)
     if kernels != list(range(len(kernels))) or not kernels:
         raise CheckpointError(f"{where} has the stages {kernels}: they must count from 0")
     channels, stages = site.channels, len(kernels)
@@ -153,6 +158,7 @@ def _settings(where: str, tensors: Mapping[str, TensorInfo], site: Site, gate: G
         "conv_up.weight": (inner, channels),
         "conv_up.bias": (inner,),
         **{f"gates.{i}.conv_spatial.weight": (side, side, inner) for i in kernels},
+        **{f"gates.{i}.conv_spatial.bias": (inner,) for i in kernels if biased},
         "conv_out.weight": (channels, inner // 2 * stages),
         "conv_out.bias": (channels,),
         "conv_pool.weight": (channels, channels),
@@ -181,6 +187,7 @@ def _settings(where: str, tensors: Mapping[str, TensorInfo], site: Site, gate: G
         gate=gate,
         pooling="adaptive",
         init="random",  # every value comes from the file
+        conv_bias=biased,
     )
 
 
@@ -191,6 +198,6 @@ def _first_side(tensors: Mapping[str, TensorInfo], name: str) -> int:
 def _own_name(name: str) -> str:
     """The name in our block of a tensor of theirs."""
     if match := _KERNEL.fullmatch(name):
-        return f"convs.{match[1]}.weight"
+        return f"convs.{match[1]}.{match[2]}"
     layer, _, kind = name.partition(".")
     return f"{LAYERS[layer]}.{kind}"

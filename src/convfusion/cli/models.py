@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convfusion.cli.console import hide_loading_bars
-from convfusion.errors import ConvFusionError, first_line
+from convfusion.errors import CheckpointError, ConvFusionError, first_line
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -29,36 +29,51 @@ def load_pipeline(
         precision: `float32`, `bfloat16` or `float16`.
         device: by default the GPU if there is one.
         revision: branch, tag or commit of a name on the Hub.
-    """
-    from diffusers import DiffusionPipeline
-    from huggingface_hub.errors import HFValidationError
 
+    Raises:
+        ConvFusionError: there is none of that name, a file of it is damaged, or it is of a kind
+            that cannot be converted, which is told before its weights are read or fetched.
+    """
     from convfusion import mini
-    from convfusion.checkpoint import pipelines
+    from convfusion.checkpoint import hub, loading
 
     hide_loading_bars()
     dtype, place = torch_dtype(precision), torch_device(device)
-    if revision is not None and (is_embedded(model) or Path(model).exists()):
+    path = Path(model)
+    if revision is not None and (is_embedded(model) or path.exists()):
         raise ConvFusionError(f"--revision is of a name on the Hub: {model} is none")
     if is_embedded(model):
         pipe = mini.load_student() if model == "mini" else mini.load_teacher()
         pipe.to(dtype)
-    elif (Path(model) / "convfusion").is_dir():
-        pipe = pipelines.load_pipeline(model, **pipelines.in_dtype(dtype))
-    elif Path(model).suffix == ".safetensors":
-        pipe = _single_file(Path(model), dtype)
+    elif path.is_dir():
+        pipe = _folder(path, dtype)
+    elif path.suffix == ".safetensors":
+        pipe = _single_file(path, dtype)
+    elif path.exists():
+        raise ConvFusionError(
+            f"{model} is no pipeline: a single file must be a .safetensors, since others can run "
+            "code when they are read"
+        )
     else:
-        try:
-            pipe = DiffusionPipeline.from_pretrained(
-                model, revision=revision, use_safetensors=True, **pipelines.in_dtype(dtype)
-            )
-        except (OSError, HFValidationError) as error:
-            wanted = f" (revision {revision})" if revision else ""
-            raise ConvFusionError(
-                f"{model} is no pipeline: no diffusers folder is there, or the Hub has none of "
-                f"that name{wanted} or cannot be reached ({first_line(error)})"
-            ) from None
+        fetched = hub.fetch_pipeline(model, revision)
+        pipe = loading.read_pipeline(fetched, **loading.in_dtype(dtype))
+        pipe.register_to_config(_name_or_path=model)
     return pipe.to(place)
+
+
+def _folder(path: Path, dtype: Any) -> Any:
+    """A pipeline on disk, converted or not."""
+    from convfusion import checkpoint
+    from convfusion.checkpoint import loading, pipelines
+
+    if (path / "convfusion").is_dir():
+        return pipelines.load_pipeline(path, **loading.in_dtype(dtype))
+    if (path / checkpoint.MANIFEST).is_file() and not (path / loading.INDEX).exists():
+        raise ConvFusionError(
+            f"{path} holds trained blocks and no pipeline: name the model that they belong to, and "
+            "this folder with --blocks"
+        )
+    return loading.read_pipeline(path, **loading.in_dtype(dtype))
 
 
 def torch_dtype(precision: str) -> Any:
@@ -89,8 +104,8 @@ def _single_file(path: Path, dtype: Any) -> Any:
     """A pipeline of SD1.x, SD2.x or SDXL whose weights are one file in its makers' layout."""
     import diffusers
 
-    from convfusion.checkpoint.pipelines import in_dtype
-    from convfusion.files import read_header
+    from convfusion.checkpoint.loading import in_dtype
+    from convfusion.files import few, read_header
 
     names = list(read_header(path))
     kind = next((k for p, k in SINGLE_FILES.items() if any(n.startswith(p) for n in names)), None)
@@ -99,12 +114,20 @@ def _single_file(path: Path, dtype: Any) -> Any:
             f"{path} is no single file of SD1.x, SD2.x or SDXL: give a diffusers folder"
         )
     try:
-        return getattr(diffusers, kind).from_single_file(str(path), **in_dtype(dtype))
+        pipe = getattr(diffusers, kind).from_single_file(str(path), **in_dtype(dtype))
     except (OSError, ValueError, KeyError) as error:
         raise ConvFusionError(
             f"{path} cannot be made a {kind}: a single file lacks configs and tokenisers, which "
             f"diffusers takes from the Hub or its cache ({first_line(error)})"
         ) from None
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be made a {kind}: {first_line(error)}") from error
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        module = getattr(pipe, part, None)
+        tensors = module.state_dict() if module is not None else {}
+        if missing := [name for name, tensor in tensors.items() if tensor.is_meta]:
+            raise CheckpointError(f"{path} lacks {few(missing)} of the {part}")
+    return pipe
 
 
 def stock_pipeline(

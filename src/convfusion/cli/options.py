@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -62,21 +63,32 @@ Device = Annotated[
 
 def check_new(out: Path, *, advice: str = "choose another folder", may_hold: str = "") -> None:
     """Refuse to write into a folder that holds something else than what it may."""
+    from convfusion.folders import is_unfinished
+
     check_folder(out)
-    if out.exists() and any(each.name not in (may_hold, LOCK) for each in out.iterdir()):
+    held = [each for each in out.iterdir() if not is_unfinished(each)] if out.exists() else []
+    if any(each.name not in (may_hold, LOCK) for each in held):
         raise ConvFusionError(f"{out} exists and is not empty: {advice}")
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder where a file lies, before any work is done for it."""
-    if file := next((each for each in (path, *path.parents) if each.is_file()), None):
-        raise ConvFusionError(f"{path} cannot be a folder: {file} is a file")
+    """Refuse a folder where a file lies or nothing can be written, before any work is done."""
+    place = Path(os.path.realpath(path))
+    nearest = next(each for each in (place, *place.parents) if each.exists())
+    if not nearest.is_dir():
+        raise ConvFusionError(f"{path} cannot be a folder: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConvFusionError(f"{path} cannot be written: nothing may be written in {nearest}")
 
 
 def check_file(path: Path | None) -> None:
     """Refuse to write a file where none can be, before any work is done for it."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
         raise ConvFusionError(f"{path} cannot be a file: name one in a folder that is there")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ConvFusionError(f"{path} cannot be written: nothing may be written in {path.parent}")
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from convfusion.checkpoint import load
-from convfusion.checkpoint.pipelines import in_dtype
+from convfusion.checkpoint.loading import in_dtype
 from convfusion.data.latents import LatentDataset
 from convfusion.errors import ConvFusionError
 from convfusion.files import read_tensors

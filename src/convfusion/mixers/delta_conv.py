@@ -49,6 +49,8 @@ class DeltaConv:
         init: `mean` sets the mean branch to what the replaced attention does when it is uniform,
             W_o·W_v and W_o·b_v + b_o, and starts `proj_out` small; `mean_zero` starts it at
             zero; `random` is PyTorch's default for every tensor.
+        conv_bias: give the depthwise kernels a bias, as some of the authors' weights have; such a
+            block does not take the fused operation on CUDA.
     """
 
     kernel_size: int = 7
@@ -58,6 +60,7 @@ class DeltaConv:
     pooling: Pooling = "ceil"
     mean_branch: bool = True
     init: Init = "mean"
+    conv_bias: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -98,7 +101,7 @@ class DeltaConvBlock(TokenMixer):
                 config.kernel_size,
                 padding=config.kernel_size // 2,
                 groups=inner,
-                bias=False,
+                bias=config.conv_bias,
             )
             for _ in range(config.stages)
         )
@@ -124,8 +127,8 @@ class DeltaConvBlock(TokenMixer):
         return mixed
 
     def stage_weights(self) -> list[Tensor]:
-        """The kernels of all stages; none where a stage is no plain convolution, as with LoRA."""
-        convs = [conv for conv in self.convs if type(conv) is nn.Conv2d]
+        """The kernels of all stages; none where they are not all, as with a LoRA or a bias."""
+        convs = [conv for conv in self.convs if type(conv) is nn.Conv2d and conv.bias is None]
         return [conv.weight for conv in convs] if len(convs) == len(self.convs) else []
 
     def pyramid(self, maps: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from convfusion.mixers.base import TokenMixer
 from convfusion.patches import copied_without_patches
 from convfusion.surgery import presets
 from convfusion.surgery.config import ConvertConfig, checked_config
+from convfusion.surgery.guard import guard, unguard
 from convfusion.surgery.layers import (
     check_at_hand,
     check_projections,
@@ -313,6 +314,7 @@ def _hooked(model: Denoiser) -> Iterator[tuple[Any, Any]]:
 
 def _connect(model: Denoiser) -> None:
     _disconnect(model)  # what is left where another library has replaced every site
+    guard(model)
     model._convfusion_sites = tuple(mixers_of(model))
     model._convfusion_hooks = [
         module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -322,6 +324,7 @@ def _connect(model: Denoiser) -> None:
 
 def _disconnect(model: Denoiser) -> None:
     if hasattr(model, "_convfusion_hooks"):
+        unguard(model)
         for handle in model._convfusion_hooks:
             handle.remove()
         del model._convfusion_hooks, model._convfusion_sites

@@ -1,0 +1,159 @@
+"""Folders on disk: made, filled and replaced whole, without touching what lies beside them.
+
+What is not finished yet has a hidden, random name that nobody else has. It lies inside of the
+folder that it is for, so a link stays a link, a mount point is written into, and nothing but that
+folder has to be writable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from convfusion.errors import CheckpointError, ConvFusionError
+
+_UNFINISHED = re.compile(r"\.convfusion-(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{16}\.tmp")
+
+
+def unfinished_name() -> str:
+    """A name for a file or folder that is being written."""
+    return f".convfusion-{_host()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a file or folder is one that somebody began to write and has not finished."""
+    return _UNFINISHED.fullmatch(path.name) is not None
+
+
+def remove_remains(folder: Path) -> None:
+    """Remove what processes of this machine were killed over while they wrote into a folder."""
+    for path in list(folder.glob(".convfusion-*.tmp")):
+        name = _UNFINISHED.fullmatch(path.name)
+        if name and name["host"] == _host() and not _is_running(int(name["process"])):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder as far as that is possible; links are not followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[Path]:
+    """A folder with its parents, where a link leads to; what was made goes if the rest fails.
+
+    Raises:
+        CheckpointError: it cannot be made or written to.
+    """
+    place = Path(os.path.realpath(folder))
+    made = [each for each in (place, *place.parents) if not each.exists()]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        yield place
+    except BaseException as error:
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()  # only if it is empty
+        if isinstance(error, OSError):
+            raise unwritable(folder, error) from None
+        raise
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A new folder inside another one, which is removed in the end with all that it holds."""
+    scratch = parent / unfinished_name()
+    try:
+        scratch.mkdir()
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def exchange(new: Path, place: Path, rank: Callable[[str], int]) -> None:
+    """Put the content of a folder in the place of the content of another one, or change nothing.
+
+    Args:
+        new: a scratch folder inside of `place`.
+        place: whose content, except for what is unfinished, gives way.
+        rank: of a name. The lowest leaves first and arrives last, so that a process that is killed
+            between two moves leaves a folder that lacks it.
+
+    Raises:
+        OSError: a move failed; those before it were undone.
+    """
+    old = place / unfinished_name()
+    old.mkdir()
+    leaving = sorted((each.name for each in place.iterdir() if not is_unfinished(each)), key=rank)
+    arriving = sorted((each.name for each in new.iterdir()), key=rank, reverse=True)
+    moves = [(place / name, old / name) for name in leaving]
+    moves += [(new / name, place / name) for name in arriving]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            os.rename(source, target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            os.rename(target, source)
+        old.rmdir()  # it is empty again
+        raise
+    remove(old)
+
+
+def check_only(place: Path, files: set[str], why: str) -> None:
+    """Refuse a folder that holds anything but some files, before anything in it is replaced.
+
+    Args:
+        place: the folder; nothing is there, or what `is_unfinished` tells is passed over.
+        files: their paths within it, with slashes.
+        why: the end of the message.
+
+    Raises:
+        ConvFusionError: it is a file, or holds something else, which is named.
+    """
+    if place.exists() and not place.is_dir():
+        raise ConvFusionError(f"{place} cannot be a folder: it is a file")
+    parents = {str(parent) for name in files for parent in Path(name).parents}
+    for path in sorted(place.rglob("*")):
+        name = path.relative_to(place)
+        if is_unfinished(place / name.parts[0]):
+            continue
+        known = str(name) in parents if path.is_dir() else name.as_posix() in files
+        if path.is_symlink() or not known:
+            raise ConvFusionError(f"{place} holds {name}: {why}")
+
+
+def unwritable(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file or folder that cannot be written, with the first words of the cause."""
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0][:200]
+    return CheckpointError(f"{path} cannot be written: {reason}")
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _is_running(process: int) -> bool:
+    """Whether there is a process of that number here; where that cannot be told, there is."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user, or no number that a process has
+        return True
+    return True
