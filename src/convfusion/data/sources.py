@@ -8,9 +8,10 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, TypeVar
 
+from convfusion.data.contents import digest_of_files
 from convfusion.data.samples import (
     CAPTION_NAMES,
     Ranges,
@@ -22,7 +23,9 @@ from convfusion.data.samples import (
 from convfusion.data.tables import METADATA, SAVED, TABLES, open_rows
 from convfusion.errors import ConvFusionError
 from convfusion.fields import check_fields
+from convfusion.generate import check_numbers
 
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -38,9 +41,12 @@ class PictureFolder(Ranges):
 
     def description(self) -> dict[str, Any]:
         folder = Path(self.spec)
-        pairs = ((folder / name, _caption(folder / name)) for name in self.pictures)
-        found = (f"{p.relative_to(folder)} {_version(p)} {_version(text)}" for p, text in pairs)
-        return {"kind": "folder", "samples": len(self), "files": digest_of(found)}
+        files = {
+            file: folder / file
+            for name in self.pictures
+            for file in (name, str(_caption(PurePosixPath(name))))
+        }
+        return {"kind": "folder", "samples": len(self), "contents": digest_of_files(files)}
 
     def read(self, unit: int) -> Iterator[Sample]:
         for index in self.within(unit):
@@ -77,9 +83,14 @@ class Shards:
         return len(self.paths)
 
     def description(self) -> dict[str, Any]:
-        shards = (f"{path.name} {path.stat().st_size}" for path in self.paths)
+        shards = {f"{number} {path.name}": path for number, path in enumerate(self.paths)}
         asked = {"image": self.image, "caption": self.caption}
-        return {"kind": "shards", "shards": self.units, "names": digest_of(shards), **asked}
+        return {
+            "kind": "shards",
+            "shards": self.units,
+            "contents": digest_of_files(shards),
+            **asked,
+        }
 
     def read(self, unit: int) -> Iterator[Sample]:
         path = self.paths[unit]
@@ -138,8 +149,9 @@ class Drawing:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.per_prompt < 1 or self.steps < 1:
-            raise ConvFusionError("per_prompt and steps must be at least 1")
+        if self.per_prompt < 1:
+            raise ConvFusionError("per_prompt must be at least 1")
+        check_numbers([self.seed], self.steps, self.guidance, 1)
 
 
 @dataclass(frozen=True)
@@ -150,11 +162,15 @@ class Prompts(Ranges):
     prompts: tuple[str, ...]
     drawing: Drawing = Drawing()
 
+    def __post_init__(self) -> None:
+        last = self.drawing.seed + max(1, len(self)) - 1
+        check_numbers([last], self.drawing.steps, self.drawing.guidance, 1)
+
     def __len__(self) -> int:
         return len(self.prompts) * self.drawing.per_prompt
 
     def description(self) -> dict[str, Any]:
-        return {"kind": "prompts", "names": digest_of(self.prompts), **vars(self.drawing)}
+        return {"kind": "prompts", "prompts": digest_of(self.prompts), **vars(self.drawing)}
 
     def read(self, unit: int) -> Iterator[Sample]:
         for index in self.within(unit):
@@ -264,17 +280,8 @@ def _parted(path: str) -> tuple[str, str]:
     return (folder + slash + key if key and extension else ""), extension.lower()
 
 
-def _caption(picture: Path) -> Path:
+def _caption(picture: AnyPath) -> AnyPath:
     return picture.with_suffix(".txt")
-
-
-def _version(file: Path) -> str:
-    """What changes when a file does: its size and time."""
-    try:
-        facts = file.stat()
-    except OSError:
-        return "missing"
-    return f"{facts.st_size} {facts.st_mtime_ns}"
 
 
 def _is_plain(member: tarfile.TarInfo) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convfusion.data.contents import digest_of_rows
 from convfusion.data.samples import CAPTION_NAMES, Ranges, Sample, make_sample
 from convfusion.errors import ConvFusionError
 
@@ -40,8 +41,9 @@ class Rows(Ranges):
         return len(self.data)
 
     def description(self) -> dict[str, Any]:
-        found = {"image": self.image, "caption": self.caption, "names": self.data._fingerprint}
-        return {"kind": "datasets", "samples": len(self), **found}
+        found = {"image": self.image, "caption": self.caption}
+        contents = digest_of_rows(self.data, self.image, self.caption)
+        return {"kind": "datasets", "samples": len(self), "contents": contents, **found}
 
     def read(self, unit: int) -> Iterator[Sample]:
         for index in self.within(unit):

@@ -34,6 +34,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.evaluate.draws import Draws
 from convfusion.evaluate.epsilon import epsilon_errors, relative_error
 from convfusion.files import write_bytes, write_text
+from convfusion.fingerprint import shown
 from convfusion.generate import generate, swapped_denoiser
 from convfusion.schedule import noise_schedule
 
@@ -41,7 +42,8 @@ TEACHER, STUDENT, OTHER = "teacher", "student", "teacher-other-seed"
 SIDES = (TEACHER, STUDENT, OTHER)
 SETTINGS, RECORDS = "settings.json", "records"
 RECORDED = {"samples", "timesteps", "trajectory", "trajectory_other_seed", "epsilon_errors"}
-FORMAT = 1
+FORMAT = 2
+SHOWN = 6  # differences that a message names
 PATIENCE = 600  # seconds that a process waits for the first one to begin
 
 
@@ -130,8 +132,8 @@ def check_place(folder: Path, settings: dict[str, Any]) -> None:
         wanted = json.loads(json.dumps({"format": FORMAT, **settings}))
         if other := _differences(held, wanted):
             raise ConvFusionError(
-                f"{folder} was begun with other settings ({', '.join(other)}): "
-                "choose another folder"
+                f"{folder} was begun with other settings ({'; '.join(other[:SHOWN])}"
+                f"{'; …' if len(other) > SHOWN else ''}): choose another folder"
             )
         return
     # A run killed at its very start leaves the settings aside.
@@ -141,16 +143,18 @@ def check_place(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _differences(held: Any, wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """Names of what differs, each with the value that is held where that is a plain number."""
+    """Names of what differs, each with both values unless they are lists."""
     if not isinstance(held, dict):
         return [prefix.removesuffix(".") or "format"]
     found = []
     for key in sorted(wanted.keys() | held.keys()):
-        if isinstance(wanted.get(key), dict):
-            found += _differences(held.get(key), wanted[key], f"{prefix}{key}.")
-        elif held.get(key) != wanted.get(key):
-            name, value = (prefix + key).removeprefix("draws."), held.get(key)
-            found.append(f"{name} {value}" if isinstance(value, int | float) else name)
+        before, now = held.get(key), wanted.get(key)
+        if isinstance(now, dict):
+            found += _differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            name = (prefix + key).removeprefix("draws.").removeprefix("rests_on.")
+            many = isinstance(before, list | dict) or isinstance(now, list)
+            found.append(name if many else f"{name} {shown(before)} then, {shown(now)} now")
     return found
 
 
