@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from convfusion import report
+from convfusion.adapters.base import short_name
 from convfusion.analysis import plots
 from convfusion.analysis.kernels import recommend
 from convfusion.analysis.study import Analysis, SiteAnalysis
@@ -182,7 +183,7 @@ def _cells(site: SiteAnalysis) -> tuple[str, ...]:
     mean, single = site.mean, site.single
     fit = mean.decay
     return (
-        html.escape(plots.short_name(site.path)),
+        html.escape(short_name(site.path)),
         f"{site.grid[0]}×{site.grid[1]}",
         f"{mean.receptive_field or '–'}, {single.receptive_field or '–'}",
         str(site.uniform_receptive_field),

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
+from convfusion.adapters.base import short_name
 from convfusion.analysis.statistics import DecayFit, fitted_distances, windows
 from convfusion.analysis.study import Analysis, SiteAnalysis
 
@@ -21,17 +22,6 @@ GREY, INK, FAINT = "#8c959f", "#1b1f24", "#d8dee4"
 COLUMNS = 4
 
 Panel = Callable[[Axes, SiteAnalysis], None]
-
-
-def short_name(path: str) -> str:
-    """A site's path, shortened: `down 0 1` is the second attention of the first down block."""
-    names = {"down_blocks": "down", "up_blocks": "up", "mid_block": "mid"}
-    words = path.removesuffix(".attn1").replace("transformer_blocks", "block").split(".")
-    words = [names.get(word, word) for word in words if word != "attentions"]
-    if words[0] == "mid":
-        words = [words[0], *words[2:]]
-    text = " ".join(words)
-    return text.replace(" block 0", "") if "down" in text or "up" in text or "mid" in text else text
 
 
 def score_mass(analysis: Analysis) -> Figure:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from convfusion.analysis.plots import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, SKY, short_name
+from convfusion.adapters.base import short_name
+from convfusion.analysis.plots import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, SKY
 from convfusion.bench.rows import ATTENTION, Row
 from convfusion.errors import ConvFusionError
 

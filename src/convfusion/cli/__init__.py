@@ -9,7 +9,7 @@ import typer
 from convfusion.cli.analyze import ablate, analyze
 from convfusion.cli.bench import bench
 from convfusion.cli.cache import cache
-from convfusion.cli.console import INTERRUPTED, fail, quiet_libraries
+from convfusion.cli.console import INTERRUPTED, fail, quiet_libraries, steady_streams
 from convfusion.cli.convert import convert
 from convfusion.cli.curve import curve
 from convfusion.cli.demo import demo
@@ -37,6 +37,7 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit status 2."""
+    steady_streams()
     quiet_libraries()
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.console import progress_bar
+from convfusion.cli.console import console, progress_bar
 from convfusion.cli.models import guidance_for, is_embedded, needs_matplotlib, stock_pipeline
 from convfusion.cli.options import Device, Model, Precision, Revision, Size, check_new, parse_size
 from convfusion.errors import ConvFusionError
@@ -171,7 +171,6 @@ def parse_timesteps(text: str | None) -> tuple[float, ...] | None:
 
 
 def print_claims(found: list[tuple[str, str]], other: list[tuple[str, str]] | None) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="The paper's claims, by layer")
@@ -181,11 +180,10 @@ def print_claims(found: list[tuple[str, str]], other: list[tuple[str, str]] | No
         table.add_column("untrained")
     for i, (claim, count) in enumerate(found):
         table.add_row(claim, count, *([other[i][1]] if other else []))
-    Console().print(table)
+    console().print(table)
 
 
 def print_ablation(rows: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="Without training, against the stock model")
@@ -194,4 +192,4 @@ def print_ablation(rows: dict[str, dict[str, Any]]) -> None:
     for name, row in list(rows.items())[1:]:
         psnr = "equal" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
         table.add_row(name, f"{row['epsilon_error']:.2e}", psnr)
-    Console().print(table)
+    console().print(table)

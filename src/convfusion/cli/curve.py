@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.console import describe, progress_bar
+from convfusion.cli.console import console, describe, progress_bar
 from convfusion.cli.distill import source_of
 from convfusion.cli.models import equip, is_embedded, needs_matplotlib, stock_pipeline
 from convfusion.cli.options import Config, Data, Device, Model, Precision, Revision, Size, check_new
@@ -113,10 +113,9 @@ def in_two(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:
 
 def print_curve(found: Any, ranking: str) -> None:
     """The sites in the chosen order, what other orders leave, and how two ways to rank agree."""
-    from rich.console import Console
     from rich.table import Table
 
-    from convfusion.analysis.plots import short_name
+    from convfusion.adapters.base import short_name
 
     costs = {site.path: site for site in found.costs.sites}
     table = Table(
@@ -139,7 +138,7 @@ def print_curve(found: Any, ranking: str) -> None:
         so_far = [f"{each.epsilon_error:.2e}" for each in (point, *rivals)]
         gone = f"{point.flops_gone:.0%}"
         table.add_row(str(k), short_name(point.site), *alone, gone, *so_far)
-    Console().print(table)
+    console().print(table)
     agreement = found.costs.rank_correlation
     if agreement is not None:
         typer.echo(f"Rank correlation of imitation error and ε-error alone: {agreement:.2f}")

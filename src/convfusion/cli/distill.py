@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.cache import encode, guided_as_it_can
-from convfusion.cli.console import describe, progress_bar
+from convfusion.cli.console import console, describe, progress_bar
 from convfusion.cli.fields import with_fields
 from convfusion.cli.models import equip, guidance_for, is_embedded, load_pipeline
 from convfusion.cli.options import (
@@ -227,7 +227,6 @@ def print_plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None) -
     """What would train, and what it would take."""
     from datetime import timedelta
 
-    from rich.console import Console
     from rich.table import Table
 
     from convfusion import surgery
@@ -249,7 +248,7 @@ def print_plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None) -
     ):
         if value:
             table.add_row(name, value)
-    Console().print(table)
+    console().print(table)
 
 
 def validation_grid(pipe: Any, prompts: list[str], guidance: float) -> Any:

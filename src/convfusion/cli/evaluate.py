@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.analyze import read_prompts
-from convfusion.cli.console import INTERRUPTED, fail, progress_bar
+from convfusion.cli.console import INTERRUPTED, console, fail, progress_bar
 from convfusion.cli.models import equip, guidance_for, is_embedded, load_pipeline
 from convfusion.cli.options import (
     Blocks,
@@ -183,8 +183,8 @@ def named(model: str, blocks: Path | None = None) -> str:
 
 def print_evaluation(found: Any) -> None:
     """Each number of the student beside the teacher's own, from equal noises and from others."""
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER
     from convfusion.evaluate.page import WORDS
@@ -205,7 +205,7 @@ def print_evaluation(found: Any) -> None:
     for reference, metric_rows in groups.items():
         against = f"against {WORDS.get(reference, reference)}" if reference else "by itself"
         table.add_section()
-        table.add_row(f"[bold]{against}[/bold]")
+        table.add_row(Text(against, style="bold"))
         for metric, cells in metric_rows.items():
             table.add_row(metric.replace("_", " "), *(cells.get(side, "") for side in sides))
-    Console().print(table)
+    console().print(table)

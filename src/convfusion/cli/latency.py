@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convfusion.cli.bench import rivals
+from convfusion.cli.console import console
 from convfusion.cli.models import needs_matplotlib, torch_device, torch_dtype
 from convfusion.cli.options import (
     Batch,
@@ -116,18 +117,16 @@ def kept(
 
 def shown(measure: Any) -> Any:
     """What a benchmark yields, while the terminal shows what it is at."""
-    from rich.console import Console
 
-    with Console(stderr=True).status("") as status:
+    with console(stderr=True).status("") as status:
         yield from measure(status.update)
 
 
 def print_rows(rows: Sequence[Row]) -> None:
     """A line for each variant of each case, and from which size on it is the faster one."""
-    from rich.console import Console
     from rich.table import Table
 
-    from convfusion.analysis.plots import short_name
+    from convfusion.adapters.base import short_name
     from convfusion.bench.rows import ATTENTION, crossovers
 
     attention = {row.case: row.median_ms for row in rows if row.variant == ATTENTION}
@@ -153,7 +152,7 @@ def print_rows(rows: Sequence[Row]) -> None:
             "" if stock is None else f"{stock / row.median_ms:.2f}×",
             "" if row.peak_mib is None else f"{row.peak_mib:,.0f} MiB",
         )
-    Console().print(table)
+    console().print(table)
     names = {row.series: short_name(row.site) if row.site else "the denoiser" for row in rows}
     for each in crossovers(rows):
         if each.tokens is None:
@@ -166,7 +165,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def short_site(row: Row) -> str:
-    from convfusion.analysis.plots import short_name
+    from convfusion.adapters.base import short_name
 
     if not row.site:
         return "all"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from convfusion.cli.console import console
 from convfusion.cli.models import (
     conversion_for,
     stock_pipeline,
@@ -35,7 +36,6 @@ def plan(
     revision: Revision = None,
 ) -> None:
     """Tell before a conversion whether it will be faster here, and from which size on."""
-    from rich.console import Console
 
     from convfusion.adapters import denoiser_of
     from convfusion.bench.models import FULL_SIZE, PIXELS_PER_LATENT, bench_model
@@ -57,7 +57,7 @@ def plan(
         scale = latent_scale(pipe)
         latents = wanted[0] // scale, wanted[1] // scale
     chosen = conversion_for(denoiser_of(pipe), config)
-    with Console(stderr=True).status("") as status:
+    with console(stderr=True).status("") as status:
         found = plan_speed(
             pipe, chosen, latents, batch=batch, on_case=lambda t: status.update(f"measuring: {t}")
         )
@@ -66,10 +66,9 @@ def plan(
 
 def print_plan(found: SpeedPlan, scale: int, unit: int) -> None:
     """A line for each kind of site, the whole, and what follows in words."""
-    from rich.console import Console
     from rich.table import Table
 
-    from convfusion.analysis.plots import short_name
+    from convfusion.adapters.base import short_name
 
     height, width = (side * scale for side in found.size)
     table = Table(title=f"One forward pass at {width}×{height} pixels, batch {found.batch}")
@@ -92,7 +91,7 @@ def print_plan(found: SpeedPlan, scale: int, unit: int) -> None:
     table.add_row(
         "all", "", "", seconds(found.attention), seconds(found.converted), f"{speedup:.2f}×", ""
     )
-    Console().print(table)
+    console().print(table)
     for line in said(found, scale, unit):
         typer.echo(line)
 

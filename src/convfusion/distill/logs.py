@@ -74,7 +74,7 @@ class RunLog:
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         self.accelerator.log(values, step=step)
         if self.out is not None:
-            with open(self.out / HISTORY, "a", encoding="utf-8") as file:
+            with open(self.out / HISTORY, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
     def picture(self, step: int, picture: Any) -> None:

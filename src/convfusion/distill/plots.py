@@ -6,7 +6,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from convfusion.analysis.plots import BLUE, FAINT, GREEN, INK, ORANGE, short_name
+from convfusion.adapters.base import short_name
+from convfusion.analysis.plots import BLUE, FAINT, GREEN, INK, ORANGE
 from convfusion.distill.curve import ReplacementCurve
 
 NAMED = 16  # sites; the names of more would cover each other
