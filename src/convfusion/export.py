@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from convfusion.adapters import Denoiser, adapter_for, denoiser_of
 from convfusion.block import DeltaConv
 from convfusion.conditioning import flat, nested
 from convfusion.errors import ConvFusionError
+from convfusion.extras import check_installed
 from convfusion.inputs import example_inputs
 from convfusion.surgery import drop_attention, mixers_of
 
@@ -109,14 +109,18 @@ def without_attention(model: Denoiser) -> Denoiser:
     return bare.eval()
 
 
-def _check(model: Denoiser, path: Path) -> None:
-    """Everything that can be told before the export."""
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise ConvFusionError(
-            f"an export needs {', '.join(missing)}: pip install 'convfusion[onnx]'"
-        )
+def check_target(path: Path) -> None:
+    """Raise a ConvFusionError unless packages are there and a file can be; needs no model."""
+    check_installed(*NEEDED)
     if path.suffix != ".onnx" or path.is_dir():
         raise ConvFusionError(f"the file must end in .onnx, unlike {path}")
+    if file := next((each for each in path.parents if each.is_file()), None):
+        raise ConvFusionError(f"{path} cannot be a file: {file} is no folder")
+
+
+def _check(model: Denoiser, path: Path) -> None:
+    """Everything that can be told before the export."""
+    check_target(path)
     mixers = mixers_of(model)
     if not mixers:
         raise ConvFusionError("this model is not converted: there is nothing new to export")

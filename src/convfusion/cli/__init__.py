@@ -20,6 +20,7 @@ from convfusion.cli.generate import generate
 from convfusion.cli.latency import latency
 from convfusion.cli.plan import plan
 from convfusion.errors import ConvFusionError
+from convfusion.extras import explained
 
 app = typer.Typer(
     name="convfusion",
@@ -43,6 +44,10 @@ def main() -> None:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (ConvFusionError, OSError) as error:
         fail(str(error))
+    except ImportError as error:
+        if (told := explained(error)) is None:
+            raise
+        fail(told)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer says of wrong usage
             raise

@@ -10,7 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.console import console, progress_bar
-from convfusion.cli.models import guidance_for, is_embedded, needs_matplotlib, stock_pipeline
+from convfusion.cli.models import (
+    check_loading,
+    guidance_for,
+    is_embedded,
+    needs_matplotlib,
+    stock_pipeline,
+)
 from convfusion.cli.options import Device, Model, Precision, Revision, Size, check_new, parse_size
 from convfusion.errors import ConvFusionError
 
@@ -53,7 +59,8 @@ def analyze(
 
     Writes report.html, analysis.json, the figures, and kernels.json for `convert --config`.
     """
-    needs_matplotlib("convfusion.analysis.analyze")
+    needs_matplotlib("take convfusion.analysis.analyze in Python for the numbers alone")
+    check_loading(precision, device)
     from convfusion.analysis import AnalysisConfig, HighPass, Measure, untrained
     from convfusion.analysis import analyze as run
     from convfusion.analysis.capture import sampling_timesteps
@@ -114,6 +121,7 @@ def ablate(
     from convfusion.analysis.capture import sampling_timesteps
 
     check_new(out)
+    check_loading(precision, device)
     drawn = read_prompts(model, prompts, mini_prompts=9)
     tried = variants(window or [13, 7, 3], sites=site)
     looked_at, wanted = parse_timesteps(timesteps), parse_size(size) if size else None

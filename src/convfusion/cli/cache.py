@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.console import console, progress_bar
-from convfusion.cli.models import guidance_for, load_pipeline
+from convfusion.cli.models import check_loading, guidance_for, load_pipeline
 from convfusion.cli.options import (
     Device,
     Model,
@@ -60,6 +60,7 @@ def cache(
     from convfusion.data.sources import Drawing, open_source
 
     check_folder(out)
+    check_loading(precision, device)
     chosen = guidance_for(model) if guidance is None else guidance
     drawing = Drawing(per_prompt, seed, steps, chosen)
     wanted = parse_size(size) if size else None

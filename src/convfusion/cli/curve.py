@@ -9,7 +9,13 @@ import typer
 
 from convfusion.cli.console import console, describe, progress_bar
 from convfusion.cli.distill import source_of
-from convfusion.cli.models import equip, is_embedded, needs_matplotlib, stock_pipeline
+from convfusion.cli.models import (
+    check_loading,
+    equip,
+    is_embedded,
+    needs_matplotlib,
+    stock_pipeline,
+)
 from convfusion.cli.options import Config, Data, Device, Model, Precision, Revision, Size, check_new
 
 RATES = {True: 2e-2, False: 5e-4}  # the demo's on the embedded model; Grafting's for any other
@@ -45,7 +51,8 @@ def curve(
 
     Writes curve.json, curve.csv, curve.png, and configs for `convert` and `distill`.
     """
-    needs_matplotlib("convfusion.distill.curve.replacement_curve")
+    needs_matplotlib("take convfusion.distill.curve.replacement_curve in Python for the numbers")
+    check_loading(precision, device)
     from convfusion.distill.curve import chosen_counts
     from convfusion.distill.partial import check_ranking
     from convfusion.distill.settings import RunSettings

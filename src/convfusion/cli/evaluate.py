@@ -10,7 +10,7 @@ import typer
 
 from convfusion.cli.analyze import read_prompts
 from convfusion.cli.console import INTERRUPTED, console, fail, progress_bar
-from convfusion.cli.models import equip, guidance_for, is_embedded, load_pipeline
+from convfusion.cli.models import check_loading, equip, guidance_for, is_embedded, load_pipeline
 from convfusion.cli.options import (
     Blocks,
     Device,
@@ -75,10 +75,16 @@ def evaluate(
     launcher such as torchrun, processes share the drawing.
     """
     from convfusion.evaluate import open_clip, open_extractor, plan
-    from convfusion.evaluate.extractors import check_installed
+    from convfusion.evaluate.extractors import check_extractor
+    from convfusion.extras import check_installed
 
-    check_installed("torchmetrics", "matplotlib")
+    check_installed("torchmetrics", "matplotlib", extra="eval")
+    for network in (extractor, clip):
+        if network is not None:
+            check_extractor(network)
     check_folder(out)
+    check_loading(precision, device)
+    check_real(real)
     wanted = prompts_of(model, prompts)
     if samples is None and prompts is None:
         samples = MINI_SAMPLES
@@ -173,6 +179,14 @@ def real_pictures(pipe: Any, model: str, spec: str | None, prompts: Path | None,
             )
         return None
     return decoded(pipe, held, "held-out pictures, as the VAE decodes them", size)
+
+
+def check_real(spec: str | None) -> None:
+    """Raise a ConvFusionError unless there are real pictures where they are said to be."""
+    from convfusion.evaluate.real import open_real
+
+    if spec is not None:
+        open_real(spec, (1, 1))
 
 
 def named(model: str, blocks: Path | None = None) -> str:

@@ -78,7 +78,7 @@ def latency(
     check_file(out)
     check_file(plot)
     if plot is not None:
-        needs_matplotlib("--out")
+        needs_matplotlib("give --out for the numbers alone")
     before = read_rows(out) if out is not None and out.exists() else []
     found = bench_model(model)
     configs = contenders(found, rivals(mixers), ratio or (0.5,))

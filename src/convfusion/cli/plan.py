@@ -8,6 +8,7 @@ import typer
 
 from convfusion.cli.console import console
 from convfusion.cli.models import (
+    check_loading,
     conversion_for,
     stock_pipeline,
     torch_device,
@@ -45,6 +46,7 @@ def plan(
     from convfusion.generate import check_size, unit_of
 
     wanted = parse_size(size)
+    check_loading(precision, device)
     if model in FULL_SIZE:
         if revision is not None:
             raise ConvFusionError(f"--revision is of a name on the Hub: {model} is none")

@@ -10,6 +10,7 @@ from typing import Any
 from convfusion.data.contents import digest_of_rows
 from convfusion.data.samples import CAPTION_NAMES, Ranges, Sample, make_sample
 from convfusion.errors import ConvFusionError
+from convfusion.extras import check_installed
 
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -56,12 +57,9 @@ class Rows(Ranges):
 
 
 def open_rows(spec: str, image: str | None, caption: str | None, split: str | None) -> Rows:
-    try:
-        import datasets
-    except ImportError:
-        raise ConvFusionError(
-            f"{spec} needs the package datasets: pip install 'convfusion[data]'"
-        ) from None
+    check_installed("datasets")
+    import datasets
+
     try:
         data = _load(spec)
     except ConvFusionError:

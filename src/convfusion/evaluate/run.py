@@ -16,12 +16,13 @@ from convfusion.errors import ConvFusionError
 from convfusion.evaluate import measure
 from convfusion.evaluate.drawing import STUDENT, check_place, draw
 from convfusion.evaluate.draws import Draws, settings_of, size_of
-from convfusion.evaluate.extractors import Clip, Extractor, Features, check_installed
+from convfusion.evaluate.extractors import Clip, Extractor, Features
 from convfusion.evaluate.images import SSIM_SIDE
 from convfusion.evaluate.measure import REAL
 from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import RealPictures
 from convfusion.evaluate.results import Evaluation
+from convfusion.extras import check_installed
 from convfusion.generate import check_guidance, check_size, check_steps
 from convfusion.schedule import noise_schedule
 
@@ -60,7 +61,7 @@ def evaluate(
         ConvFusionError: something does not fit. Nothing is drawn then.
     """
     folder = Path(out)
-    check_installed("torchmetrics", "matplotlib")
+    check_installed("torchmetrics", "matplotlib", extra="eval")
     reference = teacher_denoiser(pipe, teacher)
     check_draws(pipe, draws)
     settings = settings_of(pipe, reference, draws)
