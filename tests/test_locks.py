@@ -2,11 +2,16 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
+from tiny_pipelines import stable_diffusion
 
+from convfusion.data import build_cache, open_source
+from convfusion.data.chunks import Reader, read_with
 from convfusion.errors import ConvFusionError
 from convfusion.locks import LOCK, locked
 
@@ -72,3 +77,28 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         locked(tmp_path / "file" / "inside"),
     ):
         pass
+
+
+def test_one_process_builds_a_cache(tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("red apple")
+    pipe, source, out = stable_diffusion(), open_source(str(tmp_path)), tmp_path / "cache"
+    with locked(out), pytest.raises(ConvFusionError, match="is being written into by process"):
+        build_cache(pipe, source, out)
+    assert not out.exists()
+    assert len(build_cache(pipe, source, out)) == 1
+    with locked(out):  # which is complete, and only read
+        assert len(build_cache(pipe, source, out)) == 1
+
+
+def test_workers_leave_interrupts_to_the_main_process(tmp_path):
+    for i in range(130):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"{i:03d}.png")
+        (tmp_path / f"{i:03d}.txt").write_text("red apple")
+    source = open_source(str(tmp_path))
+    events = read_with(Reader(source, [(16, 16)], [(unit, 0) for unit in range(source.units)]), 2)
+    found = [next(events)]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    found += events
+    assert len(found) == 130 + source.units

@@ -144,7 +144,8 @@ def _tokenizer_identity(tokenizer: Any) -> dict[str, Any] | None:
 def _add(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
     values = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(memoryview(values.view(torch.uint8).numpy()))
+    content: Any = values.view(torch.uint8).numpy()
+    digest.update(memoryview(content))
 
 
 def _adapters(module: nn.Module) -> list[Any]:

@@ -61,8 +61,8 @@ def digest_of_rows(data: Any, image: str, caption: str) -> str:
             content = picture.get("bytes") if isinstance(picture, dict) else picture
             if content is None and path:
                 named[f"{len(named)} {Path(path).name}"] = Path(path)
-            plain = isinstance(content, bytes)
-            _add(digest, content if plain else json.dumps(content, default=repr))
+            told = content if isinstance(content, bytes) else json.dumps(content, default=repr)
+            _add(digest, told)
     return hashlib.sha256((digest.hexdigest() + digest_of_files(named)).encode()).hexdigest()[:16]
 
 

@@ -56,8 +56,8 @@ def check_twins(pipe: Any, teacher: Any) -> None:
                 f"this is not its teacher's twin: its {words} {one.config.get(name)}, and the "
                 f"teacher's {other.config.get(name)}"
             )
-    words = ("in the teacher", "here")
-    if other_parts := differences(identity(teacher), identity(pipe), words):
+    where = ("in the teacher", "here")
+    if other_parts := differences(identity(teacher), identity(pipe), where):
         raise ConvFusionError(
             f"this is not its teacher's twin: another {', another '.join(other_parts)}"
         )
