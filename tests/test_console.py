@@ -51,13 +51,13 @@ def test_names_are_printed_as_they_are(capsys, monkeypatch):
 
 LATE = {
     "precision of a run": (["distill", "mini", "--out", "x", "--precision", "half"], "precision"),
-    "device of a run": (["distill", "mini", "--out", "x", "--device", "gpu7"], "device 'gpu7'"),
+    "device of a run": (["distill", "mini", "--out", "x", "--device", "gpu7"], "gpu7"),
     "tracker": (["distill", "mini", "--out", "x", "--tracker", "paper"], "the tracker 'paper'"),
     "revision": (["distill", "mini", "--out", "x", "--revision", "main"], "--revision"),
-    "cache": (["cache", "nowhere", "--out", "x", "--data", "y", "--device", "gpu7"], "device 'gpu7'"),
+    "cache": (["cache", "nowhere", "--out", "x", "--data", "y", "--device", "gpu7"], "gpu7"),
     "drawing": (["cache", "nowhere", "--out", "x", "--data", "DATA", "--seed", "-1"], "seeds must"),
     "analyze": (["analyze", "nowhere", "--out", "x", "--precision", "half"], "precision"),
-    "ablate": (["ablate", "nowhere", "--out", "x", "--device", "gpu7"], "device 'gpu7'"),
+    "ablate": (["ablate", "nowhere", "--out", "x", "--device", "gpu7"], "gpu7"),
     "curve": (["curve", "nowhere", "--out", "x", "--precision", "half"], "precision"),
     "convert": (["convert", "nowhere", "--out", "x", "--precision", "half"], "precision"),
     "plan": (["plan", "nowhere", "--size", "64x64", "--precision", "half"], "precision"),
