@@ -278,7 +278,7 @@ def write(rows: list[Row], out: Path) -> None:
     """A CSV, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_suffix(".part")
-    with open(unfinished, "w", newline="") as file:
+    with open(unfinished, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(field.name for field in fields(Row))
         for row in rows:

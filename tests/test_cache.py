@@ -344,8 +344,8 @@ def lose_row(path):
         ("empty.safetensors", Path.unlink),
         ("empty.safetensors", cut),
         ("cache.json", lambda path: path.write_bytes(b"\xff")),
-        ("cache.json", lambda path: path.write_text('{"format": 2}')),
-        ("cache.json", lambda path: path.write_text('{"format": 1, "complete": true}')),
+        ("cache.json", lambda path: path.write_text('{"format": 1}')),
+        ("cache.json", lambda path: path.write_text('{"format": 2, "complete": true}')),
     ],
 )
 def test_a_damaged_cache_is_refused(pipe, tmp_path, name, damage):

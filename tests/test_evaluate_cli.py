@@ -134,7 +134,7 @@ MISTAKES = {
     "no such prompts": (["model", "--prompts", "gone.txt"], "cannot be read"),
     "empty prompts": (["model", "--prompts", "none.txt"], "has no prompts"),
     "uneven samples": (["model", "--samples", 3], "give 4 samples, or up to 2"),
-    "other vae": (["model", "--teacher", "other-vae"], "different weights in their vae"),
+    "other vae": (["model", "--teacher", "other-vae"], "twin: another vae (weights"),
     "no such teacher": (["model", "--teacher", "no/such"], "no/such is no pipeline"),
     "other family": (["mini", "--teacher", "model"], "not its teacher's twin"),
     "no extractor": (["mini", "--extractor", "empty"], "has no safetensors"),

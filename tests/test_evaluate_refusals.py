@@ -76,8 +76,8 @@ def other_family():
 NO_TWINS = {
     unconverted: "not converted, so there is nothing to compare",
     dropped: "was dropped: give the original pipeline",
-    other_vae: "different weights in their vae",
-    other_text_encoder: "different weights in their text_encoder",
+    other_vae: r"another vae \(weights \w+ in the teacher, \w+ here\)",
+    other_text_encoder: r"another text encoder \(weights ",
     other_size: "latent size 8, and the teacher's 16",
     other_channels: "latent channels 4, and the teacher's 8",
     other_schedule: "other noise schedules",

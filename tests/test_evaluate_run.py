@@ -284,7 +284,7 @@ OTHERS = {
               "seeds"),
     "batches": (lambda: (student(), draws(batch_size=2)), "batch_size"),
     "weights": (lambda: (changed(other_weights), draws()), "weights.student"),
-    "scheduler": (lambda: (changed(other_scheduler), draws()), "scheduler.config"),
+    "scheduler": (lambda: (changed(other_scheduler), draws()), "scheduler.clip_sample false"),
 }  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from tiny_pipelines import PIPELINES, pixart_sigma, stable_diffusion
 
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, surgery, uniform
-from convfusion.analysis.plots import short_name
 from convfusion.cli.curve import print_curve
 from convfusion.data import LatentDataset
 from convfusion.data.latents import hold_out, training_data
@@ -28,7 +27,7 @@ from convfusion.distill.partial import (
     subset_errors,
 )
 from convfusion.distill.validation import held_out_error, noised
-from convfusion.families import denoiser_of, list_sites
+from convfusion.families import denoiser_of, list_sites, shorten_path
 from convfusion.mixers import Neighbourhood
 from convfusion.surgery import attention_back, install, mixers_of
 from convfusion.surgery.config import with_kernel_sizes
@@ -301,7 +300,7 @@ class TestCurve:
         cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
         own = curve.orders[f"by_{by}"]
         other = curve.orders["by_imitation" if by == "epsilon" else "by_epsilon"]
-        assert [row[1] for row in cells] == [short_name(point.site) for point in own]
+        assert [row[1] for row in cells] == [shorten_path(point.site) for point in own]
         for column, points in ((5, own), (6, other), (7, curve.dearest)):
             assert [row[column] for row in cells] == [f"{p.epsilon_error:.2e}" for p in points]
         alone = {site.path: f"{site.epsilon_error:.2e}" for site in curve.costs.sites}

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
+from convfusion.extras import check_installed
 from convfusion.families import Denoiser, denoiser_of, example_inputs, family_of, native_latents
 from convfusion.families.conditioning import flat, nested
 from convfusion.folders import made_folder, scratch_folder
@@ -96,14 +96,18 @@ def without_attention(model: Denoiser) -> Denoiser:
     return bare.eval()
 
 
-def _check(model: Denoiser, path: Path) -> None:
-    """Everything that can be told before the export."""
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise ConvFusionError(
-            f"an export needs {', '.join(missing)}: pip install 'convfusion[onnx]'"
-        )
+def check_target(path: Path) -> None:
+    """Raise a ConvFusionError unless packages are there and a file can be; needs no model."""
+    check_installed(*NEEDED)
     if path.suffix != ".onnx" or path.is_dir():
         raise ConvFusionError(f"the file must end in .onnx, unlike {path}")
+    if file := next((each for each in path.parents if each.is_file()), None):
+        raise ConvFusionError(f"{path} cannot be a file: {file} is no folder")
+
+
+def _check(model: Denoiser, path: Path) -> None:
+    """Everything that can be told before the export."""
+    check_target(path)
     mixers = mixers_of(model)
     if not mixers:
         raise ConvFusionError("this model is not converted: there is nothing new to export")

@@ -106,8 +106,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_tensors`, for text."""
-    write_bytes(path, text.encode())
+    """As `write_tensors`, for text, in UTF-8; a lone surrogate is written as JSON escapes it."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:

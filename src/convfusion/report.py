@@ -12,6 +12,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from convfusion.escaping import one_line
+
 SHOWN_SIDE = 128  # smaller pictures are enlarged to about this, each pixel a square
 INK, PAPER = "#1b1f24", "white"
 
@@ -44,7 +46,7 @@ def labelled_grid(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[s
     draw = ImageDraw.Draw(sheet)
     large, small = ImageFont.load_default(16), ImageFont.load_default(13)
     for r, (name, images) in enumerate(rows.items()):
-        text = textwrap.fill(name, 17)
+        text = textwrap.fill(one_line(name), 17)
         top = r * (height + gap)
         box = (left - 12, top + height // 2)
         draw.multiline_text(box, text, fill=INK, font=large, anchor="rm", align="right")
@@ -52,7 +54,7 @@ def labelled_grid(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[s
             enlarged = image.resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (left + c * (width + gap), top))
     for c, prompt in enumerate(prompts):
-        text = textwrap.fill(prompt, max(19, width // 7))
+        text = textwrap.fill(one_line(prompt), max(19, width // 7))
         box = (left + c * (width + gap) + width // 2, len(rows) * (height + gap) + 2)
         draw.multiline_text(box, text, fill=INK, font=small, anchor="ma", align="center")
     return sheet

@@ -13,6 +13,7 @@ from convfusion import report
 from convfusion.analysis import plots
 from convfusion.analysis.kernel_sizes import recommend
 from convfusion.analysis.study import Analysis, SiteAnalysis
+from convfusion.families import shorten_path
 from convfusion.files import write_picture, write_text
 from convfusion.mixers.delta_conv import DeltaConv
 
@@ -182,7 +183,7 @@ def _cells(site: SiteAnalysis) -> tuple[str, ...]:
     mean, single = site.mean, site.single
     fit = mean.decay
     return (
-        html.escape(plots.short_name(site.path)),
+        html.escape(shorten_path(site.path)),
         f"{site.grid[0]}×{site.grid[1]}",
         f"{mean.receptive_field or '–'}, {single.receptive_field or '–'}",
         str(site.uniform_receptive_field),

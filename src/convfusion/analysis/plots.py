@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator
 
 from convfusion.analysis.statistics import DecayFit, fitted_distances, windows
 from convfusion.analysis.study import Analysis, SiteAnalysis
+from convfusion.families import shorten_path
 
 # Okabe and Ito's colours, which tell apart under the common kinds of colour blindness.
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
@@ -21,17 +22,6 @@ GREY, INK, FAINT = "#8c959f", "#1b1f24", "#d8dee4"
 COLUMNS = 4
 
 Panel = Callable[[Axes, SiteAnalysis], None]
-
-
-def short_name(path: str) -> str:
-    """A site's path, shortened: `down 0 1` is the second attention of the first down block."""
-    names = {"down_blocks": "down", "up_blocks": "up", "mid_block": "mid"}
-    words = path.removesuffix(".attn1").replace("transformer_blocks", "block").split(".")
-    words = [names.get(word, word) for word in words if word != "attentions"]
-    if words[0] == "mid":
-        words = [words[0], *words[2:]]
-    text = " ".join(words)
-    return text.replace(" block 0", "") if "down" in text or "up" in text or "mid" in text else text
 
 
 def score_mass(analysis: Analysis) -> Figure:
@@ -118,7 +108,7 @@ def receptive_fields(analysis: Analysis, control: Analysis | None = None) -> Fig
         found = control.sites[y].mean.receptive_field if control is not None else None
         if found:
             axes.plot(found, y + 0.25, "x", color=GREY)
-    grids = [f"{short_name(s.path)}  ({s.grid[0]}×{s.grid[1]})" for s in analysis.sites]
+    grids = [f"{shorten_path(s.path)}  ({s.grid[0]}×{s.grid[1]})" for s in analysis.sites]
     marks = [f"{g} *" if s.artefact else g for g, s in zip(grids, analysis.sites, strict=True)]
     axes.set_yticks(range(rows), marks)
     axes.set_ylim(rows - 0.4, -0.6)
@@ -179,7 +169,7 @@ def mean_maps(analysis: Analysis) -> Figure:
     for axes in grid.flat:
         axes.set_axis_off()
     for row, site in zip(grid, analysis.sites, strict=True):
-        label = f"{short_name(site.path)}\n{site.grid[0]}×{site.grid[1]}"
+        label = f"{shorten_path(site.path)}\n{site.grid[0]}×{site.grid[1]}"
         row[0].text(-0.12, 0.5, label, transform=row[0].transAxes, **_ROW)
         for axes, image, (y, x) in zip(row, site.shown, site.shown_at, strict=False):
             axes.imshow(image, cmap="magma", vmin=0)
@@ -208,7 +198,7 @@ def _panels(
     for axes, site in zip(every, analysis.sites, strict=False):
         panel(axes, site)
         mark = "  * sinks" if site.artefact else ""
-        title = f"{short_name(site.path)}  ({site.grid[0]}×{site.grid[1]}){mark}"
+        title = f"{shorten_path(site.path)}  ({site.grid[0]}×{site.grid[1]}){mark}"
         axes.set_title(title, fontsize=9)
         _clean(axes)
     for axes in list(figure.axes)[len(analysis.sites) :]:

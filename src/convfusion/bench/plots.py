@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from convfusion.analysis.plots import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, SKY, short_name
+from convfusion.analysis.plots import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, SKY
 from convfusion.bench.rows import ATTENTION, Row
 from convfusion.errors import ConvFusionError
+from convfusion.families import shorten_path
 
 COLUMNS = 3
 COLOURS = (ORANGE, GREEN, PURPLE, SKY, INK, GREY)  # of what stands in the attention's place
@@ -66,5 +67,5 @@ def _line(axes: Axes, rows: Sequence[Row], colour: str, label: str) -> None:
 
 def _title(row: Row) -> str:
     passes = ", forward and backward" if row.backward else ""
-    what = f"{short_name(row.site)}: C {row.channels}, K {row.kernel_size}" if row.site else "all"
+    what = f"{shorten_path(row.site)}: C {row.channels}, K {row.kernel_size}" if row.site else "all"
     return f"{row.model} {what}, batch {row.batch}{passes}"

@@ -133,7 +133,7 @@ def read_rows(path: Path) -> list[Row]:
         ConvFusionError: the file has other columns, or a value that is no number.
     """
     kinds = {each.name: str(each.type) for each in fields(Row)}
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         table = csv.DictReader(file)
         if table.fieldnames != list(kinds):
             raise ConvFusionError(f"{path} is no table of latencies: give a new file")

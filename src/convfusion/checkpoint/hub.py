@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from convfusion.checkpoint.loading import check_index
 from convfusion.errors import CheckpointError, ConvFusionError, first_line
+from convfusion.escaping import markdown_code, markdown_text, python_string
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # of a repository, owner/name
 
@@ -118,7 +119,7 @@ def front_matter(base_model: str, *tags: str) -> str:
     """The head of a model card, which the Hub reads."""
     data = ModelCardData(
         library_name="diffusers",
-        base_model=base_model if base_model.count("/") == 1 else None,
+        base_model=base_model if NAME.fullmatch(base_model) else None,
         tags=["convfusion", "attention-free", *tags],
     )
     return f"---\n{data.to_yaml()}\n---\n\n"
@@ -126,24 +127,27 @@ def front_matter(base_model: str, *tags: str) -> str:
 
 def plain_card(manifest: Mapping[str, Any]) -> str:
     """A card for blocks of which only the manifest is known."""
-    base = manifest.get("base_model") or "the base model"
+    base = str(manifest.get("base_model") or "the base model")
+    version = markdown_text(manifest.get("version"))
     kinds: dict[str, int] = {}
     for site in manifest["sites"].values():
         mixer = dict(site["mixer"])
         kind = mixer.pop("kind")
-        words = f"`{kind}`: " + ", ".join(f"{name} {value}" for name, value in mixer.items())
+        told = [f"{markdown_text(name)} {markdown_text(value)}" for name, value in mixer.items()]
+        name = markdown_code(kind) if str(kind).isidentifier() else markdown_text(kind)
+        words = f"{name}: {', '.join(told)}"
         kinds[words] = kinds.get(words, 0) + 1
     listed = "\n".join(f"- {count} × {words}" for words, count in kinds.items())
-    return f"""{front_matter(base)}# {base}: blocks in place of self-attention
+    return f"""{front_matter(base)}# {markdown_text(base)}: blocks in place of self-attention
 
-Made with ConvFusion {manifest.get("version")}. Everything but these blocks is the base model, whose
+Made with ConvFusion {version}. Everything but these blocks is the base model, whose
 licence holds.
 
 ```python
 import convfusion
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe = DiffusionPipeline.from_pretrained({python_string(base)})
 convfusion.load(pipe, {HERE})
 ```
 

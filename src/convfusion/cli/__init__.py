@@ -9,7 +9,7 @@ import typer
 from convfusion.cli.analyze import ablate, analyze
 from convfusion.cli.bench import bench
 from convfusion.cli.cache import cache
-from convfusion.cli.console import INTERRUPTED, fail, quiet_libraries
+from convfusion.cli.console import INTERRUPTED, fail, quiet_libraries, steady_streams
 from convfusion.cli.convert import convert
 from convfusion.cli.curve import curve
 from convfusion.cli.demo import demo
@@ -20,6 +20,7 @@ from convfusion.cli.generate import generate
 from convfusion.cli.latency import latency
 from convfusion.cli.plan import plan
 from convfusion.errors import ConvFusionError
+from convfusion.extras import explained
 
 app = typer.Typer(
     name="convfusion",
@@ -37,11 +38,16 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit status 2."""
+    steady_streams()
     quiet_libraries()
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (ConvFusionError, OSError) as error:
         fail(str(error))
+    except ImportError as error:
+        if (told := explained(error)) is None:
+            raise
+        fail(told)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer says of wrong usage
             raise

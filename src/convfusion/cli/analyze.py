@@ -10,8 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from convfusion import text
-from convfusion.cli.console import progress_bar
-from convfusion.cli.models import guidance_for, is_embedded, needs_matplotlib, stock_pipeline
+from convfusion.cli.console import console, progress_bar
+from convfusion.cli.models import (
+    check_loading,
+    guidance_for,
+    is_embedded,
+    needs_matplotlib,
+    stock_pipeline,
+)
 from convfusion.cli.options import Device, Model, Precision, Revision, Size, check_new, parse_size
 from convfusion.errors import ConvFusionError
 
@@ -54,7 +60,8 @@ def analyze(
 
     Writes report.html, analysis.json, the figures, and kernels.json for `convert --config`.
     """
-    needs_matplotlib("convfusion.analysis.analyze")
+    needs_matplotlib("take convfusion.analysis.analyze in Python for the numbers alone")
+    check_loading(precision, device)
     from convfusion.analysis import AnalysisConfig, HighPass, Measure, untrained
     from convfusion.analysis import analyze as run
     from convfusion.analysis.capture import sampling_timesteps
@@ -115,6 +122,7 @@ def ablate(
     from convfusion.analysis.capture import sampling_timesteps
 
     check_new(out)
+    check_loading(precision, device)
     drawn = read_prompts(model, prompts, mini_prompts=9)
     tried = variants(window or [13, 7, 3], sites=site)
     looked_at, wanted = parse_timesteps(timesteps), parse_size(size) if size else None
@@ -163,7 +171,6 @@ def parse_timesteps(given: str | None) -> tuple[float, ...] | None:
 
 
 def print_claims(found: list[tuple[str, str]], other: list[tuple[str, str]] | None) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="The paper's claims, by layer")
@@ -173,11 +180,10 @@ def print_claims(found: list[tuple[str, str]], other: list[tuple[str, str]] | No
         table.add_column("untrained")
     for i, (claim, count) in enumerate(found):
         table.add_row(claim, count, *([other[i][1]] if other else []))
-    Console().print(table)
+    console().print(table)
 
 
 def print_ablation(rows: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from convfusion.report import decibels
@@ -188,4 +194,4 @@ def print_ablation(rows: dict[str, dict[str, Any]]) -> None:
     for name, row in list(rows.items())[1:]:
         psnr = decibels(row["psnr"], row["psnr_error"])
         table.add_row(name, f"{row['epsilon_error']:.2e}", psnr)
-    Console().print(table)
+    console().print(table)

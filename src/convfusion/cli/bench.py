@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from convfusion.cli.console import console
 from convfusion.cli.options import Ratio, Rivals, check_file, parse_size
 
 if TYPE_CHECKING:
@@ -77,7 +78,6 @@ def rivals(mixers: str | None) -> Sequence[str]:
 
 def print_totals(costs: list[Cost]) -> None:
     """One model: a row for each size and a column for each contender."""
-    from rich.console import Console
     from rich.table import Table
 
     from convfusion.bench.counts import ratios
@@ -103,7 +103,7 @@ def print_totals(costs: list[Cost]) -> None:
     for name, cells in rows.items():
         table.add_row(name, *cells)
     table.add_row("parameters", *parameters.values())
-    Console().print(table)
+    console().print(table)
 
 
 def scaled(number: float, step: int, units: tuple[str, ...]) -> str:

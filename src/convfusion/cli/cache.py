@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.console import progress_bar
-from convfusion.cli.models import guidance_for, load_pipeline
+from convfusion.cli.console import console, progress_bar
+from convfusion.cli.models import check_loading, guidance_for, load_pipeline
 from convfusion.cli.options import (
     Device,
     Model,
@@ -60,6 +60,7 @@ def cache(
     from convfusion.data.sources import Drawing, open_source
 
     check_folder(out)
+    check_loading(precision, device)
     chosen = guidance_for(model) if guidance is None else guidance
     drawing = Drawing(per_prompt, seed, steps, chosen)
     wanted = parse_size(size) if size else None
@@ -109,8 +110,6 @@ def encode(pipe: Any, source: Any, out: Path, **options: Any) -> Any:
 
 def print_cache(built: Any) -> None:
     """Samples by size, and what was skipped."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from convfusion.data.chunks import size_name
@@ -120,11 +119,11 @@ def print_cache(built: Any) -> None:
     table.add_column("samples", justify="right")
     for size, group in zip(built.sizes, built.groups, strict=True):
         table.add_row(size_name(size), str(len(group)))
-    Console().print(table)
+    console().print(table)
     if built.skipped:
         table = Table(title="Skipped")
         for column in ("reason", "samples", "the first of them"):
             table.add_column(column, justify="right" if column == "samples" else "left")
         for reason, found in built.skipped.items():
-            table.add_row(reason, str(found["count"]), escape(", ".join(found["names"][:3])))
-        Console().print(table)
+            table.add_row(reason, str(found["count"]), ", ".join(found["names"][:3]))
+        console().print(table)

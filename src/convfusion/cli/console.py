@@ -8,6 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
 INTERRUPTED = 130  # exit status after Ctrl-C
@@ -17,6 +18,20 @@ def fail(message: str, status: int = 2) -> NoReturn:
     """Say what is wrong in one line, and leave."""
     print(f"convfusion: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+def steady_streams() -> None:
+    """Print `?` for what an output cannot show, as of code page 1252 or a name that is no text."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a stream that is closed is None
+            stream.reconfigure(errors="replace")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A terminal for tables, on which text is text: names may look like markup or emoji codes."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False)
 
 
 def progress_bar() -> Progress:
@@ -29,10 +44,11 @@ def progress_bar() -> Progress:
     )
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
+        console=console(),
     )
 
 
@@ -42,7 +58,6 @@ def describe(terms: dict[str, float]) -> str:
 
 def print_results(results: dict[str, Any]) -> None:
     """The demo's table on the terminal."""
-    from rich.console import Console
     from rich.table import Table
 
     from convfusion.report import decibels
@@ -56,7 +71,7 @@ def print_results(results: dict[str, Any]) -> None:
         ratio = f"1/{worst / row['epsilon_error']:.1f}"
         psnr = decibels(row["image_psnr"], row["image_psnr_error"])
         table.add_row(name, f"{row['epsilon_error']:.2e}", ratio, psnr)
-    Console().print(table)
+    console().print(table)
 
 
 def hide_loading_bars() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from convfusion.cli.models import equip, load_pipeline
+from convfusion.cli.models import check_loading, equip, load_pipeline
 from convfusion.cli.options import (
     Blocks,
     Config,
@@ -49,6 +49,7 @@ def convert(
     from convfusion.checkpoint import pipelines
 
     check_new(out)
+    check_loading(precision, None)
     pipe = load_pipeline(model, precision, "cpu", revision)
     status = equip(pipe, blocks, config, every, first, average)
     if drop_attention:

@@ -7,9 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.console import describe, progress_bar
+from convfusion.cli.console import console, describe, progress_bar
 from convfusion.cli.distill import source_of
-from convfusion.cli.models import equip, is_embedded, needs_matplotlib, stock_pipeline
+from convfusion.cli.models import (
+    check_loading,
+    equip,
+    is_embedded,
+    needs_matplotlib,
+    stock_pipeline,
+)
 from convfusion.cli.options import Config, Data, Device, Model, Precision, Revision, Size, check_new
 
 RATES = {True: 2e-2, False: 5e-4}  # the demo's on the embedded model; Grafting's for any other
@@ -45,7 +51,8 @@ def curve(
 
     Writes curve.json, curve.csv, curve.png, and configs for `convert` and `distill`.
     """
-    needs_matplotlib("convfusion.distill.curve.replacement_curve")
+    needs_matplotlib("take convfusion.distill.curve.replacement_curve in Python for the numbers")
+    check_loading(precision, device)
     from convfusion.distill.curve import chosen_counts
     from convfusion.distill.partial import check_ranking
     from convfusion.distill.settings import RunSettings
@@ -115,10 +122,9 @@ def in_two(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:
 
 def print_curve(found: Any, ranking: str) -> None:
     """The sites in the chosen order, what other orders leave, and how two ways to rank agree."""
-    from rich.console import Console
     from rich.table import Table
 
-    from convfusion.analysis.plots import short_name
+    from convfusion.families import shorten_path
 
     costs = {site.path: site for site in found.costs.sites}
     table = Table(
@@ -140,8 +146,8 @@ def print_curve(found: Any, ranking: str) -> None:
         alone = [f"{error:.2e}" for error in (cost.imitation_error, cost.epsilon_error)]
         so_far = [f"{each.epsilon_error:.2e}" for each in (point, *rivals)]
         gone = f"{point.flops_gone:.0%}"
-        table.add_row(str(k), short_name(point.site), *alone, gone, *so_far)
-    Console().print(table)
+        table.add_row(str(k), shorten_path(point.site), *alone, gone, *so_far)
+    console().print(table)
     agreement = found.costs.rank_correlation
     if agreement is not None:
         typer.echo(f"Rank correlation of imitation error and ε-error alone: {agreement:.2f}")

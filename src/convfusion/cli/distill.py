@@ -11,9 +11,16 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.cache import encode, guided_as_it_can
-from convfusion.cli.console import describe, progress_bar
+from convfusion.cli.console import console, describe, progress_bar
 from convfusion.cli.fields import with_fields
-from convfusion.cli.models import equip, guidance_for, is_embedded, load_pipeline
+from convfusion.cli.models import (
+    check_loading,
+    check_revision,
+    equip,
+    guidance_for,
+    is_embedded,
+    load_pipeline,
+)
 from convfusion.cli.options import (
     Config,
     Data,
@@ -71,7 +78,7 @@ def distill(
 
     Ctrl-C stops after the step at hand and saves; go on with --resume.
     """
-    from convfusion.distill.environment import check_possible
+    from convfusion.distill.environment import check_libraries, check_possible
     from convfusion.distill.settings import as_toml, read_settings
     from convfusion.families import denoiser_of
     from convfusion.surgery import mixers_of
@@ -80,6 +87,9 @@ def distill(
     named |= {"revision": revision, "config": config, "every": every, "first": first}
     run = read_settings(settings, {**named, "distill": given})
     check_run(run, None if dry_run else out, dry_run=dry_run, resume=resume)
+    check_loading(precision, device)
+    check_libraries(run.distill)
+    check_revision(run.model, run.revision or None)
     ready = source_of(run) if run.data or not dry_run else None
     main = os.environ.get("RANK", "0") == "0"
     if main:
@@ -229,7 +239,6 @@ def print_plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None) -
     """What would train, and what it would take."""
     from datetime import timedelta
 
-    from rich.console import Console
     from rich.table import Table
 
     from convfusion import surgery
@@ -251,7 +260,7 @@ def print_plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None) -
     ):
         if value:
             table.add_row(name, value)
-    Console().print(table)
+    console().print(table)
 
 
 def validation_grid(pipe: Any, prompts: list[str], guidance: float) -> Any:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.analyze import read_prompts
-from convfusion.cli.console import INTERRUPTED, fail, progress_bar
-from convfusion.cli.models import equip, guidance_for, is_embedded, load_pipeline
+from convfusion.cli.console import INTERRUPTED, console, fail, progress_bar
+from convfusion.cli.models import check_loading, equip, guidance_for, is_embedded, load_pipeline
 from convfusion.cli.options import Blocks, Device, Model, Precision, Size, check_folder, parse_size
 
 MINI_SAMPLES = 64
@@ -67,10 +67,16 @@ def evaluate(
     launcher such as torchrun, processes share the drawing.
     """
     from convfusion.evaluate import open_clip, open_extractor, plan
-    from convfusion.evaluate.extractors import check_installed
+    from convfusion.evaluate.extractors import check_extractor
+    from convfusion.extras import check_installed
 
-    check_installed("torchmetrics", "matplotlib")
+    check_installed("torchmetrics", "matplotlib", extra="eval")
+    for network in (extractor, clip):
+        if network is not None:
+            check_extractor(network)
     check_folder(out)
+    check_loading(precision, device)
+    check_real(real)
     wanted = prompts_of(model, prompts)
     if samples is None and prompts is None:
         samples = MINI_SAMPLES
@@ -167,6 +173,14 @@ def real_pictures(pipe: Any, model: str, spec: str | None, prompts: Path | None,
     return decoded(pipe, held, "held-out pictures, as the VAE decodes them", size)
 
 
+def check_real(spec: str | None) -> None:
+    """Raise a ConvFusionError unless there are real pictures where they are said to be."""
+    from convfusion.evaluate.real import open_real
+
+    if spec is not None:
+        open_real(spec, (1, 1))
+
+
 def named(model: str, blocks: Path | None = None) -> str:
     """What the report calls a pipeline: no path of this machine."""
     name = Path(model).name if Path(model).exists() else model
@@ -175,8 +189,8 @@ def named(model: str, blocks: Path | None = None) -> str:
 
 def print_evaluation(found: Any) -> None:
     """Each number of the student beside the teacher's own, from equal noises and from others."""
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER
     from convfusion.evaluate.page import WORDS
@@ -197,7 +211,7 @@ def print_evaluation(found: Any) -> None:
     for reference, metric_rows in groups.items():
         against = f"against {WORDS.get(reference, reference)}" if reference else "by itself"
         table.add_section()
-        table.add_row(f"[bold]{against}[/bold]")
+        table.add_row(Text(against, style="bold"))
         for metric, cells in metric_rows.items():
             table.add_row(metric.replace("_", " "), *(cells.get(side, "") for side in sides))
-    Console().print(table)
+    console().print(table)

@@ -18,8 +18,9 @@ def export(
 ) -> None:
     """Write a converted denoiser as ONNX for any size, and compare it with PyTorch."""
     from convfusion import checkpoint
-    from convfusion.export import export_onnx
+    from convfusion.export import check_target, export_onnx
 
+    check_target(out)
     pipe = load_pipeline(model, "float32", "cpu")
     if blocks is not None:
         checkpoint.load(pipe, blocks)

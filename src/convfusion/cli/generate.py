@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.console import progress_bar
-from convfusion.cli.models import guidance_for, load_pipeline, strength_for
+from convfusion.cli.models import check_loading, guidance_for, load_pipeline, strength_for
 from convfusion.cli.options import (
     Blocks,
     Device,
@@ -77,11 +77,14 @@ def generate(
     model's size, then enlarged and partly drawn anew, rung by rung.
     """
     from convfusion import checkpoint
-    from convfusion.generate import check_size
+    from convfusion.generate import check_numbers, check_size
     from convfusion.highres import Ladder
 
     check_prompts(prompt)
     one = check_pictures(out, len(prompt))
+    check_loading(precision, device)
+    seeds = [seed + i for i in range(len(prompt))]
+    check_numbers(seeds, steps, 0 if guidance is None else guidance, 1)
     ladder = Ladder(
         factor=factor,
         strength=strength_for(model) if strength is None else strength,
@@ -96,7 +99,6 @@ def generate(
         checkpoint.load(pipe, blocks)
     if wanted:
         check_size(pipe, wanted)
-    seeds = [seed + i for i in range(len(prompt))]
     settings = {
         "seeds": seeds,
         "steps": steps,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convfusion.cli.bench import rivals
+from convfusion.cli.console import console
 from convfusion.cli.models import needs_matplotlib, torch_device, torch_dtype
 from convfusion.cli.options import Batch, Device, Precision, Ratio, Rivals, check_file, parse_size
 
@@ -69,7 +70,7 @@ def latency(
     check_file(out)
     check_file(plot)
     if plot is not None:
-        needs_matplotlib("--out")
+        needs_matplotlib("give --out for the numbers alone")
     before = read_rows(out) if out is not None and out.exists() else []
     found = bench_model(model)
     configs = contenders(found, rivals(mixers), ratio or (0.5,))
@@ -108,19 +109,17 @@ def kept(
 
 def shown(measure: Any) -> Any:
     """What a benchmark yields, while the terminal shows what it is at."""
-    from rich.console import Console
 
-    with Console(stderr=True).status("") as status:
+    with console(stderr=True).status("") as status:
         yield from measure(status.update)
 
 
 def print_rows(rows: Sequence[Row]) -> None:
     """A line for each variant of each case, and from which size on it is the faster one."""
-    from rich.console import Console
     from rich.table import Table
 
-    from convfusion.analysis.plots import short_name
     from convfusion.bench.rows import ATTENTION, crossovers
+    from convfusion.families import shorten_path
 
     attention = {row.case: row.median_ms for row in rows if row.variant == ATTENTION}
     table = Table(
@@ -145,8 +144,8 @@ def print_rows(rows: Sequence[Row]) -> None:
             "" if stock is None else f"{stock / row.median_ms:.2f}×",
             "" if row.peak_mib is None else f"{row.peak_mib:,.0f} MiB",
         )
-    Console().print(table)
-    names = {row.series: short_name(row.site) if row.site else "the denoiser" for row in rows}
+    console().print(table)
+    names = {row.series: shorten_path(row.site) if row.site else "the denoiser" for row in rows}
     for each in crossovers(rows):
         if each.tokens is None:
             said = "slower than attention at the largest size"
@@ -158,9 +157,9 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def short_site(row: Row) -> str:
-    from convfusion.analysis.plots import short_name
+    from convfusion.families import shorten_path
 
     if not row.site:
         return "all"
     kernel = f", K {row.kernel_size}" if row.kernel_size else ""
-    return f"{short_name(row.site)} ×{row.count}, C {row.channels}{kernel}"
+    return f"{shorten_path(row.site)} ×{row.count}, C {row.channels}{kernel}"

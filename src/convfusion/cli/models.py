@@ -40,8 +40,7 @@ def load_pipeline(
     hide_loading_bars()
     dtype, place = torch_dtype(precision), torch_device(device)
     path = Path(model)
-    if revision is not None and (is_embedded(model) or path.exists()):
-        raise ConvFusionError(f"--revision is of a name on the Hub: {model} is none")
+    check_revision(model, revision)
     if is_embedded(model):
         pipe = mini.load_student() if model == "mini" else mini.load_teacher()
         pipe.to(dtype)
@@ -142,14 +141,23 @@ def stock_pipeline(
     return pipe
 
 
-def needs_matplotlib(otherwise: str) -> None:
-    from importlib.util import find_spec
+def check_revision(model: str, revision: str | None) -> None:
+    """Raise a ConvFusionError for a revision of what is no name on the Hub."""
+    if revision is not None and (is_embedded(model) or Path(model).exists()):
+        raise ConvFusionError(f"--revision is of a name on the Hub: {model} is none")
 
-    if find_spec("matplotlib") is None:
-        raise ConvFusionError(
-            "the figures need matplotlib: pip install 'convfusion[analysis]', or use "
-            f"{otherwise} from Python for the numbers alone"
-        )
+
+def check_loading(precision: str, device: str | None) -> None:
+    """Raise a ConvFusionError for a precision or device that there is not, before any work."""
+    torch_dtype(precision)
+    torch_device(device)
+
+
+def needs_matplotlib(otherwise: str) -> None:
+    """Raise a ConvFusionError unless figures can be drawn."""
+    from convfusion.extras import check_installed
+
+    check_installed("matplotlib", advice=otherwise)
 
 
 def is_embedded(model: str) -> bool:

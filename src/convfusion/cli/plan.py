@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from convfusion.cli.models import conversion_for, stock_pipeline, torch_device, torch_dtype
+from convfusion.cli.console import console
+from convfusion.cli.models import (
+    check_loading,
+    conversion_for,
+    stock_pipeline,
+    torch_device,
+    torch_dtype,
+)
 from convfusion.cli.options import Batch, Config, Device, Precision, Revision, parse_size
 from convfusion.errors import ConvFusionError
 
@@ -30,7 +37,6 @@ def plan(
     revision: Revision = None,
 ) -> None:
     """Tell before a conversion whether it will be faster here, and from which size on."""
-    from rich.console import Console
 
     from convfusion.bench.models import PIXELS_PER_LATENT, bench_model, full_size_configs
     from convfusion.bench.runs import with_random_weights
@@ -39,6 +45,7 @@ def plan(
     from convfusion.generate import check_size
 
     wanted = parse_size(size)
+    check_loading(precision, device)
     if model in full_size_configs():
         if revision is not None:
             raise ConvFusionError(f"--revision is of a name on the Hub: {model} is none")
@@ -51,7 +58,7 @@ def plan(
         scale = latent_scale(pipe)
         latents = wanted[0] // scale, wanted[1] // scale
     chosen = conversion_for(denoiser_of(pipe), config)
-    with Console(stderr=True).status("") as status:
+    with console(stderr=True).status("") as status:
         found = plan_speed(
             pipe, chosen, latents, batch=batch, on_case=lambda t: status.update(f"measuring: {t}")
         )
@@ -60,10 +67,9 @@ def plan(
 
 def print_plan(found: SpeedPlan, scale: int, unit: int) -> None:
     """A line for each kind of site, the whole, and what follows in words."""
-    from rich.console import Console
     from rich.table import Table
 
-    from convfusion.analysis.plots import short_name
+    from convfusion.families import shorten_path
 
     height, width = (side * scale for side in found.size)
     table = Table(title=f"One forward pass at {width}×{height} pixels, batch {found.batch}")
@@ -72,7 +78,7 @@ def print_plan(found: SpeedPlan, scale: int, unit: int) -> None:
     for site in found.sites:
         attention, block = site.seconds
         table.add_row(
-            f"{short_name(site.paths[0])}, C {site.channels}",
+            f"{shorten_path(site.paths[0])}, C {site.channels}",
             str(len(site.paths)),
             f"{site.tokens:,}",
             seconds(attention),
@@ -86,7 +92,7 @@ def print_plan(found: SpeedPlan, scale: int, unit: int) -> None:
     table.add_row(
         "all", "", "", seconds(found.attention), seconds(found.converted), f"{speedup:.2f}×", ""
     )
-    Console().print(table)
+    console().print(table)
     for line in said(found, scale, unit):
         typer.echo(line)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,8 +30,9 @@ from convfusion.data.store import (
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, family_of, native_size
 from convfusion.files import write_tensors, write_text
-from convfusion.fingerprint import fingerprint
-from convfusion.generate import check_size, swapped_denoiser
+from convfusion.fingerprint import differences, identity, module_identity, scheduler_identity
+from convfusion.generate import check_guidance, check_size, check_steps, swapped_denoiser
+from convfusion.locks import LOCK, locked
 from convfusion.surgery import attention_teacher, mixers_of
 
 NAMED = 20  # of the skipped samples, for each reason
@@ -60,13 +60,11 @@ def open_cache(pipe: Any, folder: str | Path, *, size: Size | None = None) -> La
     if size is not None and manifest.get("size") != list(size):
         held = size_name(manifest.get("size", (0, 0)))
         raise ConvFusionError(f"{folder} was built for {held}, not for {size_name(size)}")
-    for part, found in _fingerprints(pipe).items():
-        held = manifest.get("weights", {}).get(part)
-        if found is not None and found != held:
-            raise ConvFusionError(
-                f"{folder} was built with another {part} ({held}) than this pipeline's ({found}), "
-                "or in another precision: build it anew"
-            )
+    if other := differences(manifest.get("rests_on", {}), identity(pipe)):
+        raise ConvFusionError(
+            f"{folder} was built with another {', another '.join(other)}: build it anew, or train "
+            "with the pipeline, in the precision, that it was built with"
+        )
     return LatentCache(folder)
 
 
@@ -110,24 +108,35 @@ def build_cache(
     if num_workers < 0 or batch_size < 1:
         raise ConvFusionError("num_workers must be at least 0, and batch_size at least 1")
     drawing = source.drawing if isinstance(source, Prompts) else None
-    encoder = Encoder(pipe, batch_size, half, drawing)
+    if drawing is not None:
+        check_steps(pipe, drawing.steps)
+        check_guidance(pipe, drawing.guidance)
     _check_place(folder)
+    encoder = Encoder(pipe, batch_size, half, drawing)
     with ExitStack() as stack:
-        settings = {"format": FORMAT, **_rests_on(pipe)}
+        settings = {"format": FORMAT, "family": family_of(denoiser_of(pipe)).name}
+        settings["rests_on"] = _rests_on(pipe)
         if drawing is None:
             stack.enter_context(upcast_vae(pipe.vae))
         else:
             stack.enter_context(_as_teacher(pipe))
-            settings["denoiser"] = fingerprint(denoiser_of(pipe))
+            settings["drawn_by"] = {
+                "teacher": module_identity(denoiser_of(pipe)),
+                "scheduler": scheduler_identity(pipe.scheduler),
+            }
         settings |= {"size": list(sizes[0]), "buckets": [list(each) for each in sizes]}
         settings |= {"batch_size": batch_size, "half": half, "source": source.description()}
-        if _begin(folder, settings, encoder, sizes):
+        if _is_complete(folder, settings):
             return LatentCache(folder)
+        stack.enter_context(locked(folder))
+        if _is_complete(folder, settings):  # by another process meanwhile
+            return LatentCache(folder)
+        _begin(folder, settings, encoder, sizes)
         records = {key_of(path): read_json(path) for path in (folder / CHUNKS).glob("*.json")}
         reader = Reader(source, sizes, _missing(records, source.units))
         events = read_with(reader, 0 if drawing else num_workers)
         _work(folder, events, encoder, records, on_progress or (lambda done: None))
-    _finish(folder, source, [records[key] for key in sorted(records)])
+        _finish(folder, source, [records[key] for key in sorted(records)])
     return LatentCache(folder)
 
 
@@ -148,30 +157,22 @@ def _check_place(folder: Path) -> None:
     if not folder.exists() or (folder / MANIFEST).is_file():
         return
     # A run killed at its very start leaves the manifest aside.
-    if not folder.is_dir() or any(path.suffix != ".tmp" for path in folder.iterdir()):
+    if not folder.is_dir() or any(
+        path.suffix != ".tmp" and path.name != LOCK for path in folder.iterdir()
+    ):
         raise ConvFusionError(f"{folder} exists and is no cache: choose another folder")
 
 
 def _rests_on(pipe: Any) -> dict[str, Any]:
-    """Family and fingerprints.
+    """The identity of all parts that pictures and captions go through.
 
     Raises:
         ConvFusionError: the pipeline was loaded without its VAE or text encoders.
     """
-    weights = _fingerprints(pipe)
-    if missing := [part for part, found in weights.items() if found is None]:
+    parts = identity(pipe)
+    if missing := [part for part, found in parts.items() if found is None]:
         raise ConvFusionError(f"this pipeline has no {' and no '.join(missing)}: load all of it")
-    return {"family": family_of(denoiser_of(pipe)).name, "weights": weights}
-
-
-def _fingerprints(pipe: Any) -> dict[str, str | None]:
-    """Of the VAE and each text encoder that pipelines of this class have; None if not loaded."""
-    parts = [name for name in ("vae", "text_encoder", "text_encoder_2") if hasattr(pipe, name)]
-    modules = {name: getattr(pipe, name) for name in parts}
-    return {
-        name.replace("_", " "): None if module is None else fingerprint(module)
-        for name, module in modules.items()
-    }
+    return parts
 
 
 @contextmanager
@@ -183,18 +184,40 @@ def _as_teacher(pipe: Any) -> Iterator[None]:
         yield
 
 
-def _begin(folder: Path, settings: dict[str, Any], encoder: Encoder, sizes: list[Size]) -> bool:
-    """Begin a cache or check one that was begun; True if it is complete."""
-    if (folder / MANIFEST).is_file():
-        manifest = read_manifest(folder)
-        if other := [key for key in settings if manifest.get(key) != settings[key]]:
-            raise ConvFusionError(
-                f"{folder} was begun with another {', '.join(other)}: choose another folder"
-            )
-        if manifest.get("complete"):
-            return True
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
+def _is_complete(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a cache with these settings is there and complete.
+
+    Raises:
+        ConvFusionError: it was begun with others, and has something already.
+    """
+    if not (folder / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(folder)
+    other = _differences(manifest, settings)
+    if other and (manifest.get("complete") or any((folder / CHUNKS).glob("*.json"))):
+        raise ConvFusionError(
+            f"{folder} was begun with another {', another '.join(other)}: go on with what it was "
+            "begun with, or choose another folder"
+        )
+    return not other and bool(manifest.get("complete"))
+
+
+def _differences(manifest: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """What differs between a cache and settings, in words."""
+    inner = ("rests_on", "drawn_by")
+    told = differences(manifest, {k: v for k, v in settings.items() if k not in inner})
+    for name in inner:
+        told += differences(manifest.get(name, {}), settings.get(name, {}))
+    return told
+
+
+def _begin(folder: Path, settings: dict[str, Any], encoder: Encoder, sizes: list[Size]) -> None:
+    """Begin a cache or go on with one; an empty one that was begun otherwise is begun anew."""
+    begun = (folder / MANIFEST).is_file()
+    if begun and _differences(read_manifest(folder), settings):
+        _clear(folder)
+        begun = False
+    if not begun:
         full = Encoder(encoder.pipe, 1, False, None).conditioning([""], sizes[0])
         dtypes = {
             key: None if tensor is None else str(tensor.dtype).removeprefix("torch.")
@@ -210,7 +233,6 @@ def _begin(folder: Path, settings: dict[str, Any], encoder: Encoder, sizes: list
             if tensor is not None
         }
         write_tensors(folder / EMPTY, tensors)
-    return False
 
 
 def _missing(records: dict[tuple[int, int], Any], units: int) -> list[tuple[int, int]]:
@@ -276,12 +298,10 @@ def _finish(folder: Path, source: Source, records: list[dict[str, Any]]) -> None
 
 
 def _clear(folder: Path) -> None:
-    """Remove a cache, and its folder unless somebody put something else there."""
+    """Remove what makes up a cache from its folder, and nothing that somebody put beside it."""
     for name in (MANIFEST, EMPTY):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / CHUNKS, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def key_of(path: Path) -> tuple[int, int]:

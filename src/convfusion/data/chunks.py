@@ -20,6 +20,7 @@ from convfusion.data.latents import joined
 from convfusion.data.pictures import UnusableError, cover, decode_picture, encode_pictures
 from convfusion.data.samples import CHUNK, Sample, Source
 from convfusion.data.sources import Drawing
+from convfusion.data.workers import ignore_interrupts
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, encode_conditioning, family_of
 from convfusion.families.conditioning import flat
@@ -85,16 +86,16 @@ def read_with(reader: Reader, num_workers: int) -> Iterator[Event]:
     num_workers = min(num_workers, len(reader.todo))
     options: dict[str, Any] = {"prefetch_factor": CHUNK // 4} if num_workers else {}
     # Arrays come through pipes: tensors would need shared memory, which containers have little of.
-    return iter(
-        DataLoader(
-            reader,
-            batch_size=None,
-            num_workers=num_workers,
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),  # else the loader draws from the global one
-            **options,
-        )
+    loader = DataLoader(
+        reader,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # else the loader draws from the global one
+        **options,
     )
+    return iter(loader)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from convfusion.data.contents import digest_of_files
 from convfusion.data.metadata import METADATA, Entry, read_metadata
 from convfusion.data.pictures import OTHER_PICTURES, PICTURES
 from convfusion.data.samples import Ranges, Sample, digest_of, make_sample
@@ -37,13 +38,14 @@ class PictureFolder(Ranges):
         return len(self.entries)
 
     def description(self) -> dict[str, Any]:
-        folder, lines = Path(self.spec), list[str]()
-        for name in self.metadata:
-            lines.append(f"{name} {version_of(folder / name)}")
+        folder = Path(self.spec)
+        files = {name: folder / name for name in self.metadata}
         for name, _, problem in self.entries:
-            files = [] if problem else [folder / name, _beside(folder, name)]
-            lines.append(" ".join([name, *map(version_of, files), problem]))
-        return {"kind": "folder", "samples": len(self), "files": digest_of(lines)}
+            if not problem:
+                files |= {name: folder / name, f"{name} text": _beside(folder, name)}
+        told = digest_of(f"{name} {problem}" for name, _, problem in self.entries)
+        contents = f"{told} {digest_of_files(files)}"
+        return {"kind": "folder", "samples": len(self), "contents": contents}
 
     def read(self, unit: int) -> Iterator[Sample]:
         folder = Path(self.spec)

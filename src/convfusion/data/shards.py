@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convfusion.data.folders import version_of
+from convfusion.data.contents import digest_of_files
 from convfusion.data.pictures import OTHER_PICTURES, PICTURE_BYTES, PICTURES
-from convfusion.data.samples import CAPTION_NAMES, Sample, digest_of, make_sample
+from convfusion.data.samples import CAPTION_NAMES, Sample, make_sample
 from convfusion.errors import ConvFusionError
 from convfusion.text import CAPTION_BYTES, decode_text, open_plain
 
@@ -77,9 +77,10 @@ class Shards:
         return len(self.paths)
 
     def description(self) -> dict[str, Any]:
-        shards = (f"{path.name} {version_of(path)}" for path in self.paths)
+        shards = {f"{number} {path.name}": path for number, path in enumerate(self.paths)}
         asked = {"image": self.image, "caption": self.caption}
-        return {"kind": "shards", "shards": self.units, "names": digest_of(shards), **asked}
+        contents = digest_of_files(shards)
+        return {"kind": "shards", "shards": self.units, "contents": contents, **asked}
 
     def read(self, unit: int) -> Iterator[Sample]:
         path = self.paths[unit]

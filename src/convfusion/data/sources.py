@@ -15,6 +15,7 @@ from convfusion.data.samples import Ranges, Sample, Source, digest_of
 from convfusion.data.shards import Shards
 from convfusion.data.tables import SAVED, TABLES, open_rows
 from convfusion.errors import ConvFusionError
+from convfusion.generate import check_numbers
 from convfusion.settings import check_fields
 from convfusion.text import read_prompts
 
@@ -39,8 +40,9 @@ class Drawing:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.per_prompt < 1 or self.steps < 1:
-            raise ConvFusionError("per_prompt and steps must be at least 1")
+        if self.per_prompt < 1:
+            raise ConvFusionError("per_prompt must be at least 1")
+        check_numbers([self.seed], self.steps, self.guidance, 1)
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,15 @@ class Prompts(Ranges):
     prompts: tuple[str, ...]
     drawing: Drawing = Drawing()
 
+    def __post_init__(self) -> None:
+        last = self.drawing.seed + max(1, len(self)) - 1
+        check_numbers([last], self.drawing.steps, self.drawing.guidance, 1)
+
     def __len__(self) -> int:
         return len(self.prompts) * self.drawing.per_prompt
 
     def description(self) -> dict[str, Any]:
-        return {"kind": "prompts", "names": digest_of(self.prompts), **vars(self.drawing)}
+        return {"kind": "prompts", "prompts": digest_of(self.prompts), **vars(self.drawing)}
 
     def read(self, unit: int) -> Iterator[Sample]:
         for index in self.within(unit):

@@ -26,7 +26,7 @@ from convfusion.data.buckets import Size
 from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.files import read_tensors, write_text
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, EMPTY, CHUNKS = "cache.json", "empty.safetensors", "chunks"
 HANDLES = 32  # files that are open at once
 
@@ -155,7 +155,7 @@ def read_manifest(folder: Path, *, complete: bool = False) -> dict[str, Any]:
         raise ConvFusionError(f"{folder} is no cache: it has no {MANIFEST}")
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} is not a cache of format {FORMAT}")
+        raise CheckpointError(f"{folder} is not a cache of format {FORMAT}: build it anew")
     if complete and not manifest.get("complete"):
         raise ConvFusionError(
             f"{folder} is not complete: build it with the same source and settings again, "

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convfusion.data.contents import digest_of_rows
 from convfusion.data.samples import CAPTION_NAMES, Ranges, Sample, make_sample
 from convfusion.errors import ConvFusionError, first_line
+from convfusion.extras import check_installed
 
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bmp")
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` writes
@@ -43,10 +45,9 @@ class Rows(Ranges):
         return len(self.data)
 
     def description(self) -> dict[str, Any]:
-        found = {"images": self.images, "captions": self.captions}
-        columns = {name: list(names) for name, names in found.items()}
-        names = self.data._fingerprint
-        return {"kind": "datasets", "samples": len(self), **columns, "names": names}
+        columns = {"images": list(self.images), "captions": list(self.captions)}
+        contents = digest_of_rows(self.data, self.images, self.captions)
+        return {"kind": "datasets", "samples": len(self), "contents": contents, **columns}
 
     def read(self, unit: int) -> Iterator[Sample]:
         for index in self.within(unit):
@@ -82,12 +83,9 @@ def open_rows(
         ConvFusionError: it cannot be read or is empty, or a column is not found, or holds
             something else.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise ConvFusionError(
-            f"{spec} needs the package datasets: pip install 'convfusion[data]'"
-        ) from None
+    check_installed("datasets")
+    import datasets
+
     try:
         data = _load(spec, files)
     except ConvFusionError:

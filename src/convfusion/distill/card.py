@@ -16,6 +16,7 @@ from convfusion.checkpoint import hub
 from convfusion.distill.logs import read_history
 from convfusion.distill.settings import RunSettings, as_toml
 from convfusion.distill.trainer import DistillResult
+from convfusion.escaping import address, markdown_block, markdown_text, python_string
 from convfusion.families import denoiser_of
 from convfusion.fingerprint import fingerprint
 from convfusion.surgery import mixers_of, status
@@ -31,9 +32,9 @@ def write_card(folder: Path, pipe: Any, run: RunSettings, result: DistillResult)
     history = read_history(folder)
     curves = draw_curves(history, folder / CURVES)
     body = CONTENT.format(
-        base=base,
+        base=markdown_text(base),
         here=hub.HERE,
-        how=FROM_PACKAGE if embedded else FROM_DIFFUSERS.format(base=base),
+        how=FROM_PACKAGE if embedded else FROM_DIFFUSERS.format(base=python_string(base)),
         version=__version__,
         sites=status(pipe).converted,
         every=len(status(pipe).sites),
@@ -42,8 +43,8 @@ def write_card(folder: Path, pipe: Any, run: RunSettings, result: DistillResult)
         results=results(result, history),
         curves=f"![Losses]({CURVES})" if curves else "",
         samples=samples(folder),
-        settings=as_toml(run).rstrip(),
-        table=str(status(pipe)),
+        settings=markdown_block("toml", as_toml(run)),
+        table=markdown_block("text", str(status(pipe))),
     )
     card = ModelCard(hub.front_matter(base, "distillation") + body)
     files.write_text(folder / CARD, str(card).rstrip() + "\n")
@@ -52,7 +53,7 @@ def write_card(folder: Path, pipe: Any, run: RunSettings, result: DistillResult)
 FROM_DIFFUSERS = """import convfusion
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{base}")"""
+pipe = DiffusionPipeline.from_pretrained({base})"""
 FROM_PACKAGE = """import convfusion
 from convfusion import mini
 
@@ -81,15 +82,11 @@ Fingerprint of the base's denoiser: `{weights}`.
 
 ## Settings
 
-```toml
 {settings}
-```
 
 ## Sites
 
-```text
 {table}
-```
 """
 
 
@@ -124,7 +121,11 @@ def told(error: float) -> str:
 def samples(folder: Path) -> str:
     """The last validation pictures, by their file."""
     last = max((folder / "validation").glob("*.png"), default=None)
-    return f"![Student and teacher from equal seeds]({last.relative_to(folder)})" if last else ""
+    if last is None:
+        return ""
+    return (
+        f"![Student and teacher from equal seeds]({address(last.relative_to(folder).as_posix())})"
+    )
 
 
 def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> bool:

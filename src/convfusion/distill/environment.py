@@ -39,7 +39,13 @@ def check_autocast(model: Denoiser, autocast: str) -> None:
 def check_possible(model: Denoiser, config: DistillConfig) -> None:
     """Raise a ConvFusionError for what this machine cannot do, before any work is done for it."""
     check_autocast(model, config.autocast)
+    check_libraries(config)
+
+
+def check_libraries(config: DistillConfig) -> None:
+    """Raise a ConvFusionError for an optimiser or a tracker that is not installed."""
     check_optimizer(config.optimizer)
+    tracker_name(config.tracker)
 
 
 def make_accelerator(config: DistillConfig, out: Path | None, *, cpu: bool) -> Accelerator:

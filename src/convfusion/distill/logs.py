@@ -30,7 +30,8 @@ def tracker_name(wanted: str) -> str | None:
     name = "tensorboard" if wanted == "auto" else wanted
     if name not in here:
         known = ", ".join(["auto", "none", *here])
-        raise ConvFusionError(f"the tracker {wanted!r} is not installed: there are {known}")
+        hint = "; pip install 'convfusion[train]'" if name == "tensorboard" else ""
+        raise ConvFusionError(f"the tracker {wanted!r} is not installed: there are {known}{hint}")
     return name
 
 
@@ -96,7 +97,7 @@ class RunLog:
             return
         path = self.out / HISTORY
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
             raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None

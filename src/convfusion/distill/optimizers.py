@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from convfusion.distill.config import DistillConfig
 from convfusion.errors import ConvFusionError
+from convfusion.extras import is_installed
 
 
 def make_optimizer(
@@ -34,7 +34,7 @@ def check_optimizer(optimizer: str) -> None:
         raise ConvFusionError(
             f"the optimizer muon needs PyTorch 2.9 or newer, and this is {torch.__version__}"
         )
-    if optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+    if optimizer == "adamw8bit" and not is_installed("bitsandbytes"):
         raise ConvFusionError(
             "the optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes"
         )

@@ -6,8 +6,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from convfusion.analysis.plots import BLUE, FAINT, GREEN, INK, ORANGE, short_name
+from convfusion.analysis.plots import BLUE, FAINT, GREEN, INK, ORANGE
 from convfusion.distill.curve import ReplacementCurve
+from convfusion.families import shorten_path
 
 NAMED = 16  # sites; the names of more would cover each other
 
@@ -37,7 +38,7 @@ def figure(curve: ReplacementCurve) -> Figure:
         place = (site.imitation_error, site.epsilon_error)
         by_site.plot(*place, "o", color=INK, markersize=4)
         if len(sites) <= NAMED:
-            name = short_name(site.path)
+            name = shorten_path(site.path)
             by_site.annotate(name, place, (4, 4), textcoords="offset points", fontsize=8)
     by_site.set_xlabel("imitation error of the block alone")
     by_site.set_ylabel("ε-error with this site alone")

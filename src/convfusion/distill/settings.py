@@ -10,6 +10,7 @@ from typing import Any
 
 from convfusion.distill.config import DistillConfig
 from convfusion.errors import ConvFusionError
+from convfusion.escaping import toml_string
 from convfusion.settings import check_fields, check_names
 from convfusion.text import read_text, split_lines
 
@@ -116,7 +117,4 @@ def _literal(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return f"[{', '.join(map(_literal, value))}]"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    return repr(value)
+    return toml_string(value) if isinstance(value, str) else repr(value)

@@ -18,8 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from convfusion import checkpoint, files
+from convfusion.data.latents import LatentDataset, TrainingData
+from convfusion.data.samples import digest_of
+from convfusion.data.store import LatentCache
 from convfusion.errors import CheckpointError, ConvFusionError
-from convfusion.families import Denoiser
+from convfusion.families import Denoiser, denoiser_of
+from convfusion.fingerprint import (
+    differences,
+    digest_of_json,
+    fingerprint,
+    identity,
+    module_settings,
+    scheduler_identity,
+    tensor_fingerprint,
+)
 
 # Of an optimiser's tensors, those of their parameter's shape; '' is the average's.
 SHAPED = ("", "exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -90,7 +102,11 @@ def to_resume(out: Path) -> Path | None:
 
 
 def write_run(
-    out: Path, student: Denoiser, state: RunState, config: dict[str, Any], base: str
+    out: Path,
+    student: Denoiser,
+    state: RunState,
+    config: dict[str, Any],
+    rests_on: dict[str, Any],
 ) -> None:
     """Write a checkpoint and forget all but the last two.
 
@@ -99,7 +115,7 @@ def write_run(
         student: whose blocks are trained.
         state: everything else.
         config: of the run.
-        base: fingerprint of the frozen weights.
+        rests_on: what its numbers rest on beside that, as `rests_on` gives it.
 
     Raises:
         CheckpointError: it cannot be written, as on a full disk; the others are intact.
@@ -118,7 +134,7 @@ def write_run(
             "scaler": state.scaler,
             "optimizer": sorted(state.optimizer),
             "average": sorted(state.average),
-            "base": base,
+            "rests_on": rests_on,
             "config": config,
         }
         files.write_text(aside / STATE, json.dumps(facts, indent=2) + "\n")
@@ -149,7 +165,10 @@ def flush_folder(folder: Path) -> None:
 
 
 def read_run(
-    folder: Path, named: Mapping[str, nn.Parameter], config: dict[str, Any], base: str
+    folder: Path,
+    named: Mapping[str, nn.Parameter],
+    config: dict[str, Any],
+    rests_on: dict[str, Any],
 ) -> RunState:
     """A checkpoint of a run, checked, but for its blocks.
 
@@ -157,21 +176,22 @@ def read_run(
         folder: of the checkpoint.
         named: the parameters being trained, by name.
         config: the run's config as it is now.
-        base: fingerprint of the frozen weights.
+        rests_on: what the run rests on now.
 
     Raises:
-        CheckpointError: a file is damaged, or was written with another config or base model, or
-            the run has done more steps than it shall.
+        CheckpointError: a file is damaged, or was written with another config, base model, noise
+            schedule or data, or the run has done more steps than it shall.
     """
     facts = check_same_run(folder, config)
     try:
         state = RunState(int(facts["step"]), int(facts["skipped"]), scaler=dict(facts["scaler"]))
-        expected, trained = (facts["optimizer"], facts["average"]), str(facts["base"])
+        expected, before = (facts["optimizer"], facts["average"]), dict(facts["rests_on"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read: {error}") from None
-    if trained != base:
+    if other := differences(before, rests_on):
         raise CheckpointError(
-            f"{folder} is of a run on another base model ({trained}) than this one ({base})"
+            f"{folder} is of a run with another {', another '.join(other)}: resume with what it "
+            "was begun with, or start in another folder"
         )
     if state.step > config["steps"]:
         raise CheckpointError(f"{folder} has done {state.step} steps, not {config['steps']}")
@@ -211,6 +231,20 @@ def _read(path: Path, expected: list[str], named: Mapping[str, nn.Parameter]) ->
         if name in named and kind in SHAPED and tensor.shape != named[name].shape:
             raise CheckpointError(f"{path}: {key} has another shape than its parameter")
     return tensors
+
+
+def rests_on(pipe: Any, data: TrainingData | LatentDataset) -> dict[str, Any]:
+    """What the numbers of a run rest on beside its config, for JSON; None for what is not known."""
+    student = denoiser_of(pipe)
+    base = {"weights": fingerprint(student, without=".mixer."), **module_settings(student)}
+    told: dict[str, Any] = {"captions": digest_of(data.captions), "samples": len(data.captions)}
+    if isinstance(data, LatentDataset):
+        told["latents"] = tensor_fingerprint(data.latents)
+    elif isinstance(data, LatentCache):
+        kept = ("rests_on", "drawn_by", "size", "buckets", "half", "source")
+        told["cache"] = digest_of_json([data.manifest.get(name) for name in kept])
+    parts = {"base model": base, "scheduler": scheduler_identity(pipe.scheduler), "data": told}
+    return parts | identity(pipe)
 
 
 def optimizer_tensors(

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from convfusion import checkpoint
 from convfusion.data.latents import LatentDataset, TrainingData, hold_out, training_data
+from convfusion.data.workers import ignore_interrupts
 from convfusion.distill import state as saved_state
 from convfusion.distill.config import DistillConfig
 from convfusion.distill.draws import Draw, Draws
@@ -37,7 +38,6 @@ from convfusion.distill.validation import held_out_error, what_fails
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of
 from convfusion.families.conditioning import placed
-from convfusion.fingerprint import fingerprint
 from convfusion.locks import locked
 from convfusion.surgery import mixers_of
 
@@ -147,7 +147,7 @@ class Trainer:
         process = (self.accelerator.process_index, self.accelerator.num_processes)
         count = len(self.task.alphas_cumprod)
         self.draws = Draws(self.data, config, count, process)
-        self.base = fingerprint(self.student, without=".mixer.") if out is not None else ""
+        self.rests_on = saved_state.rests_on(pipe, data) if out is not None else {}
         self.state = saved_state.RunState()
         self.skipped_in_a_row = 0
         self.error: float | None = None  # of the blocks at the end, on the samples held out
@@ -156,7 +156,7 @@ class Trainer:
         """Make ready for the first step, or for the next one after a checkpoint."""
         config = self.config
         if found is not None:
-            self.state = saved_state.read_run(found, self.named, config.to_dict(), self.base)
+            self.state = saved_state.read_run(found, self.named, config.to_dict(), self.rests_on)
             checkpoint.load(self.student, found)
         elif config.start == "attention":
             start_from_attention(self.pipe, self.data)
@@ -229,6 +229,7 @@ class Trainer:
             sampler=range(self.state.step, self.config.steps),
             batch_size=None,
             num_workers=self.config.workers,
+            worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),
         )
 
@@ -395,5 +396,5 @@ class Trainer:
             if self.accelerator.scaler is not None:
                 state.scaler = self.accelerator.scaler.state_dict()
             config = self.config.to_dict()
-            saved_state.write_run(self.out, self.student, state, config, self.base)
+            saved_state.write_run(self.out, self.student, state, config, self.rests_on)
         self.accelerator.wait_for_everyone()

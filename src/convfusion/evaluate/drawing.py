@@ -32,6 +32,7 @@ from convfusion.evaluate.draws import Draws, size_of
 from convfusion.evaluate.epsilon import epsilon_errors, relative_error
 from convfusion.families import Denoiser, denoiser_of, encode_conditioning, latent_scale
 from convfusion.files import is_whole, read_json, write_picture, write_text
+from convfusion.fingerprint import shown
 from convfusion.generate import generate, swapped_denoiser
 from convfusion.locks import LOCK
 from convfusion.schedule import noise_schedule
@@ -40,7 +41,8 @@ TEACHER, STUDENT, OTHER = "teacher", "student", "teacher-other-seed"
 SIDES = (TEACHER, STUDENT, OTHER)
 SETTINGS, RECORDS = "settings.json", "records"
 RECORDED = {"samples", "timesteps", "trajectory", "trajectory_other_seed", "epsilon_errors"}
-FORMAT = 1
+FORMAT = 2
+SHOWN = 6  # differences that a message names
 PATIENCE = 600  # seconds that a process waits for the first one to begin
 
 
@@ -129,8 +131,8 @@ def check_place(folder: Path, settings: dict[str, Any]) -> None:
         wanted = json.loads(json.dumps({"format": FORMAT, **settings}))
         if other := _differences(held, wanted):
             raise ConvFusionError(
-                f"{folder} was begun with other settings ({', '.join(other)}): "
-                "choose another folder"
+                f"{folder} was begun with other settings ({'; '.join(other[:SHOWN])}"
+                f"{'; …' if len(other) > SHOWN else ''}): choose another folder"
             )
         return
     # A run killed at its very start leaves the settings aside.
@@ -142,16 +144,18 @@ def check_place(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _differences(held: Any, wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """Names of what differs, each with the value that is held where that is a plain number."""
+    """Names of what differs, each with both values unless they are lists."""
     if not isinstance(held, dict):
         return [prefix.removesuffix(".") or "format"]
     found = []
     for key in sorted(wanted.keys() | held.keys()):
-        if isinstance(wanted.get(key), dict):
-            found += _differences(held.get(key), wanted[key], f"{prefix}{key}.")
-        elif held.get(key) != wanted.get(key):
-            name, value = (prefix + key).removeprefix("draws."), held.get(key)
-            found.append(f"{name} {value}" if isinstance(value, int | float) else name)
+        before, now = held.get(key), wanted.get(key)
+        if isinstance(now, dict):
+            found += _differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            name = (prefix + key).removeprefix("draws.").removeprefix("rests_on.")
+            many = isinstance(before, list | dict) or isinstance(now, list)
+            found.append(name if many else f"{name} {shown(before)} then, {shown(now)} now")
     return found
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate.epsilon import TIMESTEPS
 from convfusion.families import Denoiser, denoiser_of, native_size
-from convfusion.fingerprint import fingerprint
+from convfusion.fingerprint import (
+    digest_of_json,
+    fingerprint,
+    identity,
+    module_settings,
+    scheduler_identity,
+)
 from convfusion.generate import check_numbers
+from convfusion.surgery import mixers_of
 
 
 @dataclass(frozen=True)
@@ -102,18 +107,17 @@ def size_of(pipe: Any, draws: Draws) -> tuple[int, int]:
 def settings_of(pipe: Any, teacher: Denoiser, draws: Draws) -> dict[str, Any]:
     """Everything that the pictures depend on, for JSON."""
     student = denoiser_of(pipe)
-    parts = {"teacher": teacher, "student": student}
-    parts |= {name: getattr(pipe, name, None) for name in ("vae", "text_encoder", "text_encoder_2")}
-    # What diffusers notes beside the settings lies in another order in every process.
-    config = {key: value for key, value in pipe.scheduler.config.items() if key[0] != "_"}
-    scheduler = json.dumps(config, sort_keys=True, default=str)
+    denoisers = {"teacher": teacher, "student": student}
+    blocks = {path: repr(mixer.config) for path, mixer in mixers_of(student).items()}
     return {
         "pipeline": type(pipe).__name__,
-        "weights": {name: fingerprint(part) for name, part in parts.items() if part is not None},
-        "scheduler": {
-            "class": type(pipe.scheduler).__name__,
-            "config": hashlib.sha256(scheduler.encode()).hexdigest()[:16],
+        "weights": {name: fingerprint(part) for name, part in denoisers.items()},
+        "rests_on": {name: part for name, part in identity(pipe).items() if part is not None},
+        "denoisers": {
+            "teacher": module_settings(teacher),
+            "student": module_settings(student) | {"blocks": digest_of_json(blocks)},
         },
+        "scheduler": scheduler_identity(pipe.scheduler),
         "precision": str(student.dtype).removeprefix("torch."),
         "device": student.device.type,
         "draws": asdict(draws) | {"size": size_of(pipe, draws)},

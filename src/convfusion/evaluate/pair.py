@@ -8,11 +8,9 @@ import torch
 
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, denoiser_of
-from convfusion.fingerprint import fingerprint
+from convfusion.fingerprint import differences, identity
 from convfusion.schedule import noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of, status
-
-PARTS = ("vae", "text_encoder", "text_encoder_2")
 
 
 def teacher_denoiser(pipe: Any, teacher: Any = None) -> Denoiser:
@@ -58,16 +56,11 @@ def check_twins(pipe: Any, teacher: Any) -> None:
                 f"this is not its teacher's twin: its {words} {one.config.get(name)}, and the "
                 f"teacher's {other.config.get(name)}"
             )
-    for name in PARTS:
-        parts = [getattr(each, name, None) for each in (pipe, teacher)]
-        if parts[0] is not parts[1] and _weights(parts[0]) != _weights(parts[1]):
-            raise ConvFusionError(
-                f"this is not its teacher's twin: the two have different weights in their {name}"
-            )
+    where = ("in the teacher", "here")
+    if other_parts := differences(identity(teacher), identity(pipe), where):
+        raise ConvFusionError(
+            f"this is not its teacher's twin: another {', another '.join(other_parts)}"
+        )
     (signal, kind), (signal_2, kind_2) = (noise_schedule(p.scheduler) for p in (pipe, teacher))
     if kind != kind_2 or not torch.equal(signal.cpu(), signal_2.cpu()):
         raise ConvFusionError("this is not its teacher's twin: the two have other noise schedules")
-
-
-def _weights(module: Any) -> str | None:
-    return None if module is None else fingerprint(module)

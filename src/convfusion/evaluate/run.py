@@ -16,12 +16,13 @@ from convfusion.evaluate import measure
 from convfusion.evaluate.clip import Clip
 from convfusion.evaluate.drawing import STUDENT, check_place, draw, process
 from convfusion.evaluate.draws import Draws, settings_of, size_of
-from convfusion.evaluate.extractors import Extractor, Features, check_installed
+from convfusion.evaluate.extractors import Extractor, Features
 from convfusion.evaluate.images import SSIM_SIDE
 from convfusion.evaluate.measure import REAL
 from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import RealPictures
 from convfusion.evaluate.results import Evaluation
+from convfusion.extras import check_installed
 from convfusion.families import denoiser_of, family_of
 from convfusion.generate import check_guidance, check_size, check_steps
 from convfusion.locks import locked
@@ -63,7 +64,7 @@ def evaluate(
             Nothing is drawn then.
     """
     folder = Path(out)
-    check_installed("torchmetrics", "matplotlib")
+    check_installed("torchmetrics", "matplotlib", extra="eval")
     reference = teacher_denoiser(pipe, teacher)
     check_draws(pipe, draws)
     settings = settings_of(pipe, reference, draws)

@@ -20,6 +20,7 @@ from convfusion.families.base import (
     pixel_unit,
     pixel_unit_of,
     register,
+    shorten_path,
     site_grid,
     supported_classes,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "pixel_unit",
     "pixel_unit_of",
     "register",
+    "shorten_path",
     "site_grid",
     "supported_classes",
     "unet",

@@ -368,3 +368,14 @@ def list_plain_sites(model: Denoiser) -> list[Site]:
         for path, block in transformer_blocks(model)
         if is_self_attention(block)
     ]
+
+
+def shorten_path(path: str) -> str:
+    """A site's path, shortened: `down 0 1` is the second attention of the first down block."""
+    names = {"down_blocks": "down", "up_blocks": "up", "mid_block": "mid"}
+    words = path.removesuffix(".attn1").replace("transformer_blocks", "block").split(".")
+    words = [names.get(word, word) for word in words if word != "attentions"]
+    if words[0] == "mid":
+        words = [words[0], *words[2:]]
+    text = " ".join(words)
+    return text.replace(" block 0", "") if "down" in text or "up" in text or "mid" in text else text

