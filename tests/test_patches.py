@@ -7,11 +7,18 @@ import inspect
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tiny_pipelines import autoencoder, stable_diffusion
 from torch import nn
 
+from convfusion.budget import chunked_feed_forward, one_at_a_time
+from convfusion.distill.environment import decoded_as_it_is
+from convfusion.evaluate.drawing import recorded_latents
+from convfusion.highres import Ladder, highres
 from convfusion.patches import copied_without_patches, replaced_attributes, wrapped_method
+from convfusion.tiles import Tiles, tiled_decode, tiled_vae
 
 
 class Thing:
@@ -112,3 +119,107 @@ def test_a_copy_does_not_drive_the_original():
     made = copied_without_patches(model, shared)
     assert "forward" not in vars(made[1]) and not hasattr(made[0], "_hf_hook")
     assert made[1].weight is model[1].weight and "forward" in vars(model[1])
+
+
+def layers(pipe: Any) -> dict[str, Any]:
+    """What lies on the parts of a pipeline that are patched while it draws."""
+    laid = {"bar": dict(getattr(pipe, "_progress_bar_config", {})), "scheduler": pipe.scheduler}
+    for part in ("unet", "vae", "scheduler"):
+        for name in ("forward", "decode", "encode", "step", "set_timesteps"):
+            laid[f"{part}.{name}"] = vars(getattr(pipe, part)).get(name)
+    return laid
+
+
+def offload(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def compile_decode(pipe: Any) -> None:
+    pipe.vae.decode = torch.compile(pipe.vae.decode, backend="eager")
+
+
+def wrap_forward(pipe: Any) -> None:  # as DeepCache does
+    forward = pipe.unet.forward
+    pipe.unet.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+def wrap_step(pipe: Any) -> None:
+    step = pipe.scheduler.step
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        pipe.scheduler.counted += 1
+        return step(*args, **kwargs)
+
+    pipe.scheduler.step, pipe.scheduler.counted = counted, 0
+
+
+@pytest.mark.parametrize("lay", [offload, compile_decode, wrap_forward, wrap_step])
+def test_a_ladder_leaves_what_others_have_put_there(lay):
+    pipe = stable_diffusion()
+    pipe.set_progress_bar_config(disable=True, desc="mine")
+    expected = climb(pipe)
+    lay(pipe)
+    before = layers(pipe)
+    assert np.array_equal(climb(pipe), expected)
+    if lay is offload:  # diffusers itself puts new hooks there after every call
+        assert vars(pipe.unet)["forward"] and pipe.unet._hf_hook
+        before = layers(pipe)
+    assert layers(pipe) == before
+    with one_at_a_time(pipe.unet), chunked_feed_forward(pipe.unet, (8, 8)):
+        pass
+    assert layers(pipe) == before
+    pipe.scheduler.set_timesteps(4)
+    assert len(pipe.scheduler.timesteps) == 4
+
+
+def climb(pipe: Any, **options: Any) -> np.ndarray:
+    ladder = Ladder(strength=0.5)
+    drawn = highres(pipe, ["red"], (32, 32), steps=2, guidance=2.0, ladder=ladder, **options)
+    return np.array(drawn[0])
+
+
+def test_a_ladder_climbs_while_a_run_or_an_evaluation_has_its_own_patches():
+    pipe = stable_diffusion()
+    expected, before = climb(pipe), layers(pipe)
+    with decoded_as_it_is(pipe.vae), recorded_latents(pipe, 1) as path:
+        assert np.array_equal(climb(pipe), expected)
+    assert len(path) == 3, "two steps of the first rung, one of the second"
+    assert layers(pipe) == before
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_ladder_that_is_stopped_leaves_the_pipeline_as_it_was(stop):
+    pipe = stable_diffusion().to(torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    before, held = layers(pipe), dict(vars(pipe.scheduler))
+
+    def halt(rung: int, rungs: int, step: int, steps: int) -> None:
+        if rung == 2:
+            raise stop
+
+    with pytest.raises(stop):
+        climb(pipe, on_step=halt)
+    assert layers(pipe) == before and vars(pipe.scheduler).keys() == held.keys()
+    assert pipe.vae.dtype == torch.float16
+
+
+def test_chunks_that_were_asked_for_stay():
+    pipe = stable_diffusion()
+    blocks = [module for module in pipe.unet.modules() if hasattr(module, "_chunk_size")]
+    for block in blocks:
+        block.set_chunk_feed_forward(2, dim=1)
+    with chunked_feed_forward(pipe.unet, (200, 200)):
+        assert {block._chunk_size for block in blocks} != {2}
+    assert blocks and {(block._chunk_size, block._chunk_dim) for block in blocks} == {(2, 1)}
+
+
+@torch.no_grad()
+def test_tiles_are_made_of_what_was_found_even_if_it_is_compiled():
+    vae = autoencoder()
+    tiles, latents = Tiles(side=6, margin=4, fade=1), torch.randn(1, 4, 12, 12)
+    expected = tiled_decode(vae, latents, tiles)
+    decode = vae.decode
+    vae.decode = torch.compile(lambda *args, **kwargs: decode(*args, **kwargs), backend="eager")
+    vae.decode(torch.randn(1, 4, 10, 10))  # compiled without the hooks that share statistics
+    with tiled_vae(vae, tiles):
+        assert torch.equal(vae.decode(latents).sample, expected)

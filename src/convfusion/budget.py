@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from convfusion.conditioning import latent_scale
 from convfusion.errors import ConvFusionError
 from convfusion.generate import size_unit
 from convfusion.memory import GIB, decoder_peak, denoiser_peak
+from convfusion.patches import replaced_attributes, wrapped_method
 from convfusion.tiles import Tiles
 
 Size = tuple[int, int]
@@ -140,13 +141,11 @@ def chunked_feed_forward(model: Denoiser, latents: Size) -> Iterator[None]:
         (model.get_submodule(site.path.removesuffix(".attn1")), site_grid(model, site, latents))
         for site in list_sites(model)
     ]
-    try:
-        for block, grid in blocks:
-            block.set_chunk_feed_forward(chunk_of(math.prod(grid)), dim=1)
+    with ExitStack() as stack:
+        for block, grid in blocks:  # as `set_chunk_feed_forward` sets them
+            size = chunk_of(math.prod(grid))
+            stack.enter_context(replaced_attributes(block, _chunk_size=size, _chunk_dim=1))
         yield
-    finally:
-        for block, _ in blocks:
-            block.set_chunk_feed_forward(None, dim=0)
 
 
 def chunk_of(tokens: int) -> int | None:
@@ -159,9 +158,8 @@ def chunk_of(tokens: int) -> int | None:
 @contextmanager
 def one_at_a_time(model: Denoiser) -> Iterator[None]:
     """Let a denoiser work on the samples of a batch one after the other, for a while."""
-    forward = model.forward
 
-    def in_turn(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def in_turn(forward: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         count = len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states", ())))
         outputs = [
             forward(*_sample(args, i, count), **_sample({**kwargs, "return_dict": False}, i, count))
@@ -169,11 +167,8 @@ def one_at_a_time(model: Denoiser) -> Iterator[None]:
         ]
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
-    model.forward = in_turn
-    try:
+    with wrapped_method(model, "forward", in_turn):
         yield
-    finally:
-        del model.forward
 
 
 def _sample(given: Any, index: int, count: int) -> Any:

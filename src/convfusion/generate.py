@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from PIL import Image
 from convfusion.adapters import Denoiser, adapter_for, denoiser_of
 from convfusion.conditioning import class_labels, latent_scale
 from convfusion.errors import ConvFusionError
+from convfusion.patches import copied_without_patches, replaced_attributes
 
 NO_CLASS = 1000  # under guidance, in diffusers' DiT pipeline
 SEEDS = 2**64  # of torch's generators
@@ -93,7 +93,7 @@ def check_numbers(seeds: Iterable[int], steps: int, guidance: float, batch_size:
 def check_steps(pipe: Any, steps: int) -> None:
     """Raise a ConvFusionError if there are more steps than timesteps to take."""
     timesteps = getattr(pipe.scheduler.config, "num_train_timesteps", math.inf)
-    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler = copied_without_patches(pipe.scheduler)
     if steps <= timesteps:
         scheduler.set_timesteps(steps)
     # Some spacings begin at the end of the schedule plus an offset, which may lie beyond it.
@@ -149,19 +149,13 @@ def swapped_denoiser(pipe: Any, denoiser: Denoiser) -> Iterator[Any]:
     """Let a pipeline draw with another denoiser of the same family for a while."""
     own = denoiser_of(pipe)
     name = "unet" if getattr(pipe, "unet", None) is own else "transformer"
-    setattr(pipe, name, denoiser)
-    try:
+    with replaced_attributes(pipe, **{name: denoiser}):
         yield pipe
-    finally:
-        setattr(pipe, name, own)
 
 
 @contextmanager
 def silent(pipe: Any) -> Iterator[None]:
     """Draw without the pipeline's own progress bar."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**before, "disable": True})
-    try:
+    told = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+    with replaced_attributes(pipe, _progress_bar_config=told):
         yield
-    finally:
-        pipe.set_progress_bar_config(**before)

@@ -94,6 +94,24 @@ def wrapped_method(owner: Any, name: str, around: Callable[..., Any]) -> Iterato
             standing = False  # what lies over this patch may go on calling it
 
 
+@contextmanager
+def kept_values(thing: Any) -> Iterator[None]:
+    """Let an object change for a while: afterwards it holds the very values that it held before.
+
+    Its methods are left alone, be they its own or its class's. A list or tensor that is changed in
+    place is not copied.
+    """
+    before = {name: value for name, value in vars(thing).items() if not callable(value)}
+    try:
+        yield
+    finally:
+        held = [name for name, value in vars(thing).items() if not callable(value)]
+        for name in held:
+            if name not in before:
+                delattr(thing, name)
+        vars(thing).update(before)
+
+
 def copied_without_patches(thing: _T, shared: Mapping[int, Any] | None = None) -> _T:
     """A deep copy of an object without the methods and hooks that others put on it or its modules.
 

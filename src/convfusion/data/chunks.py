@@ -24,6 +24,7 @@ from convfusion.data.samples import CHUNK, Sample, Source
 from convfusion.data.sources import Drawing
 from convfusion.errors import ConvFusionError
 from convfusion.generate import generate
+from convfusion.patches import replaced_attributes
 
 
 @dataclass(frozen=True)
@@ -241,11 +242,8 @@ def _undecoded(vae: Any) -> Iterator[list[Tensor]]:
         asked.append(latents)
         return SimpleNamespace(sample=latents)
 
-    vae.decode = decode
-    try:
+    with replaced_attributes(vae, decode=decode):
         yield asked
-    finally:
-        del vae.decode
 
 
 def size_name(size: Size) -> str:
