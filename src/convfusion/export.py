@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import shutil
@@ -20,6 +19,7 @@ from convfusion.block import DeltaConv
 from convfusion.conditioning import flat, nested
 from convfusion.errors import ConvFusionError
 from convfusion.inputs import example_inputs
+from convfusion.patches import copied_without_patches
 from convfusion.surgery import drop_attention, mixers_of
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -104,7 +104,7 @@ def size_unit(model: Denoiser) -> int:
 def without_attention(model: Denoiser) -> Denoiser:
     """A copy that shares all weights with a converted model and lacks the replaced ones."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    bare = copy.deepcopy(model, shared)
+    bare = copied_without_patches(model, shared)
     drop_attention(bare)
     return bare.eval()
 

@@ -116,22 +116,29 @@ def copied_without_patches(thing: _T, shared: Mapping[int, Any] | None = None) -
     """A deep copy of an object without the methods and hooks that others put on it or its modules.
 
     Those act on the object that they were made for: a copy that kept them would drive the original.
-    Hooks that PyTorch itself registers are copied.
+    Hooks that PyTorch itself registers are copied; a module that was compiled is copied as it was
+    before.
 
     Args:
-        thing: a model, a scheduler or another object; not one that is wrapped by `torch.compile`.
+        thing: a model, a scheduler or another object.
         shared: what stands for an object in the copy, by its `id`; such as weights.
     """
     memo: dict[int, Any] = dict(shared or {})
-    parts = list(thing.modules()) if isinstance(thing, nn.Module) else [thing]
-    laid = [[name for name in vars(part) if is_patch(part, name)] for part in parts]
-    for part, names in zip(parts, laid, strict=True):
-        memo |= {id(vars(part)[name]): None for name in names}
+    parts: list[Any] = list(thing.modules()) if isinstance(thing, nn.Module) else [thing]
+    compiled = [part for part in parts if "_orig_mod" in getattr(part, "_modules", ())]
+    laid = [
+        (part, name)
+        for part in parts
+        if part not in compiled
+        for name in vars(part)
+        if is_patch(part, name)
+    ]
+    memo |= {id(vars(part)[name]): None for part, name in laid}
+    for part in reversed(compiled):  # the innermost first
+        memo[id(part)] = copy.deepcopy(part._orig_mod, memo)
     made = copy.deepcopy(thing, memo)
-    copies = list(made.modules()) if isinstance(made, nn.Module) else [made]
-    for part, names in zip(copies, laid, strict=True):
-        for name in names:
-            delattr(part, name)
+    for part, name in laid:
+        delattr(memo[id(part)], name)
     return made
 
 
