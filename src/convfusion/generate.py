@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from convfusion.adapters import Denoiser, adapter_for, denoiser_of
+from convfusion.batching import check_call, cut_options
 from convfusion.conditioning import class_labels, latent_scale
 from convfusion.errors import ConvFusionError
 from convfusion.patches import copied_without_patches, replaced_attributes
@@ -41,11 +42,15 @@ def generate(
         guidance: classifier-free guidance scale; 1 or less is none.
         size: (height, width) in pixels, by default the pipeline's own.
         batch_size: prompts drawn at once.
-        options: further arguments of the pipeline's call.
+        options: further arguments of the pipeline's call. Lists and tensors with one for each
+            prompt, such as pictures, negative prompts, latents or embeddings, are cut with the
+            batches. `prompt_embeds` take the place of the prompts, which are then only counted.
 
     Raises:
-        ConvFusionError: there are not as many seeds as prompts, or a number is out of range.
+        ConvFusionError: there are not as many seeds or other options as prompts, a number is out of
+            range, or the pipeline draws from more than it is given. Nothing is drawn.
     """
+    check_call(pipe, prompts, size, options)
     seeds = list(range(len(prompts))) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
@@ -53,7 +58,6 @@ def generate(
     check_steps(pipe, steps)
     if size is not None:
         check_size(pipe, size)
-        options |= {"height": size[0], "width": size[1]}
     family = adapter_for(denoiser_of(pipe)).family
     of_classes = family == "dit"
     if of_classes and size is not None:
@@ -61,17 +65,23 @@ def generate(
     check_guidance(pipe, guidance)
     if family == "pixart":  # else it draws at the nearest size of its training and resizes that
         options.setdefault("use_resolution_binning", False)
+    sides = {} if size is None else {"height": size[0], "width": size[1]}
     images: list[Image.Image] = []
     with silent(pipe):
         for start in range(0, len(prompts), batch_size):
             stop = start + batch_size
-            part = prompts[start:stop]
+            part: Any = prompts[start:stop]
+            if of_classes:
+                part = class_labels(pipe, part)
+            elif options.get("prompt_embeds") is not None:
+                part = None
             drawn = pipe(
-                class_labels(pipe, part) if of_classes else part,
+                **{"class_labels" if of_classes else "prompt": part},
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[start:stop]],
-                **options,
+                **sides,
+                **cut_options(pipe, options, start, stop, len(prompts)),
             ).images
             images.extend(drawn)  # `+=` would add an array of numpy, which old diffusers give
     return images

@@ -9,6 +9,7 @@ larger picture shows. Enlarging is done on the pictures and not on the latents (
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from convfusion.adapters import adapter_for, denoiser_of
+from convfusion.batching import check_call, cut_options
 from convfusion.budget import Means, choose_means, chunked_feed_forward, one_at_a_time
 from convfusion.conditioning import latent_scale
 from convfusion.data.pictures import encode_pictures, upcast_vae
@@ -122,9 +124,11 @@ def highres(
     if len(seeds) != len(prompts):
         raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
     plan = plan_for(pipe, size, ladder, steps=steps, guidance=guidance)
+    check_call(pipe, prompts, size, options)
     images = []
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        climb = _Climb(pipe, prompt, seed, steps, guidance, plan, on_step, options)
+    for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        own = cut_options(pipe, options, i, i + 1, len(prompts))
+        climb = _Climb(pipe, prompt, seed, steps, guidance, plan, on_step, own)
         image = climb.draw(0)
         for rung in range(1, len(plan.sizes)):
             image = climb.draw(rung, image, ladder)
@@ -140,10 +144,7 @@ def plan_for(
     Raises:
         ConvFusionError: as for `highres`.
     """
-    if adapter_for(denoiser_of(pipe)).family == "dit":
-        raise ConvFusionError(
-            "a DiT pipeline draws at its own size only: there is no ladder for it"
-        )
+    check_ladder(pipe)
     check_size(pipe, size)
     sizes: tuple[Size, ...] = (size,)
     if is_large(pipe, size) and not ladder.direct:
@@ -158,6 +159,19 @@ def plan_for(
     if means.tiles:
         check_tileable(pipe.vae)
     return Plan(sizes, means)
+
+
+def check_ladder(pipe: Any) -> None:
+    """Raise a ConvFusionError unless a pipeline draws at any size, from given latents."""
+    if adapter_for(denoiser_of(pipe)).family == "dit":
+        raise ConvFusionError(
+            "a DiT pipeline draws at its own size only: there is no ladder for it"
+        )
+    named = inspect.signature(type(pipe).__call__).parameters
+    if "self" in named and not {"height", "latents"} <= named.keys():
+        raise ConvFusionError(
+            f"a {type(pipe).__name__} draws at the size of its pictures: there is no ladder for it"
+        )
 
 
 def native_size(pipe: Any) -> Size:
