@@ -69,6 +69,12 @@ def choose_means(pipe: Any, size: Size, memory: float, batch: int) -> Means:
     """
     if not memory:
         return Means(math.nan, tiles=default_tiles(pipe, size))
+    for name in ("controlnet", "adapter"):
+        if getattr(pipe, name, None) is not None:
+            raise ConvFusionError(
+                f"memory cannot be estimated with a {type(getattr(pipe, name)).__name__} beside "
+                "the denoiser: leave the bound on memory out"
+            )
     tiles, decoding = _decoding(pipe, size, memory)
     least = math.inf
     for chunks, alone in MEANS:
@@ -173,8 +179,8 @@ def one_at_a_time(model: Denoiser) -> Iterator[None]:
 
 def _sample(given: Any, index: int, count: int) -> Any:
     """One sample of nested arguments for a batch; what is no part of the batch stays."""
-    if isinstance(given, tuple):
-        return tuple(_sample(value, index, count) for value in given)
+    if isinstance(given, tuple | list):  # residuals of a control net, pictures of IP-Adapters
+        return type(given)(_sample(value, index, count) for value in given)
     if isinstance(given, Mapping):
         return {
             name: value if name == GRID else _sample(value, index, count)

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from convfusion.adapters import Denoiser, adapter_for, denoiser_of
 from convfusion.errors import ConvFusionError
+from convfusion.inputs import REFINER_IDS, time_ids
+
+AESTHETIC_SCORE = 6.0  # that diffusers tells SDXL's refiner unless it is told another
 
 
 @torch.no_grad()
@@ -20,11 +23,42 @@ def encode_conditioning(pipe: Any, prompts: list[str], size: tuple[int, int]) ->
         pipe: a Stable Diffusion (1, 2, XL), PixArt or DiT pipeline.
         prompts: one per sample; class names or numbers for DiT.
         size: (height, width) of the pictures in pixels (SDXL is told).
+
+    Raises:
+        ConvFusionError: the denoiser is told of more than that; see `check_captioned`.
     """
+    check_captioned(pipe)
     family = adapter_for(denoiser_of(pipe)).family
     if family == "unet":
         return _stable_diffusion(pipe, prompts, size)
     return _pixart(pipe, prompts) if family == "pixart" else _dit(pipe, prompts)
+
+
+def check_captioned(pipe: Any) -> None:
+    """Raise a ConvFusionError if a denoiser needs more than latents, a timestep and a caption.
+
+    Such models can be converted and drawn with. Their training and measurement need more than
+    pictures with captions.
+    """
+    model, kind = denoiser_of(pipe), type(pipe).__name__
+    config, vae = model.config, getattr(pipe, "vae", None)
+    latents = vae.config.get("latent_channels") if vae is not None else None
+    more = ""
+    if latents not in (None, config.in_channels):
+        more = f"{config.in_channels} channels, and its latents have {latents}: a picture or mask"
+    elif getattr(config, "encoder_hid_dim_type", None) not in (None, "text_proj"):
+        more = "pictures for an IP-Adapter"
+    elif config.get("addition_embed_type") not in (None, "text", "text_time"):
+        more = "an embedding of a picture"
+    elif config.get("class_embed_type") or config.get("num_class_embeds"):
+        more = "class labels"
+    elif config.get("time_cond_proj_dim"):
+        more = "the scale of its guidance, as latent consistency models do"
+    if more:
+        raise ConvFusionError(
+            f"the denoiser of this {kind} takes {more}, beside a caption. It can be converted, and "
+            "drawn with in Python; caches, distillation and evaluation know captions only"
+        )
 
 
 def _stable_diffusion(pipe: Any, prompts: list[str], size: tuple[int, int]) -> dict[str, Any]:
@@ -36,13 +70,14 @@ def _stable_diffusion(pipe: Any, prompts: list[str], size: tuple[int, int]) -> d
     if pipe.config.force_zeros_for_empty_prompt:  # as SDXL draws where no negative prompt is given
         given = torch.tensor([bool(p) for p in prompts], device=device).to(embeds.dtype)
         embeds, pooled = embeds * given[:, None, None], pooled * given[:, None]
-    ids = torch.tensor([[*size, 0, 0, *size]], dtype=embeds.dtype, device=device)
+    last = (AESTHETIC_SCORE,) if time_ids(pipe.unet) == REFINER_IDS else size
+    ids = torch.tensor([[*size, 0, 0, *last]], dtype=embeds.dtype, device=device)
     added = {"text_embeds": pooled, "time_ids": ids.repeat(len(prompts), 1)}
     return {"encoder_hidden_states": embeds, "added_cond_kwargs": added}
 
 
 def _pixart(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    if pipe.transformer.config.use_additional_conditions:
+    if pipe.transformer.use_additional_conditions:
         raise ConvFusionError(
             "PixArt-α models with resolution conditions are not supported in distillation; "
             "PixArt-Σ and PixArt-α at 256 and 512 are"

@@ -123,6 +123,10 @@ def _check(model: Denoiser, path: Path) -> None:
     family = adapter_for(model).family
     if family == "dit":
         raise ConvFusionError("a DiT draws one size only and is not exported; UNets and PixArt are")
+    if getattr(model.config, "encoder_hid_dim_type", None) == "ip_image_proj":
+        raise ConvFusionError(
+            "an IP-Adapter is not exported: pipe.unload_ip_adapter() takes it off"
+        )
     for site, mixer in mixers.items():
         settings = mixer.config
         if (

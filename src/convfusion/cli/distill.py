@@ -72,6 +72,7 @@ def distill(
     Ctrl-C stops after the step at hand and saves; go on with --resume.
     """
     from convfusion.adapters import denoiser_of
+    from convfusion.conditioning import check_captioned
     from convfusion.distill.environment import check_possible
     from convfusion.distill.settings import as_toml, read_settings
     from convfusion.surgery import mixers_of
@@ -85,6 +86,7 @@ def distill(
     if main:
         typer.echo(as_toml(run))
     pipe = load_pipeline(run.model, precision, device, run.revision or None)
+    check_captioned(pipe)
     every_one = run.every == 1 and not run.first
     if (run.config or not every_one) and mixers_of(pipe) and main:
         typer.echo(f"{run.model} is converted anew: the blocks that it has are set aside.\n")

@@ -76,6 +76,7 @@ def generate(
     model's size, then enlarged and partly drawn anew, rung by rung.
     """
     from convfusion import checkpoint
+    from convfusion.batching import check_call
     from convfusion.generate import check_size
     from convfusion.highres import Ladder
 
@@ -90,6 +91,7 @@ def generate(
     )
     wanted = parse_size(size) if size else None
     pipe = load_pipeline(model, precision, device, revision)
+    check_call(pipe, prompt, wanted, {})
     if blocks is not None:
         checkpoint.load(pipe, blocks)
     if wanted:
@@ -136,13 +138,13 @@ def numbered(folder: Path, seeds: list[int]) -> list[Path]:
 
 def with_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractContextManager[None]:
     """Let the attention stand in at the sites where it is the cheaper one at a size in pixels."""
-    from convfusion.adapters import denoiser_of
     from convfusion.bench.plan import cheaper_attention
     from convfusion.conditioning import latent_scale
+    from convfusion.highres import native_size
     from convfusion.surgery import attention_back, mixers_of
 
     scale = latent_scale(pipe)
-    height, width = size or (denoiser_of(pipe).config.sample_size * scale,) * 2
+    height, width = size or native_size(pipe)
     kept = cheaper_attention(pipe, (height // scale, width // scale))
     typer.echo(f"The attention is the cheaper one at {len(kept)} of {len(mixers_of(pipe))} sites.")
     return attention_back(pipe, kept)

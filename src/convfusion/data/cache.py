@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from convfusion.adapters import adapter_for, denoiser_of
-from convfusion.conditioning import latent_scale
+from convfusion.conditioning import check_captioned, latent_scale
 from convfusion.data.buckets import Size, step_for
 from convfusion.data.buckets import buckets as sizes_about
 from convfusion.data.chunks import Chunk, Encoder, Event, Reader, Ready, read_with, size_name
@@ -34,6 +34,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.files import write_tensors, write_text
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import check_size, swapped_denoiser
+from convfusion.inputs import REFINER_IDS, time_ids
 from convfusion.surgery import attention_teacher, mixers_of
 
 NAMED = 20  # of the skipped samples, for each reason
@@ -107,6 +108,7 @@ def build_cache(
             finite, or nothing of the source can be used.
     """
     folder = Path(folder)
+    check_captioned(pipe)
     sizes = _sizes(pipe, source, size, buckets)
     if num_workers < 0 or batch_size < 1:
         raise ConvFusionError("num_workers must be at least 0, and batch_size at least 1")
@@ -169,6 +171,8 @@ def _rests_on(pipe: Any) -> dict[str, Any]:
 def _fingerprints(pipe: Any) -> dict[str, str | None]:
     """Of the VAE and each text encoder that pipelines of this class have; None if not loaded."""
     parts = [name for name in ("vae", "text_encoder", "text_encoder_2") if hasattr(pipe, name)]
+    if time_ids(denoiser_of(pipe)) == REFINER_IDS and pipe.text_encoder is None:
+        parts.remove("text_encoder")  # SDXL's refiner has the second alone
     modules = {name: getattr(pipe, name) for name in parts}
     return {
         name.replace("_", " "): None if module is None else fingerprint(module)

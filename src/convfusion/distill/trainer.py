@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from convfusion import checkpoint
 from convfusion.adapters import denoiser_of
-from convfusion.conditioning import placed
+from convfusion.conditioning import check_captioned, placed
 from convfusion.data.latents import LatentDataset, TrainingData, hold_out, training_data
 from convfusion.distill import state as saved_state
 from convfusion.distill.config import DistillConfig
@@ -125,6 +125,7 @@ class Trainer:
     ) -> None:
         self.pipe, self.config, self.out = pipe, config, out
         self.student = denoiser_of(pipe)
+        check_captioned(pipe)
         check_possible(self.student, config)
         self.accelerator = make_accelerator(config, out, cpu=self.student.device.type == "cpu")
         if self.accelerator.num_processes > 1:

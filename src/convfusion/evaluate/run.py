@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 
 from convfusion.adapters import adapter_for, denoiser_of
-from convfusion.conditioning import class_labels
+from convfusion.batching import check_call
+from convfusion.conditioning import check_captioned, class_labels
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import measure
 from convfusion.evaluate.drawing import STUDENT, check_place, draw
@@ -118,6 +119,8 @@ def write_results(found: Evaluation, folder: Path) -> None:
 
 def check_draws(pipe: Any, draws: Draws) -> None:
     """Raise a ConvFusionError unless a pipeline can draw this."""
+    check_captioned(pipe)
+    check_call(pipe, list(draws.prompts), draws.size, {})
     size = size_of(pipe, draws)
     check_steps(pipe, draws.steps)
     count = len(noise_schedule(pipe.scheduler)[0])
