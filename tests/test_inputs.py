@@ -6,13 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    PixArtTransformer2DModel,
+    StableDiffusionXLImg2ImgPipeline,
+    UNet2DConditionModel,
+)
 from tiny_models import CASES
-from tiny_pipelines import stable_diffusion
+from tiny_pipelines import stable_diffusion, stable_diffusion_xl, text_config
+from transformers import CLIPTextModelWithProjection
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
 from convfusion.budget import choose_means, one_at_a_time
+from convfusion.conditioning import encode_conditioning
+from convfusion.data import cache
+from convfusion.data.cache import build_cache
+from convfusion.data.latents import LatentDataset
+from convfusion.data.sources import Prompts
+from convfusion.distill import DistillConfig, distill
 from convfusion.export import export_onnx
 from convfusion.inputs import example_inputs, time_ids
 from convfusion.memory import denoiser_peak
@@ -145,3 +156,43 @@ def test_what_is_not_known_is_refused_by_name():
     pipe.controlnet = torch.nn.Linear(1, 1)
     with pytest.raises(ConvFusionError, match="beside the denoiser"):
         choose_means(pipe, (32, 32), 4.0, batch=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"in_channels": 9}, "takes 9 channels"),
+        ({"num_class_embeds": 10}, "class labels"),
+        ({"time_cond_proj_dim": 12}, "latent consistency"),
+    ],
+)
+def test_denoisers_that_are_told_more_than_captions_are_refused_first(options, said, tmp_path):
+    pipe = stable_diffusion()
+    pipe.unet.register_to_config(**options)
+    convfusion.convert(pipe, uniform(DeltaConv(kernel_size=3)))
+    pipe.text_encoder.register_forward_pre_hook(lambda *_: pytest.fail("work was begun"))
+    data, source = (
+        LatentDataset(torch.zeros(2, 4, 8, 8), ["red", "green"]),
+        Prompts("list", ("red",)),
+    )
+    with pytest.raises(ConvFusionError, match=said):
+        encode_conditioning(pipe, ["red"], (16, 16))
+    with pytest.raises(ConvFusionError, match=said):
+        distill(pipe, data, DistillConfig(steps=1))
+    with pytest.raises(ConvFusionError, match=said):
+        build_cache(pipe, source, tmp_path / "cache")
+
+
+def test_a_refiner_is_encoded_with_its_one_text_encoder_and_five_numbers():
+    stock = stable_diffusion_xl()
+    parts = {**stock.components, "text_encoder": None, "tokenizer": None}
+    parts["text_encoder_2"] = CLIPTextModelWithProjection(text_config(16)).eval()
+    parts["unet"] = unet(**REFINER)
+    pipe = StableDiffusionXLImg2ImgPipeline(
+        **parts, requires_aesthetics_score=True, add_watermarker=False
+    )
+    found = encode_conditioning(pipe, ["red", "green"], (16, 24))
+    assert found["added_cond_kwargs"]["time_ids"].tolist() == [[16, 24, 0, 0, 6]] * 2
+    noise = torch.randn(2, 4, 8, 12)
+    assert pipe.unet(noise, 5, **found).sample.shape == noise.shape
+    assert cache._rests_on(pipe)["weights"].keys() == {"vae", "text encoder 2"}
