@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from convfusion.families import Denoiser, denoiser_of, example_inputs, family_of
 from convfusion.families.conditioning import flat, nested
 from convfusion.folders import made_folder, scratch_folder
 from convfusion.mixers.delta_conv import DeltaConv
+from convfusion.patches import copied_without_patches
 from convfusion.surgery import drop_attention, mixers_of
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -91,7 +91,7 @@ def checked_sizes(model: Denoiser) -> list[tuple[int, int, int]]:
 def without_attention(model: Denoiser) -> Denoiser:
     """A copy that shares all weights with a converted model and lacks the replaced ones."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    bare = copy.deepcopy(model, shared)
+    bare = copied_without_patches(model, shared)
     drop_attention(bare)
     return bare.eval()
 
@@ -115,6 +115,10 @@ def _check(model: Denoiser, path: Path) -> None:
         raise ConvFusionError(
             f"a {type(model).__name__} draws one size only and is not exported: what an export "
             "is for is one file for every size"
+        )
+    if getattr(model.config, "encoder_hid_dim_type", None) == "ip_image_proj":
+        raise ConvFusionError(
+            "an IP-Adapter is not exported: pipe.unload_ip_adapter() takes it off"
         )
     for site, mixer in mixers.items():
         settings = mixer.config

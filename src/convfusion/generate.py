@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,8 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from convfusion.batching import check_call, cut_options
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, denoiser_of, family_of, native_size, pixel_unit
+from convfusion.patches import copied_without_patches, replaced_attributes
 from convfusion.text import check_prompts
 
 SEEDS = 2**64  # of torch's generators
@@ -40,12 +41,16 @@ def generate(
         guidance: classifier-free guidance scale; 1 or less is none.
         size: (height, width) in pixels, by default the pipeline's own.
         batch_size: prompts drawn at once.
-        options: further arguments of the pipeline's call.
+        options: further arguments of the pipeline's call. Lists and tensors with one for each
+            prompt, such as pictures, negative prompts, latents or embeddings, are cut with the
+            batches. `prompt_embeds` take the place of the prompts, which are then only counted.
 
     Raises:
-        ConvFusionError: there are not as many seeds as prompts, a prompt is no text, or a number
-            is out of range.
+        ConvFusionError: there are not as many seeds or other options as prompts, a prompt is no
+            text, a number is out of range, or the pipeline draws from more than it is given.
+            Nothing is drawn.
     """
+    check_call(pipe, prompts, size, options)
     seeds = list(range(len(prompts))) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
@@ -55,21 +60,27 @@ def generate(
     family = family_of(denoiser_of(pipe))
     if size is not None:
         check_size(pipe, size)
-    if size is not None and not family.fixed_size:
-        options |= {"height": size[0], "width": size[1]}
     check_guidance(pipe, guidance)
+    sides = {}
+    if size is not None and not family.fixed_size:
+        sides = {"height": size[0], "width": size[1]}
     options = {**family.call_options, **options}
     images: list[Image.Image] = []
     with silent(pipe):
         for start in range(0, len(prompts), batch_size):
             stop = start + batch_size
-            part = prompts[start:stop]
+            part: Any = prompts[start:stop]
+            if options.get("prompt_embeds") is not None:
+                part = None
+            else:
+                part = family.call_prompts(pipe, part)
             drawn = pipe(
-                family.call_prompts(pipe, part),
+                **{family.prompt_argument: part},
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[start:stop]],
-                **options,
+                **sides,
+                **cut_options(pipe, options, start, stop, len(prompts)),
             ).images
             images.extend(drawn)  # `+=` would add an array of numpy, which old diffusers give
     return images
@@ -91,7 +102,7 @@ def check_numbers(seeds: Iterable[int], steps: int, guidance: float, batch_size:
 def check_steps(pipe: Any, steps: int) -> None:
     """Raise a ConvFusionError if there are more steps than timesteps to take."""
     timesteps = getattr(pipe.scheduler.config, "num_train_timesteps", math.inf)
-    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler = copied_without_patches(pipe.scheduler)
     if steps <= timesteps:
         scheduler.set_timesteps(steps)
     # Some spacings begin at the end of the schedule plus an offset, which may lie beyond it.
@@ -138,20 +149,13 @@ def can_guide(pipe: Any) -> bool:
 def swapped_denoiser(pipe: Any, denoiser: Denoiser) -> Iterator[Any]:
     """Let a pipeline draw with another denoiser of the same family for a while."""
     own = denoiser_of(pipe)
-    name = family_of(own).component
-    setattr(pipe, name, denoiser)
-    try:
+    with replaced_attributes(pipe, **{family_of(own).component: denoiser}):
         yield pipe
-    finally:
-        setattr(pipe, name, own)
 
 
 @contextmanager
 def silent(pipe: Any) -> Iterator[None]:
     """Draw without the pipeline's own progress bar."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**before, "disable": True})
-    try:
+    told = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+    with replaced_attributes(pipe, _progress_bar_config=told):
         yield
-    finally:
-        pipe.set_progress_bar_config(**before)

@@ -80,7 +80,7 @@ def distill(
     """
     from convfusion.distill.environment import check_libraries, check_possible
     from convfusion.distill.settings import as_toml, read_settings
-    from convfusion.families import denoiser_of
+    from convfusion.families import check_captioned, denoiser_of
     from convfusion.surgery import mixers_of
 
     named: dict[str, Any] = {"model": model, "data": data, "size": size, "buckets": buckets}
@@ -95,6 +95,7 @@ def distill(
     if main:
         typer.echo(as_toml(run))
     pipe = load_pipeline(run.model, precision, device, run.revision or None)
+    check_captioned(pipe)
     every_one = run.every == 1 and not run.first
     if (run.config or not every_one) and mixers_of(pipe) and main:
         typer.echo(f"{run.model} is converted anew: the blocks that it has are set aside.\n")

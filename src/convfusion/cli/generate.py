@@ -77,6 +77,7 @@ def generate(
     model's size, then enlarged and partly drawn anew, rung by rung.
     """
     from convfusion import checkpoint
+    from convfusion.batching import check_call
     from convfusion.generate import check_numbers, check_size
     from convfusion.highres import Ladder
 
@@ -95,6 +96,7 @@ def generate(
     )
     wanted = parse_size(size) if size else None
     pipe = load_pipeline(model, precision, device, revision)
+    check_call(pipe, prompt, wanted, {})
     if blocks is not None:
         checkpoint.load(pipe, blocks)
     if wanted:

@@ -28,7 +28,7 @@ from convfusion.data.store import (
     write_manifest,
 )
 from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of, family_of, native_size
+from convfusion.families import check_captioned, denoiser_of, family_of, native_size
 from convfusion.files import write_tensors, write_text
 from convfusion.fingerprint import differences, identity, module_identity, scheduler_identity
 from convfusion.generate import check_guidance, check_size, check_steps, swapped_denoiser
@@ -104,6 +104,7 @@ def build_cache(
             finite, or nothing of the source can be used.
     """
     folder = Path(folder)
+    check_captioned(pipe)
     sizes = _sizes(pipe, source, size, buckets)
     if num_workers < 0 or batch_size < 1:
         raise ConvFusionError("num_workers must be at least 0, and batch_size at least 1")
@@ -170,6 +171,8 @@ def _rests_on(pipe: Any) -> dict[str, Any]:
         ConvFusionError: the pipeline was loaded without its VAE or text encoders.
     """
     parts = identity(pipe)
+    for name in family_of(denoiser_of(pipe)).idle_components(pipe):
+        parts.pop(name.replace("_", " "), None)
     if missing := [part for part, found in parts.items() if found is None]:
         raise ConvFusionError(f"this pipeline has no {' and no '.join(missing)}: load all of it")
     return parts

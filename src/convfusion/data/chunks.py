@@ -25,6 +25,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, encode_conditioning, family_of
 from convfusion.families.conditioning import flat
 from convfusion.generate import generate
+from convfusion.patches import replaced_attributes
 
 
 @dataclass(frozen=True)
@@ -243,11 +244,8 @@ def _undecoded(vae: Any) -> Iterator[list[Tensor]]:
         asked.append(latents)
         return SimpleNamespace(sample=latents)
 
-    vae.decode = decode
-    try:
+    with replaced_attributes(vae, decode=decode):
         yield asked
-    finally:
-        del vae.decode
 
 
 def size_name(size: Size) -> str:

@@ -136,7 +136,8 @@ def encode_pictures(vae: Any, pictures: np.ndarray) -> Tensor:
         [B, C, h, w] in float32 on the CPU: posterior means, shifted and scaled.
     """
     batch = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    latents = vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mean.float().cpu()
+    device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device
+    latents = vae.encode(batch.to(device, vae.dtype)).latent_dist.mean.float().cpu()
     config = vae.config
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = (

@@ -18,6 +18,7 @@ from convfusion.distill.logs import tracker_name
 from convfusion.distill.optimizers import check_optimizer
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser
+from convfusion.patches import wrapped_method
 from convfusion.surgery import mixers_of
 
 
@@ -128,12 +129,9 @@ def stop_on_interrupt() -> Iterator[list[bool]]:
 def decoded_as_it_is(vae: Any) -> Iterator[None]:
     """Let a VAE decode in its own dtype, whatever the autocast: some overflow in float16."""
 
-    def decode(latents: Tensor, *args: Any, **options: Any) -> Any:
+    def decode(found: Any, latents: Tensor, *args: Any, **options: Any) -> Any:
         with torch.autocast(latents.device.type, enabled=False):
-            return type(vae).decode(vae, latents.to(vae.dtype), *args, **options)
+            return found(latents.to(vae.dtype), *args, **options)
 
-    vae.decode = decode
-    try:
+    with wrapped_method(vae, "decode", decode):
         yield
-    finally:
-        del vae.decode

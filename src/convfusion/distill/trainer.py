@@ -36,7 +36,7 @@ from convfusion.distill.startup import start_from_attention
 from convfusion.distill.task import DistillTask, Losses
 from convfusion.distill.validation import held_out_error, what_fails
 from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of
+from convfusion.families import check_captioned, denoiser_of
 from convfusion.families.conditioning import placed
 from convfusion.locks import locked
 from convfusion.surgery import mixers_of
@@ -130,6 +130,7 @@ class Trainer:
     ) -> None:
         self.pipe, self.config, self.out = pipe, config, out
         self.student = denoiser_of(pipe)
+        check_captioned(pipe)
         check_possible(self.student, config)
         self.accelerator = make_accelerator(config, out, cpu=self.student.device.type == "cpu")
         if self.accelerator.num_processes > 1:

@@ -13,7 +13,6 @@ bits, and so does one that several processes share.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import time
@@ -35,6 +34,7 @@ from convfusion.files import is_whole, read_json, write_picture, write_text
 from convfusion.fingerprint import shown
 from convfusion.generate import generate, swapped_denoiser
 from convfusion.locks import LOCK
+from convfusion.patches import wrapped_method
 from convfusion.schedule import noise_schedule
 
 TEACHER, STUDENT, OTHER = "teacher", "student", "teacher-other-seed"
@@ -243,20 +243,15 @@ def recorded_latents(pipe: Any, count: int) -> Iterator[list[tuple[float, Tensor
     Every pipeline of diffusers asks its scheduler for each step. A DiT's batch is twice as large
     under guidance; its first half is kept.
     """
-    scheduler = pipe.scheduler
-    step, found = scheduler.step, []
+    path: list[tuple[float, Tensor]] = []
 
-    @functools.wraps(step)  # pipelines look at the signature
-    def recording(model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+    def recording(step: Any, model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         output = step(model_output, timestep, *args, **kwargs)
-        found.append((float(timestep), output[0][:count].float()))
+        path.append((float(timestep), output[0][:count].float()))
         return output
 
-    scheduler.step = recording
-    try:
-        yield found
-    finally:
-        del scheduler.step
+    with wrapped_method(pipe.scheduler, "step", recording):
+        yield path
 
 
 def picture_of(folder: Path, side: str, index: int) -> Path:

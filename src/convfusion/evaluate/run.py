@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from convfusion.batching import check_call
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import measure
 from convfusion.evaluate.clip import Clip
@@ -23,7 +24,7 @@ from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import RealPictures
 from convfusion.evaluate.results import Evaluation
 from convfusion.extras import check_installed
-from convfusion.families import denoiser_of, family_of
+from convfusion.families import check_captioned, denoiser_of, family_of
 from convfusion.generate import check_guidance, check_size, check_steps
 from convfusion.locks import locked
 from convfusion.schedule import noise_schedule
@@ -127,6 +128,8 @@ def write_results(found: Evaluation, folder: Path) -> None:
 
 def check_draws(pipe: Any, draws: Draws) -> None:
     """Raise a ConvFusionError unless a pipeline can draw this."""
+    check_captioned(pipe)
+    check_call(pipe, list(draws.prompts), draws.size, {})
     size = size_of(pipe, draws)
     check_steps(pipe, draws.steps)
     count = len(noise_schedule(pipe.scheduler)[0])

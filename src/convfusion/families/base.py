@@ -17,7 +17,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from convfusion.errors import UnsupportedModelError
+from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families.carrier import Carrier
 from convfusion.mixers import Gate
 from convfusion.text import check_prompts
@@ -69,6 +69,7 @@ class Family(ABC):
             the defaults of diffusers; `bench` and `plan` count and time them.
         fixed_size: whether its pipelines draw at the denoiser's own size only.
         gives_latents: whether its pipelines know `output_type="latent"`.
+        prompt_argument: the argument of its pipelines' call that prompts go to.
         call_options: what its pipelines are called with unless the caller says otherwise.
         released_gate: the gate of the blocks that the paper's authors released for it; None if
             there are none.
@@ -82,6 +83,7 @@ class Family(ABC):
     full_size: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
     fixed_size: ClassVar[bool] = False
     gives_latents: ClassVar[bool] = True
+    prompt_argument: ClassVar[str] = "prompt"
     call_options: ClassVar[Mapping[str, Any]] = {}
     released_gate: ClassVar[Gate | None] = None
 
@@ -143,6 +145,14 @@ class Family(ABC):
     def call_prompts(self, pipe: Any, prompts: Sequence[str]) -> list[Any]:
         """Prompts as the call of a pipeline takes them."""
         return list(prompts)
+
+    def describe_further_needs(self, model: Denoiser) -> str:
+        """What a model takes beside latents, timestep and captions, in words; '' for nothing."""
+        return ""
+
+    def idle_components(self, pipe: Any) -> tuple[str, ...]:
+        """Components that pipelines of this class have, and that this one does without."""
+        return ()
 
     def check_guidance(self, model: Denoiser, guidance: float) -> None:
         """Raise a ConvFusionError for a guidance scale that a model cannot draw with."""
@@ -285,11 +295,34 @@ def encode_conditioning(pipe: Any, prompts: Sequence[str], size: Size) -> dict[s
         size: (height, width) of the pictures in pixels (SDXL is told).
 
     Raises:
-        ConvFusionError: a prompt is no text, or no class of a DiT.
+        ConvFusionError: a prompt is no text, or no class of a DiT; or the denoiser is told of
+            more than that, see `check_captioned`.
     """
     check_prompts(prompts)
+    check_captioned(pipe)
     with torch.no_grad():
         return family_of(denoiser_of(pipe)).encode_prompts(pipe, prompts, size)
+
+
+def check_captioned(pipe: Any) -> None:
+    """Raise a ConvFusionError if a denoiser needs more than latents, a timestep and a caption.
+
+    Such models can be converted and drawn with. Their training and measurement need more than
+    pictures with captions.
+    """
+    model, vae = denoiser_of(pipe), getattr(pipe, "vae", None)
+    channels, latents = model.config.in_channels, None
+    if vae is not None:
+        latents = vae.config.get("latent_channels")
+    more = family_of(model).describe_further_needs(model)
+    if latents not in (None, channels):
+        more = f"{channels} channels, and its latents have {latents}: a picture or mask"
+    if more:
+        raise ConvFusionError(
+            f"the denoiser of this {type(pipe).__name__} takes {more}, beside a caption. It can be "
+            "converted, and drawn with in Python; caches, distillation and evaluation know "
+            "captions only"
+        )
 
 
 def example_inputs(
@@ -308,6 +341,9 @@ def example_inputs(
         batch: samples.
         words: tokens of the text; by default as many as the family's text encoder gives.
         device: of the tensors, by default the model's; `meta` gives shapes alone.
+
+    Raises:
+        ConvFusionError: the model takes something of a kind that is not known here.
     """
     family = family_of(model)
     values = Values(model, model.device if device is None else device)

@@ -36,6 +36,7 @@ class DiT(Family):
     full_size = {"dit": (_CLASS, {"out_channels": 8})}
     fixed_size = True
     gives_latents = False
+    prompt_argument = "class_labels"
 
     def list_sites(self, model: Denoiser) -> list[Site]:
         return list_plain_sites(model)

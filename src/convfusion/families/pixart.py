@@ -52,7 +52,7 @@ class PixArt(Family):
         return model.config.patch_size
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
-        if pipe.transformer.config.use_additional_conditions:
+        if pipe.transformer.use_additional_conditions:
             raise ConvFusionError(
                 "PixArt-α models with resolution conditions are not supported in distillation; "
                 "PixArt-Σ and PixArt-α at 256 and 512 are"
@@ -70,11 +70,12 @@ class PixArt(Family):
         self, model: Denoiser, batch: int, words: int | None, values: Values
     ) -> dict[str, Any]:
         config, words = model.config, words or T5_WORDS
+        width = config.caption_channels or config.cross_attention_dim
         told: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
-        if config.use_additional_conditions:  # PixArt-α at 1024 pixels
+        if model.use_additional_conditions:  # PixArt-α at 1024 pixels; its config may leave it open
             told = {"resolution": values(batch, 2), "aspect_ratio": values(batch, 1)}
         return {
-            "encoder_hidden_states": values(batch, words, config.caption_channels),
+            "encoder_hidden_states": values(batch, words, width),
             "encoder_attention_mask": values.filled(1.0, batch, words),
             "added_cond_kwargs": told,
         }

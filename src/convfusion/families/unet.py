@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from diffusers import Transformer2DModel
+from torch import nn
 
-from convfusion.errors import UnsupportedModelError
+from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families.base import (
     Denoiser,
     Family,
@@ -24,6 +25,10 @@ from convfusion.families.base import (
 from convfusion.families.carrier import KeywordCarrier
 
 CLIP_WORDS = 77  # tokens that CLIP's text encoders read
+GLM_WORDS = 256  # and Kolors' ChatGLM
+REFINER_IDS = 5  # numbers that SDXL's refiner is told of its picture
+AESTHETIC_SCORE = 6.0  # the last of them, that diffusers tells unless it is told another
+PATCHES = 257  # tokens of a picture from CLIP's ViT-H, which IP-Adapter Plus is given
 
 _PLACE = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.")
 
@@ -157,25 +162,112 @@ class UNet(Family):
         if pipe.config.force_zeros_for_empty_prompt:  # as SDXL draws without a negative prompt
             given = torch.tensor([bool(p) for p in prompts], device=device).to(embeds.dtype)
             embeds, pooled = embeds * given[:, None, None], pooled * given[:, None]
-        ids = torch.tensor([[*size, 0, 0, *size]], dtype=embeds.dtype, device=device)
+        last = (AESTHETIC_SCORE,) if count_time_ids(pipe.unet) == REFINER_IDS else size
+        ids = torch.tensor([[*size, 0, 0, *last]], dtype=embeds.dtype, device=device)
         added = {"text_embeds": pooled, "time_ids": ids.repeat(len(prompts), 1)}
         return {"encoder_hidden_states": embeds, "added_cond_kwargs": added}
 
     def example_conditioning(
         self, model: Denoiser, batch: int, words: int | None, values: Values
     ) -> dict[str, Any]:
-        config, words = model.config, words or CLIP_WORDS
-        inputs: dict[str, Any] = {
-            "encoder_hidden_states": values(batch, words, config.cross_attention_dim)
-        }
-        if config.addition_embed_type == "text_time":
-            numbers = 6 * config.addition_time_embed_dim
-            pooled = config.projection_class_embeddings_input_dim - numbers
-            inputs["added_cond_kwargs"] = {
-                "text_embeds": values(batch, pooled),
-                "time_ids": values(batch, 6),
-            }
+        config = model.config
+        words = words or (GLM_WORDS if config.get("encoder_hid_dim") else CLIP_WORDS)
+        inputs: dict[str, Any] = {"encoder_hidden_states": values(batch, words, text_width(model))}
+        if added := example_additions(model, batch, values):
+            inputs["added_cond_kwargs"] = added
+        kind = config.class_embed_type
+        if kind in ("projection", "simple_projection"):
+            inputs["class_labels"] = values(batch, config.projection_class_embeddings_input_dim)
+        elif kind == "identity":
+            inputs["class_labels"] = values(batch, model.time_embedding.linear_2.out_features)
+        elif kind == "timestep" or config.num_class_embeds is not None:
+            inputs["class_labels"] = values.zeros(batch)
+        elif kind is not None:
+            raise unknown_setting(model, "class_embed_type")
+        if config.time_cond_proj_dim is not None:  # the guidance of a latent consistency model
+            inputs["timestep_cond"] = values(batch, config.time_cond_proj_dim)
         return inputs
+
+    def describe_further_needs(self, model: Denoiser) -> str:
+        config = model.config
+        if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
+            return "pictures for an IP-Adapter"
+        if config.get("addition_embed_type") not in (None, "text", "text_time"):
+            return "an embedding of a picture"
+        if config.get("class_embed_type") or config.get("num_class_embeds"):
+            return "class labels"
+        if config.get("time_cond_proj_dim"):
+            return "the scale of its guidance, as latent consistency models do"
+        return ""
+
+    def idle_components(self, pipe: Any) -> tuple[str, ...]:
+        """SDXL's refiner has the second text encoder alone."""
+        refines = count_time_ids(pipe.unet) == REFINER_IDS and pipe.text_encoder is None
+        return ("text_encoder", "tokenizer") if refines else ()
+
+
+def example_additions(model: Denoiser, batch: int, values: Values) -> dict[str, Any]:
+    """What goes into `added_cond_kwargs`: SDXL's numbers, pictures for IP-Adapters."""
+    config, added = model.config, dict[str, Any]()
+    if config.addition_embed_type == "text_time":
+        ids = count_time_ids(model)
+        pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
+        added = {"text_embeds": values(batch, pooled), "time_ids": values(batch, ids)}
+    elif config.addition_embed_type not in (None, "text"):
+        raise unknown_setting(model, "addition_embed_type")
+    if config.encoder_hid_dim_type == "ip_image_proj":
+        layers = model.encoder_hid_proj.image_projection_layers
+        added["image_embeds"] = [values(batch, *picture_shape(layer)) for layer in layers]
+    return added
+
+
+def count_time_ids(model: Denoiser) -> int:
+    """How many numbers an SDXL UNet is told of its picture; 0 for another denoiser.
+
+    They are six (size, crop, wanted size), or the refiner's five, with an aesthetic score in place
+    of the wanted size. A refiner's one text encoder has pooled outputs as wide as its tokens.
+    """
+    config = model.config
+    if config.get("addition_embed_type") != "text_time":
+        return 0
+    pooled = config.projection_class_embeddings_input_dim - 5 * config.addition_time_embed_dim
+    refines = config.encoder_hid_dim is None and pooled == config.cross_attention_dim
+    return REFINER_IDS if refines else 6
+
+
+def text_width(model: Denoiser) -> int:
+    """Of the tokens of the text, before any projection in the model."""
+    config = model.config
+    projection = getattr(model, "text_encoder_hid_proj", None)  # Kolors' beside an IP-Adapter
+    if config.encoder_hid_dim_type == "text_proj" or projection is not None:
+        return config.encoder_hid_dim
+    if config.encoder_hid_dim_type not in (None, "ip_image_proj"):
+        raise unknown_setting(model, "encoder_hid_dim_type")
+    widths = config.cross_attention_dim
+    if isinstance(widths, int):
+        return widths
+    if len(set(widths)) > 1:
+        raise unknown_setting(model, "cross_attention_dim")
+    return widths[0]
+
+
+def picture_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Of one picture for the projection of an IP-Adapter, without the batch."""
+    kind = type(layer).__name__
+    width = next(part.in_features for part in layer.modules() if isinstance(part, nn.Linear))
+    if kind in ("ImageProjection", "IPAdapterFaceIDImageProjection"):
+        return (1, width)
+    if kind in ("IPAdapterPlusImageProjection", "IPAdapterFullImageProjection"):
+        return (1, PATCHES, width)
+    raise ConvFusionError(f"the inputs of an IP-Adapter with {kind} cannot be made up: unload it")
+
+
+def unknown_setting(model: Denoiser, name: str) -> ConvFusionError:
+    """The error for a setting of a model's config that inputs cannot be made up for."""
+    return ConvFusionError(
+        f"inputs cannot be made up for a {type(model).__name__} with {name} "
+        f"{model.config.get(name)!r}"
+    )
 
 
 def owner_of(path: str) -> str:

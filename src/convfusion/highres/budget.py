@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from convfusion.families import (
 from convfusion.families.carrier import GRID
 from convfusion.highres.peaks import GIB, decoder_peak, denoiser_peak
 from convfusion.highres.vae_tiles import Tiles
+from convfusion.patches import replaced_attributes, wrapped_method
 
 Size = tuple[int, int]
 
@@ -74,6 +75,12 @@ def choose_means(pipe: Any, size: Size, memory: float, batch: int) -> Means:
     """
     if not memory:
         return Means(math.nan, tiles=default_tiles(pipe, size))
+    for name in ("controlnet", "adapter"):
+        if getattr(pipe, name, None) is not None:
+            raise ConvFusionError(
+                f"memory cannot be estimated with a {type(getattr(pipe, name)).__name__} beside "
+                "the denoiser: leave the bound on memory out"
+            )
     tiles, decoding = _decoding(pipe, size, memory)
     least = math.inf
     for chunks, alone in MEANS:
@@ -146,13 +153,11 @@ def chunked_feed_forward(model: Denoiser, latents: Size) -> Iterator[None]:
         (model.get_submodule(site.block), site_grid(model, site, latents))
         for site in list_sites(model)
     ]
-    try:
-        for block, grid in blocks:
-            block.set_chunk_feed_forward(chunk_of(math.prod(grid)), dim=1)
+    with ExitStack() as stack:
+        for block, grid in blocks:  # as `set_chunk_feed_forward` sets them
+            size = chunk_of(math.prod(grid))
+            stack.enter_context(replaced_attributes(block, _chunk_size=size, _chunk_dim=1))
         yield
-    finally:
-        for block, _ in blocks:
-            block.set_chunk_feed_forward(None, dim=0)
 
 
 def chunk_of(tokens: int) -> int | None:
@@ -165,9 +170,8 @@ def chunk_of(tokens: int) -> int | None:
 @contextmanager
 def one_at_a_time(model: Denoiser) -> Iterator[None]:
     """Let a denoiser work on the samples of a batch one after the other, for a while."""
-    forward = model.forward
 
-    def in_turn(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def in_turn(forward: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         count = len(noisy_latents(model, args, kwargs))
         outputs = [
             forward(*_sample(args, i, count), **_sample({**kwargs, "return_dict": False}, i, count))
@@ -175,17 +179,14 @@ def one_at_a_time(model: Denoiser) -> Iterator[None]:
         ]
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
-    model.forward = in_turn
-    try:
+    with wrapped_method(model, "forward", in_turn):
         yield
-    finally:
-        del model.forward
 
 
 def _sample(given: Any, index: int, count: int) -> Any:
     """One sample of nested arguments for a batch; what is no part of the batch stays."""
-    if isinstance(given, tuple):
-        return tuple(_sample(value, index, count) for value in given)
+    if isinstance(given, tuple | list):  # residuals of a control net, pictures of IP-Adapters
+        return type(given)(_sample(value, index, count) for value in given)
     if isinstance(given, Mapping):
         return {
             name: value if name == GRID else _sample(value, index, count)

@@ -9,12 +9,11 @@ larger picture shows. Enlarging is done on the pictures and not on the latents (
 
 from __future__ import annotations
 
-import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from convfusion.batching import check_call, cut_options
 from convfusion.data.pictures import encode_pictures, upcast_vae
 from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of, latent_scale, native_size, pixel_unit
+from convfusion.families import denoiser_of, family_of, latent_scale, native_size, pixel_unit
 from convfusion.generate import check_size, generate
 from convfusion.highres.budget import Means, choose_means, chunked_feed_forward, one_at_a_time
 from convfusion.highres.vae_tiles import check_tileable, tiled_vae
+from convfusion.patches import kept_values, wrapped_method
 from convfusion.settings import check_fields
 from convfusion.text import check_prompts
 
@@ -102,8 +103,8 @@ def highres(
 ) -> list[Image.Image]:
     """One large picture per prompt, one after the other.
 
-    With a single rung this is `generate`, bit for bit. The pipeline itself draws every rung; its
-    scheduler is copied for that and put back.
+    With a single rung this is `generate`, bit for bit. The pipeline itself draws every rung; what
+    is changed in it for that is put back, and what others have put there stays.
 
     Args:
         pipe: a Stable Diffusion (1, 2, XL) or PixArt pipeline, converted or not.
@@ -124,9 +125,11 @@ def highres(
         raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
     check_prompts(prompts)
     plan = plan_for(pipe, size, ladder, steps=steps, guidance=guidance)
+    check_call(pipe, prompts, size, options)
     images = []
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        climb = _Climb(pipe, prompt, seed, steps, guidance, plan, on_step, options)
+    for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        own = cut_options(pipe, options, i, i + 1, len(prompts))
+        climb = _Climb(pipe, prompt, seed, steps, guidance, plan, on_step, own)
         image = climb.draw(0)
         for rung in range(1, len(plan.sizes)):
             image = climb.draw(rung, image, ladder)
@@ -142,6 +145,7 @@ def plan_for(
     Raises:
         ConvFusionError: as for `highres`.
     """
+    check_ladder(pipe)
     check_size(pipe, size)
     sizes: tuple[Size, ...] = (size,)
     if is_large(pipe, size) and not ladder.direct:
@@ -156,6 +160,20 @@ def plan_for(
     if means.tiles:
         check_tileable(pipe.vae)
     return Plan(sizes, means)
+
+
+def check_ladder(pipe: Any) -> None:
+    """Raise a ConvFusionError unless a pipeline draws at any size, from given latents."""
+    denoiser = denoiser_of(pipe)
+    if family_of(denoiser).fixed_size:
+        raise ConvFusionError(
+            f"a {type(denoiser).__name__} draws at its own size only: there is no ladder for it"
+        )
+    named = inspect.signature(type(pipe).__call__).parameters
+    if "self" in named and not {"height", "latents"} <= named.keys():
+        raise ConvFusionError(
+            f"a {type(pipe).__name__} draws at the size of its pictures: there is no ladder for it"
+        )
 
 
 def is_large(pipe: Any, size: Size) -> bool:
@@ -257,12 +275,13 @@ class Start:
     @classmethod
     def of(cls, pipe: Any, image: Image.Image, size: Size, seed: int) -> Start:
         """From the picture below, for a size in pixels."""
-        model, scale = denoiser_of(pipe), latent_scale(pipe)
+        scale, dtype = latent_scale(pipe), denoiser_of(pipe).dtype
+        device = pipe._execution_device  # which an offloaded model is on only while it computes
         large = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS)
         clean = encode_pictures(pipe.vae, np.array(large)[None])
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
         below = (image.height // scale, image.width // scale)
-        return cls(clean.to(model.device, model.dtype), noise.to(model.device, model.dtype), below)
+        return cls(clean.to(device, dtype), noise.to(device, dtype), below)
 
     def noisy(self, scheduler: Any, timestep: Tensor | None) -> Tensor:
         """With the noise of a timestep; None is the end, where there is none."""
@@ -292,7 +311,7 @@ def last_steps(
     """Let a pipeline take only the last steps of a schedule, for a while.
 
     Args:
-        pipe: it gets a copy of its scheduler, whose `set_timesteps` leaves the first ones out.
+        pipe: the `set_timesteps` of its scheduler leaves the first ones out meanwhile.
         steps: of the whole schedule.
         kept: how many of them are taken.
         after_step: called after each call of the scheduler's `step` with its number, from 1, and
@@ -300,14 +319,12 @@ def last_steps(
         start: whose low frequencies are put back after each step.
 
     Yields:
-        The copy, with its timesteps set.
+        The scheduler, with its timesteps set. Afterwards it holds what it held before.
     """
-    own, scheduler = pipe.scheduler, copy.deepcopy(pipe.scheduler)
-    set_timesteps, take_step = scheduler.set_timesteps, scheduler.step
+    scheduler = pipe.scheduler
     first, taken, whole = (steps - kept) * scheduler.order, 0, torch.empty(0)
 
-    @wraps(set_timesteps)
-    def set_last_timesteps(*args: Any, **kwargs: Any) -> None:
+    def set_last_timesteps(set_timesteps: Any, *args: Any, **kwargs: Any) -> None:
         nonlocal whole
         set_timesteps(*args, **kwargs)
         whole = scheduler.timesteps
@@ -316,8 +333,7 @@ def last_steps(
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(first)
 
-    @wraps(take_step)  # pipelines look at its signature
-    def counted_step(*args: Any, **kwargs: Any) -> Any:
+    def counted_step(take_step: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal taken
         scheduler.timesteps = whole  # the pipeline has the last ones by now; indices count from 0
         result = take_step(*args, **kwargs)
@@ -328,10 +344,10 @@ def last_steps(
         timestep = whole[first + taken] if first + taken < len(whole) else None
         return (start.kept(result[0], start.noisy(scheduler, timestep)), *result[1:])
 
-    scheduler.set_timesteps, scheduler.step = set_last_timesteps, counted_step
-    scheduler.set_timesteps(steps)
-    pipe.scheduler = scheduler
-    try:
+    with (
+        kept_values(scheduler),
+        wrapped_method(scheduler, "set_timesteps", set_last_timesteps),
+        wrapped_method(scheduler, "step", counted_step),
+    ):
+        scheduler.set_timesteps(steps)
         yield scheduler
-    finally:
-        pipe.scheduler = own

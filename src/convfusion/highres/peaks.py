@@ -6,14 +6,15 @@ it, without weights, and without what a library holds inside of one operation.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
 from convfusion.bench.activations import peak_bytes
+from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, example_inputs, family_of
+from convfusion.patches import copied_without_patches
 
 GIB = 2**30
 
@@ -25,8 +26,16 @@ def denoiser_peak(pipe_or_model: Any, size: tuple[int, int], *, batch: int = 2) 
         pipe_or_model: a pipeline or denoiser, converted or not.
         size: (height, width) of the latents.
         batch: samples at once; guidance draws each twice.
+
+    Raises:
+        ConvFusionError: the model is quantised, or takes inputs that cannot be made up.
     """
-    shapes = on_meta(denoiser_of(pipe_or_model))
+    model = denoiser_of(pipe_or_model)
+    if getattr(model, "is_quantized", False):
+        raise ConvFusionError(
+            "memory cannot be estimated for a quantised model: leave the bound on memory out"
+        )
+    shapes = on_meta(model, model.dtype)
     inputs = example_inputs(shapes, size, batch=batch, device="meta")
     maps = inputs.pop(family_of(shapes).latents)
     return peak_bytes(shapes, maps, **inputs) / GIB
@@ -35,15 +44,27 @@ def denoiser_peak(pipe_or_model: Any, size: tuple[int, int], *, batch: int = 2) 
 def decoder_peak(vae: Any, size: tuple[int, int]) -> float:
     """The peak in GiB of decoding latents of (height, width) in one piece."""
     dtype = torch.float32 if vae.config.get("force_upcast") else vae.dtype  # as `upcast_vae` has it
-    decoder = on_meta(vae.decoder).to(dtype)
+    if getattr(vae, "decoder", None) is None:
+        raise ConvFusionError(
+            f"memory cannot be estimated for a {type(vae).__name__}: leave the bound on memory out"
+        )
+    decoder = on_meta(vae.decoder, dtype).to(dtype)
     latents = torch.empty(1, vae.config.latent_channels, *size, device="meta", dtype=dtype)
     return peak_bytes(decoder, latents) / GIB
 
 
-def on_meta(model: nn.Module) -> Any:
-    """A copy of a model without values; hooks and settings are kept."""
+def on_meta(model: nn.Module, dtype: torch.dtype) -> Any:
+    """A copy of a model without values.
+
+    Its settings and PyTorch's hooks are kept. What moves weights about, casts or compiles them is
+    not: it would move and call the model itself, and changes little of what is estimated.
+    """
     shapes: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()
+        id(p): nn.Parameter(
+            torch.empty_like(p, device="meta", dtype=dtype if p.itemsize == 1 else p.dtype),
+            requires_grad=False,
+        )
+        for p in model.parameters()
     }
     shapes |= {id(b): b.to("meta") for b in model.buffers()}
-    return copy.deepcopy(model, shapes)
+    return copied_without_patches(model, shapes)

@@ -22,6 +22,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
+from convfusion.patches import wrapped_method
 from convfusion.settings import check_fields
 
 
@@ -77,31 +78,25 @@ def tiled_vae(vae: Any, tiles: Tiles | None) -> Iterator[None]:
         vae: an `AutoencoderKL`.
         tiles: None leaves it in one piece.
     """
-    kind = type(vae)
 
-    def decode(latents: Tensor, return_dict: bool = True, **options: Any) -> Any:
+    def decode(found: Any, latents: Tensor, return_dict: bool = True, **options: Any) -> Any:
         latents = latents.to(vae.dtype)
         if tiles is None:
-            pictures = kind.decode(vae, latents, return_dict=False, **options)[0]
+            pictures = found(latents, return_dict=False, **options)[0]
         else:
-            pictures = tiled_decode(vae, latents, tiles)
+            pictures = tiled_decode(vae, latents, tiles, found)
         check_finite(pictures, vae)
         return DecoderOutput(sample=pictures) if return_dict else (pictures,)
 
-    def encode(pictures: Tensor, return_dict: bool = True) -> Any:
+    def encode(found: Any, pictures: Tensor, return_dict: bool = True) -> Any:
         pictures = pictures.to(vae.dtype)
         if tiles is None:
-            return kind.encode(vae, pictures, return_dict=return_dict)
-        posterior = DiagonalGaussianDistribution(tiled_encode(vae, pictures, tiles))
+            return found(pictures, return_dict=return_dict)
+        posterior = DiagonalGaussianDistribution(tiled_encode(vae, pictures, tiles, found))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    vae.decode = decode
-    vae.encode = encode
-    try:
+    with wrapped_method(vae, "decode", decode), wrapped_method(vae, "encode", encode):
         yield
-    finally:
-        for name in ("decode", "encode"):
-            vae.__dict__.pop(name, None)
 
 
 def check_tileable(vae: Any) -> None:
@@ -123,20 +118,27 @@ def check_finite(pictures: Tensor, vae: Any) -> None:
         )
 
 
-def tiled_decode(vae: Any, latents: Tensor, tiles: Tiles) -> Tensor:
-    """Pictures [B, 3, H, W] of unscaled latents [B, C, h, w]."""
+def tiled_decode(
+    vae: Any, latents: Tensor, tiles: Tiles, decode: Callable[..., Any] | None = None
+) -> Tensor:
+    """Pictures [B, 3, H, W] of unscaled latents [B, C, h, w], by `vae.decode` or another method."""
 
     def piece(window: Tensor) -> Tensor:
-        return type(vae).decode(vae, window, return_dict=False)[0]
+        return (decode or vae.decode)(window, return_dict=False)[0]
 
     return _in_tiles(vae, vae.decoder, piece, latents, (1, _factor(vae)), tiles)
 
 
-def tiled_encode(vae: Any, pictures: Tensor, tiles: Tiles) -> Tensor:
-    """Means and log-variances [B, 2C, h, w] of pictures [B, 3, H, W] in −1…1."""
+def tiled_encode(
+    vae: Any, pictures: Tensor, tiles: Tiles, encode: Callable[..., Any] | None = None
+) -> Tensor:
+    """Means and log-variances [B, 2C, h, w] of pictures [B, 3, H, W] in −1…1.
+
+    They come from `vae.encode`, or from the method that is given.
+    """
 
     def piece(window: Tensor) -> Tensor:
-        return type(vae).encode(vae, window, return_dict=False)[0].parameters
+        return (encode or vae.encode)(window, return_dict=False)[0].parameters
 
     return _in_tiles(vae, vae.encoder, piece, pictures, (_factor(vae), 1), tiles)
 
@@ -176,7 +178,8 @@ def _in_tiles(
         norms.place = place
         return piece(maps[..., top:bottom, left:right])
 
-    with norms.installed():
+    # What was compiled before does not look for hooks, and every window has a shape of its own.
+    with norms.installed(), torch.compiler.set_stance("force_eager"):
         norms.measure(run, places)
         if tiles.exact:
             norms.measure_in_turn(run, places)
