@@ -23,10 +23,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import convfusion
-from convfusion.bench.activations import peak_bytes
 from convfusion.families import example_inputs, list_sites
 from convfusion.highres.budget import chunked_feed_forward
 from convfusion.highres.peaks import GIB, denoiser_peak
+from convfusion.operations import peak_bytes
 from convfusion.surgery import mixers_of, presets
 from pages import add, has
 

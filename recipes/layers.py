@@ -12,8 +12,9 @@ from collections.abc import Iterator
 
 from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
 from convfusion.demo import spread
-from convfusion.distill.partial import every, only, site_costs
+from convfusion.distill.partial import site_costs
 from convfusion.families import denoiser_of, list_sites
+from convfusion.surgery import select_every, select_sites
 from experiment import JUDGED, Table, judged, recipe
 
 TABLE = Table("layers.csv", ["order", "sites", "seed", "steps", "made"], "results")
@@ -41,9 +42,9 @@ def choices(steps: int, seed: int) -> Iterator[tuple[str, ConvertConfig]]:
     paths = found["in diffusers' order"]
     for name, order in found.items():
         for k in range(1, len(order) + 1):
-            yield name, only(ALL, sorted(order[:k], key=paths.index))
+            yield name, select_sites(ALL, sorted(order[:k], key=paths.index))
     for first in (0, 1):
-        yield f"every second from {first + 1}", every(ALL, paths, 2, first)
+        yield f"every second from {first + 1}", select_every(ALL, paths, 2, first)
 
 
 def main() -> None:

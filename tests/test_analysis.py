@@ -40,6 +40,8 @@ from convfusion.generate import generate, swapped_denoiser
 from convfusion.mixers import Neighbourhood
 from convfusion.surgery import status
 
+pytestmark = pytest.mark.libraries
+
 PROMPTS = ["red", "green"]
 QUICK = AnalysisConfig(steps=3, guidance=2.0, filters=(HighPass(0.5, 1),))
 every_pipeline = pytest.mark.parametrize("kind", PIPELINES)

@@ -16,6 +16,8 @@ from convfusion.cli.models import load_pipeline
 from convfusion.families import list_sites
 from convfusion.surgery import presets
 
+pytestmark = pytest.mark.libraries
+
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 DOWN, UP = "DownBlock2D", "UpBlock2D"
 

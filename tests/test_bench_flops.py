@@ -15,7 +15,6 @@ from torch import nn
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, MeanOnly, Removed, mini
-from convfusion.bench.activations import peak_bytes
 from convfusion.bench.counts import (
     SIZES,
     contenders,
@@ -36,7 +35,7 @@ from convfusion.mixers import (
     Pooled,
     ToMe,
 )
-from convfusion.operations import count, pairs_in_windows, site_flops
+from convfusion.operations import count, pairs_in_windows, peak_bytes, site_flops
 
 CHANNELS, HEADS, HEAD = 32, 4, 8
 

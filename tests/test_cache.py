@@ -28,6 +28,8 @@ from convfusion.families import encode_conditioning
 from convfusion.families.conditioning import flat
 from convfusion.files import write_tensors
 
+pytestmark = pytest.mark.libraries
+
 COUNT = 2 * CHUNK + 10
 SIZES = [(32, 32), (24, 40), (40, 24)]  # (height, width), beside each other in the buckets
 

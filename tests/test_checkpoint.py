@@ -20,6 +20,8 @@ from convfusion.families import denoiser_of
 from convfusion.generate import generate
 from convfusion.surgery import mixers_of
 
+pytestmark = pytest.mark.libraries
+
 
 @pytest.fixture
 def folder(tmp_path):

@@ -15,6 +15,8 @@ from convfusion.demo import DEMO_STEPS, distillation
 from convfusion.distill import DistillConfig, LossWeights
 from convfusion.distill.settings import as_toml, read_settings
 
+pytestmark = pytest.mark.libraries
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 

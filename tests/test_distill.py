@@ -24,6 +24,8 @@ from convfusion.distill import trainer as trainer_module
 from convfusion.generate import generate
 from convfusion.surgery import attention_teacher, mixers_of
 
+pytestmark = pytest.mark.libraries
+
 table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 TERMS = {
     "distill": LossWeights(distill=1, noise=0, feature=0),

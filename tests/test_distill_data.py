@@ -11,6 +11,8 @@ from convfusion.families import encode_conditioning
 from convfusion.families.dit import DIT
 from convfusion.schedule import add_noise, as_epsilon
 
+pytestmark = pytest.mark.libraries
+
 
 def test_losses_equal_their_formulas():
     schedule = torch.linspace(0.999, 0.01, 1000)

@@ -13,6 +13,8 @@ from convfusion.generate import check_size, generate
 from convfusion.operations import flops_ratio, site_flops
 from convfusion.surgery import attention_teacher
 
+pytestmark = pytest.mark.libraries
+
 
 def test_psnr_of_a_constant_difference():
     one = Image.new("RGB", (4, 4), (10, 20, 30))

@@ -18,6 +18,8 @@ from convfusion.evaluate import drawing, plan
 from convfusion.evaluate.real import open_real
 from convfusion.files import write_tensors
 
+pytestmark = pytest.mark.libraries
+
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):

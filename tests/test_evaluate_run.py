@@ -24,10 +24,12 @@ from convfusion.evaluate.drawing import picture_of, recorded_latents
 from convfusion.evaluate.real import open_real
 from convfusion.families import encode_conditioning
 from convfusion.fingerprint import fingerprint
+from convfusion.folders import locked
 from convfusion.generate import generate
-from convfusion.locks import locked
 from convfusion.schedule import noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of
+
+pytestmark = pytest.mark.libraries
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from convfusion.errors import ConvFusionError
-from convfusion.extras import EXTRAS, check_installed, explained, is_installed
+from convfusion.imports import EXTRAS, check_installed, explained, is_installed
 
 WITHOUT = """
 import json, sys

@@ -41,6 +41,8 @@ from convfusion.highres import (
 from convfusion.highres.peaks import denoiser_peak
 from convfusion.highres.vae_tiles import Tiles, spans, tiled_decode, tiled_encode, tiled_vae
 
+pytestmark = pytest.mark.libraries
+
 BLOCKS = uniform(DeltaConv(kernel_size=3))
 LARGE = ("sd", "sdxl", "pixart")
 RECIPE = Path(__file__).parent.parent / "recipes" / "highres.py"

@@ -15,6 +15,8 @@ from convfusion.checkpoint import BLOCKS, MANIFEST, hub
 from convfusion.cli.models import load_pipeline
 from convfusion.errors import ConvFusionError
 
+pytestmark = pytest.mark.libraries
+
 
 class Api:
     """A Hub of one repository, in memory."""

@@ -16,6 +16,8 @@ from convfusion import Removed, files, mini, uniform
 from convfusion.families import list_sites
 from convfusion.generate import generate
 
+pytestmark = pytest.mark.libraries
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:

@@ -25,6 +25,8 @@ from convfusion.families import list_sites
 from convfusion.fingerprint import fingerprint
 from convfusion.surgery import mixers_of
 
+pytestmark = pytest.mark.libraries
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 

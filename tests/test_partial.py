@@ -19,9 +19,7 @@ from convfusion.data.latents import hold_out, training_data
 from convfusion.distill import DistillConfig, DistillTask
 from convfusion.distill.curve import chosen_counts, replacement_curve
 from convfusion.distill.partial import (
-    every,
     imitation_errors,
-    only,
     site_costs,
     spearman,
     subset_errors,
@@ -29,7 +27,7 @@ from convfusion.distill.partial import (
 from convfusion.distill.validation import held_out_error, noised
 from convfusion.families import denoiser_of, list_sites, shorten_path
 from convfusion.mixers import Neighbourhood
-from convfusion.surgery import attention_back, install, mixers_of
+from convfusion.surgery import attention_back, install, mixers_of, select_every, select_sites
 from convfusion.surgery.config import with_kernel_sizes
 
 both = pytest.mark.parametrize("make", [stable_diffusion, pixart_sigma])
@@ -78,36 +76,36 @@ class TestSelection:
     paths = ("down.0", "down.1", "mid.0", "up.0", "up.1", "up.2")
 
     def test_every_takes_every_nth_with_its_own_mixer(self):
-        found = every(self.config, self.paths, 2)
+        found = select_every(self.config, self.paths, 2)
         assert found.mixers_for(self.paths) == {
             "down.0": DeltaConv(3), "mid.0": MeanOnly(), "up.1": DeltaConv(5)
         }  # fmt: skip
-        assert list(every(self.config, self.paths, 4, first=1).sites) == ["down.1", "up.2"]
+        assert list(select_every(self.config, self.paths, 4, first=1).sites) == ["down.1", "up.2"]
         assert found.seed == 4
-        assert every(self.config, self.paths, 1).mixers_for(self.paths) == self.config.mixers_for(
+        assert select_every(self.config, self.paths, 1).mixers_for(
             self.paths
-        )
+        ) == self.config.mixers_for(self.paths)
 
     def test_every_counts_only_sites_that_the_config_converts(self):
         config = ConvertConfig({"up*": DeltaConv(5)})
-        assert list(every(config, self.paths, 2).sites) == ["up.0", "up.2"]
+        assert list(select_every(config, self.paths, 2).sites) == ["up.0", "up.2"]
 
     def test_only_takes_exactly_these_sites(self):
-        found = only(self.config, ["up.1", "mid.0"])
+        found = select_sites(self.config, ["up.1", "mid.0"])
         assert found.mixers_for(self.paths) == {"mid.0": MeanOnly(), "up.1": DeltaConv(5)}
 
     def test_a_path_is_no_pattern(self):
-        config = only(uniform(MeanOnly()), ["a[0]*"])
+        config = select_sites(uniform(MeanOnly()), ["a[0]*"])
         assert config.mixers_for(["a0", "a[0]*", "a[0]b"]) == {"a[0]*": MeanOnly()}
 
     @pytest.mark.parametrize(
         "call",
         [
-            lambda c, p: every(c, p, 0),
-            lambda c, p: every(c, p, 2, first=6),
-            lambda c, p: every(c, p, 2, first=-1),
-            lambda c, p: only(c, []),
-            lambda c, p: only(ConvertConfig({"up*": MeanOnly()}), ["mid.0"]),
+            lambda c, p: select_every(c, p, 0),
+            lambda c, p: select_every(c, p, 2, first=6),
+            lambda c, p: select_every(c, p, 2, first=-1),
+            lambda c, p: select_sites(c, []),
+            lambda c, p: select_sites(ConvertConfig({"up*": MeanOnly()}), ["mid.0"]),
         ],
     )
     def test_what_chooses_nothing_is_an_error(self, call):

@@ -27,6 +27,8 @@ from convfusion import ConvFusionError, uniform
 from convfusion.mixers import Neighbourhood
 from convfusion.surgery import attention_teacher, mixers_of
 
+pytestmark = pytest.mark.libraries
+
 EXACT = uniform(Neighbourhood(41))  # over a grid that is no larger: the attention itself
 
 

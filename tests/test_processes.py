@@ -13,6 +13,8 @@ from convfusion import ConvFusionError, files
 from convfusion.distill import DistillConfig
 from convfusion.distill.draws import Draws
 
+pytestmark = pytest.mark.libraries
+
 SCRIPT = Path(__file__).parent / "two_processes.py"
 # The folder of a script is on its path, so it finds the tests beside it.
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -20,6 +20,8 @@ from convfusion.distill import DistillConfig, distill
 from convfusion.distill.state import last_checkpoint, optimizer_tensors, restore_optimizer
 from convfusion.surgery import mixers_of
 
+pytestmark = pytest.mark.libraries
+
 HERE = Path(__file__).parent
 CONFIG = DistillConfig(
     steps=12,

@@ -14,6 +14,8 @@ from convfusion.data.pictures import UnusableError, cover, decode_picture
 from convfusion.data.samples import CHUNK
 from convfusion.data.sources import Drawing, Shards, expand_braces, open_source
 
+pytestmark = pytest.mark.libraries
+
 
 def png(size=(8, 8), colour="red", kind="PNG", **options):
     """An encoded picture; the size is (width, height)."""

@@ -15,6 +15,8 @@ from convfusion.families import list_sites
 from convfusion.mixers import MIXERS
 from convfusion.surgery import mixers_of
 
+pytestmark = pytest.mark.libraries
+
 EVERY_MIXER = [settings() for settings in MIXERS.values()]
 EVERY_MIXER += [DeltaConv(mean_branch=False), DeltaConv(stages=1)]
 table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from convfusion.lazy import lazy
+from convfusion.imports import lazy
 
 __version__ = "0.1.0"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def write_results(
 ) -> None:
     """Write `grid.png`, `report.html` and `demo.json`."""
     write_picture(folder / "grid.png", grid)
-    write_text(folder / "report.html", report.demo_page(results, grid, losses))
+    write_text(folder / "report.html", demo_page(results, grid, losses))
     write_text(folder / "demo.json", json.dumps(results, indent=2) + "\n")
 
 
@@ -184,3 +185,50 @@ def parameters(pipe: Any) -> int:
     """Parameters of a pipeline's denoiser."""
     model: torch.nn.Module = denoiser_of(pipe)
     return sum(p.numel() for p in model.parameters())
+
+
+def demo_page(results: Mapping[str, Any], grid: Image.Image, losses: list[dict[str, float]]) -> str:
+    """The demo's results as a page that needs no other file."""
+    distilled = results["distilled"]
+    body = f"""<h1>A diffusion model without self-attention</h1>
+<p>All {results["sites"]} self-attention layers of a pretrained text-to-image model were replaced by
+ΔConvBlocks and distilled for {distilled["steps"]} steps ({distilled["seconds"]:.0f} s).
+The prompts below, and the pictures and noises behind the numbers, were seen by no training.</p>
+<p><img alt="Pictures by prompt and model" src="{report.data_uri(grid)}"></p>
+<h2>Distance to the teacher</h2>
+{_results_table(results)}
+<p class="note">ε-error: mean of ‖ε̂ − ε̃‖² / ‖ε̃‖² over held-out pictures, timesteps and noises.
+PSNR: mean over pictures drawn from equal seeds in {results["image_steps"]} steps at guidance
+{results["guidance"]}, with its standard error. Teacher {results["teacher_sha256"][:12]}.</p>
+<h2>Cost</h2>
+<p>Self-attention takes {results["flops_ratio"]:.2f} times the operations of the blocks at the
+16×16 tokens of this small model; the ratio grows with the number of tokens.
+Parameters of the denoiser: {results["parameters"]["before"]:,} before,
+{results["parameters"]["after"]:,} after.</p>
+<h2>Distillation loss by step</h2>
+{report.loss_curve([sum(terms.values()) - terms.get("noise", 0.0) for terms in losses])}
+<p class="note">The terms that compare with the teacher: its output and its hidden states.
+Logarithmic scale.</p>"""
+    return report.PAGE.format(title="ConvFusion demo", body=body)
+
+
+def _results_table(results: Mapping[str, Any]) -> str:
+    names = {
+        "removed": "self-attention removed",
+        "initial": "blocks, before distillation",
+        "distilled": "blocks, distilled just now",
+        "shipped": "blocks, shipped",
+    }
+    worst = results["removed"]["epsilon_error"]
+    rows = []
+    for key, name in names.items():
+        if key == "initial":
+            value, psnr = results["distilled"]["initial_error"], "–"
+        else:
+            value = results[key]["epsilon_error"]
+            psnr = report.decibels(results[key]["image_psnr"], results[key]["image_psnr_error"])
+        cells = (html.escape(name), f"{value:.2e}", f"1/{worst / value:.1f}", psnr)
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    heads = ("", "ε-error", "of removed", "picture PSNR")
+    head = "".join(f"<th>{cell}</th>" for cell in heads)
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.extras import check_installed
 from convfusion.families import Denoiser, denoiser_of, example_inputs, family_of, native_latents
 from convfusion.families.conditioning import flat, nested
 from convfusion.folders import made_folder, scratch_folder
+from convfusion.imports import check_installed
 from convfusion.mixers.delta_conv import DeltaConv
 from convfusion.patches import copied_without_patches
 from convfusion.surgery import drop_attention, mixers_of

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from convfusion.batching import check_call, cut_options
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, denoiser_of, family_of, native_size, pixel_unit
+from convfusion.families.calls import check_call, cut_options
 from convfusion.patches import copied_without_patches, replaced_attributes
 from convfusion.text import check_prompts
 

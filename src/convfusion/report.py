@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from convfusion.escaping import one_line
+from convfusion.text import one_line
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN_SIDE = 128  # smaller pictures are enlarged to about this, each pixel a square
-INK, PAPER = "#1b1f24", "white"
+RESOLUTION = 110  # dots per inch of a figure
+
+# Okabe and Ito's colours, which tell apart under the common kinds of colour blindness.
+BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
+GREY, INK, FAINT, PAPER = "#8c959f", "#1b1f24", "#d8dee4", "white"
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -60,53 +66,6 @@ def labelled_grid(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[s
     return sheet
 
 
-def demo_page(results: Mapping[str, Any], grid: Image.Image, losses: list[dict[str, float]]) -> str:
-    """The demo's results as a page that needs no other file."""
-    distilled = results["distilled"]
-    body = f"""<h1>A diffusion model without self-attention</h1>
-<p>All {results["sites"]} self-attention layers of a pretrained text-to-image model were replaced by
-ΔConvBlocks and distilled for {distilled["steps"]} steps ({distilled["seconds"]:.0f} s).
-The prompts below, and the pictures and noises behind the numbers, were seen by no training.</p>
-<p><img alt="Pictures by prompt and model" src="{data_uri(grid)}"></p>
-<h2>Distance to the teacher</h2>
-{_table(results)}
-<p class="note">ε-error: mean of ‖ε̂ − ε̃‖² / ‖ε̃‖² over held-out pictures, timesteps and noises.
-PSNR: mean over pictures drawn from equal seeds in {results["image_steps"]} steps at guidance
-{results["guidance"]}, with its standard error. Teacher {results["teacher_sha256"][:12]}.</p>
-<h2>Cost</h2>
-<p>Self-attention takes {results["flops_ratio"]:.2f} times the operations of the blocks at the
-16×16 tokens of this small model; the ratio grows with the number of tokens.
-Parameters of the denoiser: {results["parameters"]["before"]:,} before,
-{results["parameters"]["after"]:,} after.</p>
-<h2>Distillation loss by step</h2>
-{loss_curve([sum(terms.values()) - terms.get("noise", 0.0) for terms in losses])}
-<p class="note">The terms that compare with the teacher: its output and its hidden states.
-Logarithmic scale.</p>"""
-    return PAGE.format(title="ConvFusion demo", body=body)
-
-
-def _table(results: Mapping[str, Any]) -> str:
-    names = {
-        "removed": "self-attention removed",
-        "initial": "blocks, before distillation",
-        "distilled": "blocks, distilled just now",
-        "shipped": "blocks, shipped",
-    }
-    worst = results["removed"]["epsilon_error"]
-    rows = []
-    for key, name in names.items():
-        if key == "initial":
-            value, psnr = results["distilled"]["initial_error"], "–"
-        else:
-            value = results[key]["epsilon_error"]
-            psnr = decibels(results[key]["image_psnr"], results[key]["image_psnr_error"])
-        cells = (html.escape(name), f"{value:.2e}", f"1/{worst / value:.1f}", psnr)
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = ("", "ε-error", "of removed", "picture PSNR")
-    head = "".join(f"<th>{cell}</th>" for cell in heads)
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
-
-
 def decibels(psnr: float | None, error: float | None) -> str:
     """A mean PSNR with its standard error; None is of equal pictures, and of a single one."""
     if psnr is None:
@@ -147,3 +106,11 @@ def data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def render_figure(figure: Figure) -> Image.Image:
+    """A figure as pixels, with a palette, which keeps the page small."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=RESOLUTION)
+    image = Image.open(buffer).convert("RGB")
+    return image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)

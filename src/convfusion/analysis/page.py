@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -16,8 +15,6 @@ from convfusion.analysis.study import Analysis, SiteAnalysis
 from convfusion.families import shorten_path
 from convfusion.files import write_picture, write_text
 from convfusion.mixers.delta_conv import DeltaConv
-
-RESOLUTION = 110  # dots per inch
 
 CAPTIONS = {
     "receptive_fields": (
@@ -67,7 +64,7 @@ def write_report(analysis: Analysis, folder: str | Path, control: Analysis | Non
     figures = draw(analysis, control)
     images = {}
     for name, figure in figures.items():
-        images[name] = picture(figure)
+        images[name] = report.render_figure(figure)
         write_picture(out / f"{name}.png", images[name], optimize=True)
     recommend(analysis).save(out / "kernels.json")
     if control is not None:
@@ -85,14 +82,6 @@ def draw(analysis: Analysis, control: Analysis | None) -> dict[str, Figure]:
         "timesteps": plots.timesteps(analysis),
         "mean_maps": plots.mean_maps(analysis),
     }
-
-
-def picture(figure: Figure) -> Image.Image:
-    """A figure as pixels, with a palette, which keeps the page small."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=RESOLUTION)
-    image = Image.open(buffer).convert("RGB")
-    return image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
 
 
 def claims(analysis: Analysis) -> list[tuple[str, str]]:

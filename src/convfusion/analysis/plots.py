@@ -15,10 +15,8 @@ from matplotlib.ticker import LogLocator
 from convfusion.analysis.statistics import DecayFit, fitted_distances, windows
 from convfusion.analysis.study import Analysis, SiteAnalysis
 from convfusion.families import shorten_path
+from convfusion.report import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, SKY
 
-# Okabe and Ito's colours, which tell apart under the common kinds of colour blindness.
-BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
-GREY, INK, FAINT = "#8c959f", "#1b1f24", "#d8dee4"
 COLUMNS = 4
 
 Panel = Callable[[Axes, SiteAnalysis], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from convfusion.lazy import lazy
+from convfusion.imports import lazy
 
 if TYPE_CHECKING:
     from convfusion.bench.counts import Cost, contenders, operation_table, totals, write_costs

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from convfusion.bench.activations import peak_bytes
 from convfusion.bench.models import BenchModel
 from convfusion.errors import ConvFusionError
 from convfusion.families import Site, example_inputs, list_sites, site_grid
@@ -26,7 +25,7 @@ from convfusion.files import write_text
 from convfusion.mixers import MIXERS, Mixer
 from convfusion.mixers.base import Grid
 from convfusion.mixers.delta_conv import DeltaConv
-from convfusion.operations import count, mixer_operations
+from convfusion.operations import count, mixer_operations, peak_bytes
 from convfusion.surgery.config import ConvertConfig, uniform
 from convfusion.surgery.presets import choose_preset, get_preset
 
@@ -61,7 +60,7 @@ class Cost:
         operations: of one forward of one site; in a total, of all sites.
         parameters: likewise.
         activation_bytes: the most that the tensors of one site take at once, in float16
-            (`convfusion.bench.activations.peak_bytes`); in a total, at the worst site.
+            (`convfusion.operations.peak_bytes`); in a total, at the worst site.
     """
 
     model: str

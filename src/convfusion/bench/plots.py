@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from convfusion.analysis.plots import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, SKY
 from convfusion.bench.rows import ATTENTION, Row
 from convfusion.errors import ConvFusionError
 from convfusion.families import shorten_path
+from convfusion.report import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, SKY
 
 COLUMNS = 3
 COLOURS = (ORANGE, GREEN, PURPLE, SKY, INK, GREY)  # of what stands in the attention's place

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from convfusion.checkpoint.loading import check_index
 from convfusion.errors import CheckpointError, ConvFusionError, first_line
-from convfusion.escaping import markdown_code, markdown_text, python_string
+from convfusion.text import markdown_code, markdown_text, python_string
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # of a repository, owner/name
 

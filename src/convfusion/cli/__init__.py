@@ -20,7 +20,7 @@ from convfusion.cli.generate import generate
 from convfusion.cli.latency import latency
 from convfusion.cli.plan import plan
 from convfusion.errors import ConvFusionError
-from convfusion.extras import explained
+from convfusion.imports import explained
 
 app = typer.Typer(
     name="convfusion",

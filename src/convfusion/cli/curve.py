@@ -56,7 +56,7 @@ def curve(
     from convfusion.distill.curve import chosen_counts
     from convfusion.distill.partial import check_ranking
     from convfusion.distill.settings import RunSettings
-    from convfusion.locks import locked
+    from convfusion.folders import locked
 
     check_new(out, may_hold="cache")  # of a run that was stopped, which goes on with it
     ranking = check_ranking(by)

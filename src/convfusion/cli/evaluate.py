@@ -68,7 +68,7 @@ def evaluate(
     """
     from convfusion.evaluate import open_clip, open_extractor, plan
     from convfusion.evaluate.extractors import check_extractor
-    from convfusion.extras import check_installed
+    from convfusion.imports import check_installed
 
     check_installed("torchmetrics", "matplotlib", extra="eval")
     for network in (extractor, clip):

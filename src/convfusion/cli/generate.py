@@ -77,7 +77,7 @@ def generate(
     model's size, then enlarged and partly drawn anew, rung by rung.
     """
     from convfusion import checkpoint
-    from convfusion.batching import check_call
+    from convfusion.families.calls import check_call
     from convfusion.generate import check_numbers, check_size
     from convfusion.highres import Ladder
 

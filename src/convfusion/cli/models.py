@@ -155,7 +155,7 @@ def check_loading(precision: str, device: str | None) -> None:
 
 def needs_matplotlib(otherwise: str) -> None:
     """Raise a ConvFusionError unless figures can be drawn."""
-    from convfusion.extras import check_installed
+    from convfusion.imports import check_installed
 
     check_installed("matplotlib", advice=otherwise)
 
@@ -220,10 +220,8 @@ def equip(
         return checkpoint.load(pipe, blocks, average=average)
     chosen = conversion_for(denoiser_of(pipe), config)
     if every is not None:
-        from convfusion.distill import partial
-
         paths = [row.site.path for row in surgery.status(pipe).sites]
-        chosen = partial.every(chosen, paths, every, first)
+        chosen = surgery.select_every(chosen, paths, every, first)
     return surgery.convert(pipe, chosen)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from convfusion.errors import ConvFusionError
-from convfusion.locks import LOCK
+from convfusion.folders import LOCK
 
 Model = Annotated[
     str,

@@ -31,8 +31,8 @@ from convfusion.errors import ConvFusionError
 from convfusion.families import check_captioned, denoiser_of, family_of, native_size
 from convfusion.files import write_tensors, write_text
 from convfusion.fingerprint import differences, identity, module_identity, scheduler_identity
+from convfusion.folders import LOCK, locked
 from convfusion.generate import check_guidance, check_size, check_steps, swapped_denoiser
-from convfusion.locks import LOCK, locked
 from convfusion.surgery import attention_teacher, mixers_of
 
 NAMED = 20  # of the skipped samples, for each reason

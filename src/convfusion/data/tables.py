@@ -11,7 +11,7 @@ from typing import Any
 from convfusion.data.contents import digest_of_rows
 from convfusion.data.samples import CAPTION_NAMES, Ranges, Sample, make_sample
 from convfusion.errors import ConvFusionError, first_line
-from convfusion.extras import check_installed
+from convfusion.imports import check_installed
 
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "jpeg", "png", "webp", "bmp")
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` writes

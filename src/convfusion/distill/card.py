@@ -16,10 +16,10 @@ from convfusion.checkpoint import hub
 from convfusion.distill.logs import read_history
 from convfusion.distill.settings import RunSettings, as_toml
 from convfusion.distill.trainer import DistillResult
-from convfusion.escaping import address, markdown_block, markdown_text, python_string
 from convfusion.families import denoiser_of
 from convfusion.fingerprint import fingerprint
 from convfusion.surgery import mixers_of, status
+from convfusion.text import address, markdown_block, markdown_text, python_string
 
 CARD, CURVES = hub.CARD, "losses.png"
 

@@ -16,7 +16,6 @@ from convfusion.distill.partial import (
     OnProgress,
     Ranking,
     SiteCosts,
-    only,
     ready_to_judge,
     subset_errors,
 )
@@ -27,7 +26,7 @@ from convfusion.files import write_picture, write_text
 from convfusion.fingerprint import fingerprint
 from convfusion.operations import site_flops
 from convfusion.surgery import mixers_of
-from convfusion.surgery.config import ConvertConfig
+from convfusion.surgery.config import ConvertConfig, select_sites
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class ReplacementCurve:
     def cheapest_config(self, k: int, by: Ranking = "epsilon") -> ConvertConfig:
         """The conversion of the k cheapest sites."""
         chosen_counts(len(self.costs.sites), [k])
-        return only(self.config, self.costs.cheapest(by)[:k])
+        return select_sites(self.config, self.costs.cheapest(by)[:k])
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""
@@ -107,14 +106,14 @@ class ReplacementCurve:
         Returns:
             The config files.
         """
-        from convfusion.analysis.page import picture
         from convfusion.distill.plots import figure
+        from convfusion.report import render_figure
 
         folder, counts = Path(folder), chosen_counts(len(self.costs.sites), counts)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "curve.json", json.dumps(self.to_dict(), indent=2) + "\n")
         write_text(folder / "curve.csv", self._table())
-        write_picture(folder / "curve.png", picture(figure(self)), optimize=True)
+        write_picture(folder / "curve.png", render_figure(figure(self)), optimize=True)
         files = [folder / f"cheapest-{k:02d}.json" for k in counts]
         for k, file in zip(counts, files, strict=True):
             self.cheapest_config(k, by).save(file)

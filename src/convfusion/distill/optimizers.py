@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convfusion.distill.config import DistillConfig
 from convfusion.errors import ConvFusionError
-from convfusion.extras import is_installed
+from convfusion.imports import is_installed
 
 
 def make_optimizer(

@@ -6,9 +6,8 @@ What a site costs is how well its block imitates its attention after stage 1 of 
 
 from __future__ import annotations
 
-import glob
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -27,48 +26,9 @@ from convfusion.families import denoiser_of
 from convfusion.families.conditioning import placed
 from convfusion.files import few
 from convfusion.surgery import attention_back, mixers_of
-from convfusion.surgery.config import ConvertConfig
 
 OnProgress = Callable[[int, int], None]
 Ranking = Literal["imitation", "epsilon"]
-
-
-def only(config: ConvertConfig, paths: Iterable[str]) -> ConvertConfig:
-    """The config for these sites alone, each with the mixer that the config has for it.
-
-    Raises:
-        ConvFusionError: there is no site, or one that the config does not convert.
-    """
-    sites = {}
-    for path in paths:
-        mixer = config.mixer_for(path)
-        if mixer is None:
-            raise ConvFusionError(f"the config converts no site called {path!r}")
-        sites[glob.escape(path)] = mixer
-    if not sites:
-        raise ConvFusionError("choose at least one site to convert")
-    return replace(config, sites=sites)
-
-
-def every(config: ConvertConfig, paths: Iterable[str], n: int, first: int = 0) -> ConvertConfig:
-    """The config for every n-th of the sites that it converts, from site number `first` on.
-
-    Args:
-        config: as for all sites.
-        paths: of all sites of the model, in their order.
-        n: at least 1, which is all of them.
-        first: counted from 0.
-
-    Raises:
-        ConvFusionError: n or first is out of range.
-    """
-    converted = list(config.mixers_for(paths))
-    if n < 1 or not 0 <= first < len(converted):
-        raise ConvFusionError(
-            f"every {n} from {first} on chooses none of {len(converted)} sites: "
-            f"the first must lie between 0 and {len(converted) - 1}, and n be at least 1"
-        )
-    return only(config, converted[first::n])
 
 
 @dataclass(frozen=True)

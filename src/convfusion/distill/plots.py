@@ -6,9 +6,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from convfusion.analysis.plots import BLUE, FAINT, GREEN, INK, ORANGE
 from convfusion.distill.curve import ReplacementCurve
 from convfusion.families import shorten_path
+from convfusion.report import BLUE, FAINT, GREEN, INK, ORANGE
 
 NAMED = 16  # sites; the names of more would cover each other
 

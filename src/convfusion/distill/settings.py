@@ -10,9 +10,8 @@ from typing import Any
 
 from convfusion.distill.config import DistillConfig
 from convfusion.errors import ConvFusionError
-from convfusion.escaping import toml_string
 from convfusion.settings import check_fields, check_names
-from convfusion.text import read_text, split_lines
+from convfusion.text import read_text, split_lines, toml_string
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -38,7 +38,7 @@ from convfusion.distill.validation import held_out_error, what_fails
 from convfusion.errors import ConvFusionError
 from convfusion.families import check_captioned, denoiser_of
 from convfusion.families.conditioning import placed
-from convfusion.locks import locked
+from convfusion.folders import locked
 from convfusion.surgery import mixers_of
 
 OnStep = Callable[[int, dict[str, float]], None]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convfusion.errors import ConvFusionError, first_line
 from convfusion.evaluate.extractors import Extractor, loaded, open_extractor, tensor_of
-from convfusion.randomness import kept_random
+from convfusion.evaluate.randomness import kept_random
 
 PADDED = ("siglip", "siglip2")  # read their last token, so a text must fill the whole length
 ENDLESS = 10**9  # tokens, beyond which a tokenizer knows no longest text

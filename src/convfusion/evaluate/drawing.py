@@ -32,8 +32,8 @@ from convfusion.evaluate.epsilon import epsilon_errors, relative_error
 from convfusion.families import Denoiser, denoiser_of, encode_conditioning, latent_scale
 from convfusion.files import is_whole, read_json, write_picture, write_text
 from convfusion.fingerprint import shown
+from convfusion.folders import LOCK
 from convfusion.generate import generate, swapped_denoiser
-from convfusion.locks import LOCK
 from convfusion.patches import wrapped_method
 from convfusion.schedule import noise_schedule
 

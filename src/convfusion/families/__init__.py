@@ -7,12 +7,17 @@ from convfusion.families.base import (
     Family,
     Site,
     Size,
+    family_of,
+    register,
+    supported_classes,
+)
+from convfusion.families.carrier import Carrier, KeywordCarrier
+from convfusion.families.lookup import (
     check_captioned,
     component_names,
     denoiser_of,
     encode_conditioning,
     example_inputs,
-    family_of,
     latent_scale,
     list_sites,
     native_latents,
@@ -20,12 +25,9 @@ from convfusion.families.base import (
     noisy_latents,
     pixel_unit,
     pixel_unit_of,
-    register,
     shorten_path,
     site_grid,
-    supported_classes,
 )
-from convfusion.families.carrier import Carrier, KeywordCarrier
 
 __all__ = [
     "FAMILIES",

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convfusion.families.base import Denoiser, Site, family_of, list_sites
+from convfusion.families.base import Denoiser, Site, family_of
+from convfusion.families.lookup import list_sites
 from convfusion.mixers import Grid
 
 

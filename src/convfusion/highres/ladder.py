@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from convfusion.batching import check_call, cut_options
 from convfusion.data.pictures import encode_pictures, upcast_vae
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, family_of, latent_scale, native_size, pixel_unit
+from convfusion.families.calls import check_call, cut_options
 from convfusion.generate import check_size, generate
 from convfusion.highres.budget import Means, choose_means, chunked_feed_forward, one_at_a_time
 from convfusion.highres.vae_tiles import check_tileable, tiled_vae

@@ -1,6 +1,6 @@
 """What a forward pass will hold at its worst moment, told from shapes before it runs.
 
-What counts is what `convfusion.bench.activations` counts: every tensor while something refers to
+What counts is what `convfusion.operations` counts: every tensor while something refers to
 it, without weights, and without what a library holds inside of one operation.
 """
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from convfusion.bench.activations import peak_bytes
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, example_inputs, family_of
+from convfusion.operations import peak_bytes
 from convfusion.patches import copied_without_patches
 
 GIB = 2**30

@@ -1,6 +1,12 @@
 """Replace self-attention in place, and put it back: what goes where, and who does it."""
 
-from convfusion.surgery.config import ConvertConfig, uniform, with_kernel_sizes
+from convfusion.surgery.config import (
+    ConvertConfig,
+    select_every,
+    select_sites,
+    uniform,
+    with_kernel_sizes,
+)
 from convfusion.surgery.surgery import (
     LOST_WITHOUT_ATTENTION,
     DroppedAttention,
@@ -33,6 +39,8 @@ __all__ = [
     "install",
     "mixers_of",
     "revert",
+    "select_every",
+    "select_sites",
     "status",
     "uniform",
     "with_kernel_sizes",

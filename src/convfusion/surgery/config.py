@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -168,3 +169,43 @@ def with_kernel_sizes(
     return ConvertConfig(
         sites={site: replace(base, kernel_size=size) for site, size in by_site.items()}, **options
     )
+
+
+def select_sites(config: ConvertConfig, paths: Iterable[str]) -> ConvertConfig:
+    """The config for these sites alone, each with the mixer that the config has for it.
+
+    Raises:
+        ConvFusionError: there is no site, or one that the config does not convert.
+    """
+    sites = {}
+    for path in paths:
+        mixer = config.mixer_for(path)
+        if mixer is None:
+            raise ConvFusionError(f"the config converts no site called {path!r}")
+        sites[glob.escape(path)] = mixer
+    if not sites:
+        raise ConvFusionError("choose at least one site to convert")
+    return replace(config, sites=sites)
+
+
+def select_every(
+    config: ConvertConfig, paths: Iterable[str], n: int, first: int = 0
+) -> ConvertConfig:
+    """The config for every n-th of the sites that it converts, from site number `first` on.
+
+    Args:
+        config: as for all sites.
+        paths: of all sites of the model, in their order.
+        n: at least 1, which is all of them.
+        first: counted from 0.
+
+    Raises:
+        ConvFusionError: n or first is out of range.
+    """
+    converted = list(config.mixers_for(paths))
+    if n < 1 or not 0 <= first < len(converted):
+        raise ConvFusionError(
+            f"every {n} from {first} on chooses none of {len(converted)} sites: "
+            f"the first must lie between 0 and {len(converted) - 1}, and n be at least 1"
+        )
+    return select_sites(config, converted[first::n])

@@ -13,11 +13,11 @@ from tiny_pipelines import stable_diffusion
 from convfusion.data import build_cache, open_source
 from convfusion.data.chunks import Reader, read_with
 from convfusion.errors import ConvFusionError
-from convfusion.locks import LOCK, locked
+from convfusion.folders import LOCK, locked
 
 HOLD = """
 import sys, time
-from convfusion.locks import locked
+from convfusion.folders import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

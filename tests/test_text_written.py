@@ -9,7 +9,7 @@ import pytest
 from convfusion import files
 from convfusion.checkpoint import hub
 from convfusion.distill.settings import RunSettings, as_toml, read_settings
-from convfusion.escaping import (
+from convfusion.text import (
     address,
     markdown_block,
     markdown_code,

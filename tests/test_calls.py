@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_pipelines import dit_pipeline, pixart_sigma, stable_diffusion, stable_diffusion_xl
 
 from convfusion import ConvFusionError
-from convfusion.batching import cut_options
+from convfusion.families.calls import cut_options
 from convfusion.generate import generate
 from convfusion.highres import Ladder, highres
 

@@ -1,0 +1,5 @@
+"""`python -m convfusion`."""
+
+from convfusion.cli import main
+
+main()

@@ -1,0 +1,183 @@
+"""What the rest of the library asks of a pipeline or denoiser, whatever its family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convfusion.errors import ConvFusionError, UnsupportedModelError
+from convfusion.families.base import (
+    FAMILIES,
+    Denoiser,
+    Site,
+    Size,
+    Values,
+    family_of,
+    supported_classes,
+)
+from convfusion.text import check_prompts
+
+
+def component_names() -> list[str]:
+    """The attributes of pipelines that may hold a denoiser."""
+    return list(dict.fromkeys(family.component for family in FAMILIES.values()))
+
+
+def denoiser_of(pipe_or_model: Any) -> Denoiser:
+    """The denoiser of a pipeline, or the model itself.
+
+    Raises:
+        UnsupportedModelError: there is no denoiser, or no family knows it.
+    """
+    model = pipe_or_model
+    names = component_names()
+    if not isinstance(model, nn.Module):
+        parts = (getattr(pipe_or_model, name, None) for name in names)
+        model = next((part for part in parts if part is not None), None)
+    if not isinstance(model, nn.Module):
+        wanted = " or ".join(f"`{name}`" for name in names)
+        raise UnsupportedModelError(
+            f"{type(pipe_or_model).__name__} has no {wanted}; give a diffusers "
+            f"pipeline or one of {', '.join(supported_classes())}"
+        )
+    family_of(model)
+    return model
+
+
+def list_sites(model: Denoiser) -> list[Site]:
+    """All self-attention sites of a denoiser.
+
+    Raises:
+        UnsupportedModelError: unknown class, or no self-attention of a kind we can replace.
+    """
+    sites = family_of(model).list_sites(model)
+    if not sites:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} has no self-attention in transformer blocks to replace"
+        )
+    return sites
+
+
+def site_grid(model: Denoiser, site: Site, latents: Size) -> Size:
+    """(H, W) of the tokens of a site for latents of (height, width)."""
+    patch = family_of(model).patch_size(model)
+    height, width = (-(-side // 2**site.level) // patch for side in latents)
+    return height, width
+
+
+def native_latents(model: Denoiser) -> Size:
+    """(height, width) of the latents that a denoiser was trained on, by its config."""
+    return family_of(model).native_latents(model)
+
+
+def noisy_latents(model: Denoiser, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The latents [B, C, h, w] among the arguments of a call of a denoiser."""
+    return args[0] if args else kwargs[family_of(model).latents]
+
+
+def encode_conditioning(pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
+    """Keyword arguments of the denoiser for a batch of prompts, without guidance.
+
+    Args:
+        pipe: a text-to-image or class-to-image pipeline of a known family.
+        prompts: one per sample; class names or numbers for DiT.
+        size: (height, width) of the pictures in pixels (SDXL is told).
+
+    Raises:
+        ConvFusionError: a prompt is no text, or no class of a DiT; or the denoiser is told of
+            more than that, see `check_captioned`.
+    """
+    check_prompts(prompts)
+    check_captioned(pipe)
+    with torch.no_grad():
+        return family_of(denoiser_of(pipe)).encode_prompts(pipe, prompts, size)
+
+
+def check_captioned(pipe: Any) -> None:
+    """Raise a ConvFusionError if a denoiser needs more than latents, a timestep and a caption.
+
+    Such models can be converted and drawn with. Their training and measurement need more than
+    pictures with captions.
+    """
+    model, vae = denoiser_of(pipe), getattr(pipe, "vae", None)
+    channels, latents = model.config.in_channels, None
+    if vae is not None:
+        latents = vae.config.get("latent_channels")
+    more = family_of(model).describe_further_needs(model)
+    if latents not in (None, channels):
+        more = f"{channels} channels, and its latents have {latents}: a picture or mask"
+    if more:
+        raise ConvFusionError(
+            f"the denoiser of this {type(pipe).__name__} takes {more}, beside a caption. It can be "
+            "converted, and drawn with in Python; caches, distillation and evaluation know "
+            "captions only"
+        )
+
+
+def example_inputs(
+    model: Denoiser,
+    size: Size,
+    *,
+    batch: int = 1,
+    words: int | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of one call of a denoiser, filled with fixed random values.
+
+    Args:
+        model: a denoiser of a known family.
+        size: (height, width) of the latents.
+        batch: samples.
+        words: tokens of the text; by default as many as the family's text encoder gives.
+        device: of the tensors, by default the model's; `meta` gives shapes alone.
+
+    Raises:
+        ConvFusionError: the model takes something of a kind that is not known here.
+    """
+    family = family_of(model)
+    values = Values(model, model.device if device is None else device)
+    return {
+        family.latents: values(batch, model.config.in_channels, *size),
+        "timestep": torch.full((batch,), 500, device=values.device),
+        "return_dict": False,
+        **family.example_conditioning(model, batch, words, values),
+    }
+
+
+def latent_scale(pipe: Any) -> int:
+    """Pixels per latent, along a side."""
+    told = getattr(pipe, "vae_scale_factor", None)  # DiT pipelines do not tell
+    return told or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+
+
+def native_size(pipe: Any) -> Size:
+    """(height, width) in pixels of the pictures that a pipeline's denoiser was trained on."""
+    scale = latent_scale(pipe)
+    height, width = native_latents(denoiser_of(pipe))
+    return height * scale, width * scale
+
+
+def pixel_unit(pipe: Any) -> int:
+    """What both sides of a picture must be multiples of, in pixels."""
+    return pixel_unit_of(denoiser_of(pipe), latent_scale(pipe))
+
+
+def pixel_unit_of(model: Denoiser, scale: int) -> int:
+    """The same of a denoiser, with an autoencoder of so many pixels to a latent."""
+    unit = scale * family_of(model).patch_size(model)
+    return math.lcm(unit, 8)  # which stock pipelines insist on, whatever their autoencoder
+
+
+def shorten_path(path: str) -> str:
+    """A site's path, shortened: `down 0 1` is the second attention of the first down block."""
+    names = {"down_blocks": "down", "up_blocks": "up", "mid_block": "mid"}
+    words = path.removesuffix(".attn1").replace("transformer_blocks", "block").split(".")
+    words = [names.get(word, word) for word in words if word != "attentions"]
+    if words[0] == "mid":
+        words = [words[0], *words[2:]]
+    text = " ".join(words)
+    return text.replace(" block 0", "") if "down" in text or "up" in text or "mid" in text else text
