@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest lint docs bench clean
+.PHONY: demo test test-oldest test-bare lint docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,18 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/pytest -m libraries
 
+# Without any of the extras: every command works, or says which extra it needs.
+BARE := .venv-bare
+
+$(BARE)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BARE)
+	$(BARE)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
+		hypothesis pytest pytest-xdist
+	touch $@
+
+test-bare: $(BARE)/.installed
+	$(BARE)/bin/pytest tests/test_extras.py tests/test_surgery.py
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,4 +64,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python recipes/tables.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) out build dist site
+	rm -rf $(VENV) $(OLDEST) $(BARE) out build dist site
