@@ -65,7 +65,7 @@ def check(grid, kernel, stages, gate, dtype, **shape):
     found = gradients(library.pyramid, tokens, weights, grid, gate, grad)
     assert all(tensor.dtype == dtype for tensor in found)
     exact = [tensor.double() for tensor in (tokens, *weights)]
-    expected = gradients(reference.pyramid, exact[0], exact[1:], grid, gate, grad)
+    expected = gradients(reference.pyramid_of_tokens, exact[0], exact[1:], grid, gate, grad)
     assert_matches(found, expected, BOUND[dtype])
     return tokens, weights, grad, found
 

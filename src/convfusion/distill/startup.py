@@ -32,7 +32,8 @@ from convfusion.families import Site, denoiser_of
 from convfusion.families.conditioning import placed
 from convfusion.families.watch import project, watch_attention
 from convfusion.mixers.base import Grid
-from convfusion.mixers.delta_conv import DeltaConvBlock, gate_scale
+from convfusion.mixers.delta_conv import DeltaConvBlock
+from convfusion.ops.reference import gate_scale
 from convfusion.schedule import add_noise, noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of
 

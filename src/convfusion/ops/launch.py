@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from convfusion.ops import kernels
-from convfusion.ops.reference import factor, pooled_sides
+from convfusion.ops.reference import gate_scale, pooled_sides
 from convfusion.ops.tile_sizes import block_for, chunks_for, tile_for
 
 Grid = tuple[int, int]
@@ -157,4 +157,4 @@ def _side_of(weights: Tensor) -> int:
 
 
 def _scale(channels: int, gate: str) -> float:
-    return 1.0 if gate == "sigmoid" else factor(channels, gate)
+    return 1.0 if gate == "sigmoid" else gate_scale(channels, gate)
