@@ -25,7 +25,7 @@ from convfusion.data.samples import CHUNK
 from convfusion.data.sources import open_source
 from convfusion.data.store import LatentCache
 from convfusion.families import encode_conditioning
-from convfusion.families.conditioning import flat
+from convfusion.families.conditioning import flatten_conditioning
 from convfusion.files import write_tensors
 
 pytestmark = pytest.mark.libraries
@@ -87,7 +87,7 @@ def test_samples_are_what_encoding_on_the_fly_gives(pipe, whole):
     pixels = np.stack([cover(picture(i), (16, 16)) for i in indices])
     torch.testing.assert_close(latents, encode_pictures(pipe.vae, pixels), rtol=1e-4, atol=1e-5)
     captions = [caption(0), caption(CHUNK), "", caption(5)]
-    expected = flat(encode_conditioning(pipe, captions, (16, 16)))
+    expected = flatten_conditioning(encode_conditioning(pipe, captions, (16, 16)))
     assert told.keys() == expected.keys()
     torch.testing.assert_close(
         told["encoder_hidden_states"], expected["encoder_hidden_states"], rtol=1e-4, atol=1e-5
@@ -106,7 +106,7 @@ def test_every_family(family, tmp_path):
     assert len(built) == 4 and not built.skipped and built.sizes == [(side, side)]
     latents, told = open_cache(pipe, tmp_path / "cache").take([1, 3], [False, True])
     assert latents.shape == (2, 4, side // 2, side // 2) and latents.dtype == torch.float32
-    expected = flat(encode_conditioning(pipe, ["green", ""], (side, side)))
+    expected = flatten_conditioning(encode_conditioning(pipe, ["green", ""], (side, side)))
     assert told.keys() == expected.keys()
     for key, tensor in expected.items():
         if tensor is None:
@@ -129,7 +129,7 @@ def test_buckets_and_what_sdxl_is_told_of_them(tmp_path):
         ids = torch.tensor([[*size, 0, 0, *size]] * 3, dtype=torch.float32)
         assert torch.equal(told["added_cond_kwargs.time_ids"], ids)
         texts = [built.captions[group[0]], "", built.captions[group[2]]]
-        expected = flat(encode_conditioning(pipe, texts, size))
+        expected = flatten_conditioning(encode_conditioning(pipe, texts, size))
         for key, tensor in expected.items():
             torch.testing.assert_close(told[key], tensor, rtol=1e-4, atol=1e-5)
 

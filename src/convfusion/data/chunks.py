@@ -23,7 +23,7 @@ from convfusion.data.sources import Drawing
 from convfusion.data.workers import ignore_interrupts
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, encode_conditioning, family_of
-from convfusion.families.conditioning import flat
+from convfusion.families.conditioning import flatten_conditioning
 from convfusion.generate import generate
 from convfusion.patches import replaced_attributes
 
@@ -151,7 +151,9 @@ class Encoder:
             ConvFusionError: some of it is not finite.
         """
         parts = [
-            flat(encode_conditioning(self.pipe, list(captions[i : i + self.batch_size]), size))
+            flatten_conditioning(
+                encode_conditioning(self.pipe, list(captions[i : i + self.batch_size]), size)
+            )
             for i in range(0, len(captions), self.batch_size)
         ]
         found = {key: joined([part[key] for part in parts]) for key in parts[0]}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convfusion.errors import ConvFusionError
 from convfusion.families import encode_conditioning, latent_scale
-from convfusion.families.conditioning import flat
+from convfusion.families.conditioning import flatten_conditioning
 
 
 class TrainingData(Protocol):
@@ -38,7 +38,7 @@ class TrainingData(Protocol):
 
         Returns:
             Clean, scaled latents [B, C, h, w] in float32, and the denoiser's further arguments as
-            `conditioning.flat` names them, each [B, …] or None; all on the CPU.
+            `flatten_conditioning` names them, each [B, …] or None; all on the CPU.
         """
         ...
 
@@ -104,7 +104,7 @@ class EncodedLatents:
         scale = latent_scale(pipe)
         size = (data.latents.shape[-2] * scale, data.latents.shape[-1] * scale)
         parts = [
-            flat(encode_conditioning(pipe, names[start : start + batch_size], size))
+            flatten_conditioning(encode_conditioning(pipe, names[start : start + batch_size], size))
             for start in range(0, len(names), batch_size)
         ]
         self._conditioning = {key: joined([part[key] for part in parts]) for key in parts[0]}
