@@ -14,6 +14,7 @@ from tiny_models import dit, randomise
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, export, imports, mini, uniform
 from convfusion.families import example_inputs, family_of
+from convfusion.generate import generate
 from convfusion.surgery import mixers_of
 
 
@@ -97,7 +98,7 @@ def test_the_script_of_the_page_draws_what_pytorch_draws(tmp_path, monkeypatch):
     exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], {})
     scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     size = (16 * scale, 24 * scale)
-    expected = convfusion.generate(pipe, ["red apple"], seeds=[0], steps=10, size=size)[0]
+    expected = generate(pipe, ["red apple"], seeds=[0], steps=10, size=size)[0]
     with Image.open("apple.png") as drawn:
         difference = np.abs(np.asarray(drawn, float) - np.asarray(expected, float))
     assert difference.max() <= 2  # of 255
