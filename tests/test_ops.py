@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyramid as bench
 from convfusion import ConvFusionError, DeltaConv, DeltaConvBlock
 from convfusion.ops import library, reference
-from convfusion.ops.tile_sizes import CHANNELS, PROGRAMS, block_for, chunks_for, tile_for
+from convfusion.ops.tile_sizes import CHANNELS, PROGRAMS, choose_block, choose_chunks, choose_tile
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -165,12 +165,12 @@ def test_a_kernel_of_13_has_about_113_operations_a_byte():
     channels=st.integers(1, 5000),
 )
 def test_chunks_and_blocks_cover_the_work(groups, kernel, channels):
-    tile = tile_for(kernel, channels)
+    tile = choose_tile(kernel, channels)
     blocks = -(-channels // tile.channels)
     assert tile.rows % 2 == tile.cols % 2 == 0 and blocks * tile.channels >= channels
     assert -channels % tile.channels == min(-channels % block for block in CHANNELS)
-    assert tile.channels == block_for(channels)
-    chunks, each = chunks_for(groups, kernel, blocks)
+    assert tile.channels == choose_block(channels)
+    chunks, each = choose_chunks(groups, kernel, blocks)
     assert (chunks - 1) * each < groups <= chunks * each
     assert chunks == groups or chunks * kernel * blocks < PROGRAMS + kernel * blocks
 
