@@ -162,7 +162,7 @@ def check_parity(case: Case, dtype: str, device: str = "cuda") -> None:
     tokens, weights, grad = tensors(case, DTYPES[dtype], device)
     found = run(library.pyramid, tokens, weights, grad, case)
     exact = [tensor.double() for tensor in (tokens, *weights, grad)]
-    expected = run(reference.pyramid, exact[0], exact[1:-1], exact[-1], case)
+    expected = run(reference.pyramid_of_tokens, exact[0], exact[1:-1], exact[-1], case)
     names = ["output", "gradient of the tokens"]
     names += [f"gradient of the weights of stage {i}" for i in range(case.stages)]
     for name, one, other in zip(names, found, expected, strict=True):
@@ -217,12 +217,12 @@ def run(
 
 def planar(tokens: Tensor, *args: Any) -> Tensor:
     """The reference on maps [B, C', H, W] that are contiguous, which some convolutions prefer."""
-    return reference.pyramid(tokens.transpose(1, 2).contiguous().transpose(1, 2), *args)
+    return reference.pyramid_of_tokens(tokens.transpose(1, 2).contiguous().transpose(1, 2), *args)
 
 
 PATHS: dict[str, Callable[..., Tensor]] = {
     "fused": library.pyramid,
-    "unfused": reference.pyramid,
+    "unfused": reference.pyramid_of_tokens,
     "unfused, planar": planar,
 }
 

@@ -49,10 +49,10 @@ class Ungated(DeltaConv):
 
 
 class UngatedBlock(DeltaConvBlock):
-    def stage_weights(self) -> list[Tensor]:
+    def list_stage_weights(self) -> list[Tensor]:
         return []  # never fused: the kernels gate
 
-    def meet(self, maps: Tensor) -> Tensor:
+    def apply_gate(self, maps: Tensor) -> Tensor:
         first, second = maps.chunk(2, dim=1)
         return first + second
 

@@ -29,7 +29,7 @@ from convfusion.evaluate.extractors import Extractor
 from convfusion.families import denoiser_of, latent_scale
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import generate
-from convfusion.highres import Ladder, Start, highres, last_steps
+from convfusion.highres import Ladder, Start, highres, keep_last_steps
 from convfusion.report import labelled_grid
 from highres_distances import LOAD
 from pages import ROOT, add, has
@@ -109,8 +109,8 @@ def climbed(
     height, width = clean.shape[-2:]
     start, scale = Start(clean, noise, (height // 2, width // 2)), latent_scale(pipe)
     kept = start if "kept" in way else None
-    with last_steps(pipe, 25, round(25 * strength), start=kept) as scheduler:
-        noisy = start.noisy(scheduler, scheduler.timesteps[0])
+    with keep_last_steps(pipe, 25, round(25 * strength), start=kept) as scheduler:
+        noisy = start.add_noise(scheduler, scheduler.timesteps[0])
         drawn = generate(
             pipe, prompts, size=(height * scale, width * scale), guidance=guidance,
             latents=noisy, batch_size=len(noisy),

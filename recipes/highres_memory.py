@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import convfusion
 from convfusion.families import example_inputs, list_sites
-from convfusion.highres.budget import chunked_feed_forward
-from convfusion.highres.peaks import GIB, denoiser_peak
+from convfusion.highres.budget import chunk_feed_forward
+from convfusion.highres.peaks import GIB, estimate_denoiser_peak
 from convfusion.operations import peak_bytes
 from convfusion.surgery import mixers_of, presets
 from pages import add, has
@@ -77,8 +77,8 @@ def one_pass(args: argparse.Namespace, size: tuple[int, int]) -> dict[str, Any]:
     unet = without_values(args.model, DTYPES[args.dtype])
     with ExitStack() as stack:
         if args.chunks:
-            stack.enter_context(chunked_feed_forward(unet, size))
-        estimate = denoiser_peak(unet, size, batch=1)
+            stack.enter_context(chunk_feed_forward(unet, size))
+        estimate = estimate_denoiser_peak(unet, size, batch=1)
         if args.estimate:
             return peaks(unet, estimate, None)
         filled(unet, args.device)

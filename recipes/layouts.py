@@ -25,7 +25,8 @@ from torch import Tensor
 
 from convfusion.bench.timing import interleaved, surroundings
 from convfusion.mixers.base import Grid
-from convfusion.mixers.delta_conv import DeltaConv, DeltaConvBlock, apply_gate, halve
+from convfusion.mixers.delta_conv import DeltaConv, DeltaConvBlock
+from convfusion.ops.reference import apply_gate, halve
 from pages import write
 
 CASES = ((320, 64, 7), (320, 64, 11), (640, 32, 9), (1280, 16, 5))  # C, side, K
@@ -43,7 +44,7 @@ def mean_by_product(block: DeltaConvBlock, tokens: Tensor, grid: Grid) -> Tensor
 
 def contiguous_maps(block: DeltaConvBlock, tokens: Tensor, grid: Grid) -> Tensor:
     maps = block.proj_in(tokens).transpose(1, 2).unflatten(2, grid).contiguous()
-    mixed = block.pyramid(maps).flatten(2).transpose(1, 2).contiguous()
+    mixed = block.apply_pyramid(maps).flatten(2).transpose(1, 2).contiguous()
     return block.proj_out(mixed).add_(mean(block, tokens))
 
 
@@ -63,7 +64,7 @@ def projected_first(block: DeltaConvBlock, tokens: Tensor, grid: Grid) -> Tensor
 
 def projected(block: DeltaConvBlock, tokens: Tensor, grid: Grid) -> Tensor:
     maps = block.proj_in(tokens).transpose(1, 2).unflatten(2, grid)
-    return block.proj_out(block.pyramid(maps).flatten(2).transpose(1, 2))
+    return block.proj_out(block.apply_pyramid(maps).flatten(2).transpose(1, 2))
 
 
 def mean(block: DeltaConvBlock, tokens: Tensor) -> Tensor:

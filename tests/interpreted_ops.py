@@ -25,7 +25,7 @@ SMALL = Tile(4, 2, 16)  # an interpreted tile costs by its columns
 def tile(request, monkeypatch):
     """Tiles of another size than the usual, unless None."""
     if request.param is not None:
-        monkeypatch.setattr(launch, "tile_for", lambda kernel, channels: request.param)
+        monkeypatch.setattr(launch, "choose_tile", lambda kernel, channels: request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def check(grid, kernel, stages, gate, dtype, **shape):
     found = gradients(library.pyramid, tokens, weights, grid, gate, grad)
     assert all(tensor.dtype == dtype for tensor in found)
     exact = [tensor.double() for tensor in (tokens, *weights)]
-    expected = gradients(reference.pyramid, exact[0], exact[1:], grid, gate, grad)
+    expected = gradients(reference.pyramid_of_tokens, exact[0], exact[1:], grid, gate, grad)
     assert_matches(found, expected, BOUND[dtype])
     return tokens, weights, grad, found
 
@@ -104,7 +104,9 @@ def test_channels_need_not_fill_their_blocks(channels):
 
 def test_same_bits_twice_and_whatever_the_chunks_hold(monkeypatch):
     """The partial sums of the weights' gradient: several chunks, the last one shorter."""
-    monkeypatch.setattr(launch, "chunks_for", lambda groups, kernel, blocks: (-(-groups // 3), 3))
+    monkeypatch.setattr(
+        launch, "choose_chunks", lambda groups, kernel, blocks: (-(-groups // 3), 3)
+    )
     tokens, weights, grad, found = check((6, 2), 3, 1, "scaled", FULL, batch=2)  # 4 groups
     again = gradients(library.pyramid, tokens, weights, (6, 2), "scaled", grad)
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))

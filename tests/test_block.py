@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from convfusion import ConvFusionError, DeltaConv, DeltaConvBlock
-from convfusion.mixers.delta_conv import apply_gate, halve, shrink
+from convfusion.ops.reference import apply_gate, halve, shrink
 
 odd = st.integers(0, 10).map(lambda k: 2 * k + 1)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file
 from test_sources import shard
@@ -20,13 +21,14 @@ from tiny_pipelines import PIPELINES, stable_diffusion
 from convfusion import CheckpointError, ConvFusionError
 from convfusion.data import TrainingData, cache, chunks
 from convfusion.data.cache import build_cache, open_cache
-from convfusion.data.pictures import cover, encode_pictures
+from convfusion.data.pictures import cover, encode_pictures, upcast_vae
 from convfusion.data.samples import CHUNK
 from convfusion.data.sources import open_source
 from convfusion.data.store import LatentCache
 from convfusion.families import encode_conditioning
-from convfusion.families.conditioning import flat
+from convfusion.families.conditioning import flatten_conditioning
 from convfusion.files import write_tensors
+from convfusion.folders import unfinished_name
 
 pytestmark = pytest.mark.libraries
 
@@ -87,7 +89,7 @@ def test_samples_are_what_encoding_on_the_fly_gives(pipe, whole):
     pixels = np.stack([cover(picture(i), (16, 16)) for i in indices])
     torch.testing.assert_close(latents, encode_pictures(pipe.vae, pixels), rtol=1e-4, atol=1e-5)
     captions = [caption(0), caption(CHUNK), "", caption(5)]
-    expected = flat(encode_conditioning(pipe, captions, (16, 16)))
+    expected = flatten_conditioning(encode_conditioning(pipe, captions, (16, 16)))
     assert told.keys() == expected.keys()
     torch.testing.assert_close(
         told["encoder_hidden_states"], expected["encoder_hidden_states"], rtol=1e-4, atol=1e-5
@@ -106,7 +108,7 @@ def test_every_family(family, tmp_path):
     assert len(built) == 4 and not built.skipped and built.sizes == [(side, side)]
     latents, told = open_cache(pipe, tmp_path / "cache").take([1, 3], [False, True])
     assert latents.shape == (2, 4, side // 2, side // 2) and latents.dtype == torch.float32
-    expected = flat(encode_conditioning(pipe, ["green", ""], (side, side)))
+    expected = flatten_conditioning(encode_conditioning(pipe, ["green", ""], (side, side)))
     assert told.keys() == expected.keys()
     for key, tensor in expected.items():
         if tensor is None:
@@ -129,7 +131,7 @@ def test_buckets_and_what_sdxl_is_told_of_them(tmp_path):
         ids = torch.tensor([[*size, 0, 0, *size]] * 3, dtype=torch.float32)
         assert torch.equal(told["added_cond_kwargs.time_ids"], ids)
         texts = [built.captions[group[0]], "", built.captions[group[2]]]
-        expected = flat(encode_conditioning(pipe, texts, size))
+        expected = flatten_conditioning(encode_conditioning(pipe, texts, size))
         for key, tensor in expected.items():
             torch.testing.assert_close(told[key], tensor, rtol=1e-4, atol=1e-5)
 
@@ -299,7 +301,7 @@ def test_settings_are_checked_before_any_work(pipe, many, whole, tmp_path):
         build_cache(pipe, fewer, whole)
     assert not (tmp_path / "x").exists()
     (tmp_path / "x").mkdir()  # as a run killed at its very start leaves it
-    (tmp_path / "x/cache.json.tmp").write_text("{")
+    (tmp_path / "x" / unfinished_name()).write_text("{")
     assert len(build_cache(pipe, fewer, tmp_path / "x")) == 2
 
 
@@ -312,14 +314,15 @@ def test_what_somebody_put_beside_a_useless_cache_stays(pipe, tmp_path):
         build_cache(pipe, source, out)
     assert not out.exists()
     out.mkdir()
-    (out / "cache.json.tmp").write_text("{")
+    remains = out / unfinished_name()
+    remains.write_text("{")
 
     def note(done):
         (out / "notes.txt").write_text("mine")
 
     with pytest.raises(ConvFusionError, match="can be used"):
         build_cache(pipe, source, out, on_progress=note)
-    assert {path.name for path in out.iterdir()} <= {"notes.txt", "cache.json.tmp"}
+    assert {path.name for path in out.iterdir()} <= {"notes.txt", remains.name}
     assert (out / "notes.txt").read_text() == "mine"
 
 
@@ -380,3 +383,31 @@ def test_reading_opens_few_files_and_survives_pickling(monkeypatch, whole):
     for index in (0, CHUNK, 2 * CHUNK, 1):
         assert torch.equal(found.take([index], [False])[0], again.take([index], [False])[0])
     assert found._open.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_folder_is_a_source_and_what_a_kill_left_goes(kind, pipe, tmp_path):
+    pictures, out = write_pictures(tmp_path / "pictures", 2), tmp_path / "cache"
+    build_cache(pipe, kind(pictures), out, size=(16, 16))
+    manifest = json.loads((out / "cache.json").read_text())
+    (out / "cache.json").write_text(json.dumps(manifest | {"complete": False}))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    remains = out / "chunks" / unfinished_name().replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+    remains.write_text("half a chunk")
+    assert len(build_cache(pipe, kind(pictures), out, size=(16, 16))) == 2
+    assert not remains.exists()
+
+
+def test_a_tiny_autoencoder_encodes_too():
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).eval()
+    pixels = np.array(picture(0))[None]
+    with upcast_vae(vae):
+        latents = encode_pictures(vae, pixels)
+    maps = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    assert torch.equal(latents, vae.encode(maps).latents.detach())

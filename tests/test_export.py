@@ -1,15 +1,20 @@
 """ONNX files: they compute what PyTorch computes, at every size, or they are not written."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny_models
 import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from PIL import Image
 from tiny_models import dit, randomise
 
 import convfusion
-from convfusion import ConvFusionError, DeltaConv, export, uniform
-from convfusion.families import example_inputs
+from convfusion import ConvFusionError, DeltaConv, export, imports, mini, uniform
+from convfusion.families import example_inputs, family_of
+from convfusion.generate import generate
 from convfusion.surgery import mixers_of
 
 
@@ -55,29 +60,61 @@ def test_a_file_computes_what_the_model_computes_at_any_size(make, tmp_path):
     assert tuple(names) == written.inputs
     assert make is pixart or {"text_embeds", "time_ids"} <= set(names)
 
-    unit = export.size_unit(model)
+    unit = family_of(model).latent_unit(model)
     size = (7 * unit, 9 * unit)  # not among those that the export compares
     inputs = example_inputs(model, size, batch=4, words=5)
     with torch.no_grad():
-        wanted = model(**inputs)[0].numpy()
+        expected = model(**inputs)[0].numpy()
     flat = {**inputs, **inputs.get("added_cond_kwargs", {})}
-    found = session.run(None, {name: flat[name].numpy() for name in names})[0]
-    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+    output = session.run(None, {name: flat[name].numpy() for name in names})[0]
+    assert np.abs(output - expected).max() < 1e-5 * np.abs(expected).max()
     assert convfusion.status(model).sites[0].attention_kept  # the model itself is as it was
+    check_description(session, model)
+    assert str(export.__file__).encode() not in written.path.read_bytes()  # nor other local paths
+
+
+def check_description(session, model):
+    """The free axes have names, and the metadata tell what the model and its inputs are."""
+    family, inputs = family_of(model), {put.name: put for put in session.get_inputs()}
+    latents = inputs[family.latents]
+    assert latents.shape == ["batch", 4, "height", "width"]
+    assert session.get_outputs()[0].shape[::2] == ["batch", "height"]
+    assert session.get_outputs()[0].shape[3] == "width"
+    assert inputs["timestep"].shape == ["batch"]
+    assert inputs["encoder_hidden_states"].shape[:2] == ["batch", "words"]
+    told = session.get_modelmeta().custom_metadata_map
+    assert told["model"] == type(model).__name__
+    assert told["size_unit"] == str(family.latent_unit(model))
+    assert {name for name in told if name.startswith("input.")} == {f"input.{n}" for n in inputs}
+    assert told[f"input.{family.latents}"] == family.input_docs[family.latents]
+
+
+def test_the_script_of_the_page_draws_what_pytorch_draws(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe = mini.load_student()
+    export.export_onnx(pipe, "mini.onnx")
+    page = (Path(__file__).parent.parent / "docs/export.md").read_text(encoding="utf-8")
+    section = page.split("## Running the file")[1]
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], {})
+    scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    size = (16 * scale, 24 * scale)
+    expected = generate(pipe, ["red apple"], seeds=[0], steps=10, size=size)[0]
+    with Image.open("apple.png") as drawn:
+        difference = np.abs(np.asarray(drawn, float) - np.asarray(expected, float))
+    assert difference.max() <= 2  # of 255
 
 
 @pytest.mark.parametrize("difference", [0.5, float("nan"), float("inf")])
 def test_a_file_that_is_wrong_is_not_kept(difference, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "find_spec", lambda name: True)
     monkeypatch.setattr(export, "_write", lambda model, path: (path.write_text("new"),))
-    monkeypatch.setattr(export, "_difference", lambda *_: difference)
+    monkeypatch.setattr(export, "_measure_difference", lambda *_: difference)
     (tmp_path / "model.onnx").write_text("another")
     with pytest.raises(ConvFusionError, match="wrong by"):
         export.export_onnx(converted(pixart), tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").read_text() == "another"
     assert len(list(tmp_path.iterdir())) == 1
 
-    monkeypatch.setattr(export, "_difference", lambda *_: 1e-6)
+    monkeypatch.setattr(export, "_measure_difference", lambda *_: 1e-6)
     export.export_onnx(converted(pixart), tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").read_text() == "new"
     assert len(list(tmp_path.iterdir())) == 1
@@ -85,18 +122,17 @@ def test_a_file_that_is_wrong_is_not_kept(difference, tmp_path, monkeypatch):
 
 def test_what_cannot_be_exported_is_told_at_once(tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
-    monkeypatch.setattr(export, "find_spec", lambda name: True)
     with pytest.raises(ConvFusionError, match="not converted"):
         export.export_onnx(unet(), path)
     with pytest.raises(ConvFusionError, match='pooling="ceil"'):
         export.export_onnx(converted(unet, pooling="adaptive"), path)
-    with pytest.raises(ConvFusionError, match="a DiT draws one size"):
+    with pytest.raises(ConvFusionError, match="draws one size only"):
         export.export_onnx(converted(dit), path)
     with pytest.raises(ConvFusionError, match="float32 on the CPU"):
         export.export_onnx(converted(unet).to(torch.bfloat16), path)
     with pytest.raises(ConvFusionError, match="must end in"):
         export.export_onnx(converted(unet), tmp_path / "model")
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    monkeypatch.setattr(imports, "find_spec", lambda name: None)
     with pytest.raises(ConvFusionError, match=r"convfusion\[onnx\]"):
         export.export_onnx(converted(unet), path)
     assert not list(tmp_path.iterdir())

@@ -27,19 +27,25 @@ import convfusion
 from convfusion import ConvFusionError, DeltaConv, mini, uniform
 from convfusion.bench.models import bench_model
 from convfusion.evaluate import psnr
+from convfusion.families import native_size
 from convfusion.generate import generate
 from convfusion.highres import (
     Ladder,
     Start,
     budget,
     highres,
-    last_steps,
-    native_size,
-    plan_for,
-    rungs,
+    keep_last_steps,
+    list_rungs,
+    plan_ladder,
 )
-from convfusion.highres.peaks import denoiser_peak
-from convfusion.highres.vae_tiles import Tiles, spans, tiled_decode, tiled_encode, tiled_vae
+from convfusion.highres.peaks import estimate_denoiser_peak
+from convfusion.highres.vae_tiles import (
+    VaeTiles,
+    decode_in_tiles,
+    encode_in_tiles,
+    list_spans,
+    tile_vae,
+)
 
 pytestmark = pytest.mark.libraries
 
@@ -61,7 +67,7 @@ def same(first: Image.Image, second: Image.Image) -> bool:
 def test_rungs_grow_evenly_from_the_models_own_size(native, size, factor):
     native = (native[0] * 16, native[1] * 16)
     size = (size[0] * 16, size[1] * 16)
-    sizes = rungs(native, size, factor, 16)
+    sizes = list_rungs(native, size, factor, 16)
     assert sizes[-1] == size
     assert all(side % 16 == 0 and side >= 16 for rung in sizes for side in rung)
     for below, above in pairwise(sizes):
@@ -110,8 +116,8 @@ def test_rungs_above_the_first_have_a_guidance_of_their_own(guidance, samples):
     highres(pipe, ["red apple"], (32, 32), steps=4, guidance=2.0, ladder=ladder)
     assert [shape[0] for shape in seen] == [2] * 4 + [samples] * 2  # guidance takes two samples
     assert [shape[-1] for shape in seen] == [8] * 4 + [16] * 2
-    means = plan_for(pipe, (32, 32), Ladder(guidance=guidance, memory=100), guidance=2.0).means
-    assert means.gib == pytest.approx(denoiser_peak(pipe, (16, 16), batch=samples))
+    means = plan_ladder(pipe, (32, 32), Ladder(guidance=guidance, memory=100), guidance=2.0).savings
+    assert means.gib == pytest.approx(estimate_denoiser_peak(pipe, (16, 16), batch=samples))
 
 
 def test_the_seed_decides():
@@ -132,7 +138,7 @@ def test_a_rung_takes_the_last_steps_of_any_scheduler(kind):
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     pipe.scheduler.set_timesteps(6)
     every = pipe.scheduler.timesteps
-    with last_steps(pipe, 6, 2) as scheduler:
+    with keep_last_steps(pipe, 6, 2) as scheduler:
         scheduler.set_timesteps(6)
         assert torch.equal(scheduler.timesteps, every[4 * scheduler.order :])
         noise = torch.randn(1, 4, 8, 8)
@@ -165,11 +171,11 @@ def test_the_low_frequencies_are_those_of_the_start(below, more):
     size = (below[0] + more[0], below[1] + more[1])
     latents, noisy = torch.randn(2, 1, 4, *size)
     start = Start(noisy, noisy, below)
-    assert torch.allclose(start.kept(latents, latents), latents)
-    shifted = start.kept(latents, latents + 3)  # a constant is as low as a frequency can be
+    assert torch.allclose(start.keep_layout(latents, latents), latents)
+    shifted = start.keep_layout(latents, latents + 3)  # a constant is as low as a frequency can be
     assert torch.allclose(shifted, latents + 3, atol=1e-5)
     if size == below:
-        assert torch.allclose(start.kept(latents, noisy), noisy, atol=1e-5)
+        assert torch.allclose(start.keep_layout(latents, noisy), noisy, atol=1e-5)
 
 
 def deep_vae(**options) -> AutoencoderKL:
@@ -188,7 +194,7 @@ def deep_vae(**options) -> AutoencoderKL:
 @settings(deadline=None)
 @given(length=st.integers(1, 300), side=st.integers(1, 70), margin=st.integers(0, 20))
 def test_tiles_cover_a_side_once(length, side, margin):
-    found = spans(length, Tiles(side=side, margin=margin, fade=0))
+    found = list_spans(length, VaeTiles(side=side, margin=margin, fade=0))
     cores = [i for span in found for i in range(*span.core)]
     assert cores == list(range(length))
     for span in found:
@@ -200,15 +206,17 @@ def test_tiles_cover_a_side_once(length, side, margin):
 def test_exact_tiles_equal_one_piece():
     """Every norm in turn, odd sizes, cores that differ: only rounding is left."""
     vae = deep_vae(mid_block_add_attention=False)
-    tiles = Tiles(side=14, margin=13, fade=2, exact=True)
+    tiles = VaeTiles(side=14, margin=13, fade=2, exact=True)
     latents = torch.randn(2, 4, 31, 17)
     whole = vae.decode(latents).sample
-    assert (tiled_decode(vae, latents, tiles) - whole).abs().max() < 2e-4 * whole.abs().max()
+    assert (decode_in_tiles(vae, latents, tiles) - whole).abs().max() < 2e-4 * whole.abs().max()
     pictures = torch.rand(1, 3, 31 * 4, 17 * 4) * 2 - 1
     moments = vae.encode(pictures).latent_dist.parameters
-    assert (tiled_encode(vae, pictures, tiles) - moments).abs().max() < 2e-4 * moments.abs().max()
-    alone = Tiles(side=14, margin=0, fade=0, exact=True)  # the test can fail
-    assert (tiled_decode(vae, latents, alone) - whole).abs().max() > 1e-2 * whole.abs().max()
+    assert (
+        encode_in_tiles(vae, pictures, tiles) - moments
+    ).abs().max() < 2e-4 * moments.abs().max()
+    alone = VaeTiles(side=14, margin=0, fade=0, exact=True)  # the test can fail
+    assert (decode_in_tiles(vae, latents, alone) - whole).abs().max() > 1e-2 * whole.abs().max()
 
 
 @torch.no_grad()
@@ -224,7 +232,7 @@ def test_tiles_leave_no_seams():
         steps = (pictures - whole).diff(dim=-1).abs()
         return steps.max() / whole.diff(dim=-1).abs().max()
 
-    tiled = tiled_decode(vae, latents, Tiles(side=12, margin=10, fade=2))
+    tiled = decode_in_tiles(vae, latents, VaeTiles(side=12, margin=10, fade=2))
     vae.tile_latent_min_size, vae.tile_sample_min_size = 16, 64
     vae.enable_tiling()
     stock = vae.decode(latents).sample
@@ -235,8 +243,8 @@ def test_values_that_overflow_are_an_error():
     vae = autoencoder()
     with torch.no_grad():
         vae.decoder.conv_out.bias.fill_(float("inf"))
-    for tiles in (None, Tiles(side=4, margin=2, fade=1)):
-        with tiled_vae(vae, tiles), pytest.raises(ConvFusionError, match="not finite"):
+    for tiles in (None, VaeTiles(side=4, margin=2, fade=1)):
+        with tile_vae(vae, tiles), pytest.raises(ConvFusionError, match="not finite"):
             vae.decode(torch.randn(1, 4, 8, 8))
 
 
@@ -255,13 +263,13 @@ def test_a_vae_that_overflows_in_float16_is_run_in_float32():
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=lambda case: case.name)
 @torch.no_grad()
-def test_means_that_save_memory_change_nothing(case, monkeypatch):
+def test_savings_that_save_memory_change_nothing(case, monkeypatch):
     monkeypatch.setattr(budget, "CHUNK", 7)
     model = case.model()
     convfusion.convert(model, BLOCKS)
     height, width = case.sizes[0]
     expected = run(model, case, height, width)
-    with budget.chunked_feed_forward(model, (height, width)), budget.one_at_a_time(model):
+    with budget.chunk_feed_forward(model, (height, width)), budget.run_one_at_a_time(model):
         found = run(model, case, height, width)
     assert torch.allclose(found, expected, atol=1e-5)
     assert "forward" not in model.__dict__
@@ -272,9 +280,9 @@ def test_a_bound_on_memory_takes_the_means_that_are_enough():
     pipe = stable_diffusion()
     convfusion.convert(pipe, BLOCKS)
     size = tuple(16 * side for side in native_size(pipe))
-    free = plan_for(pipe, size, Ladder(memory=100)).means
+    free = plan_ladder(pipe, size, Ladder(memory=100)).savings
     assert not free.chunks and not free.one_at_a_time and free.tiles is None
-    tight = plan_for(pipe, size, Ladder(memory=0.6 * free.gib)).means
+    tight = plan_ladder(pipe, size, Ladder(memory=0.6 * free.gib)).savings
     assert tight.gib <= 0.6 * free.gib
     assert tight.chunks or tight.tiles
 
@@ -284,9 +292,9 @@ def test_a_picture_beyond_the_memory_is_refused_with_one_that_fits():
     convfusion.convert(pipe, BLOCKS)
     size, memory = tuple(16 * side for side in native_size(pipe)), 0.002
     with pytest.raises(ConvFusionError, match="GiB of activations") as refused:
-        plan_for(pipe, size, Ladder(memory=memory))
+        plan_ladder(pipe, size, Ladder(memory=memory))
     width, height = map(int, str(refused.value).split()[-1].split("×"))
-    assert height < size[0] and plan_for(pipe, (height, width), Ladder(memory=memory))
+    assert height < size[0] and plan_ladder(pipe, (height, width), Ladder(memory=memory))
 
 
 def test_estimates_that_the_page_tells():
@@ -295,9 +303,9 @@ def test_estimates_that_the_page_tells():
     convfusion.convert(model, "sd15")
     convfusion.drop_attention(model)
     latents = (512, 512)
-    assert round(denoiser_peak(model, latents, batch=1), 2) == 8.13
-    with budget.chunked_feed_forward(model, latents):
-        assert round(denoiser_peak(model, latents, batch=1), 2) == 4.38
+    assert round(estimate_denoiser_peak(model, latents, batch=1), 2) == 8.13
+    with budget.chunk_feed_forward(model, latents):
+        assert round(estimate_denoiser_peak(model, latents, batch=1), 2) == 4.38
 
 
 @pytest.mark.parametrize("part", ["forward", "site"])
@@ -340,4 +348,4 @@ def test_mistakes_are_told_before_anything_is_drawn(monkeypatch):
         with pytest.raises(ConvFusionError, match=next(iter(wrong))):
             Ladder(**wrong)
     with pytest.raises(ConvFusionError, match="fade"):
-        Tiles(side=4, fade=3)
+        VaeTiles(side=4, fade=3)

@@ -25,8 +25,8 @@ from convfusion.distill import DistillConfig, distill
 from convfusion.export import export_onnx
 from convfusion.families import encode_conditioning, example_inputs
 from convfusion.families.unet import count_time_ids
-from convfusion.highres.budget import choose_means, one_at_a_time
-from convfusion.highres.peaks import denoiser_peak
+from convfusion.highres.budget import choose_savings, run_one_at_a_time
+from convfusion.highres.peaks import estimate_denoiser_peak
 
 TIME = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
 REFINER = {**TIME, "projection_class_embeddings_input_dim": 16 + 5 * 8}
@@ -68,9 +68,9 @@ def test_odd_unets_get_what_their_pipelines_give(name):
     inputs = example_inputs(model, (8, 8), batch=2)
     whole = model(**inputs)[0]
     assert whole.shape == (2, 4, 8, 8)
-    with one_at_a_time(model):
+    with run_one_at_a_time(model):
         assert torch.allclose(model(**inputs)[0], whole, atol=1e-5)
-    assert denoiser_peak(model, (8, 8)) > 0
+    assert estimate_denoiser_peak(model, (8, 8)) > 0
 
 
 def test_the_refiner_is_told_five_numbers():
@@ -132,9 +132,9 @@ def test_an_ip_adapter_gets_its_pictures_and_is_not_exported(tmp_path):
     [pictures] = inputs["added_cond_kwargs"]["image_embeds"]
     assert pictures.shape == (2, 1, 12)
     whole = pipe.unet(**inputs)[0]
-    with one_at_a_time(pipe.unet):
+    with run_one_at_a_time(pipe.unet):
         assert torch.allclose(pipe.unet(**inputs)[0], whole, atol=1e-5)
-    assert choose_means(pipe, (32, 32), 4.0, batch=2).gib > 0
+    assert choose_savings(pipe, (32, 32), 4.0, batch=2).gib > 0
     with pytest.raises(ConvFusionError, match="unload_ip_adapter"):
         export_onnx(pipe, tmp_path / "x.onnx")
 
@@ -150,12 +150,12 @@ def test_what_is_not_known_is_refused_by_name():
         before = model.config[name]
         model.register_to_config(**{name: value})
         with pytest.raises(ConvFusionError, match=name):
-            denoiser_peak(model, (8, 8))
+            estimate_denoiser_peak(model, (8, 8))
         model.register_to_config(**{name: before})
     pipe = stable_diffusion()
     pipe.controlnet = torch.nn.Linear(1, 1)
     with pytest.raises(ConvFusionError, match="beside the denoiser"):
-        choose_means(pipe, (32, 32), 4.0, batch=2)
+        choose_savings(pipe, (32, 32), 4.0, batch=2)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from tiny_pipelines import stable_diffusion
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
 from convfusion.generate import generate
-from convfusion.highres import Ladder, plan_for
-from convfusion.highres.peaks import decoder_peak, denoiser_peak
+from convfusion.highres import Ladder, plan_ladder
+from convfusion.highres.peaks import estimate_decoder_peak, estimate_denoiser_peak
 
 CPU = torch.device("cpu")
 
@@ -57,15 +57,18 @@ def wrapped(pipe: Any) -> None:  # DeepCache, prompt-to-prompt
 def test_a_bound_on_memory_goes_with_what_saves_memory(use):
     pipe = stable_diffusion()
     convfusion.convert(pipe, uniform(DeltaConv(kernel_size=3)))
-    expected = denoiser_peak(pipe, (16, 16)), decoder_peak(pipe.vae, (16, 16))
+    expected = estimate_denoiser_peak(pipe, (16, 16)), estimate_decoder_peak(pipe.vae, (16, 16))
     use(pipe)
     hook = vars(pipe.unet).get("_hf_hook")
     devices = [p.device for p in pipe.unet.parameters()]
     called: list[Any] = []
     pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: called.append(module))
-    assert (denoiser_peak(pipe, (16, 16)), decoder_peak(pipe.vae, (16, 16))) == expected
+    assert (
+        estimate_denoiser_peak(pipe, (16, 16)),
+        estimate_decoder_peak(pipe.vae, (16, 16)),
+    ) == expected
     assert pipe.unet.conv_in not in called, "the model itself was called"
-    plan_for(pipe, (64, 64), Ladder(memory=4.0))
+    plan_ladder(pipe, (64, 64), Ladder(memory=4.0))
     assert vars(pipe.unet).get("_hf_hook") is hook
     assert [p.device for p in pipe.unet.parameters()] == devices
     if use in (model_offload, sequential_offload):
@@ -76,7 +79,7 @@ def test_what_cannot_be_estimated_is_refused():
     pipe = stable_diffusion()
     pipe.unet.is_quantized = True
     with pytest.raises(ConvFusionError, match="quantised"):
-        plan_for(pipe, (64, 64), Ladder(memory=4.0))
+        plan_ladder(pipe, (64, 64), Ladder(memory=4.0))
     pipe.vae.decoder = None  # as that of a consistency decoder, which is a UNet
     with pytest.raises(ConvFusionError, match="AutoencoderKL"):
-        decoder_peak(pipe.vae, (8, 8))
+        estimate_decoder_peak(pipe.vae, (8, 8))

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyramid as bench
 from convfusion import ConvFusionError, DeltaConv, DeltaConvBlock
 from convfusion.ops import library, reference
-from convfusion.ops.tile_sizes import CHANNELS, PROGRAMS, block_for, chunks_for, tile_for
+from convfusion.ops.tile_sizes import CHANNELS, PROGRAMS, choose_block, choose_chunks, choose_tile
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -32,8 +32,10 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA G
 def test_reference_is_the_blocks_pyramid(grid, gate, pooling):
     block = DeltaConvBlock(8, DeltaConv(3, 3, gate=gate, pooling=pooling)).double()
     tokens = torch.randn(2, grid[0] * grid[1], 4).double()
-    found = reference.pyramid(tokens, block.stage_weights(), grid, gate, pooling)
-    expected = block.pyramid(tokens.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+    found = reference.pyramid_of_tokens(tokens, block.list_stage_weights(), grid, gate, pooling)
+    expected = (
+        block.apply_pyramid(tokens.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -70,26 +72,26 @@ def test_cuda_tensors_meet_the_operation(monkeypatch):
 def test_the_rule(monkeypatch):
     with FakeTensorMode():
         cuda, weights = fake_cuda(1, 4, 8), [fake_cuda(8, 1, 3, 3)]
-        assert not library.fused(cuda, weights)  # not asked for
+        assert not library.can_fuse(cuda, weights)  # not asked for
         monkeypatch.setattr(library, "WANTED", True)
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            assert library.fused(cuda.to(dtype), weights)
-        assert not library.fused(cuda.double(), weights)
-        assert not library.fused(cuda, weights, "adaptive")
-        assert not library.fused(cuda, [torch.empty(8, 1, 3, 3)])  # offloaded
+            assert library.can_fuse(cuda.to(dtype), weights)
+        assert not library.can_fuse(cuda.double(), weights)
+        assert not library.can_fuse(cuda, weights, "adaptive")
+        assert not library.can_fuse(cuda, [torch.empty(8, 1, 3, 3)])  # offloaded
         for device in ("cpu", "meta"):
             tokens = torch.empty(1, 4, 8, device=device)
-            assert not library.fused(tokens, [tokens])
+            assert not library.can_fuse(tokens, [tokens])
 
 
 def test_without_the_kernels_it_is_the_reference(monkeypatch):
     monkeypatch.setattr(library, "WANTED", True)
     monkeypatch.setattr(library, "AVAILABLE", False)
     with FakeTensorMode():
-        assert not library.fused(fake_cuda(1, 4, 8), [fake_cuda(8, 1, 3, 3)])
+        assert not library.can_fuse(fake_cuda(1, 4, 8), [fake_cuda(8, 1, 3, 3)])
     tokens, weights = torch.randn(1, 6, 8), [torch.randn(8, 1, 3, 3)]
     found = library.pyramid(tokens, weights, (2, 3), "scaled")
-    assert torch.equal(found, reference.pyramid(tokens, weights, (2, 3), "scaled"))
+    assert torch.equal(found, reference.pyramid_of_tokens(tokens, weights, (2, 3), "scaled"))
 
 
 def test_importing_the_block_does_not_import_triton():
@@ -113,7 +115,7 @@ def test_the_counter_knows_the_operation():
     tokens = torch.empty(2, 35, 8, device="meta")
     weights = [torch.empty(8, 1, 5, 5, device="meta") for _ in range(3)]
     with FlopCounterMode(display=False) as plain:
-        reference.pyramid(tokens, weights, (5, 7), "scaled")
+        reference.pyramid_of_tokens(tokens, weights, (5, 7), "scaled")
     packed = torch.empty(3, 25, 8, device="meta")
     with FlopCounterMode(display=False, custom_mapping=library.FLOPS) as fused:
         library.pyramid_op(tokens, packed, 5, 7, "scaled")
@@ -163,12 +165,12 @@ def test_a_kernel_of_13_has_about_113_operations_a_byte():
     channels=st.integers(1, 5000),
 )
 def test_chunks_and_blocks_cover_the_work(groups, kernel, channels):
-    tile = tile_for(kernel, channels)
+    tile = choose_tile(kernel, channels)
     blocks = -(-channels // tile.channels)
     assert tile.rows % 2 == tile.cols % 2 == 0 and blocks * tile.channels >= channels
     assert -channels % tile.channels == min(-channels % block for block in CHANNELS)
-    assert tile.channels == block_for(channels)
-    chunks, each = chunks_for(groups, kernel, blocks)
+    assert tile.channels == choose_block(channels)
+    chunks, each = choose_chunks(groups, kernel, blocks)
     assert (chunks - 1) * each < groups <= chunks * each
     assert chunks == groups or chunks * kernel * blocks < PROGRAMS + kernel * blocks
 
@@ -231,14 +233,16 @@ def test_parity_is_checked(monkeypatch):
     bench.check_parity(case, "float32", "cpu")  # the reference, against itself in float64
 
     def wrong(*args):
-        return reference.pyramid(*args) * 1.01
+        return reference.pyramid_of_tokens(*args) * 1.01
 
     monkeypatch.setattr(library, "pyramid", wrong)
     with pytest.raises(ConvFusionError, match=r"the output is off by 1\.0e-02"):
         bench.check_parity(case, "float32", "cpu")
     noise = iter(range(1, 100))
     monkeypatch.setattr(
-        library, "pyramid", lambda *args: reference.pyramid(*args) * (1 + next(noise) * 2e-7)
+        library,
+        "pyramid",
+        lambda *args: reference.pyramid_of_tokens(*args) * (1 + next(noise) * 2e-7),
     )
     with pytest.raises(ConvFusionError, match="two runs differ"):
         bench.check_parity(case, "float32", "cpu")

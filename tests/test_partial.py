@@ -55,9 +55,9 @@ def converted(make, config=None, spread=0.3):
 
 def prediction(model, pipe, data):
     conditioning = training_data(pipe, data).take(range(2), [False] * 2)[1]
-    from convfusion.families.conditioning import placed
+    from convfusion.families.conditioning import place_conditioning
 
-    told = placed(conditioning, model)
+    told = place_conditioning(conditioning, model)
     with torch.no_grad():
         return model(data.latents[:2], timestep=torch.tensor([40, 700]), return_dict=False, **told)[
             0

@@ -16,8 +16,8 @@ from torch import nn
 from convfusion.distill.environment import decoded_as_it_is
 from convfusion.evaluate.drawing import recorded_latents
 from convfusion.highres import Ladder, highres
-from convfusion.highres.budget import chunked_feed_forward, one_at_a_time
-from convfusion.highres.vae_tiles import Tiles, tiled_decode, tiled_vae
+from convfusion.highres.budget import chunk_feed_forward, run_one_at_a_time
+from convfusion.highres.vae_tiles import VaeTiles, decode_in_tiles, tile_vae
 from convfusion.patches import copied_without_patches, replaced_attributes, wrapped_method
 
 
@@ -165,7 +165,7 @@ def test_a_ladder_leaves_what_others_have_put_there(lay):
         assert vars(pipe.unet)["forward"] and pipe.unet._hf_hook
         before = layers(pipe)
     assert layers(pipe) == before
-    with one_at_a_time(pipe.unet), chunked_feed_forward(pipe.unet, (8, 8)):
+    with run_one_at_a_time(pipe.unet), chunk_feed_forward(pipe.unet, (8, 8)):
         pass
     assert layers(pipe) == before
     pipe.scheduler.set_timesteps(4)
@@ -208,7 +208,7 @@ def test_chunks_that_were_asked_for_stay():
     blocks = [module for module in pipe.unet.modules() if hasattr(module, "_chunk_size")]
     for block in blocks:
         block.set_chunk_feed_forward(2, dim=1)
-    with chunked_feed_forward(pipe.unet, (200, 200)):
+    with chunk_feed_forward(pipe.unet, (200, 200)):
         assert {block._chunk_size for block in blocks} != {2}
     assert blocks and {(block._chunk_size, block._chunk_dim) for block in blocks} == {(2, 1)}
 
@@ -216,10 +216,10 @@ def test_chunks_that_were_asked_for_stay():
 @torch.no_grad()
 def test_tiles_are_made_of_what_was_found_even_if_it_is_compiled():
     vae = autoencoder()
-    tiles, latents = Tiles(side=6, margin=4, fade=1), torch.randn(1, 4, 12, 12)
-    expected = tiled_decode(vae, latents, tiles)
+    tiles, latents = VaeTiles(side=6, margin=4, fade=1), torch.randn(1, 4, 12, 12)
+    expected = decode_in_tiles(vae, latents, tiles)
     decode = vae.decode
     vae.decode = torch.compile(lambda *args, **kwargs: decode(*args, **kwargs), backend="eager")
     vae.decode(torch.randn(1, 4, 10, 10))  # compiled without the hooks that share statistics
-    with tiled_vae(vae, tiles):
+    with tile_vae(vae, tiles):
         assert torch.equal(vae.decode(latents).sample, expected)

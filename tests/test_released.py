@@ -104,7 +104,9 @@ def test_biases_of_the_kernels_come_back_and_keep_to_the_plain_path(tmp_path):
     tensors = release(sd15(), bias=True)
     convfusion.load(model, write(tmp_path / "a.safetensors", tensors))
     mixer = mixers_of(model)[f"{SITE}.attn1"]
-    assert mixer.config.conv_bias and mixer.stage_weights() == []  # the fused one knows no bias
+    assert (
+        mixer.config.conv_bias and mixer.list_stage_weights() == []
+    )  # the fused one knows no bias
     assert torch.equal(mixer.convs[1].bias, tensors[f"{SITE}.conv1.gates.1.conv_spatial.bias"])
     convfusion.save(model, tmp_path / "blocks")
     convfusion.load(again, tmp_path / "blocks")

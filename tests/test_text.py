@@ -7,12 +7,13 @@ import pytest
 from tiny_pipelines import stable_diffusion
 from typer.testing import CliRunner
 
-from convfusion import ConvFusionError, text
+from convfusion import CheckpointError, ConvFusionError, text
 from convfusion.cli import app
 from convfusion.cli.analyze import read_prompts
 from convfusion.data import open_source
 from convfusion.distill.settings import read_settings
 from convfusion.families import encode_conditioning
+from convfusion.files import read_json
 from convfusion.generate import generate
 from convfusion.surgery.config import ConvertConfig
 
@@ -96,3 +97,16 @@ def test_half_an_emoji_is_no_prompt(tmp_path):
     command = ["generate", "nowhere", "--prompt", HALF, "--out", str(tmp_path)]
     told = CliRunner().invoke(app, command)
     assert "is not valid Unicode" in str(told.exception)  # before a model is looked for
+
+
+def test_json_is_decoded_as_all_text_is(tmp_path):
+    path = tmp_path / "a.json"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_text('{"ä": 1}', encoding=encoding)
+        assert read_json(path) == {"ä": 1}
+    path.write_bytes(b'{"a\xe4": 1}')
+    with pytest.raises(CheckpointError, match="line 1 holds the byte 0xe4; save it as UTF-8"):
+        read_json(path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"a\.json cannot be read: No such file"):
+        read_json(path)

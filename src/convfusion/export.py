@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convfusion import __version__
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, denoiser_of, example_inputs, family_of, native_latents
-from convfusion.families.conditioning import flat, nested
+from convfusion.families.conditioning import flatten_conditioning, nest_conditioning
 from convfusion.folders import made_folder, scratch_folder
 from convfusion.imports import check_installed
 from convfusion.mixers.delta_conv import DeltaConv
@@ -23,9 +25,9 @@ from convfusion.surgery import drop_attention, mixers_of
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-3  # of the largest value that PyTorch gives
-SINGLE_FILE = (
-    3 * 2**29
-)  # bytes of weights; beyond them they lie beside the file: protobuf ends at 2 GiB
+# Bytes of weights; beyond them they lie beside the file, as protobuf ends at 2 GiB.
+SINGLE_FILE = 3 * 2**29
+OUTPUT = "what the denoiser predicts of the noisy latents, in the same height and width"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Exported:
 
     Attributes:
         path: the ONNX file; a large model's weights lie beside it, in `<name>.data`.
-        inputs: names of its inputs, in order; its output is `output`.
+        inputs: names of its inputs, in order; its output is `output`. The file itself says what
+            each of them is, see `describe_file`.
         errors: by (batch, height, width) of the latents, the largest difference to PyTorch's
             output over the largest value in it.
     """
@@ -60,14 +63,16 @@ def export_onnx(pipe_or_model: Any, path: str | Path) -> Exported:
             something else. Nothing is written.
     """
     model, path = denoiser_of(pipe_or_model), Path(path)
-    _check(model, path)
-    bare = without_attention(model)
+    _check_exportable(model, path)
+    bare = copy_without_attention(model)
     place = Path(os.path.realpath(path))  # a link stays one
     with made_folder(place.parent) as folder, scratch_folder(folder) as aside:
         names = _write(bare, aside / path.name)
         errors = {
-            (batch, height, width): _difference(bare, aside / path.name, (height, width), batch)
-            for batch, height, width in checked_sizes(model)
+            (batch, height, width): _measure_difference(
+                bare, aside / path.name, (height, width), batch
+            )
+            for batch, height, width in list_checked_sizes(model)
         }
         worst = max(errors, key=lambda size: errors[size])
         if not errors[worst] <= TOLERANCE:
@@ -80,7 +85,7 @@ def export_onnx(pipe_or_model: Any, path: str | Path) -> Exported:
     return Exported(path, names, errors)
 
 
-def checked_sizes(model: Denoiser) -> list[tuple[int, int, int]]:
+def list_checked_sizes(model: Denoiser) -> list[tuple[int, int, int]]:
     """Batches and latents (height, width) at which a file is compared, odd grids among them."""
     unit = family_of(model).latent_unit(model)
     height, width = native_latents(model)
@@ -88,7 +93,7 @@ def checked_sizes(model: Denoiser) -> list[tuple[int, int, int]]:
     return [*sizes, (1, unit * math.ceil(height / unit), unit * math.ceil(width / unit))]
 
 
-def without_attention(model: Denoiser) -> Denoiser:
+def copy_without_attention(model: Denoiser) -> Denoiser:
     """A copy that shares all weights with a converted model and lacks the replaced ones."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     bare = copied_without_patches(model, shared)
@@ -101,12 +106,12 @@ def check_target(path: Path) -> None:
     check_installed(*NEEDED)
     if path.suffix != ".onnx" or path.is_dir():
         raise ConvFusionError(f"the file must end in .onnx, unlike {path}")
-    if file := next((each for each in path.parents if each.is_file()), None):
+    if file := next((parent for parent in path.parents if parent.is_file()), None):
         raise ConvFusionError(f"{path} cannot be a file: {file} is no folder")
 
 
-def _check(model: Denoiser, path: Path) -> None:
-    """Everything that can be told before the export."""
+def _check_exportable(model: Denoiser, path: Path) -> None:
+    """Raise a ConvFusionError for a model or path that an export of would fail."""
     check_target(path)
     mixers = mixers_of(model)
     if not mixers:
@@ -137,12 +142,13 @@ def _check(model: Denoiser, path: Path) -> None:
         )
 
 
-class _Flat(nn.Module):
+class _FlatArguments(nn.Module):
     """A denoiser that takes its tensors one after the other.
 
     Args:
         model: a denoiser.
-        names: of its tensors, dotted as in `conditioning.flat`; what it is told as None comes too.
+        names: of its tensors, dotted as in `flatten_conditioning`.
+        absent: further arguments, which are None.
     """
 
     def __init__(self, model: Denoiser, names: tuple[str, ...], absent: tuple[str, ...]) -> None:
@@ -152,38 +158,48 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         for tensor in tensors:  # or each input has a batch of its own
             torch._check(tensor.shape[0] == tensors[0].shape[0])
-        told: dict[str, Tensor | None] = dict.fromkeys(self.absent)
-        told.update(zip(self.names, tensors, strict=True))
-        return self.model(**nested(told), return_dict=False)[0]
+        arguments: dict[str, Tensor | None] = dict.fromkeys(self.absent)
+        arguments.update(zip(self.names, tensors, strict=True))
+        return self.model(**nest_conditioning(arguments), return_dict=False)[0]
 
 
-def _inputs(model: Denoiser, size: tuple[int, int], batch: int, words: int) -> Mapping[str, Any]:
+def _make_inputs(
+    model: Denoiser, size: tuple[int, int], batch: int, words: int
+) -> Mapping[str, Any]:
     """Inputs by dotted name; those that are None too."""
-    made = example_inputs(model, size, batch=batch, words=words)
-    del made["return_dict"]
-    return flat(made)
+    inputs = example_inputs(model, size, batch=batch, words=words)
+    del inputs["return_dict"]
+    return flatten_conditioning(inputs)
+
+
+def name_axes(name: str, rank: int) -> dict[int, str]:
+    """The axes of an input that are free, by their place.
+
+    Args:
+        name: of the input.
+        rank: how many axes it has.
+    """
+    if rank == 4:
+        return {0: "batch", 2: "height", 3: "width"}
+    return {0: "batch", 1: "words"} if name.startswith("encoder_") else {0: "batch"}
 
 
 def _write(model: Denoiser, path: Path) -> tuple[str, ...]:
     """Export to a file; returns the names of its inputs."""
-    unit, free = family_of(model).latent_unit(model), torch.export.Dim.DYNAMIC
-    given = _inputs(model, (2 * unit, 3 * unit), batch=2, words=7)
-    tensors = {name: value for name, value in given.items() if value is not None}
-    wrapped = _Flat(model, tuple(tensors), tuple(given.keys() - tensors.keys())).eval()
-    shapes = []
-    for name, value in tensors.items():
-        dims = {0: free}
-        if value.dim() == 4:
-            dims |= {2: free, 3: free}
-        elif name.startswith("encoder_"):
-            dims |= {1: free}
-        shapes.append(dims)
+    unit = family_of(model).latent_unit(model)
+    inputs = _make_inputs(model, (2 * unit, 3 * unit), batch=2, words=7)
+    tensors = {name: value for name, value in inputs.items() if value is not None}
+    wrapped = _FlatArguments(model, tuple(tensors), tuple(inputs.keys() - tensors.keys())).eval()
+    shapes = tuple(
+        dict.fromkeys(name_axes(name, value.dim()), torch.export.Dim.DYNAMIC)
+        for name, value in tensors.items()
+    )
     names = tuple(name.rpartition(".")[2] for name in tensors)
     weights = sum(p.nbytes for p in model.parameters())
     try:
         with torch.no_grad():
             traced = torch.export.export(
-                wrapped, tuple(tensors.values()), dynamic_shapes=(tuple(shapes),), strict=False
+                wrapped, tuple(tensors.values()), dynamic_shapes=(shapes,), strict=False
             )
             _drop_idle_squeezes(traced)
             program = torch.onnx.export(
@@ -193,8 +209,48 @@ def _write(model: Denoiser, path: Path) -> tuple[str, ...]:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise ConvFusionError(f"this model cannot be exported: {reason}") from error
     assert program is not None
+    describe_file(program.model, model, tuple(tensors))
     program.save(path, external_data=weights > SINGLE_FILE)
     return names
+
+
+def describe_file(file: Any, model: Denoiser, names: tuple[str, ...]) -> None:
+    """Name the free axes of an ONNX model, and say in it what it is and what it takes.
+
+    Its metadata get `model`, `size_unit` (what height and width must be multiples of), and what
+    `output` and every input are. Where the exporter found each operation, in files of this
+    machine, is taken out.
+
+    Args:
+        file: the `onnx_ir.Model` that was exported.
+        model: the denoiser that it was exported from.
+        names: of its inputs in order, dotted as in `flatten_conditioning`.
+    """
+    unit, docs = family_of(model).latent_unit(model), family_of(model).input_docs
+    latents = file.graph.inputs[names.index(family_of(model).latents)]
+    file.metadata_props.update(
+        producer=f"convfusion {__version__}",
+        model=type(model).__name__,
+        size_unit=str(unit),
+        output=OUTPUT,
+    )
+    file.graph.outputs[0].doc_string = OUTPUT
+    symbols: dict[str, str] = {}  # of the exporter, such as s77
+    for name, value in zip(names, file.graph.inputs, strict=True):
+        if name in docs:
+            value.doc_string = file.metadata_props[f"input.{value.name}"] = docs[name]
+        for axis, word in name_axes(name, len(value.shape)).items():
+            symbols[str(value.shape[axis].value)] = word
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b")
+    nodes = list(file.graph)
+    for value in (*file.graph.inputs, *(out for node in nodes for out in node.outputs)):
+        for axis, length in enumerate(value.shape or ()):
+            if not isinstance(length, int) and length.value is not None:
+                value.shape[axis] = pattern.sub(lambda m: symbols[m[1]], length.value)
+    for axis in (2, 3):  # else an expression that rounds them to the unit
+        file.graph.outputs[0].shape[axis] = latents.shape[axis]
+    for node in nodes:
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
 
 
 def _drop_idle_squeezes(program: torch.export.ExportedProgram) -> None:
@@ -209,17 +265,19 @@ def _drop_idle_squeezes(program: torch.export.ExportedProgram) -> None:
 
 
 @torch.no_grad()
-def _difference(model: Denoiser, path: Path, size: tuple[int, int], batch: int) -> float:
+def _measure_difference(model: Denoiser, path: Path, size: tuple[int, int], batch: int) -> float:
     """The largest difference between a file and its model, over the model's largest value."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    given = _inputs(model, size, batch, words=9)
+    inputs = _make_inputs(model, size, batch, words=9)
     feed = {
-        name.rpartition(".")[2]: value.numpy() for name, value in given.items() if value is not None
+        name.rpartition(".")[2]: value.numpy()
+        for name, value in inputs.items()
+        if value is not None
     }
-    wanted = model(**nested(given), return_dict=False)[0]
-    found = torch.from_numpy(session.run(None, feed)[0])
-    if found.shape != wanted.shape or not found.isfinite().all():
+    expected = model(**nest_conditioning(inputs), return_dict=False)[0]
+    output = torch.from_numpy(session.run(None, feed)[0])
+    if output.shape != expected.shape or not output.isfinite().all():
         return math.inf
-    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+    return ((output - expected).abs().max() / expected.abs().max()).item()

@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from convfusion.errors import CheckpointError
+from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.folders import unfinished_name, unwritable
+from convfusion.text import read_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,19 +76,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise unreadable(path, error) from None
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file of at most `JSON_BYTES`.
+def read_json(path: Path, most: int = JSON_BYTES) -> Any:
+    """The content of a JSON file of at most so many bytes, decoded as `read_text` does.
 
     Raises:
-        CheckpointError: it is missing, too large, or no JSON.
+        CheckpointError: it is missing, too large, no text or no JSON.
     """
     try:
-        if path.stat().st_size > JSON_BYTES:
-            raise CheckpointError(f"{path} is larger than {JSON_BYTES >> 20} MB: not read")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(read_text(path, most))
+    except ConvFusionError as error:
+        raise CheckpointError(str(error)) from None
+    except (ValueError, RecursionError) as error:
         raise unreadable(path, error) from None
 
 

@@ -36,9 +36,9 @@ def is_unfinished(path: Path) -> bool:
     return _UNFINISHED.fullmatch(path.name) is not None
 
 
-def remove_remains(folder: Path) -> None:
-    """Remove what processes of this machine were killed over while they wrote into a folder."""
-    for path in list(folder.glob(".convfusion-*.tmp")):
+def remove_remains(*folders: Path) -> None:
+    """Remove what processes of this machine left unfinished in folders when they were killed."""
+    for path in [path for folder in folders for path in folder.glob(".convfusion-*.tmp")]:
         name = _UNFINISHED.fullmatch(path.name)
         if name and name["host"] == _host() and not _is_running(int(name["process"])):
             remove(path)
@@ -61,14 +61,14 @@ def made_folder(folder: Path) -> Iterator[Path]:
         CheckpointError: it cannot be made or written to.
     """
     place = Path(os.path.realpath(folder))
-    made = [each for each in (place, *place.parents) if not each.exists()]
+    made = [path for path in (place, *place.parents) if not path.exists()]
     try:
         place.mkdir(parents=True, exist_ok=True)
         yield place
     except BaseException as error:
-        for each in made:
+        for path in made:
             with contextlib.suppress(OSError):
-                each.rmdir()  # only if it is empty
+                path.rmdir()  # only if it is empty
         if isinstance(error, OSError):
             raise unwritable(folder, error) from None
         raise
@@ -99,8 +99,8 @@ def exchange(new: Path, place: Path, rank: Callable[[str], int]) -> None:
     """
     old = place / unfinished_name()
     old.mkdir()
-    leaving = sorted((each.name for each in place.iterdir() if not is_unfinished(each)), key=rank)
-    arriving = sorted((each.name for each in new.iterdir()), key=rank, reverse=True)
+    leaving = sorted((path.name for path in place.iterdir() if not is_unfinished(path)), key=rank)
+    arriving = sorted((path.name for path in new.iterdir()), key=rank, reverse=True)
     moves = [(place / name, old / name) for name in leaving]
     moves += [(new / name, place / name) for name in arriving]
     done: list[tuple[Path, Path]] = []

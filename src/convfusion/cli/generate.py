@@ -157,12 +157,12 @@ def _draw(pipe: Any, prompts: list[str], size: Any, ladder: Any, settings: dict[
     """Pictures at one go, or by the ladder where the size or a bound on memory asks for it."""
     from convfusion.families import native_size
     from convfusion.generate import generate as run
-    from convfusion.highres import highres, is_large, plan_for
+    from convfusion.highres import highres, is_large, plan_ladder
 
     if not ladder.memory and (size is None or not is_large(pipe, size)):
         return run(pipe, prompts, size=size, **settings)
     size = size or native_size(pipe)
-    plan = plan_for(pipe, size, ladder, steps=settings["steps"], guidance=settings["guidance"])
+    plan = plan_ladder(pipe, size, ladder, steps=settings["steps"], guidance=settings["guidance"])
     typer.echo(str(plan))
     progress = progress_bar()
     bar = progress.add_task("drawing", total=None)

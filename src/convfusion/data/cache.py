@@ -16,22 +16,22 @@ from convfusion.data.buckets import buckets as sizes_about
 from convfusion.data.chunks import Chunk, Encoder, Event, Reader, Ready, read_with, size_name
 from convfusion.data.pictures import upcast_vae
 from convfusion.data.samples import Source
-from convfusion.data.sources import Prompts
+from convfusion.data.sources import Prompts, open_source
 from convfusion.data.store import (
     CHUNKS,
     EMPTY,
     FORMAT,
     MANIFEST,
     LatentCache,
-    read_json,
     read_manifest,
+    read_object,
     write_manifest,
 )
 from convfusion.errors import ConvFusionError
 from convfusion.families import check_captioned, denoiser_of, family_of, native_size
 from convfusion.files import write_tensors, write_text
 from convfusion.fingerprint import differences, identity, module_identity, scheduler_identity
-from convfusion.folders import LOCK, locked
+from convfusion.folders import LOCK, is_unfinished, locked, remove_remains
 from convfusion.generate import check_guidance, check_size, check_steps, swapped_denoiser
 from convfusion.surgery import attention_teacher, mixers_of
 
@@ -71,7 +71,7 @@ def open_cache(pipe: Any, folder: str | Path, *, size: Size | None = None) -> La
 @torch.no_grad()
 def build_cache(
     pipe: Any,
-    source: Source,
+    source: Source | str | Path,
     folder: str | Path,
     *,
     size: Size | None = None,
@@ -89,7 +89,8 @@ def build_cache(
     Args:
         pipe: whose VAE and text encoders are asked. Prompts are drawn by its own attention, whether
             it is converted or not.
-        source: from `open_source`.
+        source: from `open_source`, or what that opens: a folder, a table, tar shards, `hf:NAME`
+            or a file of prompts.
         folder: new, empty, or with an unfinished cache of the same source and settings.
         size: (height, width) of the pictures, by default the pipeline's own.
         buckets: choose for each picture among sizes of about this area the one of nearest ratio.
@@ -105,6 +106,8 @@ def build_cache(
     """
     folder = Path(folder)
     check_captioned(pipe)
+    if isinstance(source, str | Path):
+        source = open_source(source)
     sizes = _sizes(pipe, source, size, buckets)
     if num_workers < 0 or batch_size < 1:
         raise ConvFusionError("num_workers must be at least 0, and batch_size at least 1")
@@ -130,10 +133,11 @@ def build_cache(
         if _is_complete(folder, settings):
             return LatentCache(folder)
         stack.enter_context(locked(folder))
+        remove_remains(folder, folder / CHUNKS)
         if _is_complete(folder, settings):  # by another process meanwhile
             return LatentCache(folder)
         _begin(folder, settings, encoder, sizes)
-        records = {key_of(path): read_json(path) for path in (folder / CHUNKS).glob("*.json")}
+        records = {key_of(path): read_object(path) for path in (folder / CHUNKS).glob("*.json")}
         reader = Reader(source, sizes, _missing(records, source.units))
         events = read_with(reader, 0 if drawing else num_workers)
         _work(folder, events, encoder, records, on_progress or (lambda done: None))
@@ -159,7 +163,7 @@ def _check_place(folder: Path) -> None:
         return
     # A run killed at its very start leaves the manifest aside.
     if not folder.is_dir() or any(
-        path.suffix != ".tmp" and path.name != LOCK for path in folder.iterdir()
+        not is_unfinished(path) and path.name != LOCK for path in folder.iterdir()
     ):
         raise ConvFusionError(f"{folder} exists and is no cache: choose another folder")
 
@@ -173,7 +177,7 @@ def _rests_on(pipe: Any) -> dict[str, Any]:
     parts = identity(pipe)
     for name in family_of(denoiser_of(pipe)).idle_components(pipe):
         parts.pop(name.replace("_", " "), None)
-    if missing := [part for part, found in parts.items() if found is None]:
+    if missing := [part for part, known in parts.items() if known is None]:
         raise ConvFusionError(f"this pipeline has no {' and no '.join(missing)}: load all of it")
     return parts
 
@@ -208,10 +212,10 @@ def _is_complete(folder: Path, settings: dict[str, Any]) -> bool:
 def _differences(manifest: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """What differs between a cache and settings, in words."""
     inner = ("rests_on", "drawn_by")
-    told = differences(manifest, {k: v for k, v in settings.items() if k not in inner})
+    names = differences(manifest, {k: v for k, v in settings.items() if k not in inner})
     for name in inner:
-        told += differences(manifest.get(name, {}), settings.get(name, {}))
-    return told
+        names += differences(manifest.get(name, {}), settings.get(name, {}))
+    return names
 
 
 def _begin(folder: Path, settings: dict[str, Any], encoder: Encoder, sizes: list[Size]) -> None:

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from convfusion.data.buckets import Size, nearest
-from convfusion.data.latents import joined
+from convfusion.data.latents import join_parts
 from convfusion.data.pictures import UnusableError, cover, decode_picture, encode_pictures
 from convfusion.data.samples import CHUNK, Sample, Source
 from convfusion.data.sources import Drawing
 from convfusion.data.workers import ignore_interrupts
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, encode_conditioning, family_of
-from convfusion.families.conditioning import flat
+from convfusion.families.conditioning import flatten_conditioning
 from convfusion.generate import generate
 from convfusion.patches import replaced_attributes
 
@@ -151,10 +151,12 @@ class Encoder:
             ConvFusionError: some of it is not finite.
         """
         parts = [
-            flat(encode_conditioning(self.pipe, list(captions[i : i + self.batch_size]), size))
+            flatten_conditioning(
+                encode_conditioning(self.pipe, list(captions[i : i + self.batch_size]), size)
+            )
             for i in range(0, len(captions), self.batch_size)
         ]
-        found = {key: joined([part[key] for part in parts]) for key in parts[0]}
+        found = {key: join_parts([part[key] for part in parts]) for key in parts[0]}
         kept = {key: None if t is None else self._kept(t) for key, t in found.items()}
         for key, tensor in kept.items():
             if tensor is not None and not tensor.isfinite().all():

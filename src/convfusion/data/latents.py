@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from convfusion.errors import ConvFusionError
 from convfusion.families import encode_conditioning, latent_scale
-from convfusion.families.conditioning import flat
+from convfusion.families.conditioning import flatten_conditioning
+
+# Of the squared norm: equal pictures may round otherwise in another batch of the autoencoder.
+EQUAL = 1e-6
 
 
 class TrainingData(Protocol):
@@ -38,7 +41,7 @@ class TrainingData(Protocol):
 
         Returns:
             Clean, scaled latents [B, C, h, w] in float32, and the denoiser's further arguments as
-            `conditioning.flat` names them, each [B, …] or None; all on the CPU.
+            `flatten_conditioning` names them, each [B, …] or None; all on the CPU.
         """
         ...
 
@@ -104,10 +107,10 @@ class EncodedLatents:
         scale = latent_scale(pipe)
         size = (data.latents.shape[-2] * scale, data.latents.shape[-1] * scale)
         parts = [
-            flat(encode_conditioning(pipe, names[start : start + batch_size], size))
+            flatten_conditioning(encode_conditioning(pipe, names[start : start + batch_size], size))
             for start in range(0, len(names), batch_size)
         ]
-        self._conditioning = {key: joined([part[key] for part in parts]) for key in parts[0]}
+        self._conditioning = {key: join_parts([part[key] for part in parts]) for key in parts[0]}
 
     def take(
         self, indices: Sequence[int], dropped: Sequence[bool]
@@ -119,7 +122,7 @@ class EncodedLatents:
         return self._latents[list(indices)].float(), conditioning
 
 
-def joined(parts: list[Tensor | None]) -> Tensor | None:
+def join_parts(parts: list[Tensor | None]) -> Tensor | None:
     """Parts of a batch, one after the other on the CPU."""
     tensors = [part.cpu() for part in parts if part is not None]
     return torch.cat(tensors) if tensors else None
@@ -133,6 +136,9 @@ def training_data(pipe: Any, data: TrainingData | LatentDataset) -> TrainingData
 def hold_out(data: TrainingData, count: int, seed: int) -> tuple[Subset, Subset]:
     """A data set in two, by seed: what to train on, and `count` samples kept out of it.
 
+    Samples whose picture is that of one held out are in neither part, whatever their caption.
+    All latents are read once for that, if any are held out.
+
     Raises:
         ConvFusionError: nothing would be left to train on.
     """
@@ -142,6 +148,41 @@ def hold_out(data: TrainingData, count: int, seed: int) -> tuple[Subset, Subset]
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     every = [index for group in data.groups for index in group]
     apart = {every[place] for place in order[:count]}
-    kept = [[index for index in group if index not in apart] for group in data.groups]
-    held = [[index for index in group if index in apart] for group in data.groups]
+    kept, held = [], []
+    for group in data.groups:
+        held_group = [index for index in group if index in apart]
+        rest = [index for index in group if index not in apart]
+        held.append(held_group)
+        kept.append(drop_equal_latents(data, rest, held_group))
+    if not any(kept):
+        raise ConvFusionError(
+            f"{count} samples cannot be held out: all others have the same pictures"
+        )
     return Subset(data, [g for g in kept if g]), Subset(data, [g for g in held if g])
+
+
+def drop_equal_latents(
+    data: TrainingData, indices: Sequence[int], others: Sequence[int]
+) -> list[int]:
+    """Those samples of a group whose latents are not equal to any of others, up to rounding."""
+    if not others:
+        return list(indices)
+    targets = torch.cat([part for _, part in _read_flat_latents(data, others)])
+    norms = targets.square().sum(1)
+    different = []
+    for part, latents in _read_flat_latents(data, indices):
+        distances = (
+            latents.square().sum(1, keepdim=True) + norms - 2 * (latents @ targets.T)
+        )  # squared, [b, others]
+        equal = (distances <= EQUAL * norms).any(1).tolist()
+        different += [index for index, same in zip(part, equal, strict=True) if not same]
+    return different
+
+
+def _read_flat_latents(
+    data: TrainingData, indices: Sequence[int], batch_size: int = 64
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Samples of a group in batches: their indices, and their latents as rows in float64."""
+    for start in range(0, len(indices), batch_size):
+        part = indices[start : start + batch_size]
+        yield part, data.take(part, [True] * len(part))[0].flatten(1).double()

@@ -129,7 +129,7 @@ def encode_pictures(vae: Any, pictures: np.ndarray) -> Tensor:
     """Latents of pictures, as the denoiser expects them.
 
     Args:
-        vae: an `AutoencoderKL`, inside of `upcast_vae`.
+        vae: an `AutoencoderKL` or `AutoencoderTiny`, inside of `upcast_vae`.
         pictures: [B, H, W, 3] in 0…255.
 
     Returns:
@@ -137,7 +137,11 @@ def encode_pictures(vae: Any, pictures: np.ndarray) -> Tensor:
     """
     batch = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device
-    latents = vae.encode(batch.to(device, vae.dtype)).latent_dist.mean.float().cpu()
+    encoded = vae.encode(batch.to(device, vae.dtype))
+    if "latents" in encoded:  # an `AutoencoderTiny` has no distribution
+        latents = encoded.latents.float().cpu()
+    else:
+        latents = encoded.latent_dist.mean.float().cpu()
     config = vae.config
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = (

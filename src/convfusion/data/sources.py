@@ -71,7 +71,7 @@ class Prompts(Ranges):
 
 
 def open_source(
-    spec: str,
+    spec: str | Path,
     *,
     image: str | None = None,
     caption: str | None = None,
@@ -79,7 +79,7 @@ def open_source(
     drawing: Drawing | None = None,
     captioned: bool = True,
 ) -> Source:
-    """Find out what a user's string stands for, and open it.
+    """Find out what a string or path stands for, and open it.
 
     Args:
         spec: a folder of pictures with NAME.txt beside them or a metadata file; a folder with
@@ -96,6 +96,7 @@ def open_source(
         ConvFusionError: it does not exist, is empty or cannot be read, a column is not found, or
             something is asked for that such a source does not have.
     """
+    spec = str(spec)
     if spec.startswith("hf:"):
         return open_rows(spec, None, image, caption, split, captioned)
     if re.match(r"[a-z][a-z0-9+.-]*://|pipe:", spec):

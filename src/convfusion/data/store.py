@@ -24,7 +24,8 @@ from torch import Tensor
 
 from convfusion.data.buckets import Size
 from convfusion.errors import CheckpointError, ConvFusionError
-from convfusion.files import read_tensors, write_text
+from convfusion.files import read_json, read_tensors, write_text
+from convfusion.text import LIST_BYTES
 
 FORMAT = 2
 MANIFEST, EMPTY, CHUNKS = "cache.json", "empty.safetensors", "chunks"
@@ -72,28 +73,28 @@ class LatentCache:
         self._open = lru_cache(HANDLES)(self._handle)
 
     def _read_index(self) -> None:
-        told = {f"{n}/{key}" for n in self._names for key, dtype in self._dtypes.items() if dtype}
-        if not told <= self._empty.keys():
+        wanted = {f"{n}/{key}" for n in self._names for key, dtype in self._dtypes.items() if dtype}
+        if not wanted <= self._empty.keys():
             raise ValueError(f"{EMPTY} lacks tensors")
         captions: list[str] = []
         where: list[tuple[int, int, int, int]] = []
         self._files: list[str] = []
         for path in sorted((self.folder / CHUNKS).glob("*.json")):
-            record = read_json(path)
-            for name, found in record["sizes"].items():
-                rows = found["rows"]
+            record = read_object(path)
+            for name, samples in record["sizes"].items():
+                rows = samples["rows"]
                 self._check_file(path.with_suffix(".safetensors"), name, rows)
                 file, kind = len(self._files), self._names.index(name)
                 where += [(file, kind, row, line) for row, line in enumerate(rows)]
-                captions += found["captions"]
+                captions += samples["captions"]
             self._files.append(path.stem)
         self._where = np.array(where, dtype=np.int64).reshape(-1, 4)
         kinds = self._where[:, 1]
         groups = [np.flatnonzero(kinds == kind).tolist() for kind in range(len(self._names))]
         self.captions, self.groups = captions, groups
         counts = [len(captions), len(where), len(self._files), *map(len, groups)]
-        samples, sizes = self.manifest["samples"], self.manifest["sizes"]
-        if counts != [samples, samples, self.manifest["chunks"], *sizes.values()]:
+        total, sizes = self.manifest["samples"], self.manifest["sizes"]
+        if counts != [total, total, self.manifest["chunks"], *sizes.values()]:
             raise ValueError("samples or chunks are missing")
 
     def _check_file(self, path: Path, name: str, rows: list[int]) -> None:
@@ -125,17 +126,17 @@ class LatentCache:
         self, indices: Sequence[int], dropped: Sequence[bool]
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         latents: list[Tensor] = []
-        told: dict[str, list[Tensor]] = {key: [] for key, dtype in self._dtypes.items() if dtype}
+        rows_of: dict[str, list[Tensor]] = {key: [] for key, dtype in self._dtypes.items() if dtype}
         for index, drop in zip(indices, dropped, strict=True):
             number, kind, row, line = self._where[index].tolist()
             file, name = self._open(number), self._names[kind]
             latents.append(file.get_slice(f"{name}/latents")[row : row + 1].float())
-            for key, rows in told.items():
+            for key, rows in rows_of.items():
                 full = f"{name}/{key}"
                 own = None if drop else file.get_slice(full)[line : line + 1]
                 rows.append((self._empty[full] if own is None else own).to(self._dtypes[key]))
         conditioning = {
-            key: torch.cat(told[key]) if dtype else None for key, dtype in self._dtypes.items()
+            key: torch.cat(rows_of[key]) if dtype else None for key, dtype in self._dtypes.items()
         }
         return torch.cat(latents), conditioning
 
@@ -153,7 +154,7 @@ def read_manifest(folder: Path, *, complete: bool = False) -> dict[str, Any]:
     """
     if not (folder / MANIFEST).is_file():
         raise ConvFusionError(f"{folder} is no cache: it has no {MANIFEST}")
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_object(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder} is not a cache of format {FORMAT}: build it anew")
     if complete and not manifest.get("complete"):
@@ -164,14 +165,16 @@ def read_manifest(folder: Path, *, complete: bool = False) -> dict[str, Any]:
     return manifest
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of a cache holds.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or holds something else.
+    """
+    content = read_json(path, LIST_BYTES)
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: it holds no object")
-    return found
+    return content
 
 
 def _size_of(name: str) -> Size:

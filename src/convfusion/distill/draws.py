@@ -15,7 +15,7 @@ from convfusion.errors import ConvFusionError
 
 
 class Draw(NamedTuple):
-    """A part of a batch; the conditioning is named as by `conditioning.flat`."""
+    """A part of a batch; the conditioning is named as by `flatten_conditioning`."""
 
     latents: Tensor
     noise: Tensor

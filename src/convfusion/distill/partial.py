@@ -23,7 +23,7 @@ from convfusion.distill.validation import noised
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import predictions, relative_error
 from convfusion.families import denoiser_of
-from convfusion.families.conditioning import placed
+from convfusion.families.conditioning import place_conditioning
 from convfusion.files import few
 from convfusion.surgery import attention_back, mixers_of
 
@@ -131,7 +131,7 @@ def imitation_errors(
     sums: dict[str, Tensor] = {}
     device = task.student.device
     for latents, noises, conditioning in noised(held_out, batch_size, seed):
-        told = placed(conditioning, task.student)
+        told = place_conditioning(conditioning, task.student)
         for t, noise in noises.items():
             steps = torch.full((len(latents),), t, device=device)
             pairs = task.alone(latents.to(device), noise.to(device), steps, told)
@@ -170,7 +170,7 @@ def subset_errors(
     total = len(subsets) * sum(-(-len(group) // batch_size) for group in held_out.groups)
     done = 0
     for latents, noises, conditioning in noised(held_out, batch_size, seed):
-        told = placed(conditioning, task.student)
+        told = place_conditioning(conditioning, task.student)
         taught = predictions(task.teacher, schedule, latents, noises, told)
         for subset, found in zip(subsets, errors, strict=True):
             with attention_back(task.student, paths - subset):

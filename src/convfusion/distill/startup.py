@@ -29,10 +29,11 @@ from convfusion.analysis.streaming import Measure, OffsetMeans, mean_offsets, of
 from convfusion.data.latents import LatentDataset, TrainingData, training_data
 from convfusion.distill.draws import Batches
 from convfusion.families import Site, denoiser_of
-from convfusion.families.conditioning import placed
+from convfusion.families.conditioning import place_conditioning
 from convfusion.families.watch import project, watch_attention
 from convfusion.mixers.base import Grid
-from convfusion.mixers.delta_conv import DeltaConvBlock, gate_scale
+from convfusion.mixers.delta_conv import DeltaConvBlock
+from convfusion.ops.reference import gate_scale
 from convfusion.schedule import add_noise, noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of
 
@@ -89,7 +90,12 @@ def start_from_attention(
             noisy = add_noise(clean, noise, timesteps, schedule)
             noisy = noisy.to(student.device, student.dtype)
             steps = timesteps.to(student.device)
-            teacher(noisy, timestep=steps, return_dict=False, **placed(conditioning, student))
+            teacher(
+                noisy,
+                timestep=steps,
+                return_dict=False,
+                **place_conditioning(conditioning, student),
+            )
     for path, block in blocks.items():
         set_to_mean_attention(block, teacher.get_submodule(path), mean_offsets(found[path]))
 

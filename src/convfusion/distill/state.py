@@ -32,6 +32,7 @@ from convfusion.fingerprint import (
     scheduler_identity,
     tensor_fingerprint,
 )
+from convfusion.folders import remove_remains, scratch_folder
 
 # Of an optimiser's tensors, those of their parameter's shape; '' is the average's.
 SHAPED = ("", "exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -121,29 +122,30 @@ def write_run(
         CheckpointError: it cannot be written, as on a full disk; the others are intact.
     """
     root = out / "checkpoints"
-    aside, final = root / "writing", root / f"step-{state.step:07d}"
+    final = root / f"step-{state.step:07d}"
+    facts = {
+        "step": state.step,
+        "skipped": state.skipped,
+        "scaler": state.scaler,
+        "optimizer": sorted(state.optimizer),
+        "average": sorted(state.average),
+        "rests_on": rests_on,
+        "config": config,
+    }
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.save(student, aside)
-        files.write_tensors(aside / OPTIMIZER, state.optimizer)
-        if state.average:
-            files.write_tensors(aside / AVERAGE, state.average)
-        facts = {
-            "step": state.step,
-            "skipped": state.skipped,
-            "scaler": state.scaler,
-            "optimizer": sorted(state.optimizer),
-            "average": sorted(state.average),
-            "rests_on": rests_on,
-            "config": config,
-        }
-        files.write_text(aside / STATE, json.dumps(facts, indent=2) + "\n")
-        flush_folder(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        root.mkdir(parents=True, exist_ok=True)
+        remove_remains(root)
+        with scratch_folder(root) as aside:
+            checkpoint.save(student, aside)
+            files.write_tensors(aside / OPTIMIZER, state.optimizer)
+            if state.average:
+                files.write_tensors(aside / AVERAGE, state.average)
+            files.write_text(aside / STATE, json.dumps(facts, indent=2) + "\n")
+            flush_folder(aside)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
         flush_folder(root)
     except (OSError, CheckpointError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         last = last_checkpoint(out)
         left = f"{last} is intact" if last else "there is none before it"
         raise CheckpointError(

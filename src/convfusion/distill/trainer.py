@@ -37,7 +37,7 @@ from convfusion.distill.task import DistillTask, Losses
 from convfusion.distill.validation import held_out_error, what_fails
 from convfusion.errors import ConvFusionError
 from convfusion.families import check_captioned, denoiser_of
-from convfusion.families.conditioning import placed
+from convfusion.families.conditioning import place_conditioning
 from convfusion.folders import locked
 from convfusion.surgery import mixers_of
 
@@ -335,7 +335,7 @@ class Trainer:
         """A draw on the student's device, as the denoiser takes it."""
         device = self.student.device
         latents, noise, timesteps = (tensor.to(device) for tensor in part[:3])
-        return latents, noise, timesteps, placed(part.conditioning, self.student)
+        return latents, noise, timesteps, place_conditioning(part.conditioning, self.student)
 
     def catch_up(self, draw: DrawPicture | None) -> None:
         """Do what a kill left undone of the validation after the last checkpoint."""

@@ -12,7 +12,7 @@ from convfusion.data.latents import TrainingData
 from convfusion.distill.draws import noise_like
 from convfusion.distill.task import DistillTask, collected
 from convfusion.evaluate import TIMESTEPS, epsilon_errors
-from convfusion.families.conditioning import placed
+from convfusion.families.conditioning import place_conditioning
 from convfusion.surgery import mixers_of
 
 
@@ -43,7 +43,7 @@ def held_out_error(
     schedule = (task.alphas_cumprod, task.prediction_type)
     errors = []
     for clean, noises, conditioning in noised(data, batch_size, seed):
-        told = placed(conditioning, task.student)
+        told = place_conditioning(conditioning, task.student)
         found = epsilon_errors(task.student, task.teacher, schedule, clean, noises, told)
         errors.append(found.flatten())
     return torch.cat(errors).mean().item() if errors else None

@@ -14,7 +14,7 @@ from PIL import Image
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import measure
 from convfusion.evaluate.clip import Clip
-from convfusion.evaluate.drawing import STUDENT, check_place, draw, process
+from convfusion.evaluate.drawing import RECORDS, SIDES, STUDENT, check_place, draw, process
 from convfusion.evaluate.draws import Draws, settings_of, size_of
 from convfusion.evaluate.extractors import Extractor, Features
 from convfusion.evaluate.images import SSIM_SIDE
@@ -24,7 +24,7 @@ from convfusion.evaluate.real import RealPictures
 from convfusion.evaluate.results import Evaluation
 from convfusion.families import check_captioned, denoiser_of, family_of
 from convfusion.families.calls import check_call
-from convfusion.folders import locked
+from convfusion.folders import locked, remove_remains
 from convfusion.generate import check_guidance, check_size, check_steps
 from convfusion.imports import check_installed
 from convfusion.schedule import noise_schedule
@@ -74,6 +74,8 @@ def evaluate(
         check_real(real)
     main = process()[0] == 0  # of the processes of a launcher, which share the folder
     with locked(folder) if main else nullcontext():
+        if main:
+            remove_remains(folder, *(folder / name for name in (*SIDES, RECORDS)))
         texts = clip.texts(list(draws.prompts)) if clip and main else None
         on_drawn = partial(on_progress, "drawing")
         records = draw(pipe, reference, draws, folder, settings, on_progress=on_drawn)

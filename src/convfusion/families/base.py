@@ -54,6 +54,10 @@ class Site:
         return self.path.rpartition(".")[0]
 
 
+TIMESTEP_DOCS = "timestep of every sample, as the scheduler counts them"
+TEXT_DOCS = "hidden states of the text encoder, padded as its pipeline pads them"
+
+
 class Family(ABC):
     """What the library knows about one family of denoisers; see docs/extend.md.
 
@@ -71,6 +75,8 @@ class Family(ABC):
         call_options: what its pipelines are called with unless the caller says otherwise.
         released_gate: the gate of the blocks that the paper's authors released for it; None if
             there are none.
+        input_docs: what arguments of the denoiser are, in words, by dotted name; an exported file
+            says so.
     """
 
     name: ClassVar[str]
@@ -84,6 +90,7 @@ class Family(ABC):
     prompt_argument: ClassVar[str] = "prompt"
     call_options: ClassVar[Mapping[str, Any]] = {}
     released_gate: ClassVar[Gate | None] = None
+    input_docs: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def list_sites(self, model: Denoiser) -> list[Site]:

@@ -1,4 +1,4 @@
-"""What a denoiser is told beside latents and timestep, as a table of tensors by dotted name."""
+"""What a denoiser takes beside latents and timestep, as a table of tensors by dotted name."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from torch import Tensor
 from convfusion.families.base import Denoiser
 
 
-def flat(conditioning: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor | None]:
+def flatten_conditioning(
+    conditioning: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Tensor | None]:
     """Conditioning by dotted name: `{"a": {"b": x}}` → `{"a.b": x}`. Each tensor is [B, …]."""
-    found: dict[str, Tensor | None] = {}
+    tensors: dict[str, Tensor | None] = {}
     for name, value in conditioning.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
+            tensors |= flatten_conditioning(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value
-    return found
+            tensors[prefix + name] = value
+    return tensors
 
 
-def nested(conditioning: Mapping[str, Tensor | None]) -> dict[str, Any]:
-    """The keyword arguments that `flat` flattened."""
-    found: dict[str, Any] = {}
+def nest_conditioning(conditioning: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    """The keyword arguments that `flatten_conditioning` flattened."""
+    arguments: dict[str, Any] = {}
     for name, value in conditioning.items():
         *parents, last = name.split(".")
-        place = found
+        place = arguments
         for parent in parents:
             place = place.setdefault(parent, {})
         place[last] = value
-    return found
+    return arguments
 
 
-def placed(conditioning: Mapping[str, Tensor | None], like: Denoiser) -> dict[str, Any]:
+def place_conditioning(conditioning: Mapping[str, Tensor | None], like: Denoiser) -> dict[str, Any]:
     """Flat conditioning as a denoiser takes it: nested, on its device, numbers in its dtype."""
     moved = {
         name: tensor
@@ -41,4 +43,4 @@ def placed(conditioning: Mapping[str, Tensor | None], like: Denoiser) -> dict[st
         else tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
         for name, tensor in conditioning.items()
     }
-    return nested(moved)
+    return nest_conditioning(moved)

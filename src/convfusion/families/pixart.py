@@ -9,6 +9,8 @@ from diffusers import PixArtTransformer2DModel
 
 from convfusion.errors import ConvFusionError
 from convfusion.families.base import (
+    TEXT_DOCS,
+    TIMESTEP_DOCS,
     Denoiser,
     Family,
     Site,
@@ -41,6 +43,14 @@ class PixArt(Family):
     # Otherwise it draws at the nearest size of its training, and resizes that.
     call_options = {"use_resolution_binning": False}
     released_gate = "sigmoid"
+    input_docs = {
+        "hidden_states": "noisy latents, scaled by the scheduler's scale_model_input",
+        "timestep": TIMESTEP_DOCS,
+        "encoder_hidden_states": TEXT_DOCS,
+        "encoder_attention_mask": "1 for a token of the text, 0 for padding",
+        "added_cond_kwargs.resolution": "height and width in pixels",
+        "added_cond_kwargs.aspect_ratio": "height over width",
+    }
 
     def list_sites(self, model: Denoiser) -> list[Site]:
         return list_plain_sites(model)

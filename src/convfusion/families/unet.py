@@ -13,6 +13,8 @@ from torch import nn
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families.base import (
+    TEXT_DOCS,
+    TIMESTEP_DOCS,
     Denoiser,
     Family,
     Site,
@@ -118,6 +120,16 @@ class UNet(Family):
         ),
     }
     released_gate = "reference"
+    input_docs = {
+        "sample": "noisy latents, scaled by the scheduler's scale_model_input",
+        "timestep": TIMESTEP_DOCS,
+        "encoder_hidden_states": TEXT_DOCS,
+        "added_cond_kwargs.text_embeds": "pooled output of the second text encoder",
+        "added_cond_kwargs.time_ids": "height, width, top, left, target height, target width in "
+        "pixels; of a refiner height, width, top, left, aesthetic score",
+        "class_labels": "class, or its embedding",
+        "timestep_cond": "embedding of the guidance scale",
+    }
 
     def list_sites(self, model: Denoiser) -> list[Site]:
         """Those of its `Transformer2DModel`s: a motion module attends over time, not space."""

@@ -2,24 +2,24 @@
 
 from convfusion.highres.ladder import (
     Ladder,
-    Plan,
+    LadderPlan,
     Start,
     highres,
     is_large,
-    last_steps,
-    plan_for,
-    rungs,
+    keep_last_steps,
+    list_rungs,
+    plan_ladder,
 )
-from convfusion.highres.vae_tiles import Tiles
+from convfusion.highres.vae_tiles import VaeTiles
 
 __all__ = [
     "Ladder",
-    "Plan",
+    "LadderPlan",
     "Start",
-    "Tiles",
+    "VaeTiles",
     "highres",
     "is_large",
-    "last_steps",
-    "plan_for",
-    "rungs",
+    "keep_last_steps",
+    "list_rungs",
+    "plan_ladder",
 ]

@@ -22,21 +22,21 @@ from convfusion.families import (
     site_grid,
 )
 from convfusion.families.carrier import GRID
-from convfusion.highres.peaks import GIB, decoder_peak, denoiser_peak
-from convfusion.highres.vae_tiles import Tiles
+from convfusion.highres.peaks import GIB, estimate_decoder_peak, estimate_denoiser_peak
+from convfusion.highres.vae_tiles import VaeTiles
 from convfusion.patches import replaced_attributes, wrapped_method
 
 Size = tuple[int, int]
 
 # Feed-forward layers in chunks, samples one at a time: from the cheapest in time to the cheapest in
 # memory. The two halves of the guidance are two samples.
-MEANS = ((False, False), (True, False), (True, True))
+SAVINGS = ((False, False), (True, False), (True, True))
 TILE_SIDES = (256, 128, 64, 32, 16)  # in latents
 CHUNK = 4096  # tokens that a feed-forward layer takes at most, where it takes them in chunks
 
 
 @dataclass(frozen=True)
-class Means:
+class MemorySavings:
     """What keeps a picture within memory.
 
     Attributes:
@@ -49,20 +49,20 @@ class Means:
     gib: float
     chunks: bool = False
     one_at_a_time: bool = False
-    tiles: Tiles | None = None
+    tiles: VaeTiles | None = None
 
     def __str__(self) -> str:
-        said = [
+        parts = [
             "no bound on memory" if math.isnan(self.gib) else f"about {self.gib:.2f} GiB",
             "feed-forward layers in chunks" if self.chunks else "",
             "guidance in two passes" if self.one_at_a_time else "",
             f"VAE in tiles of {self.tiles.side} latents" if self.tiles else "",
         ]
-        return ", ".join(part for part in said if part)
+        return ", ".join(part for part in parts if part)
 
 
-def choose_means(pipe: Any, size: Size, memory: float, batch: int) -> Means:
-    """The first means in the order of their cost that fit.
+def choose_savings(pipe: Any, size: Size, memory: float, batch: int) -> MemorySavings:
+    """The cheapest savings with which a picture fits into memory.
 
     Args:
         pipe: a pipeline.
@@ -71,23 +71,23 @@ def choose_means(pipe: Any, size: Size, memory: float, batch: int) -> Means:
         batch: samples in one pass of the denoiser.
 
     Raises:
-        ConvFusionError: none fits; the message names the largest size of this shape that does.
+        ConvFusionError: none will do; the message names the largest size of this shape that does.
     """
     if not memory:
-        return Means(math.nan, tiles=default_tiles(pipe, size))
+        return MemorySavings(math.nan, tiles=choose_default_tiles(pipe, size))
     for name in ("controlnet", "adapter"):
         if getattr(pipe, name, None) is not None:
             raise ConvFusionError(
                 f"memory cannot be estimated with a {type(getattr(pipe, name)).__name__} beside "
                 "the denoiser: leave the bound on memory out"
             )
-    tiles, decoding = _decoding(pipe, size, memory)
+    tiles, decoding = _estimate_decoding(pipe, size, memory)
     least = math.inf
-    for chunks, alone in MEANS:
-        least = _denoising(pipe, size, batch, chunks, alone)
+    for chunks, alone in SAVINGS:
+        least = _estimate_denoising(pipe, size, batch, chunks, alone)
         if max(least, decoding) <= memory:
-            return Means(max(least, decoding), chunks, alone and batch > 1, tiles)
-    fits = _largest(pipe, size, memory, batch, math.sqrt(memory / max(least, decoding)))
+            return MemorySavings(max(least, decoding), chunks, alone and batch > 1, tiles)
+    fits = _find_largest(pipe, size, memory, batch, math.sqrt(memory / max(least, decoding)))
     advice = f"the largest of this shape that fits is {fits[1]}×{fits[0]}" if fits else "none fits"
     raise ConvFusionError(
         f"{size[1]}×{size[0]} takes about {max(least, decoding):.3g} GiB of activations at the "
@@ -95,54 +95,55 @@ def choose_means(pipe: Any, size: Size, memory: float, batch: int) -> Means:
     )
 
 
-def default_tiles(pipe: Any, size: Size) -> Tiles | None:
+def choose_default_tiles(pipe: Any, size: Size) -> VaeTiles | None:
     """Tiles for a picture that is larger than one tile with its margin."""
-    tiles, scale = Tiles(), latent_scale(pipe)
+    tiles, scale = VaeTiles(), latent_scale(pipe)
     window = (tiles.side + 2 * tiles.margin) * scale
     return tiles if math.prod(size) > window**2 else None
 
 
-def _denoising(pipe: Any, size: Size, batch: int, chunks: bool, alone: bool) -> float:
+def _estimate_denoising(pipe: Any, size: Size, batch: int, chunks: bool, alone: bool) -> float:
     """GiB of one pass of the denoiser."""
-    latents, model = _latents(pipe, size), denoiser_of(pipe)
-    with chunked_feed_forward(model, latents) if chunks else nullcontext():
-        return denoiser_peak(model, latents, batch=1 if alone else batch)
+    latents, model = _count_latents(pipe, size), denoiser_of(pipe)
+    with chunk_feed_forward(model, latents) if chunks else nullcontext():
+        return estimate_denoiser_peak(model, latents, batch=1 if alone else batch)
 
 
-def _decoding(pipe: Any, size: Size, memory: float) -> tuple[Tiles | None, float]:
+def _estimate_decoding(pipe: Any, size: Size, memory: float) -> tuple[VaeTiles | None, float]:
     """The largest tiles whose decoding fits, and its GiB; else the smallest. None is one piece."""
-    latents = _latents(pipe, size)
+    latents = _count_latents(pipe, size)
     picture = 3 * 3 * math.prod(size) * 4 / GIB  # sum of tiles, their weights, and the result
-    tiles, gib = None, decoder_peak(pipe.vae, latents)
+    tiles, gib = None, estimate_decoder_peak(pipe.vae, latents)
     for side in TILE_SIDES:
-        window = side + 2 * Tiles().margin
+        window = side + 2 * VaeTiles().margin
         if gib <= memory or window >= min(latents):
             continue
-        tiles, gib = Tiles(side=side), decoder_peak(pipe.vae, (window, window)) + picture
+        tiles = VaeTiles(side=side)
+        gib = estimate_decoder_peak(pipe.vae, (window, window)) + picture
     return tiles, gib
 
 
-def _largest(pipe: Any, size: Size, memory: float, batch: int, share: float) -> Size | None:
+def _find_largest(pipe: Any, size: Size, memory: float, batch: int, share: float) -> Size | None:
     """The largest size of this shape that fits, tried from a share of its sides downwards."""
     unit = pixel_unit(pipe)
     while True:
         height, width = (math.floor(side * share / unit) * unit for side in size)
         if min(height, width) < unit:
             return None
-        decoding = _decoding(pipe, (height, width), memory)[1]
-        denoising = _denoising(pipe, (height, width), batch, *MEANS[-1])
+        decoding = _estimate_decoding(pipe, (height, width), memory)[1]
+        denoising = _estimate_denoising(pipe, (height, width), batch, *SAVINGS[-1])
         if max(decoding, denoising) <= memory:
             return height, width
         share *= 0.95
 
 
-def _latents(pipe: Any, size: Size) -> Size:
+def _count_latents(pipe: Any, size: Size) -> Size:
     scale = latent_scale(pipe)
     return size[0] // scale, size[1] // scale
 
 
 @contextmanager
-def chunked_feed_forward(model: Denoiser, latents: Size) -> Iterator[None]:
+def chunk_feed_forward(model: Denoiser, latents: Size) -> Iterator[None]:
     """Let the feed-forward layers of a denoiser take their tokens in chunks, for a while.
 
     Args:
@@ -155,12 +156,12 @@ def chunked_feed_forward(model: Denoiser, latents: Size) -> Iterator[None]:
     ]
     with ExitStack() as stack:
         for block, grid in blocks:  # as `set_chunk_feed_forward` sets them
-            size = chunk_of(math.prod(grid))
+            size = choose_chunk(math.prod(grid))
             stack.enter_context(replaced_attributes(block, _chunk_size=size, _chunk_dim=1))
         yield
 
 
-def chunk_of(tokens: int) -> int | None:
+def choose_chunk(tokens: int) -> int | None:
     """The largest chunk that divides so many tokens and is not above `CHUNK`; None for one."""
     if tokens <= CHUNK:
         return None
@@ -168,30 +169,33 @@ def chunk_of(tokens: int) -> int | None:
 
 
 @contextmanager
-def one_at_a_time(model: Denoiser) -> Iterator[None]:
+def run_one_at_a_time(model: Denoiser) -> Iterator[None]:
     """Let a denoiser work on the samples of a batch one after the other, for a while."""
 
-    def in_turn(forward: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def call_in_turn(forward: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         count = len(noisy_latents(model, args, kwargs))
         outputs = [
-            forward(*_sample(args, i, count), **_sample({**kwargs, "return_dict": False}, i, count))
+            forward(
+                *_take_sample(args, i, count),
+                **_take_sample({**kwargs, "return_dict": False}, i, count),
+            )
             for i in range(count)
         ]
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
-    with wrapped_method(model, "forward", in_turn):
+    with wrapped_method(model, "forward", call_in_turn):
         yield
 
 
-def _sample(given: Any, index: int, count: int) -> Any:
+def _take_sample(arguments: Any, index: int, count: int) -> Any:
     """One sample of nested arguments for a batch; what is no part of the batch stays."""
-    if isinstance(given, tuple | list):  # residuals of a control net, pictures of IP-Adapters
-        return type(given)(_sample(value, index, count) for value in given)
-    if isinstance(given, Mapping):
+    if isinstance(arguments, tuple | list):  # residuals of a control net, pictures of IP-Adapters
+        return type(arguments)(_take_sample(value, index, count) for value in arguments)
+    if isinstance(arguments, Mapping):
         return {
-            name: value if name == GRID else _sample(value, index, count)
-            for name, value in given.items()
+            name: value if name == GRID else _take_sample(value, index, count)
+            for name, value in arguments.items()
         }
-    if isinstance(given, Tensor) and given.dim() and len(given) == count:
-        return given[index : index + 1]
-    return given
+    if isinstance(arguments, Tensor) and arguments.dim() and len(arguments) == count:
+        return arguments[index : index + 1]
+    return arguments

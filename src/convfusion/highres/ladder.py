@@ -27,8 +27,13 @@ from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, family_of, latent_scale, native_size, pixel_unit
 from convfusion.families.calls import check_call, cut_options
 from convfusion.generate import check_size, generate
-from convfusion.highres.budget import Means, choose_means, chunked_feed_forward, one_at_a_time
-from convfusion.highres.vae_tiles import check_tileable, tiled_vae
+from convfusion.highres.budget import (
+    MemorySavings,
+    choose_savings,
+    chunk_feed_forward,
+    run_one_at_a_time,
+)
+from convfusion.highres.vae_tiles import check_tileable, tile_vae
 from convfusion.patches import kept_values, wrapped_method
 from convfusion.settings import check_fields
 from convfusion.text import check_prompts
@@ -73,20 +78,20 @@ class Ladder:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LadderPlan:
     """What a picture will take.
 
     Attributes:
         sizes: of the rungs, from the model's own to the one wanted.
-        means: what keeps it within memory.
+        savings: what keeps it within memory.
     """
 
     sizes: tuple[Size, ...]
-    means: Means
+    savings: MemorySavings
 
     def __str__(self) -> str:
         path = " → ".join(f"{width}×{height}" for height, width in self.sizes)
-        return f"{path}: {self.means}"
+        return f"{path}: {self.savings}"
 
 
 def highres(
@@ -124,7 +129,7 @@ def highres(
     if len(seeds) != len(prompts):
         raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
     check_prompts(prompts)
-    plan = plan_for(pipe, size, ladder, steps=steps, guidance=guidance)
+    plan = plan_ladder(pipe, size, ladder, steps=steps, guidance=guidance)
     check_call(pipe, prompts, size, options)
     images = []
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -137,10 +142,10 @@ def highres(
     return images
 
 
-def plan_for(
+def plan_ladder(
     pipe: Any, size: Size, ladder: Ladder = Ladder(), *, steps: int = 25, guidance: float = 5.0
-) -> Plan:
-    """The rungs to a size, and the means that keep them within memory.
+) -> LadderPlan:
+    """The rungs to a size, and the savings that keep them within memory.
 
     Raises:
         ConvFusionError: as for `highres`.
@@ -149,17 +154,17 @@ def plan_for(
     check_size(pipe, size)
     sizes: tuple[Size, ...] = (size,)
     if is_large(pipe, size) and not ladder.direct:
-        sizes = rungs(native_size(pipe), size, ladder.factor, pixel_unit(pipe))
+        sizes = list_rungs(native_size(pipe), size, ladder.factor, pixel_unit(pipe))
     if len(sizes) > 1 and round(steps * ladder.strength) < 1:
         raise ConvFusionError(
             f"a strength of {ladder.strength} leaves none of {steps} steps to a rung: "
             f"at least {math.ceil(0.5 / ladder.strength + 0.01)} steps are needed"
         )
     last = ladder.guidance if len(sizes) > 1 else guidance
-    means = choose_means(pipe, size, ladder.memory, batch=2 if last > 1 else 1)
-    if means.tiles:
+    savings = choose_savings(pipe, size, ladder.memory, batch=2 if last > 1 else 1)
+    if savings.tiles:
         check_tileable(pipe.vae)
-    return Plan(sizes, means)
+    return LadderPlan(sizes, savings)
 
 
 def check_ladder(pipe: Any) -> None:
@@ -181,7 +186,7 @@ def is_large(pipe: Any, size: Size) -> bool:
     return math.prod(size) > DIRECT**2 * math.prod(native_size(pipe))
 
 
-def rungs(native: Size, size: Size, factor: float, unit: int) -> tuple[Size, ...]:
+def list_rungs(native: Size, size: Size, factor: float, unit: int) -> tuple[Size, ...]:
     """Sizes from about as many pixels as the native size has, in the shape of the wanted one.
 
     Args:
@@ -208,7 +213,7 @@ class _Climb:
     seed: int
     steps: int
     guidance: float
-    plan: Plan
+    plan: LadderPlan
     on_step: OnStep | None
     options: dict[str, Any]
 
@@ -216,29 +221,29 @@ class _Climb:
         self, rung: int, image: Image.Image | None = None, ladder: Ladder = Ladder()
     ) -> Image.Image:
         """The picture of a rung: from noise, or from the picture below it."""
-        pipe, means, size = self.pipe, self.plan.means, self.plan.sizes[rung]
+        pipe, savings, size = self.pipe, self.plan.savings, self.plan.sizes[rung]
         model, scale = denoiser_of(pipe), latent_scale(pipe)
-        seed = self.seed if image is None else mixed_seed(self.seed, rung)
+        seed = self.seed if image is None else mix_seed(self.seed, rung)
         options, kept, guidance = dict(self.options), self.steps, self.guidance
         with ExitStack() as stack:
-            if len(self.plan.sizes) > 1 or means.tiles:
+            if len(self.plan.sizes) > 1 or savings.tiles:
                 stack.enter_context(upcast_vae(pipe.vae))
-                stack.enter_context(tiled_vae(pipe.vae, means.tiles))
-            if means.chunks:
-                stack.enter_context(
-                    chunked_feed_forward(model, (size[0] // scale, size[1] // scale))
-                )
-            if means.one_at_a_time:
-                stack.enter_context(one_at_a_time(model))
+                stack.enter_context(tile_vae(pipe.vae, savings.tiles))
+            if savings.chunks:
+                stack.enter_context(chunk_feed_forward(model, (size[0] // scale, size[1] // scale)))
+            if savings.one_at_a_time:
+                stack.enter_context(run_one_at_a_time(model))
             start = None
             if image is not None:
                 kept, guidance = round(self.steps * ladder.strength), ladder.guidance
-                start = Start.of(pipe, image, size, seed)
+                start = Start.from_picture(pipe, image, size, seed)
             scheduler = stack.enter_context(
-                last_steps(pipe, self.steps, kept, self._told(rung), start if ladder.keep else None)
+                keep_last_steps(
+                    pipe, self.steps, kept, self._report_steps(rung), start if ladder.keep else None
+                )
             )
             if start is not None:
-                noisy = start.noisy(scheduler, scheduler.timesteps[0])
+                noisy = start.add_noise(scheduler, scheduler.timesteps[0])
                 options["latents"] = noisy / scheduler.init_noise_sigma
             return generate(
                 pipe,
@@ -250,7 +255,7 @@ class _Climb:
                 **options,
             )[0]
 
-    def _told(self, rung: int) -> Callable[[int, int], None]:
+    def _report_steps(self, rung: int) -> Callable[[int, int], None]:
         def after(step: int, steps: int) -> None:
             if self.on_step:
                 self.on_step(rung + 1, len(self.plan.sizes), step, steps)
@@ -273,7 +278,7 @@ class Start:
     below: Size
 
     @classmethod
-    def of(cls, pipe: Any, image: Image.Image, size: Size, seed: int) -> Start:
+    def from_picture(cls, pipe: Any, image: Image.Image, size: Size, seed: int) -> Start:
         """From the picture below, for a size in pixels."""
         scale, dtype = latent_scale(pipe), denoiser_of(pipe).dtype
         device = pipe._execution_device  # which an offloaded model is on only while it computes
@@ -283,25 +288,25 @@ class Start:
         below = (image.height // scale, image.width // scale)
         return cls(clean.to(device, dtype), noise.to(device, dtype), below)
 
-    def noisy(self, scheduler: Any, timestep: Tensor | None) -> Tensor:
+    def add_noise(self, scheduler: Any, timestep: Tensor | None) -> Tensor:
         """With the noise of a timestep; None is the end, where there is none."""
         if timestep is None:
             return self.clean
         return scheduler.add_noise(self.clean, self.noise, timestep[None])
 
-    def kept(self, latents: Tensor, noisy: Tensor) -> Tensor:
+    def keep_layout(self, latents: Tensor, noisy: Tensor) -> Tensor:
         """Latents with the low frequencies of others, those that the picture below had."""
         low = F.interpolate(noisy - latents, size=self.below, mode="area")
         return latents + F.interpolate(low, size=latents.shape[-2:], mode="bicubic")
 
 
-def mixed_seed(seed: int, rung: int) -> int:
+def mix_seed(seed: int, rung: int) -> int:
     """A seed of its own for each rung: PyTorch's CPU generator looks at the low 32 bits only."""
     return (seed * 1_000_003 + rung) % 2**32
 
 
 @contextmanager
-def last_steps(
+def keep_last_steps(
     pipe: Any,
     steps: int,
     kept: int,
@@ -342,7 +347,7 @@ def last_steps(
         if start is None:
             return result
         timestep = whole[first + taken] if first + taken < len(whole) else None
-        return (start.kept(result[0], start.noisy(scheduler, timestep)), *result[1:])
+        return (start.keep_layout(result[0], start.add_noise(scheduler, timestep)), *result[1:])
 
     with (
         kept_values(scheduler),

@@ -19,7 +19,7 @@ from convfusion.patches import copied_without_patches
 GIB = 2**30
 
 
-def denoiser_peak(pipe_or_model: Any, size: tuple[int, int], *, batch: int = 2) -> float:
+def estimate_denoiser_peak(pipe_or_model: Any, size: tuple[int, int], *, batch: int = 2) -> float:
     """The peak of a denoiser's activations in GiB.
 
     Args:
@@ -35,25 +35,25 @@ def denoiser_peak(pipe_or_model: Any, size: tuple[int, int], *, batch: int = 2) 
         raise ConvFusionError(
             "memory cannot be estimated for a quantised model: leave the bound on memory out"
         )
-    shapes = on_meta(model, model.dtype)
+    shapes = copy_to_meta(model, model.dtype)
     inputs = example_inputs(shapes, size, batch=batch, device="meta")
     maps = inputs.pop(family_of(shapes).latents)
     return peak_bytes(shapes, maps, **inputs) / GIB
 
 
-def decoder_peak(vae: Any, size: tuple[int, int]) -> float:
+def estimate_decoder_peak(vae: Any, size: tuple[int, int]) -> float:
     """The peak in GiB of decoding latents of (height, width) in one piece."""
     dtype = torch.float32 if vae.config.get("force_upcast") else vae.dtype  # as `upcast_vae` has it
     if getattr(vae, "decoder", None) is None:
         raise ConvFusionError(
             f"memory cannot be estimated for a {type(vae).__name__}: leave the bound on memory out"
         )
-    decoder = on_meta(vae.decoder, dtype).to(dtype)
+    decoder = copy_to_meta(vae.decoder, dtype).to(dtype)
     latents = torch.empty(1, vae.config.latent_channels, *size, device="meta", dtype=dtype)
     return peak_bytes(decoder, latents) / GIB
 
 
-def on_meta(model: nn.Module, dtype: torch.dtype) -> Any:
+def copy_to_meta(model: nn.Module, dtype: torch.dtype) -> Any:
     """A copy of a model without values.
 
     Its settings and PyTorch's hooks are kept. What moves weights about, casts or compiles them is

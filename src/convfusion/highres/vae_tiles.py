@@ -27,7 +27,7 @@ from convfusion.settings import check_fields
 
 
 @dataclass(frozen=True)
-class Tiles:
+class VaeTiles:
     """How a VAE works in tiles; lengths in latents.
 
     Attributes:
@@ -60,18 +60,18 @@ class Span(NamedTuple):
     window: tuple[int, int]
 
 
-def spans(length: int, tiles: Tiles) -> list[Span]:
+def list_spans(length: int, tiles: VaeTiles) -> list[Span]:
     """The tiles along a side of so many latents."""
-    found = []
+    spans = []
     for start in range(0, length, tiles.side):
         stop = min(length, start + tiles.side)
         window = (max(0, start - tiles.margin), min(length, stop + tiles.margin))
-        found.append(Span((start, stop), window))
-    return found
+        spans.append(Span((start, stop), window))
+    return spans
 
 
 @contextmanager
-def tiled_vae(vae: Any, tiles: Tiles | None) -> Iterator[None]:
+def tile_vae(vae: Any, tiles: VaeTiles | None) -> Iterator[None]:
     """Let a VAE encode and decode in tiles for a while, and say so where its values overflow.
 
     Args:
@@ -79,20 +79,22 @@ def tiled_vae(vae: Any, tiles: Tiles | None) -> Iterator[None]:
         tiles: None leaves it in one piece.
     """
 
-    def decode(found: Any, latents: Tensor, return_dict: bool = True, **options: Any) -> Any:
+    def decode(decode_whole: Any, latents: Tensor, return_dict: bool = True, **options: Any) -> Any:
         latents = latents.to(vae.dtype)
         if tiles is None:
-            pictures = found(latents, return_dict=False, **options)[0]
+            pictures = decode_whole(latents, return_dict=False, **options)[0]
         else:
-            pictures = tiled_decode(vae, latents, tiles, found)
+            pictures = decode_in_tiles(vae, latents, tiles, decode_whole)
         check_finite(pictures, vae)
         return DecoderOutput(sample=pictures) if return_dict else (pictures,)
 
-    def encode(found: Any, pictures: Tensor, return_dict: bool = True) -> Any:
+    def encode(encode_whole: Any, pictures: Tensor, return_dict: bool = True) -> Any:
         pictures = pictures.to(vae.dtype)
         if tiles is None:
-            return found(pictures, return_dict=return_dict)
-        posterior = DiagonalGaussianDistribution(tiled_encode(vae, pictures, tiles, found))
+            return encode_whole(pictures, return_dict=return_dict)
+        posterior = DiagonalGaussianDistribution(
+            encode_in_tiles(vae, pictures, tiles, encode_whole)
+        )
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     with wrapped_method(vae, "decode", decode), wrapped_method(vae, "encode", encode):
@@ -118,19 +120,21 @@ def check_finite(pictures: Tensor, vae: Any) -> None:
         )
 
 
-def tiled_decode(
-    vae: Any, latents: Tensor, tiles: Tiles, decode: Callable[..., Any] | None = None
+def decode_in_tiles(
+    vae: Any, latents: Tensor, tiles: VaeTiles, decode: Callable[..., Any] | None = None
 ) -> Tensor:
     """Pictures [B, 3, H, W] of unscaled latents [B, C, h, w], by `vae.decode` or another method."""
 
     def piece(window: Tensor) -> Tensor:
         return (decode or vae.decode)(window, return_dict=False)[0]
 
-    return _in_tiles(vae, vae.decoder, piece, latents, (1, _factor(vae)), tiles)
+    return _run_in_tiles(
+        vae, vae.decoder, piece, latents, (1, _count_pixels_per_latent(vae)), tiles
+    )
 
 
-def tiled_encode(
-    vae: Any, pictures: Tensor, tiles: Tiles, encode: Callable[..., Any] | None = None
+def encode_in_tiles(
+    vae: Any, pictures: Tensor, tiles: VaeTiles, encode: Callable[..., Any] | None = None
 ) -> Tensor:
     """Means and log-variances [B, 2C, h, w] of pictures [B, 3, H, W] in −1…1.
 
@@ -140,21 +144,23 @@ def tiled_encode(
     def piece(window: Tensor) -> Tensor:
         return (encode or vae.encode)(window, return_dict=False)[0].parameters
 
-    return _in_tiles(vae, vae.encoder, piece, pictures, (_factor(vae), 1), tiles)
+    return _run_in_tiles(
+        vae, vae.encoder, piece, pictures, (_count_pixels_per_latent(vae), 1), tiles
+    )
 
 
-def _factor(vae: Any) -> int:
+def _count_pixels_per_latent(vae: Any) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 @torch.no_grad()
-def _in_tiles(
+def _run_in_tiles(
     vae: Any,
     half: nn.Module,
     piece: Callable[[Tensor], Tensor],
     maps: Tensor,
     units: tuple[int, int],
-    tiles: Tiles,
+    tiles: VaeTiles,
 ) -> Tensor:
     """Put maps through one half of a VAE in tiles.
 
@@ -168,7 +174,9 @@ def _in_tiles(
     """
     check_tileable(vae)
     height, width = (side // units[0] for side in maps.shape[-2:])
-    places = [(down, across) for down in spans(height, tiles) for across in spans(width, tiles)]
+    places = [
+        (down, across) for down in list_spans(height, tiles) for across in list_spans(width, tiles)
+    ]
     norms = _SharedNorms(half)
 
     def run(place: tuple[Span, Span]) -> Tensor:
@@ -183,15 +191,15 @@ def _in_tiles(
         norms.measure(run, places)
         if tiles.exact:
             norms.measure_in_turn(run, places)
-        return _joined(run, places, (height, width), units[1], tiles)
+        return _join(run, places, (height, width), units[1], tiles)
 
 
-def _joined(
+def _join(
     run: Callable[[tuple[Span, Span]], Tensor],
     places: list[tuple[Span, Span]],
     size: tuple[int, int],
     unit: int,
-    tiles: Tiles,
+    tiles: VaeTiles,
 ) -> Tensor:
     """All windows without their margins, each faded into the next."""
     whole = weight = torch.empty(0)
@@ -202,7 +210,7 @@ def _joined(
             whole = part.new_zeros(*part.shape[:2], *sides)
             weight = part.new_zeros(sides)
         cover = torch.outer(
-            *(_cover(s, n, unit, tiles, part) for s, n in zip(place, size, strict=True))
+            *(_weigh_window(s, n, unit, tiles, part) for s, n in zip(place, size, strict=True))
         )
         rows, columns = (slice(s.window[0] * unit, s.window[1] * unit) for s in place)
         whole[..., rows, columns] += part * cover
@@ -210,7 +218,7 @@ def _joined(
     return whole / weight
 
 
-def _cover(span: Span, length: int, unit: int, tiles: Tiles, like: Tensor) -> Tensor:
+def _weigh_window(span: Span, length: int, unit: int, tiles: VaeTiles, like: Tensor) -> Tensor:
     """How much a window counts along a side: 1 in its core, falling to 0 within the margin."""
     (start, stop), (first, last) = span
     at = torch.arange(first * unit, last * unit, device=like.device) + 0.5
@@ -249,7 +257,7 @@ class _SharedNorms:
     def installed(self) -> Iterator[None]:
         with ExitStack() as stack:
             for norm in self._norms:
-                stack.callback(norm.register_forward_hook(self._after).remove)
+                stack.callback(norm.register_forward_hook(self._normalise).remove)
             yield
 
     def measure(
@@ -260,7 +268,7 @@ class _SharedNorms:
         for place in places:
             run(place)
         self._measuring = False
-        self._known = {norm: self._affine(norm, sums) for norm, sums in self._sums.items()}
+        self._known = {norm: self._to_affine(norm, sums) for norm, sums in self._sums.items()}
 
     def measure_in_turn(
         self, run: Callable[[tuple[Span, Span]], Any], places: list[tuple[Span, Span]]
@@ -275,10 +283,10 @@ class _SharedNorms:
                     run(place)
                 except _ReachedError:
                     continue
-            self._known[self._wanted] = self._affine(self._wanted, self._sums[self._wanted])
+            self._known[self._wanted] = self._to_affine(self._wanted, self._sums[self._wanted])
         self._measuring = False
 
-    def _after(self, norm: Any, args: tuple, output: Tensor) -> Tensor | None:
+    def _normalise(self, norm: Any, args: tuple, output: Tensor) -> Tensor | None:
         maps = args[0]
         if self._measuring and self._wanted in (None, norm):
             self._sums[norm] = self._sums.get(norm, 0) + self._sum(norm, maps)
@@ -286,7 +294,7 @@ class _SharedNorms:
                 raise _ReachedError
         if norm not in self._known:
             return None
-        scale, shift = (each.to(maps.dtype) for each in self._known[norm])
+        scale, shift = (values.to(maps.dtype) for values in self._known[norm])
         beyond = (1,) * (maps.dim() - 2)
         return torch.addcmul(
             shift.unflatten(1, (-1, *beyond)), maps, scale.unflatten(1, (-1, *beyond))
@@ -306,10 +314,10 @@ class _SharedNorms:
         core = maps[..., cuts[0], cuts[1]].unflatten(1, (groups, -1)).flatten(2).float()
         count = torch.full(core.shape[:2], core.shape[2], device=core.device)
         sums = (count, core.sum(2, dtype=torch.float64), core.square().sum(2, dtype=torch.float64))
-        return torch.stack([each.double() for each in sums])
+        return torch.stack([values.double() for values in sums])
 
     @staticmethod
-    def _affine(norm: Any, sums: Tensor) -> tuple[Tensor, Tensor]:
+    def _to_affine(norm: Any, sums: Tensor) -> tuple[Tensor, Tensor]:
         """What a norm with these statistics multiplies each channel with, and adds: [B, C]."""
         mean = sums[1] / sums[0]
         inverse = (sums[2] / sums[0] - mean.square() + norm.eps).rsqrt()

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
 from convfusion.mixers.base import Grid, TokenMixer, check_grid
-from convfusion.ops import library
+from convfusion.ops import library, reference
 from convfusion.settings import check_fields
 
 Gate = Literal["scaled", "reference", "sigmoid"]
@@ -115,38 +114,29 @@ class DeltaConvBlock(TokenMixer):
             ValueError: N ≠ H·W.
         """
         height, width = check_grid(tokens, grid)
-        inner, weights = self.proj_in(tokens), self.stage_weights()
-        if weights and library.fused(inner, weights, self.config.pooling):
+        inner, weights = self.proj_in(tokens), self.list_stage_weights()
+        if weights and library.can_fuse(inner, weights, self.config.pooling):
             mixed = library.pyramid(inner, weights, (height, width), self.config.gate)
         else:
             maps = inner.transpose(1, 2).unflatten(2, (height, width))
-            mixed = self.pyramid(maps).flatten(2).transpose(1, 2)
+            mixed = self.apply_pyramid(maps).flatten(2).transpose(1, 2)
         mixed = self.proj_out(mixed)
         if self.mean_proj is not None:
             mixed += self.mean_proj(tokens.mean(dim=1, keepdim=True))  # in place: one map less
         return mixed
 
-    def stage_weights(self) -> list[Tensor]:
+    def list_stage_weights(self) -> list[Tensor]:
         """The kernels of all stages; none where they are not all, as with a LoRA or a bias."""
         convs = [conv for conv in self.convs if type(conv) is nn.Conv2d and conv.bias is None]
         return [conv.weight for conv in convs] if len(convs) == len(self.convs) else []
 
-    def pyramid(self, maps: Tensor) -> Tensor:
+    def apply_pyramid(self, maps: Tensor) -> Tensor:
         """All stages of maps [B, C', H, W], concatenated: [B, stages·C'/2, H, W]."""
-        size = maps.shape[-2:]
-        stages, pooled = [], maps
-        for i, conv in enumerate(self.convs):
-            if i:
-                pooled = halve(pooled) if self.config.pooling == "ceil" else shrink(maps, 2**i)
-            mixed = self.meet(conv(pooled))
-            if i:
-                mixed = F.interpolate(mixed, size=size, mode="bilinear", align_corners=False)
-            stages.append(mixed)
-        return torch.cat(stages, dim=1)
+        return reference.pyramid(maps, self.convs, self.apply_gate, self.config.pooling)
 
-    def meet(self, maps: Tensor) -> Tensor:
+    def apply_gate(self, maps: Tensor) -> Tensor:
         """The gate of a stage: maps [B, C', h, w] to [B, C'/2, h, w]."""
-        return apply_gate(maps, self.config.gate)
+        return reference.apply_gate(maps, self.config.gate)
 
     @torch.no_grad()
     def init_from(self, attention: Any) -> None:
@@ -161,35 +151,6 @@ class DeltaConvBlock(TokenMixer):
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.config.kernel_size}, gate={self.config.gate}"
-
-
-def halve(maps: Tensor) -> Tensor:
-    """2×2 means of maps [B, C, H, W]: [B, C, ⌈H/2⌉, ⌈W/2⌉], border windows over what they hold."""
-    return F.avg_pool2d(maps, 2, ceil_mode=True, count_include_pad=False)
-
-
-def shrink(maps: Tensor, factor: int) -> Tensor:
-    """Adaptive means of maps [B, C, H, W]: [B, C, ⌊H/factor⌋, ⌊W/factor⌋], each at least 1."""
-    height, width = maps.shape[-2:]
-    return F.adaptive_avg_pool2d(maps, (max(1, height // factor), max(1, width // factor)))
-
-
-def apply_gate(maps: Tensor, kind: Gate) -> Tensor:
-    """Let the two halves of the channels meet: [B, C', H, W] → [B, C'/2, H, W].
-
-    The second half is scaled before the product, so that `scaled` stays within float16 where
-    the product itself would not.
-    """
-    first, second = maps.chunk(2, dim=1)
-    channels = maps.shape[1]
-    if kind == "sigmoid":
-        return first * second.sigmoid()
-    return first * (second * gate_scale(channels, kind))
-
-
-def gate_scale(channels: int, kind: Gate) -> float:
-    """What `scaled` and `reference` multiply f1·f2 with, for C' channels of both halves."""
-    return channels**-0.5 if kind == "scaled" else (channels / 2) ** 0.5
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 
 from convfusion.ops import kernels
-from convfusion.ops.reference import factor, pooled_sides
-from convfusion.ops.tile_sizes import block_for, chunks_for, tile_for
+from convfusion.ops.reference import gate_scale, pooled_sides
+from convfusion.ops.tile_sizes import choose_block, choose_chunks, choose_tile
 
 Grid = tuple[int, int]
 PIXELS, WARPS = 32, 4  # of the kernels that resize
@@ -92,9 +92,9 @@ def _weight_grad(x: Tensor, grad: Tensor, weights: Tensor, side: Grid) -> Tensor
     """Gradient of one stage's weights [K·K, C'], its partial sums added in a fixed order."""
     batch, _, channels = x.shape
     kernel = _side_of(weights[0])
-    tile = tile_for(kernel, channels)
+    tile = choose_tile(kernel, channels)
     groups, blocks = batch * triton.cdiv(side[0], tile.rows), triton.cdiv(channels, tile.channels)
-    chunks, each = chunks_for(groups, kernel, blocks)
+    chunks, each = choose_chunks(groups, kernel, blocks)
     partial = x.new_empty(chunks, kernel * kernel, channels, dtype=torch.float32)
     kernels.conv_weight_grad[(chunks, blocks, kernel)](
         x, grad, partial, groups, each, *side, C=channels, KERNEL=kernel,
@@ -108,7 +108,7 @@ def _over_tiles(
 ) -> None:
     """Launch a convolution with a program for every tile of a map and block of `channels`."""
     size, (batch, _, stride) = _side_of(weights), args[0].shape
-    tile = tile_for(size, channels)
+    tile = choose_tile(size, channels)
     tiles = batch * triton.cdiv(side[0], tile.rows) * triton.cdiv(side[1], tile.cols)
     kernel[(tiles, triton.cdiv(channels, tile.channels))](
         *args, C=stride, KERNEL=size, ROWS=tile.rows, COLS=tile.cols, CHANNELS=tile.channels,
@@ -119,7 +119,7 @@ def _over_tiles(
 def _upsample(small: Tensor, out: Tensor, side: Grid, grid: Grid, start: int) -> None:
     """Write a stage [B, N_i, C], of a grid `side`, into channels start… of `out` [B, N, …]."""
     channels = small.shape[-1]
-    block = block_for(channels)
+    block = choose_block(channels)
     blocks = len(small) * triton.cdiv(grid[0] * grid[1], PIXELS)
     kernels.upsample[(blocks, triton.cdiv(channels, block))](
         small, out, *side, *grid, side[0] / grid[0], side[1] / grid[1],
@@ -132,7 +132,7 @@ def _upsample_grad(grad: Tensor, x: Tensor, side: Grid, grid: Grid, stage: int) 
     """The transpose of `_upsample`, of one stage's slice of `grad`: [B, N_i, C'/2]."""
     channels = x.shape[-1] // 2
     small = x.new_empty(*x.shape[:2], channels)
-    block = block_for(channels)
+    block = choose_block(channels)
     blocks = len(small) * triton.cdiv(side[0] * side[1], PIXELS)
     # A pixel is part of the targets in an open interval of two of its own widths.
     reach = [-(-2 * large // few) + 2 for few, large in zip(side, grid, strict=True)]
@@ -157,4 +157,4 @@ def _side_of(weights: Tensor) -> int:
 
 
 def _scale(channels: int, gate: str) -> float:
-    return 1.0 if gate == "sigmoid" else factor(channels, gate)
+    return 1.0 if gate == "sigmoid" else gate_scale(channels, gate)

@@ -1,6 +1,6 @@
 """The operation that PyTorch knows, and who computes it.
 
-`pyramid` is for everyone. It goes to the kernels if `fused` says so, and to `reference` otherwise.
+`pyramid` is for everyone. It goes to the kernels if `can_fuse` says so, else to `reference`.
 The rule, in one line: CUDA tensors in half, bfloat16 or float32, `ceil` pooling, Triton ≥ 3.3, and
 CONVFUSION_KERNELS=1 in the environment when this module is imported. They wait to be asked for
 until they have run on a GPU.
@@ -41,7 +41,7 @@ WANTED = os.environ.get("CONVFUSION_KERNELS") == "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def fused(tokens: Tensor, weights: Sequence[Tensor], pooling: str = "ceil") -> bool:
+def can_fuse(tokens: Tensor, weights: Sequence[Tensor], pooling: str = "ceil") -> bool:
     """Whether the kernels take tokens of this device and dtype, pooled in this way.
 
     Weights that wait on another device, as under sequential offload, are left to their modules.
@@ -58,14 +58,16 @@ def pyramid(
     gate: str,
     pooling: str = "ceil",
 ) -> Tensor:
-    """All stages of tokens [B, N, C'], side by side: [B, N, n·C'/2]; see `reference.pyramid`.
+    """All stages of tokens [B, N, C'], side by side: [B, N, n·C'/2].
+
+    What it computes is `reference.pyramid_of_tokens`.
 
     On the kernels' path the weights are taken in the dtype of the tokens, as autocast would have
     them; sums are float32. Gradients reach tokens and weights and are the same bits every time;
     gradients of gradients need the reference.
     """
-    if not fused(tokens, weights, pooling):
-        return reference.pyramid(tokens, weights, grid, gate, pooling)
+    if not can_fuse(tokens, weights, pooling):
+        return reference.pyramid_of_tokens(tokens, weights, grid, gate, pooling)
     packed = torch.stack([weight.flatten(1).t() for weight in weights]).to(tokens.dtype)
     return pyramid_op(tokens, packed, *grid, gate)
 

@@ -23,7 +23,7 @@ class Tile:
         return max(1, self.rows * self.channels // (32 * PER_THREAD))
 
 
-def tile_for(kernel: int, channels: int) -> Tile:
+def choose_tile(kernel: int, channels: int) -> Tile:
     """The tile of a convolution of K×K over so many channels.
 
     The channels fill blocks as wide as wastes least. Eight columns bring the loads per multiply-add
@@ -31,15 +31,15 @@ def tile_for(kernel: int, channels: int) -> Tile:
     at K = 21; a kernel of 3 has little to reuse. More rows share the halo of a larger kernel.
     """
     rows, cols = (4, 4) if kernel <= 3 else (8, 8)
-    return Tile(rows, cols, block_for(channels))
+    return Tile(rows, cols, choose_block(channels))
 
 
-def block_for(channels: int) -> int:
+def choose_block(channels: int) -> int:
     """The block with the fewest channels left over; of equals, the widest."""
     return min(CHANNELS, key=lambda block: (-channels % block, -block))
 
 
-def chunks_for(groups: int, kernel: int, blocks: int) -> tuple[int, int]:
+def choose_chunks(groups: int, kernel: int, blocks: int) -> tuple[int, int]:
     """Chunks of the pixels for the weight gradient, and groups of rows in each.
 
     Every chunk costs a partial gradient of K·K·C' float32 values, written and read once.
