@@ -29,7 +29,8 @@ from convfusion.evaluate.extractors import Extractor
 from convfusion.families import denoiser_of, latent_scale
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import generate
-from convfusion.highres import Ladder, Start, highres, keep_last_steps
+from convfusion.highres import Ladder, Start, highres
+from convfusion.highres.ladder import keep_last_steps
 from convfusion.report import labelled_grid
 from highres_distances import LOAD
 from pages import ROOT, add, has

@@ -29,15 +29,8 @@ from convfusion.bench.models import bench_model
 from convfusion.evaluate import psnr
 from convfusion.families import native_size
 from convfusion.generate import generate
-from convfusion.highres import (
-    Ladder,
-    Start,
-    budget,
-    highres,
-    keep_last_steps,
-    list_rungs,
-    plan_ladder,
-)
+from convfusion.highres import Ladder, Start, budget, highres
+from convfusion.highres.ladder import keep_last_steps, list_rungs, plan_ladder
 from convfusion.highres.peaks import estimate_denoiser_peak
 from convfusion.highres.vae_tiles import (
     VaeTiles,

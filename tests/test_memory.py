@@ -12,7 +12,8 @@ from tiny_pipelines import stable_diffusion
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
 from convfusion.generate import generate
-from convfusion.highres import Ladder, plan_ladder
+from convfusion.highres import Ladder
+from convfusion.highres.ladder import plan_ladder
 from convfusion.highres.peaks import estimate_decoder_peak, estimate_denoiser_peak
 
 CPU = torch.device("cpu")

@@ -18,17 +18,13 @@ from convfusion.data import LatentDataset
 from convfusion.data.latents import hold_out, training_data
 from convfusion.distill import DistillConfig, DistillTask
 from convfusion.distill.curve import chosen_counts, replacement_curve
-from convfusion.distill.partial import (
-    imitation_errors,
-    site_costs,
-    spearman,
-    subset_errors,
-)
+from convfusion.distill.partial import imitation_errors, site_costs, spearman, subset_errors
 from convfusion.distill.validation import held_out_error, noised
 from convfusion.families import denoiser_of, list_sites, shorten_path
 from convfusion.mixers import Neighbourhood
-from convfusion.surgery import attention_back, install, mixers_of, select_every, select_sites
+from convfusion.surgery import attention_back, install, mixers_of
 from convfusion.surgery.config import with_kernel_sizes
+from convfusion.surgery.surgery import select_every, select_sites
 
 both = pytest.mark.parametrize("make", [stable_diffusion, pixart_sigma])
 TRAINING = DistillConfig(steps=2, batch_size=2, warmup=0, learning_rate=1e-2, seed=3)
@@ -55,7 +51,7 @@ def converted(make, config=None, spread=0.3):
 
 def prediction(model, pipe, data):
     conditioning = training_data(pipe, data).take(range(2), [False] * 2)[1]
-    from convfusion.families.conditioning import place_conditioning
+    from convfusion.families import place_conditioning
 
     told = place_conditioning(conditioning, model)
     with torch.no_grad():

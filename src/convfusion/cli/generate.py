@@ -157,7 +157,8 @@ def _draw(pipe: Any, prompts: list[str], size: Any, ladder: Any, settings: dict[
     """Pictures at one go, or by the ladder where the size or a bound on memory asks for it."""
     from convfusion.families import native_size
     from convfusion.generate import generate as run
-    from convfusion.highres import highres, is_large, plan_ladder
+    from convfusion.highres import highres, is_large
+    from convfusion.highres.ladder import plan_ladder
 
     if not ladder.memory and (size is None or not is_large(pipe, size)):
         return run(pipe, prompts, size=size, **settings)

@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from convfusion.data.latents import LatentDataset, TrainingData
-from convfusion.distill.partial import (
-    OnProgress,
-    Ranking,
-    SiteCosts,
-    ready_to_judge,
-    subset_errors,
-)
+from convfusion.distill.partial import OnProgress, Ranking, SiteCosts, ready_to_judge, subset_errors
 from convfusion.distill.task import DistillTask
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of

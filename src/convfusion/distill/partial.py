@@ -22,8 +22,7 @@ from convfusion.distill.trainer import OnStep, distill
 from convfusion.distill.validation import noised
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import predictions, relative_error
-from convfusion.families import denoiser_of
-from convfusion.families.conditioning import place_conditioning
+from convfusion.families import denoiser_of, place_conditioning
 from convfusion.files import few
 from convfusion.surgery import attention_back, mixers_of
 

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from convfusion.analysis.streaming import Measure, OffsetMeans, mean_offsets, offset_means
 from convfusion.data.latents import LatentDataset, TrainingData, training_data
 from convfusion.distill.draws import Batches
-from convfusion.families import Site, denoiser_of
-from convfusion.families.conditioning import place_conditioning
+from convfusion.families import Site, denoiser_of, place_conditioning
 from convfusion.families.watch import project, watch_attention
 from convfusion.mixers.base import Grid
 from convfusion.mixers.delta_conv import DeltaConvBlock

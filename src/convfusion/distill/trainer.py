@@ -36,8 +36,7 @@ from convfusion.distill.startup import start_from_attention
 from convfusion.distill.task import DistillTask, Losses
 from convfusion.distill.validation import held_out_error, what_fails
 from convfusion.errors import ConvFusionError
-from convfusion.families import check_captioned, denoiser_of
-from convfusion.families.conditioning import place_conditioning
+from convfusion.families import check_captioned, denoiser_of, place_conditioning
 from convfusion.folders import locked
 from convfusion.surgery import mixers_of
 
