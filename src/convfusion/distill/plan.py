@@ -66,9 +66,8 @@ def plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None = None) 
     mixers = mixers_of(student)
     before = {path: {k: v.clone() for k, v in m.state_dict().items()} for path, m in mixers.items()}
     alone = config.imitation_steps == config.steps
-    tried = replace(
-        config, steps=TRIED, imitation_steps=TRIED if alone else 0, start="converted", held_out=0
-    )
+    changes = {"start": "converted", "warmup": -1, "held_out": 0}
+    tried = replace(config, steps=TRIED, imitation_steps=TRIED if alone else 0, **changes)
     times = []
     on_gpu = student.device.type == "cuda"
     if on_gpu:
