@@ -31,7 +31,9 @@ from convfusion.surgery import attention_back, install, mixers_of, select_every,
 from convfusion.surgery.config import with_kernel_sizes
 
 both = pytest.mark.parametrize("make", [stable_diffusion, pixart_sigma])
-TRAINING = DistillConfig(steps=2, batch_size=2, warmup=0, learning_rate=1e-2, seed=3)
+TRAINING = DistillConfig(
+    steps=2, start="converted", batch_size=2, warmup=0, learning_rate=1e-2, decay=0.0, seed=3
+)
 
 
 def dataset(pipe, samples=6, seed=5):

@@ -32,7 +32,7 @@ from convfusion.distill.environment import (
 )
 from convfusion.distill.logs import HELD_OUT, Owed, RunLog, owed
 from convfusion.distill.optimizers import make_optimizer
-from convfusion.distill.startup import start_from_attention
+from convfusion.distill.startup import blocks_to_start, start_from_attention
 from convfusion.distill.task import DistillTask, Losses
 from convfusion.distill.validation import held_out_error, what_fails
 from convfusion.errors import ConvFusionError
@@ -40,6 +40,7 @@ from convfusion.families import check_captioned, denoiser_of
 from convfusion.families.conditioning import placed
 from convfusion.folders import locked
 from convfusion.surgery import mixers_of
+from convfusion.surgery.record import count_steps
 
 OnStep = Callable[[int, dict[str, float]], None]
 DrawPicture = Callable[[Any, int], Any]
@@ -136,9 +137,10 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             pipe.to(self.accelerator.device)
         self.task = DistillTask(self.student, pipe.scheduler, config.losses)
+        self.mixers = mixers_of(self.student)
         self.named = {
             f"{path}.{name}": parameter
-            for path, mixer in mixers_of(self.student).items()
+            for path, mixer in self.mixers.items()
             for name, parameter in mixer.named_parameters()
         }
         if not self.named:
@@ -160,7 +162,7 @@ class Trainer:
             self.state = saved_state.read_run(found, self.named, config.to_dict(), self.rests_on)
             checkpoint.load(self.student, found)
         elif config.start == "attention":
-            start_from_attention(self.pipe, self.data)
+            start_from_attention(self.pipe, self.data, only=blocks_to_start(self.student))
         optimizer = make_optimizer(self.named.values(), config)
         saved_state.restore_optimizer(optimizer, self.named, self.state.optimizer)
         self.average = self.make_average()
@@ -268,6 +270,7 @@ class Trainer:
             self.optimizer.step()
         if finite:
             self.skipped_in_a_row = 0
+            count_steps(self.mixers.values())
             if self.average is not None:
                 self.average.step(self.named.values())
         self.clear_gradients()
