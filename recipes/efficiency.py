@@ -45,9 +45,7 @@ class Recipe:
 
 def paper(steps: int, seed: int) -> DistillConfig:
     """The paper's recipe as written, but for its length and batch."""
-    return DistillConfig(
-        steps=steps, batch_size=16, warmup=round(PAPER_WARMUP * steps), weight_decay=0.01, seed=seed
-    )
+    return DistillConfig.paper(steps=steps, warmup=round(PAPER_WARMUP * steps), seed=seed)
 
 
 RANDOM, MEAN = uniform(DeltaConv(init="random")), uniform(DeltaConv())

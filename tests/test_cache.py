@@ -25,7 +25,8 @@ from convfusion.data.pictures import cover, encode_pictures, upcast_vae
 from convfusion.data.samples import CHUNK
 from convfusion.data.sources import open_source
 from convfusion.data.store import LatentCache
-from convfusion.families import encode_conditioning, flatten_conditioning
+from convfusion.families import encode_conditioning
+from convfusion.families.conditioning import flatten_conditioning
 from convfusion.files import write_tensors
 from convfusion.folders import unfinished_name
 

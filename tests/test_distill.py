@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from convfusion import CheckpointError, ConvFusionError, DeltaConv, uniform
 from convfusion.data import LatentDataset
 from convfusion.distill import DistillConfig, DistillTask, LossWeights, distill
 from convfusion.distill import trainer as trainer_module
+from convfusion.distill.settings import read_settings
 from convfusion.generate import generate
 from convfusion.surgery import attention_teacher, mixers_of
 
@@ -102,7 +104,7 @@ def test_a_perfect_student_has_no_loss_but_the_noise():
     case = CASES[0]
     model = case.model()
     convfusion.convert(model, uniform(DeltaConv()))
-    task = DistillTask(model, DDIMScheduler(), LossWeights(feature=1))
+    task = DistillTask(model, DDIMScheduler(), LossWeights(noise=1, feature=1))
     task.student = task.teacher
     inputs = case.inputs(24, 40)
     latents, timesteps = inputs["sample"], inputs["timestep"]
@@ -116,7 +118,8 @@ def test_a_perfect_student_has_no_loss_but_the_noise():
 def test_only_the_blocks_move(pipe, data):
     before, moving = frozen(pipe), block_weights(pipe)
     wanted = {name: p.requires_grad for name, p in pipe.unet.named_parameters()}
-    result = distill(pipe, data, DistillConfig(steps=3, batch_size=4))
+    config = DistillConfig(steps=3, batch_size=4, losses=LossWeights(noise=1))
+    result = distill(pipe, data, config)
     assert result.steps == 3 and not result.stopped
     assert set(result.losses) == {"distill", "noise", "feature"}
     after = frozen(pipe)
@@ -211,6 +214,8 @@ def test_distilling_without_a_teacher_is_refused(data):
         ({"batch_size": 5, "accumulation": 2}, "multiple of accumulation"),
         ({"autocast": "int8"}, "one of no, bf16, fp16"),
         ({"caption_drop": 2.0}, "between 0 and 1"),
+        ({"warmup": -2}, "or -1 for one that fits the run, not -2"),
+        ({"steps": 40, "warmup": 100}, "which has 40: lower warmup, or set it to -1.*takes 2"),
     ],
 )
 def test_bad_configs_are_named(options, message):
@@ -225,6 +230,28 @@ def test_rate_rises_holds_and_falls():
     assert rates[9] == rates[49] == 1
     assert rates[75] == pytest.approx(0.5)
     assert 0 < rates[99] < 0.01
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (40, 2), (1000, 50), (60_000, 100)])
+def test_a_warmup_that_is_not_named_fits_the_run(steps, warmup):
+    config, same = DistillConfig(steps=steps), DistillConfig(steps=steps, warmup=warmup)
+    first = range(min(steps, 200))
+    assert [config.rate(step) for step in first] == [same.rate(step) for step in first]
+    assert DistillConfig.from_dict(config.to_dict()) == config
+
+
+def test_the_recipe_of_the_paper_is_that_of_its_settings_file():
+    settings = read_settings(Path(__file__).parent.parent / "configs" / "sd15.toml", {})
+    own = {"autocast", "checkpointing", "save_every", "validate_every"}  # to the machine's measure
+    changes = {name: getattr(settings.distill, name) for name in own}
+    assert DistillConfig.paper(**changes) == settings.distill
+    named = {"recipe": "paper", "distill": {"steps": 600, "losses": {"feature": 0.0}}}
+    with pytest.raises(ConvFusionError, match="warmup of 500 steps is longer than the run"):
+        read_settings(None, named)
+    named["distill"]["warmup"] = 5
+    losses = LossWeights(noise=1.0, feature=0.0)
+    expected = DistillConfig.paper(steps=600, warmup=5, losses=losses)
+    assert read_settings(None, named).distill == expected
 
 
 def test_state_of_a_run_is_plain_data(pipe, data, tmp_path):

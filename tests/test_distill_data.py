@@ -2,15 +2,19 @@
 
 import pytest
 import torch
-from tiny_pipelines import PIPELINES
+from PIL import Image
+from tiny_pipelines import PIPELINES, block_weights, stable_diffusion
 
+import convfusion
 from convfusion import ConvFusionError
-from convfusion.data import LatentDataset, hold_out, training_data
+from convfusion.data import LatentDataset, build_cache, hold_out, training_data
+from convfusion.distill import DistillConfig, distill
 from convfusion.distill.draws import Batches
 from convfusion.distill.losses import feature_losses, min_snr_weight, weighted_mse
 from convfusion.families import encode_conditioning
 from convfusion.families.dit import DIT
 from convfusion.schedule import add_noise, as_epsilon
+from convfusion.surgery import presets
 
 pytestmark = pytest.mark.libraries
 
@@ -106,3 +110,57 @@ def test_equal_pictures_are_not_on_both_sides_of_a_split():
     )
     with pytest.raises(ConvFusionError, match="all others have the same pictures"):
         hold_out(same, 1, seed=0)
+
+
+STEP = DistillConfig(steps=1, batch_size=2, tracker="none")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("red", "green"):
+        Image.new("RGB", (20, 16), name).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"{name} apple")
+    return folder
+
+
+def test_a_folder_of_pictures_is_all_that_a_pipeline_needs(pictures, tmp_path, capsys):
+    """It is encoded and the pipeline converted, as the command does; then the cache will do."""
+    pipe = stable_diffusion()
+    preset = presets.choose_preset(pipe.unet)
+    distill(pipe, str(pictures), STEP, tmp_path / "out")
+    assert f"it is now, by the preset '{preset}'" in capsys.readouterr().err
+    assert convfusion.status(pipe).record.steps == 1
+    learnt = block_weights(pipe)
+    twin = stable_diffusion()
+    distill(twin, tmp_path / "out" / "cache", STEP, progress=False)
+    assert capsys.readouterr().err == ""
+    assert all(torch.equal(learnt[name], now) for name, now in block_weights(twin).items())
+    again = stable_diffusion()  # resumed, it is converted as its checkpoint
+    data = tmp_path / "out" / "cache"
+    assert distill(again, data, STEP, tmp_path / "out", resume=True, progress=False).steps == 1
+    assert all(torch.equal(learnt[name], now) for name, now in block_weights(again).items())
+
+
+def test_a_source_needs_a_folder_to_be_encoded_into(pictures):
+    pipe = stable_diffusion()
+    with pytest.raises(ConvFusionError, match="needs a folder: pass `out`, or a cache"):
+        distill(pipe, pictures, STEP)
+    with pytest.raises(ConvFusionError, match="missing does not exist"):
+        distill(pipe, pictures / "missing", STEP)
+    assert convfusion.status(pipe).converted == 0
+
+
+def test_several_processes_want_a_cache(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConvFusionError, match="build a cache first"):
+        distill(stable_diffusion(), pictures, STEP, tmp_path / "out")
+
+
+def test_a_cache_is_built_from_a_path(pictures, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red apple\n")
+    pipe = stable_diffusion()
+    assert len(build_cache(pipe, pictures, tmp_path / "a")) == 2
+    assert build_cache(pipe, str(prompts), tmp_path / "b").captions == ["red apple"]

@@ -10,7 +10,7 @@ from tiny_pipelines import stable_diffusion
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
 from convfusion.data import LatentDataset
-from convfusion.distill import DistillConfig, DistillTask, distill
+from convfusion.distill import DistillConfig, DistillTask, LossWeights, distill
 from convfusion.surgery import mixers_of
 
 table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -93,7 +93,9 @@ def test_a_run_goes_from_the_first_stage_to_the_second(tmp_path):
     convfusion.convert(pipe, uniform(DeltaConv(kernel_size=3)))
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     data = LatentDataset(latents, ["red apple", "green apple", "red", ""])
-    config = DistillConfig(steps=4, batch_size=2, imitation_steps=2, learning_rate=1e-2, warmup=0)
+    config = DistillConfig(
+        steps=4, batch_size=2, imitation_steps=2, warmup=0, losses=LossWeights(noise=1.0)
+    )
     seen = []
     distill(pipe, data, config, on_step=lambda step, terms: seen.append(sorted(terms)))
     assert seen == [["imitation"]] * 2 + [["distill", "feature", "noise"]] * 2

@@ -20,7 +20,7 @@ from convfusion import demo, mini
 from convfusion.checkpoint.loading import in_dtype
 from convfusion.data import LatentDataset
 from convfusion.demo import run_demo
-from convfusion.distill import DistillConfig
+from convfusion.distill import DistillConfig, distill
 from convfusion.families import list_sites
 from convfusion.fingerprint import fingerprint
 from convfusion.surgery import mixers_of
@@ -161,6 +161,16 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
     assert "<img" in page and 'src="data:image/png;base64,' in page
     assert "http://" not in page and "https://" not in page
     assert len(said) == 4
+
+
+def test_the_default_recipe_learns_from_twenty_pictures_in_forty_steps():
+    """The errors, on names that no training saw, were 0.428 as converted and 0.121 in the end."""
+    pipe = mini.load_teacher()
+    convfusion.convert(pipe)
+    held_out = demo.spread(mini.held_out_data("choice"), 16)
+    before = demo.error(pipe, held_out)
+    distill(pipe, demo.spread(mini.training_data(), 20), DistillConfig(steps=40))
+    assert demo.error(pipe, held_out) < before / 2
 
 
 @pytest.mark.parametrize("table", ["initialisation.csv", "kernels.csv"])

@@ -22,8 +22,8 @@ SETTINGS = ROOT / "configs" / "one-gpu-sd15.toml"
 SHORTER = {  # what is appended to the commands of the page, so that a test can wait for them
     "cache": "--steps 2 --per-prompt 2",
     "distill": "--size 32x32",
-    "distill --out": "--size 32x32 --steps 2 --imitation-steps 1 --held-out 2 --batch-size 4 "
-    "--prompt red",
+    "distill --out": "--size 32x32 --steps 2 --imitation-steps 1 --warmup 1 --held-out 2 "
+    "--batch-size 4 --prompt red",
     "evaluate": "--steps 2 --samples 6 --batch-size 6",
     "generate": "--steps 4",
 }

@@ -27,7 +27,9 @@ from convfusion.surgery.config import with_kernel_sizes
 from convfusion.surgery.surgery import select_every, select_sites
 
 both = pytest.mark.parametrize("make", [stable_diffusion, pixart_sigma])
-TRAINING = DistillConfig(steps=2, batch_size=2, warmup=0, learning_rate=1e-2, seed=3)
+TRAINING = DistillConfig(
+    steps=2, start="converted", batch_size=2, warmup=0, learning_rate=1e-2, decay=0.0, seed=3
+)
 
 
 def dataset(pipe, samples=6, seed=5):
@@ -51,7 +53,7 @@ def converted(make, config=None, spread=0.3):
 
 def prediction(model, pipe, data):
     conditioning = training_data(pipe, data).take(range(2), [False] * 2)[1]
-    from convfusion.families import place_conditioning
+    from convfusion.families.conditioning import place_conditioning
 
     told = place_conditioning(conditioning, model)
     with torch.no_grad():

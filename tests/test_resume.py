@@ -16,7 +16,7 @@ from tiny_pipelines import block_weights, stable_diffusion
 import convfusion
 from convfusion import CheckpointError, DeltaConv, checkpoint, files, uniform
 from convfusion.data import LatentDataset
-from convfusion.distill import DistillConfig, distill
+from convfusion.distill import DistillConfig, LossWeights, distill
 from convfusion.distill.state import last_checkpoint, optimizer_tensors, restore_optimizer
 from convfusion.surgery import mixers_of
 
@@ -36,6 +36,7 @@ CONFIG = DistillConfig(
     learning_rate=1e-2,
     warmup=2,
     decay=0.5,
+    losses=LossWeights(noise=1.0),
 )
 
 

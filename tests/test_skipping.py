@@ -13,7 +13,9 @@ from convfusion.distill.state import last_checkpoint
 from convfusion.distill.task import DistillTask
 from convfusion.surgery import mixers_of
 
-CONFIG = DistillConfig(steps=4, batch_size=2, warmup=1, save_every=1, max_skipped=2, ema=0.5)
+CONFIG = DistillConfig(
+    steps=4, start="converted", batch_size=2, warmup=1, save_every=1, max_skipped=2, ema=0.5
+)
 
 
 def spoil(monkeypatch, calls, value):
@@ -101,3 +103,5 @@ def test_a_frozen_model_that_is_not_finite_is_not_a_blocks_fault():
     pipe.unet.conv_in.weight.data.fill_(float("nan"))
     with pytest.raises(ConvFusionError, match="the data, or the frozen model"):
         distill(pipe, samples(), CONFIG)
+    with pytest.raises(ConvFusionError, match=r"mean attention .* the data, or the frozen model"):
+        distill(pipe, samples(), replace(CONFIG, start="attention"))

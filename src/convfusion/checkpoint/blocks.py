@@ -4,8 +4,10 @@ A checkpoint is a folder with `blocks.safetensors`, the mixers' tensors under
 `<site path>.mixer.<name>`, and `convfusion.json`, the manifest:
 
     {"format": 1, "version": "<of convfusion>", "family": "unet", "base_model": "<name or path>",
-     "sha256": "<of blocks.safetensors>",
+     "sha256": "<of blocks.safetensors>", "trained": {"steps": 1000}, "started_from": "attention",
      "sites": {"<site path>": {"channels": 64, "mixer": {"kind": "delta_conv", …}}}}
+
+`trained` is false for blocks that no training has seen, as after `convert`.
 
 Only safetensors and JSON are read, so a file from outside cannot run code.
 """
@@ -39,8 +41,10 @@ from convfusion.mixers.base import TokenMixer
 from convfusion.surgery import Status, build_mixers, drop_attention, install, mixers_of, status
 from convfusion.surgery.config import ConvertConfig
 from convfusion.surgery.layers import check_blocks, check_floats, check_untied, separate
+from convfusion.surgery.record import TrainingRecord, joint_record, set_record
 
-Blocks: TypeAlias = tuple[dict[str, Mixer], dict[str, dict[str, Tensor]]]  # settings, values
+# Settings and values by site, and what they have been through.
+Blocks: TypeAlias = tuple[dict[str, Mixer], dict[str, dict[str, Tensor]], TrainingRecord]
 
 FORMAT = 1
 BLOCKS, MANIFEST = "blocks.safetensors", "convfusion.json"
@@ -168,7 +172,7 @@ def load(
         CheckpointError: a file is missing, damaged, or does not fit this model, which is unchanged.
     """
     model = denoiser_of(pipe_or_model)
-    wanted, states = _read_source(str(source), model, average, revision)
+    wanted, states, record = _read_source(str(source), model, average, revision)
     present = mixers_of(model)
     if present and {path: mixer.config for path, mixer in present.items()} != wanted:
         raise CheckpointError(
@@ -181,6 +185,7 @@ def load(
         _check_finite(source, path, mixer, states[path])
     for path, mixer in mixers.items():
         fill(mixer, states[path])
+        set_record(mixer, record)
     if not present:
         for path, mixer in mixers.items():  # of a base that is frozen, they are as well
             mixer.requires_grad_(model.get_submodule(path).to_v.weight.requires_grad)
@@ -235,6 +240,7 @@ def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer], digest: str) ->
         "family": family_of(model).name,
         "base_model": _public_name(named),
         "sha256": digest,
+        **joint_record(mixers.values()).to_dict(),
         "sites": {
             path: {"channels": channels[path], "mixer": mixer_to_dict(mixer.config)}
             for path, mixer in mixers.items()
@@ -261,7 +267,18 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         isinstance(site, dict) and {"channels", "mixer"} <= site.keys() for site in sites.values()
     ):
         raise CheckpointError(f"{path}: `sites` must map paths to channels and mixers")
+    _read_record(path, manifest)
     return manifest
+
+
+def _read_record(path: Path, manifest: dict[str, Any]) -> TrainingRecord:
+    try:
+        return TrainingRecord.from_dict(manifest)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: {error} does not say whether the blocks are trained, as "
+            '`"trained": {"steps": 1000}` or `"trained": false` would'
+        ) from None
 
 
 def _check_digest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -300,7 +317,8 @@ def _read_source(source: str, model: Denoiser, average: bool, revision: str | No
         raise CheckpointError(f"a revision is of a name on the Hub, user/name, not of {source}")
     if released_file:
         layout = released.read_layout(path, model, average=average)
-        return dict(layout.mixers), released.read_states(path, layout)
+        states = released.read_states(path, layout)
+        return dict(layout.mixers), states, TrainingRecord("released")
     if not path.exists():
         raise CheckpointError(f"{source} is no folder here, and no name on the Hub, user/name")
     if not (path / MANIFEST).is_file():
@@ -336,7 +354,7 @@ def _read_folder(folder: Path, model: Denoiser) -> Blocks:
     states: dict[str, dict[str, Tensor]] = {site: {} for site in wanted}
     for key, (site, name, _) in expected.items():
         states[site][name] = tensors[key]
-    return wanted, states
+    return wanted, states, _read_record(folder / MANIFEST, manifest)
 
 
 def _expected_tensors(

@@ -32,7 +32,10 @@ def curve(
     learning_rate: Annotated[
         float | None, typer.Option(help="By default 5e-4; 2e-2 for `mini`.")
     ] = None,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps of rising rate; then it falls.")] = 20,
+    warmup: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps of rising rate, then it falls; by default 20 or all."),
+    ] = None,
     autocast: Annotated[str, typer.Option(help="no, bf16 or fp16, in training.")] = "no",
     held_out: Annotated[int, typer.Option(min=1, help="Samples to judge by.")] = 64,
     sites: Annotated[
@@ -66,7 +69,7 @@ def curve(
         "start": "attention",
         "batch_size": batch_size,
         "learning_rate": RATES[is_embedded(model)] if learning_rate is None else learning_rate,
-        "warmup": warmup,
+        "warmup": min(20, steps) if warmup is None else warmup,
         "decay": 1.0,
         "weight_decay": 0.0,
         "autocast": autocast,

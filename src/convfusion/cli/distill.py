@@ -60,6 +60,10 @@ def distill(
     first: Annotated[
         int | None, typer.Option(min=0, help="With --every: the first of them, from 0.")
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="convfusion or paper: what training options that are not given are."),
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Of the validation pictures; by default the first four captions."),
@@ -85,6 +89,7 @@ def distill(
 
     named: dict[str, Any] = {"model": model, "data": data, "size": size, "buckets": buckets}
     named |= {"revision": revision, "config": config, "every": every, "first": first}
+    named["recipe"] = recipe
     run = read_settings(settings, {**named, "distill": given})
     check_run(run, None if dry_run else out, dry_run=dry_run, resume=resume)
     check_loading(precision, device)

@@ -16,7 +16,7 @@ from convfusion.data.buckets import buckets as sizes_about
 from convfusion.data.chunks import Chunk, Encoder, Event, Reader, Ready, read_with, size_name
 from convfusion.data.pictures import upcast_vae
 from convfusion.data.samples import Source
-from convfusion.data.sources import Prompts, open_source
+from convfusion.data.sources import Drawing, Prompts, open_source
 from convfusion.data.store import (
     CHUNKS,
     EMPTY,
@@ -32,7 +32,7 @@ from convfusion.families import check_captioned, denoiser_of, family_of, native_
 from convfusion.files import write_tensors, write_text
 from convfusion.fingerprint import differences, identity, module_identity, scheduler_identity
 from convfusion.folders import LOCK, is_unfinished, locked, remove_remains
-from convfusion.generate import check_guidance, check_size, check_steps, swapped_denoiser
+from convfusion.generate import can_guide, check_guidance, check_size, check_steps, swapped_denoiser
 from convfusion.surgery import attention_teacher, mixers_of
 
 NAMED = 20  # of the skipped samples, for each reason
@@ -90,7 +90,8 @@ def build_cache(
         pipe: whose VAE and text encoders are asked. Prompts are drawn by its own attention, whether
             it is converted or not.
         source: from `open_source`, or what that opens: a folder, a table, tar shards, `hf:NAME`
-            or a file of prompts.
+            or a file of prompts, which are drawn with the defaults of `Drawing`, without guidance
+            where the pipeline has none.
         folder: new, empty, or with an unfinished cache of the same source and settings.
         size: (height, width) of the pictures, by default the pipeline's own.
         buckets: choose for each picture among sizes of about this area the one of nearest ratio.
@@ -107,7 +108,8 @@ def build_cache(
     folder = Path(folder)
     check_captioned(pipe)
     if isinstance(source, str | Path):
-        source = open_source(source)
+        as_it_can = Drawing() if can_guide(pipe) else Drawing(guidance=1.0)
+        source = open_source(str(source), drawing=as_it_can)
     sizes = _sizes(pipe, source, size, buckets)
     if num_workers < 0 or batch_size < 1:
         raise ConvFusionError("num_workers must be at least 0, and batch_size at least 1")

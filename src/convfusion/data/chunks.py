@@ -22,7 +22,8 @@ from convfusion.data.samples import CHUNK, Sample, Source
 from convfusion.data.sources import Drawing
 from convfusion.data.workers import ignore_interrupts
 from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of, encode_conditioning, family_of, flatten_conditioning
+from convfusion.families import denoiser_of, encode_conditioning, family_of
+from convfusion.families.conditioning import flatten_conditioning
 from convfusion.generate import generate
 from convfusion.patches import replaced_attributes
 

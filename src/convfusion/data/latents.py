@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from convfusion.errors import ConvFusionError
-from convfusion.families import encode_conditioning, flatten_conditioning, latent_scale
+from convfusion.families import encode_conditioning, latent_scale
+from convfusion.families.conditioning import flatten_conditioning
 
 # Of the squared norm: equal pictures may round otherwise in another batch of the autoencoder.
 EQUAL = 1e-6

@@ -8,9 +8,9 @@ from convfusion.imports import lazy
 
 if TYPE_CHECKING:
     from convfusion.distill.config import DistillConfig, LossWeights
+    from convfusion.distill.run import DistillResult, distill
     from convfusion.distill.startup import start_from_attention
     from convfusion.distill.task import DistillTask
-    from convfusion.distill.trainer import DistillResult, distill
 
 # Loaded at first use: the command line reads the settings, and must not wait for torch.
 _HOME = {
@@ -18,8 +18,8 @@ _HOME = {
     "LossWeights": "config",
     "start_from_attention": "startup",
     "DistillTask": "task",
-    "DistillResult": "trainer",
-    "distill": "trainer",
+    "DistillResult": "run",
+    "distill": "run",
 }
 __all__ = sorted(_HOME)
 

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from convfusion import __version__, checkpoint, files, mini
 from convfusion.checkpoint import hub
 from convfusion.distill.logs import read_history
+from convfusion.distill.run import DistillResult
 from convfusion.distill.settings import RunSettings, as_toml
-from convfusion.distill.trainer import DistillResult
 from convfusion.families import denoiser_of
 from convfusion.fingerprint import fingerprint
 from convfusion.surgery import mixers_of, status

@@ -21,13 +21,14 @@ class LossWeights:
 
     Attributes:
         distill: weight of w(t)·‖ε̃ − ε̂‖², student against teacher.
-        noise: weight of w(t)·‖ε − ε̂‖², student against the true noise.
+        noise: weight of w(t)·‖ε − ε̂‖², student against the true noise; it pulls towards the data
+            and away from the teacher.
         feature: weight β of L_f, the hidden states after each site.
         snr_gamma: not a weight but γ of Min-SNR.
     """
 
     distill: float = 1.0
-    noise: float = 1.0
+    noise: float = 0.0
     feature: float = 1e-3
     snr_gamma: float = 5.0
 
@@ -44,18 +45,21 @@ class LossWeights:
 class DistillConfig:
     """Everything that decides what a distillation does to the blocks.
 
+    The defaults are this project's recipe; `DistillConfig.paper()` is the paper's.
+
     Attributes:
         steps: optimiser steps in all.
         imitation_steps: the first of them, in which each block learns alone to imitate its
             attention on the teacher's own inputs; the others train all blocks end to end.
-        start: `converted`, the blocks as they are, or `attention`, each block set to the measured
-            mean of the attention it replaces.
+        start: `attention`, each block that was never trained is first set to the measured mean of
+            the attention it replaces; or `converted`, all blocks begin as they are.
         batch_size: samples per step, over all processes and accumulated parts.
         accumulation: parts that each process works its share of a batch in.
         optimizer: `adamw`; `adamw8bit` of bitsandbytes; or `muon` (PyTorch 2.9), which is Muon for
             the projections and AdamW for the rest.
         learning_rate: after `warmup` steps.
-        warmup: steps over which the rate rises from 0.
+        warmup: steps over which the rate rises from 0; -1 takes a twentieth of `steps`, and 100 at
+            the most.
         decay: share of the steps, at the end, over which the rate falls to 0 along a cosine.
         betas: of AdamW.
         weight_decay: of the optimiser.
@@ -80,13 +84,13 @@ class DistillConfig:
 
     steps: int = 1000
     imitation_steps: int = 0
-    start: Start = "converted"
+    start: Start = "attention"
     batch_size: int = 16
     accumulation: int = 1
     optimizer: Optimizer = "adamw"
-    learning_rate: float = 3e-4
-    warmup: int = 100
-    decay: float = 0.0
+    learning_rate: float = 5e-4
+    warmup: int = -1
+    decay: float = 0.5
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -109,9 +113,10 @@ class DistillConfig:
         for name in ("steps", "batch_size", "accumulation", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ConvFusionError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "held_out", "workers", "validate_every"):
+        for name in ("weight_decay", "held_out", "workers", "validate_every"):
             if getattr(self, name) < 0:
                 raise ConvFusionError(f"{name} must not be negative")
+        self._check_warmup()
         if not 0 <= self.imitation_steps <= self.steps:
             raise ConvFusionError(
                 f"imitation_steps must lie between 0 and steps: it is {self.imitation_steps}, and "
@@ -133,12 +138,36 @@ class DistillConfig:
         if self.max_skipped < 1:
             raise ConvFusionError("max_skipped must be at least 1")
 
+    def _check_warmup(self) -> None:
+        if self.warmup < -1:
+            raise ConvFusionError(
+                f"warmup is a number of steps, or -1 for one that fits the run, not {self.warmup}"
+            )
+        if self.warmup > self.steps:
+            raise ConvFusionError(
+                f"a warmup of {self.warmup} steps is longer than the run, which has {self.steps}: "
+                f"lower warmup, or set it to -1, which here takes {fitting_warmup(self.steps)}"
+            )
+
     def rate(self, step: int) -> float:
         """The learning rate's factor at a step, counted from 0."""
-        rising = min(1.0, (step + 1) / max(1, self.warmup))
+        warmup = fitting_warmup(self.steps) if self.warmup < 0 else self.warmup
+        rising = min(1.0, (step + 1) / max(1, warmup))
         tail, left = self.decay * self.steps, self.steps - step
         falling = 0.5 - 0.5 * math.cos(math.pi * left / tail) if left < tail else 1.0
         return rising * falling
+
+    @classmethod
+    def paper(cls, **changes: Any) -> DistillConfig:
+        """The paper's recipe, as it distilled Stable Diffusion 1.5, with some fields changed.
+
+        Args:
+            changes: fields of `DistillConfig`; a shorter run needs a shorter `warmup`.
+
+        Raises:
+            ConvFusionError: as for any `DistillConfig`.
+        """
+        return cls(**{**PAPER, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""
@@ -151,13 +180,35 @@ class DistillConfig:
         Raises:
             ConvFusionError: a field is unknown, or a value is of the wrong kind or out of range.
         """
-        given = dict(values)
-        check_names(cls, given, "a distillation")
-        if "losses" in given:
-            if not isinstance(given["losses"], Mapping):
+        settings = dict(values)
+        check_names(cls, settings, "a distillation")
+        if "losses" in settings:
+            if not isinstance(settings["losses"], Mapping):
                 raise ConvFusionError("`losses` must be a table of weights")
-            check_names(LossWeights, given["losses"], "`losses`")
-            given["losses"] = LossWeights(**given["losses"])
-        if isinstance(given.get("betas"), list):
-            given["betas"] = tuple(given["betas"])
-        return cls(**given)
+            check_names(LossWeights, settings["losses"], "`losses`")
+            settings["losses"] = LossWeights(**settings["losses"])
+        if isinstance(settings.get("betas"), list):
+            settings["betas"] = tuple(settings["betas"])
+        return cls(**settings)
+
+
+def fitting_warmup(steps: int) -> int:
+    """The warm-up of a run that names none: a twentieth of its steps, at most 100."""
+    return min(100, steps // 20)
+
+
+PAPER: Mapping[str, Any] = {
+    "steps": 60_000,
+    "imitation_steps": 0,
+    "start": "converted",
+    "batch_size": 16,
+    "optimizer": "adamw",
+    "learning_rate": 3e-4,
+    "warmup": 500,
+    "decay": 0.0,
+    "betas": (0.9, 0.99),
+    "weight_decay": 0.01,
+    "ema": 0.0,
+    "caption_drop": 0.15,
+    "losses": LossWeights(distill=1.0, noise=1.0, feature=1e-3, snr_gamma=5.0),
+}

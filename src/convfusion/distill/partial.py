@@ -17,12 +17,14 @@ from torch import Tensor
 
 from convfusion.data.latents import LatentDataset, TrainingData, training_data
 from convfusion.distill.config import DistillConfig
+from convfusion.distill.run import distill
 from convfusion.distill.task import DistillTask
-from convfusion.distill.trainer import OnStep, distill
+from convfusion.distill.trainer import OnStep
 from convfusion.distill.validation import noised
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import predictions, relative_error
-from convfusion.families import denoiser_of, place_conditioning
+from convfusion.families import denoiser_of
+from convfusion.families.conditioning import place_conditioning
 from convfusion.files import few
 from convfusion.surgery import attention_back, mixers_of
 
@@ -110,7 +112,7 @@ def site_costs(
     training = replace(config, imitation_steps=config.steps)
     task = DistillTask(denoiser_of(pipe), pipe.scheduler)
     apart = ready_to_judge(pipe, held_out)
-    if distill(pipe, data, training, on_step=on_step).stopped:
+    if distill(pipe, data, training, on_step=on_step, progress=False).stopped:
         raise KeyboardInterrupt
     imitation = imitation_errors(task, apart, batch_size=config.batch_size, seed=config.seed)
     alone = [frozenset([path]) for path in imitation]

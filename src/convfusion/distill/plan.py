@@ -11,10 +11,11 @@ import torch
 from convfusion.data.latents import LatentDataset
 from convfusion.distill.config import DistillConfig
 from convfusion.distill.optimizers import state_per_number
-from convfusion.distill.trainer import distill
+from convfusion.distill.run import distill
 from convfusion.families import denoiser_of, latent_scale, native_size
 from convfusion.generate import check_size
 from convfusion.surgery import mixers_of, status
+from convfusion.surgery.record import record_of, set_record
 
 TRIED = 3  # steps, of which the first is not timed
 
@@ -65,19 +66,30 @@ def plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None = None) 
     data = LatentDataset(noise, [""] * count)
     mixers = mixers_of(student)
     before = {path: {k: v.clone() for k, v in m.state_dict().items()} for path, m in mixers.items()}
+    records = {path: record_of(mixer) for path, mixer in mixers.items()}
     alone = config.imitation_steps == config.steps
     tried = replace(
-        config, steps=TRIED, imitation_steps=TRIED if alone else 0, start="converted", held_out=0
+        config,
+        steps=TRIED,
+        imitation_steps=TRIED if alone else 0,
+        start="converted",
+        warmup=-1,
+        held_out=0,
     )
-    times = []
+    times: list[float] = []
+
+    def note(step: int, terms: dict[str, float]) -> None:
+        times.append(time.perf_counter())
+
     on_gpu = student.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(student.device)
     try:
-        distill(pipe, data, tried, on_step=lambda *_: times.append(time.perf_counter()))
+        distill(pipe, data, tried, on_step=note, progress=False)
     finally:
         for path, mixer in mixers.items():
             mixer.load_state_dict(before[path])
+            set_record(mixer, records[path])
     blocks = [p for mixer in mixers.values() for p in mixer.parameters()]
     trained = sum(p.numel() for p in blocks)
     kept = sum(p.numel() * state_per_number(p, config.optimizer) for p in blocks)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from convfusion.distill.config import DistillConfig
 from convfusion.errors import ConvFusionError
@@ -17,6 +17,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+Recipe = Literal["convfusion", "paper"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class RunSettings:
         config: preset or JSON file of the conversion, by default that of the model's layout.
         every: convert only every so many-th of the sites.
         first: of them, counted from 0.
+        recipe: what the fields of `distill` that are not set are: `convfusion`, the defaults of
+            `DistillConfig`, or `paper`, those of `DistillConfig.paper()`.
         distill: see `DistillConfig`.
     """
 
@@ -43,6 +47,7 @@ class RunSettings:
     config: str = ""
     every: int = 1
     first: int = 0
+    recipe: Recipe = "convfusion"
     distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
@@ -54,19 +59,21 @@ class RunSettings:
     def from_dict(cls, values: Mapping[str, Any]) -> RunSettings:
         """From plain values, with those of `DistillConfig` in `distill`."""
         check_names(cls, values, "a run")
-        given = values.get("distill", {})
-        if not isinstance(given, Mapping):
+        settings = values.get("distill", {})
+        if not isinstance(settings, Mapping):
             raise ConvFusionError("`distill` must be a table of settings")
-        return cls(**{**values, "distill": DistillConfig.from_dict(given)})
+        if values.get("recipe") == "paper":
+            settings = merge_settings(DistillConfig.paper().to_dict(), settings)
+        return cls(**{**values, "distill": DistillConfig.from_dict(settings)})
 
 
-def read_settings(path: str | Path | None, given: Mapping[str, Any]) -> RunSettings:
-    """The settings of a TOML file, overruled by those given; without a file, these alone.
+def read_settings(path: str | Path | None, options: Mapping[str, Any]) -> RunSettings:
+    """The settings of a TOML file, overruled by options; without a file, the options alone.
 
     Args:
         path: of the file, or None.
-        given: fields of `RunSettings` in which None is not given; `distill` holds fields of
-            `DistillConfig`, and its `losses` those of `LossWeights`.
+        options: fields of `RunSettings`, of which those that are None are left out; `distill`
+            holds fields of `DistillConfig`, and its `losses` those of `LossWeights`.
 
     Raises:
         ConvFusionError: the file cannot be read or is no TOML, a field is unknown or of the wrong
@@ -82,19 +89,19 @@ def read_settings(path: str | Path | None, given: Mapping[str, Any]) -> RunSetti
             RunSettings.from_dict(values)
         except ConvFusionError as error:
             raise ConvFusionError(f"{path}: {error}") from None
-    return RunSettings.from_dict(merged(values, given))
+    return RunSettings.from_dict(merge_settings(values, options))
 
 
-def merged(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values, overruled by what was given, table by table."""
-    found = dict(values)
-    for name, value in given.items():
+def merge_settings(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with changes, table by table; a change to None is none."""
+    merged = dict(values)
+    for name, value in changes.items():
         if isinstance(value, Mapping):
-            inner = found.get(name, {})
-            found[name] = merged(inner, value) if isinstance(inner, Mapping) else inner
+            inner = merged.get(name, {})
+            merged[name] = merge_settings(inner, value) if isinstance(inner, Mapping) else inner
         elif value is not None:
-            found[name] = value
-    return found
+            merged[name] = value
+    return merged
 
 
 def as_toml(settings: RunSettings) -> str:

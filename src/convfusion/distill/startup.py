@@ -20,6 +20,7 @@ which is 0 where the window reaches across the grid from every token.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -28,13 +29,16 @@ from torch import Tensor, nn
 from convfusion.analysis.streaming import Measure, OffsetMeans, mean_offsets, offset_means
 from convfusion.data.latents import LatentDataset, TrainingData, training_data
 from convfusion.distill.draws import Batches
-from convfusion.families import Site, denoiser_of, place_conditioning
+from convfusion.errors import ConvFusionError
+from convfusion.families import Denoiser, Site, denoiser_of
+from convfusion.families.conditioning import place_conditioning
 from convfusion.families.watch import project, watch_attention
 from convfusion.mixers.base import Grid
 from convfusion.mixers.delta_conv import DeltaConvBlock
 from convfusion.ops.reference import gate_scale
 from convfusion.schedule import add_noise, noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of
+from convfusion.surgery.record import TrainingRecord, record_of, set_record
 
 
 @torch.no_grad()
@@ -46,6 +50,7 @@ def start_from_attention(
     batch_size: int = 8,
     settings: Measure = Measure(queries=256),
     seed: int = 0,
+    only: Collection[str] | None = None,
 ) -> None:
     """Set every ΔConvBlock of a converted pipeline to the mean attention of its site.
 
@@ -59,14 +64,20 @@ def start_from_attention(
         batch_size: at once.
         settings: queries and memory of the measurement.
         seed: of pictures, noises and timesteps.
+        only: paths of the sites whose blocks are set; None sets all.
 
     Raises:
-        ConvFusionError: the model is not converted, or its attention was dropped.
+        ConvFusionError: the model is not converted, or its attention was dropped; or a mean is not
+            finite, because the data or the model are not. Blocks set before it stay set.
     """
     student = denoiser_of(pipe)
     blocks = {p: m for p, m in mixers_of(student).items() if isinstance(m, DeltaConvBlock)}
+    if only is not None:
+        blocks = {path: block for path, block in blocks.items() if path in only}
+        if not blocks:
+            return
     teacher = attention_teacher(student)
-    found: dict[str, list[OffsetMeans]] = {path: [] for path in blocks}
+    measured: dict[str, list[OffsetMeans]] = {path: [] for path in blocks}
 
     def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
         if site.path not in blocks:
@@ -74,7 +85,7 @@ def start_from_attention(
         radius = blocks[site.path].config.kernel_size // 2
         for query, key in zip(*project(attention, tokens), strict=True):
             means = offset_means(query, key, attention.scale, grid, radius, settings)
-            found[site.path].append(means)
+            measured[site.path].append(means)
 
     ready = training_data(pipe, data)
     batches = Batches(ready.groups, min(batch_size, pictures), seed)
@@ -96,7 +107,18 @@ def start_from_attention(
                 **place_conditioning(conditioning, student),
             )
     for path, block in blocks.items():
-        set_to_mean_attention(block, teacher.get_submodule(path), mean_offsets(found[path]))
+        means = mean_offsets(measured[path])
+        if not means.kernels.isfinite().all():
+            raise ConvFusionError(
+                f"the mean attention of {path} is not finite: look at the data, or the frozen model"
+            )
+        set_to_mean_attention(block, teacher.get_submodule(path), means)
+        set_record(block, TrainingRecord("attention"))
+
+
+def blocks_to_start(student: Denoiser) -> set[str]:
+    """The paths of the mixers that neither training nor a start has changed since `convert`."""
+    return {p for p, mixer in mixers_of(student).items() if not record_of(mixer).is_started}
 
 
 @torch.no_grad()

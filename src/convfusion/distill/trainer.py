@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,101 +22,23 @@ from convfusion.distill import state as saved_state
 from convfusion.distill.config import DistillConfig
 from convfusion.distill.draws import Draw, Draws
 from convfusion.distill.environment import (
-    check_possible,
     decoded_as_it_is,
     make_accelerator,
-    ready_to_train,
-    stop_on_interrupt,
 )
 from convfusion.distill.logs import HELD_OUT, Owed, RunLog, owed
 from convfusion.distill.optimizers import make_optimizer
-from convfusion.distill.startup import start_from_attention
+from convfusion.distill.startup import blocks_to_start, start_from_attention
 from convfusion.distill.task import DistillTask, Losses
 from convfusion.distill.validation import held_out_error, what_fails
 from convfusion.errors import ConvFusionError
-from convfusion.families import check_captioned, denoiser_of, place_conditioning
-from convfusion.folders import locked
+from convfusion.families import denoiser_of
+from convfusion.families.conditioning import place_conditioning
 from convfusion.surgery import mixers_of
+from convfusion.surgery.record import count_steps
 
 OnStep = Callable[[int, dict[str, float]], None]
 DrawPicture = Callable[[Any, int], Any]
 SCALER_HALVINGS = 24  # a loss scaler starts at 2^16 and skips steps until its scale fits
-
-
-@dataclass(frozen=True)
-class DistillResult:
-    """How a run ended.
-
-    Attributes:
-        steps: done in all, over every resumption.
-        stopped: whether Ctrl-C ended it before its last step.
-        seconds: of this call.
-        losses: the weighted terms of the last step.
-        skipped: steps that were skipped because a loss or gradient was not finite.
-        epsilon_error: on the samples held out, if there are any and the run has ended.
-    """
-
-    steps: int
-    stopped: bool
-    seconds: float
-    losses: dict[str, float]
-    skipped: int = 0
-    epsilon_error: float | None = None
-
-
-def distill(
-    pipe: Any,
-    data: LatentDataset | TrainingData,
-    config: DistillConfig = DistillConfig(),
-    out: str | Path | None = None,
-    *,
-    resume: bool = False,
-    on_step: OnStep | None = None,
-    validate: DrawPicture | None = None,
-) -> DistillResult:
-    """Train the blocks of a converted pipeline, in place.
-
-    Under `accelerate launch` every process calls this alike and takes its share of each batch.
-
-    Args:
-        pipe: a pipeline whose denoiser is converted, with its attention kept.
-        data: what to train on.
-        config: see `DistillConfig`.
-        out: folder for checkpoints, logs and, at the end, the blocks themselves; nothing is
-            written without it.
-        resume: go on from the last checkpoint in `out`, if there is one.
-        on_step: called after each step with its number (from 1) and its loss terms.
-        validate: called with the pipeline and the step; returns a picture to keep.
-
-    Raises:
-        ConvFusionError: the model is not converted, or its attention was dropped; or too many
-            steps in a row had a loss or gradient that was not finite; or another process trains
-            into the folder.
-        CheckpointError: the checkpoint to resume from belongs to another config or is damaged; or
-            one cannot be written.
-    """
-    folder = Path(out) if out is not None else None
-    writes = folder is not None and os.environ.get("RANK", "0") == "0"  # of a launcher's processes
-    with locked(folder) if folder is not None and writes else nullcontext():
-        if folder is not None and not resume:
-            saved_state.check_unused(folder)
-        trainer = Trainer(pipe, data, config, folder)
-        trainer.accelerator.wait_for_everyone()  # all have looked at the folder before one writes
-        found = saved_state.to_resume(folder) if folder is not None and resume else None
-        started = time.perf_counter()
-        with ready_to_train(trainer.student, config), stop_on_interrupt() as interrupted:
-            trainer.begin(found)
-            terms = trainer.train(interrupted, on_step, validate)
-            ended = trainer.state.step == config.steps
-            error = trainer.error
-            if ended and error is None:  # as where a run had come to its end before
-                error = trainer.held_out_error()
-        if folder is not None and trainer.accelerator.is_main_process:
-            checkpoint.save(pipe, folder)
-        trainer.accelerator.wait_for_everyone()
-    seconds = time.perf_counter() - started
-    state = trainer.state
-    return DistillResult(state.step, not ended, seconds, terms, state.skipped, error)
 
 
 class Trainer:
@@ -129,15 +49,14 @@ class Trainer:
     ) -> None:
         self.pipe, self.config, self.out = pipe, config, out
         self.student = denoiser_of(pipe)
-        check_captioned(pipe)
-        check_possible(self.student, config)
         self.accelerator = make_accelerator(config, out, cpu=self.student.device.type == "cpu")
         if self.accelerator.num_processes > 1:
             pipe.to(self.accelerator.device)
         self.task = DistillTask(self.student, pipe.scheduler, config.losses)
+        self.mixers = mixers_of(self.student)
         self.named = {
             f"{path}.{name}": parameter
-            for path, mixer in mixers_of(self.student).items()
+            for path, mixer in self.mixers.items()
             for name, parameter in mixer.named_parameters()
         }
         if not self.named:
@@ -159,7 +78,7 @@ class Trainer:
             self.state = saved_state.read_run(found, self.named, config.to_dict(), self.rests_on)
             checkpoint.load(self.student, found)
         elif config.start == "attention":
-            start_from_attention(self.pipe, self.data)
+            start_from_attention(self.pipe, self.data, only=blocks_to_start(self.student))
         optimizer = make_optimizer(self.named.values(), config)
         saved_state.restore_optimizer(optimizer, self.named, self.state.optimizer)
         self.average = self.make_average()
@@ -267,6 +186,7 @@ class Trainer:
             self.optimizer.step()
         if finite:
             self.skipped_in_a_row = 0
+            count_steps(self.mixers.values())
             if self.average is not None:
                 self.average.step(self.named.values())
         self.clear_gradients()

@@ -12,7 +12,7 @@ from convfusion.data.latents import TrainingData
 from convfusion.distill.draws import noise_like
 from convfusion.distill.task import DistillTask, collected
 from convfusion.evaluate import TIMESTEPS, epsilon_errors
-from convfusion.families import place_conditioning
+from convfusion.families.conditioning import place_conditioning
 from convfusion.surgery import mixers_of
 
 

@@ -42,6 +42,7 @@ from convfusion.surgery.mixed import (
     check_processor,
     resting_mixer,
 )
+from convfusion.surgery.record import TrainingRecord, least_trained, record_of
 
 LOST_WITHOUT_ATTENTION = (
     "revert",
@@ -63,6 +64,7 @@ class SiteStatus:
         attention_kept: whether the attention's weights are still there.
         attention_parameters: of the attention; 0 if it was dropped.
         mixer_parameters: of the mixer.
+        record: whether the mixer is trained, and for how many steps; None without a mixer.
     """
 
     site: Site
@@ -70,6 +72,7 @@ class SiteStatus:
     attention_kept: bool
     attention_parameters: int
     mixer_parameters: int
+    record: TrainingRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,18 @@ class Status:
         """How many sites have a mixer."""
         return sum(site.mixer is not None for site in self.sites)
 
+    @property
+    def record(self) -> TrainingRecord | None:
+        """What the least trained of the mixers has been through; None where nothing can train."""
+        records = [site.record for site in self.sites if site.record and site.mixer_parameters]
+        return least_trained(records) if records else None
+
     def __str__(self) -> str:
         dropped = sum(not site.attention_kept for site in self.sites)
         lines = [
             f"{self.model}: {self.converted} of {len(self.sites)} self-attention sites converted"
             + (f", {dropped} without their attention" if dropped else "")
+            + (f"; blocks {self.record}" if self.record else "")
         ]
         for row in self.sites:
             mixer = "attention" if row.mixer is None else str(row.mixer)
@@ -228,6 +238,7 @@ def status(pipe_or_model: Any) -> Status:
                 attention_kept=not isinstance(attention, DroppedAttention),
                 attention_parameters=weights,
                 mixer_parameters=mixer_weights,
+                record=record_of(attention.mixer) if mixer is not None else None,
             )
         )
     return Status(type(model).__name__, family_of(model).name, tuple(rows))
