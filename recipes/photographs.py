@@ -105,7 +105,7 @@ def show(students: dict[str, Recipe]) -> None:
     rows = {"test pictures": first_of_each_class()}
     for name, pipe in pipes.items():
         rows[name] = generate(pipe, list(CLASSES), guidance=1.0, batch_size=len(CLASSES))
-    report.labelled_grid(rows, list(CLASSES)).save(SHOWN)
+    report.draw_grid(rows, list(CLASSES)).save(SHOWN)
 
 
 def first_of_each_class() -> list[Image]:

@@ -18,7 +18,7 @@ from functools import partial
 import highres_tables
 import quality_tables
 import speed_tables
-from convfusion.report import decibels
+from convfusion.report import format_psnr
 from pages import RESULTS, ROOT, one, read, table, which
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -65,7 +65,7 @@ teacher `{found["teacher_sha256"][:12]}`."""
 
 def pictures(row: dict[str, float]) -> str:
     """The PSNR of a model's pictures in the demo."""
-    return decibels(row["image_psnr"], row["image_psnr_error"])
+    return format_psnr(row["image_psnr"], row["image_psnr_error"])
 
 
 def quality() -> str:
@@ -267,7 +267,7 @@ def ablation(folder: str) -> str:
             name,
             f"{row['epsilon_error']:.2e}",
             f"1/{worst / row['epsilon_error']:.0f}",
-            decibels(row["psnr"], row["psnr_error"]),
+            format_psnr(row["psnr"], row["psnr_error"]),
         ]
         for name, row in found.items()
         if row["epsilon_error"]
