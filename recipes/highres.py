@@ -31,7 +31,7 @@ from convfusion.fingerprint import fingerprint
 from convfusion.generate import generate
 from convfusion.highres import Ladder, Start, highres
 from convfusion.highres.ladder import keep_last_steps
-from convfusion.report import labelled_grid
+from convfusion.report import draw_grid
 from highres_distances import LOAD
 from pages import ROOT, add, has
 
@@ -176,7 +176,7 @@ def pictures(args: argparse.Namespace) -> None:
             ]
             print("drawn:", name, side, flush=True)
     path = args.out or ROOT / "docs" / "images" / "highres.png"
-    labelled_grid(rows, prompts).save(path, optimize=True)
+    draw_grid(rows, prompts).save(path, optimize=True)
     print(path)
 
 

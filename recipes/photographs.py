@@ -1,4 +1,4 @@
-"""A class-conditional model on real photographs: does a student draw the same distribution?
+"""A class-conditional model of Fashion-MNIST: does a student draw the same distribution?
 
 `python recipes/photographs.py` distils a student of the small DiT that was trained on Fashion-MNIST
 (`recipes/mini/fashion_teacher.py`) and draws 10 000 pictures, a thousand of each class, with the
@@ -46,7 +46,7 @@ class Set:
         name: of them.
         features: made when they are asked for.
         made: what tells them from others.
-        drawn: by a model, and not photographs.
+        drawn: by a model, and no pictures of Fashion-MNIST.
         how: the recipe of the student that drew them, if one did.
     """
 
@@ -105,7 +105,7 @@ def show(students: dict[str, Recipe]) -> None:
     rows = {"test pictures": first_of_each_class()}
     for name, pipe in pipes.items():
         rows[name] = generate(pipe, list(CLASSES), guidance=1.0, batch_size=len(CLASSES))
-    report.labelled_grid(rows, list(CLASSES)).save(SHOWN)
+    report.draw_grid(rows, list(CLASSES)).save(SHOWN)
 
 
 def first_of_each_class() -> list[Image]:

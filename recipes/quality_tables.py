@@ -257,14 +257,17 @@ def solvers() -> str:
 
 
 def photographs() -> str:
-    """Sets of pictures of the class-conditional model, against real ones, then the teacher's."""
+    """Sets of pictures of the model of Fashion-MNIST, against real ones, then the teacher's."""
     found: dict[str, dict[str, Row]] = defaultdict(dict)
     rows = read("photographs.csv")
     for row in rows:
         found[row["pictures"]][row["reference"]] = row
     shares = ["precision", "recall", "density", "coverage"]
     tables = []
-    for reference, words in (("test", "test pictures"), ("teacher", "the teacher's")):
+    for reference, words in (
+        ("test", "Fashion-MNIST’s test pictures"),
+        ("teacher", "the teacher's"),
+    ):
         heads = [f"against {words}", "ε-error", "KID", "Fréchet", *shares]
         lines = []
         for name, row in ((name, by[reference]) for name, by in found.items() if reference in by):

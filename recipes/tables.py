@@ -1,7 +1,8 @@
 """Write the measured tables of README and docs from `results/`.
 
 `python recipes/tables.py` rewrites what stands between `<!-- name -->` and `<!-- /name -->` in each
-page; with `--check` it only says which pages are out of date, and fails if there is one.
+page, or with names only these tables; with `--check` it only says which pages are out of date, and
+fails if there is one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from functools import partial
 import highres_tables
 import quality_tables
 import speed_tables
-from convfusion.report import decibels
+import training_tables
+from convfusion.report import format_psnr
 from pages import RESULTS, ROOT, one, read, table, which
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -65,7 +67,7 @@ teacher `{found["teacher_sha256"][:12]}`."""
 
 def pictures(row: dict[str, float]) -> str:
     """The PSNR of a model's pictures in the demo."""
-    return decibels(row["image_psnr"], row["image_psnr_error"])
+    return format_psnr(row["image_psnr"], row["image_psnr_error"])
 
 
 def quality() -> str:
@@ -267,7 +269,7 @@ def ablation(folder: str) -> str:
             name,
             f"{row['epsilon_error']:.2e}",
             f"1/{worst / row['epsilon_error']:.0f}",
-            decibels(row["psnr"], row["psnr_error"]),
+            format_psnr(row["psnr"], row["psnr_error"]),
         ]
         for name, row in found.items()
         if row["epsilon_error"]
@@ -318,32 +320,35 @@ TABLES: dict[str, Callable[[], str]] = {
     "pixart": partial(layers, "analysis-pixart"),
     **highres_tables.TABLES,
     **speed_tables.TABLES,
+    **training_tables.TABLES,
     **quality_tables.TABLES,
 }
 
 
-def filled(text: str) -> str:
-    """A page with every marked table as its results have it now."""
-    for name, make in TABLES.items():
+def fill(text: str, names: Iterable[str]) -> str:
+    """A page with these tables, where it has them, as their results have them now."""
+    for name in names:
         marks = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if marks.search(text):
-            text = marks.sub(lambda m, made=make(): f"{m[1]}{made}\n{m[2]}", text)
+            text = marks.sub(lambda m, made=TABLES[name](): f"{m[1]}{made}\n{m[2]}", text)
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="of tables; by default all")
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
+    args = parser.parse_args()
     marks = {name for page in PAGES for name in re.findall("<!-- (\\w[^>]*) -->", page.read_text())}
-    if unknown := marks - TABLES.keys():
+    if unknown := (marks | set(args.names)) - TABLES.keys():
         sys.exit(f"no table is called {', '.join(sorted(unknown))}")
-    stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
+    names = args.names or list(TABLES)
+    stale = [page for page in PAGES if fill(page.read_text(), names) != page.read_text()]
     for page in stale:
-        if not check:
-            page.write_text(filled(page.read_text()))
-        print(f"{page.relative_to(ROOT)}: {'out of date' if check else 'written'}")
-    sys.exit(1 if check and stale else 0)
+        if not args.check:
+            page.write_text(fill(page.read_text(), names))
+        print(f"{page.relative_to(ROOT)}: {'out of date' if args.check else 'written'}")
+    sys.exit(1 if args.check and stale else 0)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ from convfusion.analysis import (
 )
 from convfusion.analysis.capture import sampling_timesteps
 from convfusion.analysis.kernel_sizes import kernel_for
-from convfusion.analysis.page import claims, write_report
+from convfusion.analysis.page import write_report
 from convfusion.analysis.streaming import measure_attention, summarise
+from convfusion.analysis.verdict import check_claims, give_verdict
 from convfusion.families import denoiser_of, list_sites, site_grid
 from convfusion.generate import generate, swapped_denoiser
 from convfusion.mixers import Neighbourhood
@@ -167,7 +168,7 @@ def test_what_an_analysis_says(analysis):
         assert site.uniform_receptive_field <= 2 * sides - 1
         assert list(site.timesteps) == analysis.timesteps
         assert [f["cutoff"] for f in site.filters] == [0.5]
-    assert len(claims(analysis)) == 5
+    assert len(check_claims(analysis)) == 5
 
 
 def test_queries_are_sampled_by_seed_and_hold_the_shown_ones():
@@ -276,10 +277,41 @@ def test_artefacts_take_the_median_field_of_their_grid(analysis):
 def test_claims_leave_out_what_contradicts_them(analysis):
     first = analysis.sites[0]
     uniform = replace(first, mean=replace(first.mean, receptive_field=None, decay=None))
-    found = dict(claims(replace(analysis, sites=[uniform])))
-    assert [*found.values()][:3] == ["0 of 1"] + ["0 of 0 with five distances or more"] * 2
+    found = dict(check_claims(replace(analysis, sites=[uniform])))
+    assert [*found.values()][:3] == ["0 of 1", "0 of 0", "0 of 0"]
     flagged = replace(first, artefact=True)
-    assert [*dict(claims(replace(analysis, sites=[flagged]))).values()][-1] == "1"
+    assert [*dict(check_claims(replace(analysis, sites=[flagged]))).values()][-1] == "1"
+
+
+def test_the_verdict_names_what_to_convert_and_what_to_keep(analysis):
+    first, second, third, *_ = (analysis.sites * 3)[:3]
+    local, wide, sunk = (
+        replace(
+            site,
+            path=path,
+            grid=(32, 32),
+            uniform_receptive_field=29,
+            mean=replace(site.mean, receptive_field=field),
+            artefact=artefact,
+        )
+        for site, path, field, artefact in (
+            (first, "near", 5, False),
+            (second, "far", 27, False),
+            (third, "sunk", 5, True),
+        )
+    )
+    verdict = give_verdict(replace(analysis, sites=[local, wide, sunk]))
+    assert verdict.startswith("1 of 3 self-attention layers is local")
+    assert "convert layer “near” first, with kernels of 3×3 " in verdict
+    assert "convert layer “far” last, or keep its attention" in verdict
+    assert "Of layer “sunk” this says nothing" in verdict
+    assert "recommend no layer" in give_verdict(replace(analysis, sites=[wide]))
+    everywhere = replace(wide, path="even", mean=replace(wide.mean, receptive_field=None))
+    assert "Layer “even” attends evenly" in give_verdict(replace(analysis, sites=[everywhere]))
+    control = replace(analysis, sites=[wide])
+    beside = give_verdict(replace(analysis, sites=[local]), control)
+    assert "Of the untrained model of the same shape 0 are." in beside
+    assert "keep" not in beside
 
 
 def test_the_untrained_control_is_reproducible_and_another_model():

@@ -12,8 +12,10 @@ from PIL import Image
 from convfusion import ConvFusionError
 from convfusion.analysis import ablate, variants
 from convfusion.evaluate import evaluate, inception_score, kernel_distance, mean_psnr, psnr
+from convfusion.evaluate.measure import Distribution
 from convfusion.evaluate.scores import mean_of, standard_error
-from convfusion.report import decibels
+from convfusion.evaluate.verdict import compare_sets
+from convfusion.report import format_psnr
 
 COUNT, SEEDS, WIDTH = 12, 8, 16  # prompts, samples of each, features
 NAMES = [f"prompt {i}" for i in range(COUNT) for _ in range(SEEDS)]
@@ -119,8 +121,8 @@ def test_a_mean_psnr_is_that_of_each_picture_with_its_error():
     assert found.error == pytest.approx(np.std(values, ddof=1) / 2**0.5)
     assert mean_psnr(images, images) == (None, None)
     assert mean_psnr(near, images, ["a", "b", "b"]).error is None
-    assert decibels(*found) == f"{found.value:.1f} ± {found.error:.1f} dB"
-    assert decibels(*mean_psnr(images, images)) == "equal"
+    assert format_psnr(*found) == f"{found.value:.1f} ± {found.error:.1f} dB"
+    assert format_psnr(*mean_psnr(images, images)) == "equal"
 
 
 def test_an_ablation_tells_the_same_psnr_as_an_evaluation():
@@ -141,3 +143,19 @@ def test_scores_are_worked_out_in_float64():
     p = logits.softmax(1)
     exact = (p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item()
     assert abs(inception_score(logits) - exact) < 1e-12
+
+
+def test_the_verdict_says_whether_a_set_is_further_than_chance():
+    """Two standard errors are the bound, and too few prompts are no sets."""
+
+    def compare(excess, error, prompts=20):
+        row = Distribution(
+            "student", "teacher-other-seed", 60, 60, 1, 0, error, excess, error, *4 * [1]
+        )
+        return compare_sets(row, prompts)
+
+    assert "further from" in compare(3e-3, 1e-3)
+    assert "nearer to" in compare(-3e-3, 1e-3)
+    assert "no further" in compare(1e-3, 1e-3)
+    assert "less than 2.0 would not show" in compare(1e-3, 1e-3)
+    assert "60 pictures of 4 prompts are too few" in compare(3e-3, 1e-3, prompts=4)

@@ -187,6 +187,16 @@ class Killed(Exception):
     pass
 
 
+def left_by_a_killed_process():
+    """The name of a file that a process which has ended was writing."""
+    command = [
+        sys.executable,
+        "-c",
+        "from convfusion import folders; print(folders.unfinished_name())",
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 @pytest.mark.parametrize("moment", [5, 11, 22])
 def test_a_killed_run_ends_in_the_same_bits(finished, tmp_path, monkeypatch, moment):
     """Killed while a file is written: what is left of it never counts.
@@ -200,7 +210,7 @@ def test_a_killed_run_ends_in_the_same_bits(finished, tmp_path, monkeypatch, mom
     def killed(path, data):
         written.append(path)
         if len(written) == moment:
-            path.with_name(path.name + ".tmp").write_bytes(data[: len(data) // 2])
+            path.with_name(left_by_a_killed_process()).write_bytes(data[: len(data) // 2])
             raise Killed
         write(path, data)
 
@@ -234,7 +244,7 @@ def test_a_finished_run_draws_nothing_again(finished, monkeypatch):
     assert ("drawing", 6) in done
 
 
-def test_a_picture_that_was_taken_away_is_drawn_again(tmp_path):
+def test_a_picture_that_was_taken_away_or_changed_is_drawn_again(tmp_path):
     """And the pipeline is left as it was; and names on the page are text."""
     pipe = student()
     before = pipe.unet, fingerprint(pipe.unet), vars(pipe.scheduler).keys()
@@ -249,12 +259,18 @@ def test_a_picture_that_was_taken_away_is_drawn_again(tmp_path):
     evaluate(pipe, told, tmp_path, **options)
     assert files(tmp_path) == written
     path, record = picture_of(tmp_path, "student", 1), tmp_path / "records" / "00000.json"
-    for damaged in (b"no picture", path.read_bytes()[:-30]):
-        path.write_bytes(damaged)
+    other = picture_of(tmp_path, "teacher", 1).read_bytes()  # whole, and of the same size
+    for changed in (b"no picture", path.read_bytes()[:-30], other):
+        path.write_bytes(changed)
         evaluate(pipe, told, tmp_path, **options)
         assert files(tmp_path) == written
     whole = json.loads(record.read_text())
-    for values in ({"trajectory": [[1.0]]}, {"epsilon_errors": "x"}, {"samples": [0, 5]}):
+    for values in (
+        {"trajectory": [[1.0]]},
+        {"epsilon_errors": "x"},
+        {"samples": [0, 5]},
+        {"pictures": 0},
+    ):
         record.write_text(json.dumps(whole | values))
         evaluate(pipe, told, tmp_path, **options)
         assert files(tmp_path) == written

@@ -118,7 +118,7 @@ def run_demo(
 
     results |= {"sites": sites} | facts(student, before)
     shown = {ROWS[name]: images[:SHOWN] for name, images in pictures.items()}
-    write_results(folder, results, report.labelled_grid(shown, prompts[:SHOWN]), losses)
+    write_results(folder, results, report.draw_grid(shown, prompts[:SHOWN]), losses)
     return results
 
 
@@ -191,25 +191,49 @@ def demo_page(results: Mapping[str, Any], grid: Image.Image, losses: list[dict[s
     """The demo's results as a page that needs no other file."""
     distilled = results["distilled"]
     body = f"""<h1>A diffusion model without self-attention</h1>
+{report.show_verdict(give_verdict(results))}
 <p>All {results["sites"]} self-attention layers of a pretrained text-to-image model were replaced by
 ΔConvBlocks and distilled for {distilled["steps"]} steps ({distilled["seconds"]:.0f} s).
 The prompts below, and the pictures and noises behind the numbers, were seen by no training.</p>
-<p><img alt="Pictures by prompt and model" src="{report.data_uri(grid)}"></p>
+{report.show_picture(grid, "Pictures by prompt and model")}
+<p class="note">{report.HINT}</p>
 <h2>Distance to the teacher</h2>
 {_results_table(results)}
-<p class="note">ε-error: mean of ‖ε̂ − ε̃‖² / ‖ε̃‖² over held-out pictures, timesteps and noises.
+<p class="note">ε-error: how far the predicted noise ε̂ is from the teacher’s ε̃, the mean of
+‖ε̂ − ε̃‖² / ‖ε̃‖² over held-out pictures, timesteps and noises; 0 is equal.
 PSNR: mean over pictures drawn from equal seeds in {results["image_steps"]} steps at guidance
-{results["guidance"]}, with its standard error. Teacher {results["teacher_sha256"][:12]}.</p>
+{results["guidance"]:g}, with its standard error; higher is closer.
+Teacher {results["teacher_sha256"][:12]}.</p>
 <h2>Cost</h2>
 <p>Self-attention takes {results["flops_ratio"]:.2f} times the operations of the blocks at the
 16×16 tokens of this small model; the ratio grows with the number of tokens.
 Parameters of the denoiser: {results["parameters"]["before"]:,} before,
 {results["parameters"]["after"]:,} after.</p>
 <h2>Distillation loss by step</h2>
-{report.loss_curve([sum(terms.values()) - terms.get("noise", 0.0) for terms in losses])}
+{report.draw_loss_curve([sum(terms.values()) - terms.get("noise", 0.0) for terms in losses])}
 <p class="note">The terms that compare with the teacher: its output and its hidden states.
 Logarithmic scale.</p>"""
-    return report.PAGE.format(title="ConvFusion demo", body=body)
+    return report.fill_page("ConvFusion demo", body)
+
+
+def give_verdict(results: Mapping[str, Any]) -> str:
+    """What the demo shows, in plain sentences."""
+    worst = results["removed"]["epsilon_error"]
+    live, shipped = (worst / results[name]["epsilon_error"] for name in ("distilled", "shipped"))
+    steps = results["distilled"]["steps"]
+    if live < 2:
+        return (
+            "Rows 1 and 4 should look alike; row 2 is the model without self-attention, and row 3 "
+            f"the student distilled just now. {steps} steps were too few: its predictions are "
+            f"only {live:.1f}× nearer to the teacher's than those of row 2. Those of the "
+            f"shipped student, which was distilled for longer, are {shipped:.0f}× nearer."
+        )
+    return (
+        "Rows 1, 3 and 4 should look alike; row 2 is the model without self-attention. The "
+        f"predictions of the student distilled just now are {live:.0f}× nearer to the teacher's "
+        "than those of row 2; those of the shipped student, which was distilled for longer, "
+        f"{shipped:.0f}×."
+    )
 
 
 def _results_table(results: Mapping[str, Any]) -> str:
@@ -226,9 +250,6 @@ def _results_table(results: Mapping[str, Any]) -> str:
             value, psnr = results["distilled"]["initial_error"], "–"
         else:
             value = results[key]["epsilon_error"]
-            psnr = report.decibels(results[key]["image_psnr"], results[key]["image_psnr_error"])
-        cells = (html.escape(name), f"{value:.2e}", f"1/{worst / value:.1f}", psnr)
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heads = ("", "ε-error", "of removed", "picture PSNR")
-    head = "".join(f"<th>{cell}</th>" for cell in heads)
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+            psnr = report.format_psnr(results[key]["image_psnr"], results[key]["image_psnr_error"])
+        rows.append((html.escape(name), f"{value:.2e}", f"1/{worst / value:.1f}", psnr))
+    return report.show_table(("", "ε-error", "of removed", "picture PSNR"), rows)

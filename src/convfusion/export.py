@@ -15,15 +15,8 @@ from torch import Tensor, nn
 
 from convfusion import __version__
 from convfusion.errors import ConvFusionError
-from convfusion.families import (
-    Denoiser,
-    denoiser_of,
-    example_inputs,
-    family_of,
-    flatten_conditioning,
-    native_latents,
-    nest_conditioning,
-)
+from convfusion.families import Denoiser, denoiser_of, example_inputs, family_of, native_latents
+from convfusion.families.conditioning import flatten_conditioning, nest_conditioning
 from convfusion.folders import made_folder, scratch_folder
 from convfusion.imports import check_installed
 from convfusion.mixers.delta_conv import DeltaConv

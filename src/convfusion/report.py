@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import math
 import textwrap
@@ -23,25 +24,95 @@ RESOLUTION = 110  # dots per inch of a figure
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
 GREY, INK, FAINT, PAPER = "#8c959f", "#1b1f24", "#d8dee4", "white"
 
-PAGE = """<!doctype html>
+NARROWEST = 720  # pixels that a picture is never shown narrower than: small screens scroll
+
+_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 1150px;
-       margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
-table {{ border-collapse: collapse; }} th, td {{ padding: .35rem 1rem; text-align: right;
-       border-bottom: 1px solid #d8dee4; font-variant-numeric: tabular-nums; }}
-th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
-img {{ max-width: 100%; }} .wide {{ overflow-x: auto; }}
+       margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }}
+h1 {{ font-size: 1.6rem; line-height: 1.25; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
+.verdict {{ font-size: 1.1rem; border-left: 4px solid #0072b2; padding: .1rem 0 .1rem 1rem; }}
+.scroll {{ display: block; overflow-x: auto; }}
+table {{ border-collapse: collapse; }}
+th, td {{ padding: .35rem 1rem; text-align: right; border-bottom: 1px solid #d8dee4;
+       font-variant-numeric: tabular-nums; overflow-wrap: normal; }}
+td {{ white-space: nowrap; }}
+th:first-child, td:first-child {{ text-align: left; padding-left: 0; white-space: normal;
+       min-width: 9rem; }}
 .dense {{ font-size: .85rem; }} .dense th, .dense td {{ padding: .2rem .5rem; }}
+.dense th:first-child, .dense td:first-child {{ padding-left: 0; min-width: 7rem; }}
+@media (max-width: 40rem) {{ th, td {{ padding: .3rem .5rem; }} }}
+tr.grey td {{ color: #57606a; }}
 .note {{ color: #57606a; }}
+.picture {{ display: block; margin: 1rem 0; }}
+.picture img {{ display: block; width: 100%; max-width: var(--width);
+       min-width: min(var(--width), var(--narrowest)); cursor: zoom-in; }}
+.picture input {{ position: absolute; opacity: 0; }}
+.picture input:focus-visible + .scroll {{ outline: 2px solid #0072b2; }}
+.picture input:checked + .scroll img {{ width: var(--width); max-width: none; cursor: zoom-out; }}
 </style></head><body>
 {body}
 </body></html>
 """
+HINT = "Click or tap a picture to see it in full size; wide tables and pictures scroll sideways."
 
 
-def labelled_grid(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str]) -> Image.Image:
+def fill_page(title: str, body: str) -> str:
+    """A self-contained HTML page that reads well on a telephone, too.
+
+    Args:
+        title: plain text.
+        body: HTML.
+    """
+    return _PAGE.format(title=html.escape(title), body=body)
+
+
+def show_verdict(sentences: str) -> str:
+    """What a report says first, in plain words, as HTML; `sentences` is plain text."""
+    whole = sentences.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    return f'<p class="verdict">{html.escape(whole)}</p>'
+
+
+def show_picture(image: Image.Image, words: str) -> str:
+    """A picture as HTML: as wide as the page, and in full size once it is clicked or tapped.
+
+    Args:
+        image: becomes a part of the page.
+        words: what it shows, for those who cannot see it; plain text.
+    """
+    alt, sizes = html.escape(words), f"--width: {image.width}px; --narrowest: {NARROWEST}px"
+    return (
+        f'<label class="picture" style="{sizes}"><input type="checkbox" '
+        f'aria-label="Full size: {alt}"><span class="scroll"><img alt="{alt}" '
+        f'src="{embed_picture(image)}"></span></label>'
+    )
+
+
+def show_table(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    kind: str = "",
+    grey: Sequence[bool] | None = None,
+) -> str:
+    """A table as HTML, which scrolls where it is wider than the screen.
+
+    Args:
+        heads: of the columns, HTML.
+        rows: their cells, HTML; only those of the first column break into lines.
+        kind: class of the table, such as `dense`.
+        grey: which rows are written in grey.
+    """
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "".join(
+        f"<tr{' class=grey' if faint else ''}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>"
+        for row, faint in zip(rows, grey or [False] * len(rows), strict=True)
+    )
+    return f'<div class="scroll"><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
+
+
+def draw_grid(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str]) -> Image.Image:
     """Pictures in rows, a name before each row and a prompt under each column."""
     first = next(iter(rows.values()))[0]
     scale = max(1, SHOWN_SIDE // first.width)
@@ -66,14 +137,14 @@ def labelled_grid(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[s
     return sheet
 
 
-def decibels(psnr: float | None, error: float | None) -> str:
+def format_psnr(psnr: float | None, error: float | None) -> str:
     """A mean PSNR with its standard error; None is of equal pictures, and of a single one."""
     if psnr is None:
         return "equal"
     return f"{psnr:.1f} dB" if error is None else f"{psnr:.1f} ± {error:.1f} dB"
 
 
-def loss_curve(values: Sequence[float], width: int = 700, height: int = 220) -> str:
+def draw_loss_curve(values: Sequence[float], width: int = 700, height: int = 220) -> str:
     """A line of positive values over steps, on a logarithmic axis with labelled decades, as SVG."""
     logs = [math.log10(max(value, 1e-12)) for value in values]
     low, high = math.floor(min(logs)), math.ceil(max(logs))
@@ -101,8 +172,8 @@ def loss_curve(values: Sequence[float], width: int = 700, height: int = 220) -> 
     )
 
 
-def data_uri(image: Image.Image) -> str:
-    """A picture as a PNG inside an address."""
+def embed_picture(image: Image.Image) -> str:
+    """A picture as a `data:` address of a PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -25,7 +25,7 @@ from convfusion.families import denoiser_of, latent_scale, list_sites, native_si
 from convfusion.files import write_picture, write_text
 from convfusion.generate import generate
 from convfusion.mixers import MeanOnly, Mixer, Neighbourhood, Removed
-from convfusion.report import labelled_grid
+from convfusion.report import draw_grid
 from convfusion.schedule import as_epsilon, noise_schedule
 from convfusion.surgery import convert, revert
 from convfusion.surgery.config import ConvertConfig
@@ -128,7 +128,7 @@ def save_ablation(found: dict[str, Ablated], prompts: list[str], folder: str | P
     """Write what `ablate` found: the pictures as `ablation.png`, the errors as `ablation.json`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    grid = labelled_grid({name: row.images for name, row in found.items()}, prompts)
+    grid = draw_grid({name: row.images for name, row in found.items()}, prompts)
     write_picture(folder / "ablation.png", grid)
     table = {name: row.to_dict() for name, row in found.items()}
     write_text(folder / "ablation.json", json.dumps(table, indent=2, ensure_ascii=False) + "\n")

@@ -12,6 +12,7 @@ from convfusion import report
 from convfusion.analysis import plots
 from convfusion.analysis.kernel_sizes import recommend
 from convfusion.analysis.study import Analysis, SiteAnalysis
+from convfusion.analysis.verdict import check_claims, give_verdict
 from convfusion.families import shorten_path
 from convfusion.files import write_picture, write_text
 from convfusion.mixers.delta_conv import DeltaConv
@@ -61,7 +62,7 @@ def write_report(analysis: Analysis, folder: str | Path, control: Analysis | Non
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     analysis.save(out / "analysis.json")
-    figures = draw(analysis, control)
+    figures = draw_figures(analysis, control)
     images = {}
     for name, figure in figures.items():
         images[name] = report.render_figure(figure)
@@ -69,10 +70,10 @@ def write_report(analysis: Analysis, folder: str | Path, control: Analysis | Non
     recommend(analysis).save(out / "kernels.json")
     if control is not None:
         control.save(out / "control.json")
-    write_text(out / "report.html", page(analysis, images, control))
+    write_text(out / "report.html", build_page(analysis, images, control))
 
 
-def draw(analysis: Analysis, control: Analysis | None) -> dict[str, Figure]:
+def draw_figures(analysis: Analysis, control: Analysis | None) -> dict[str, Figure]:
     """Every figure by name, in the order of the page."""
     return {
         "receptive_fields": plots.receptive_fields(analysis, control),
@@ -84,64 +85,25 @@ def draw(analysis: Analysis, control: Analysis | None) -> dict[str, Figure]:
     }
 
 
-def claims(analysis: Analysis) -> list[tuple[str, str]]:
-    """The paper's claims, and for how many layers of this model each one holds."""
-    sites = [site for site in analysis.sites if not site.artefact]
-    count, flagged = len(sites), len(analysis.sites) - len(sites)
-
-    def holds(found: list[bool]) -> str:
-        return f"{sum(found)} of {count}"
-
-    local = [
-        s.mean.receptive_field is not None
-        and s.mean.receptive_field <= s.uniform_receptive_field / 2
-        for s in sites
-    ]
-    fits = [s.mean.decay for s in sites if s.mean.decay]
-    told = [fit.best if fit.r2[fit.best] >= 0.9 else "" for fit in fits]
-    falls = [law in ("power", "quadratic") for law in told]
-    square = [
-        law == "quadratic" or (law == "power" and 1.5 <= fit.exponent <= 2.5)
-        for law, fit in zip(told, fits, strict=True)
-    ]
-    bias = [s.mean.bias_share_low >= 0.9 for s in sites]
-    fitted = f"of {len(fits)} with five distances or more"
-    return [
-        ("Local: the ERF is at most half of that of uniform attention", holds(local)),
-        (
-            "Above a constant, a power of the distance fits the fall best, and well (R² ≥ 0.9)",
-            f"{sum(falls)} {fitted}",
-        ),
-        ("… a power near 2: of 1.5 to 2.5, or the quadratic law", f"{sum(square)} {fitted}"),
-        ("The low-frequency part is one bias: queries share at least 90 % of it", holds(bias)),
-        ("Layers set apart because sink tokens take their attention", str(flagged)),
-    ]
-
-
-def page(analysis: Analysis, images: dict[str, Image.Image], control: Analysis | None) -> str:
+def build_page(analysis: Analysis, images: dict[str, Image.Image], control: Analysis | None) -> str:
     """The report as one page that needs no other file."""
     config = analysis.config
     beside = "" if control is None else " and of an untrained model of the same shape"
-    cells = "".join(
-        f"<tr><td>{html.escape(claim)}</td><td>{found}</td>"
-        + (f"<td>{other}</td></tr>" if control else "</tr>")
-        for (claim, found), (_, other) in zip(
-            claims(analysis), claims(control or analysis), strict=True
-        )
-    )
-    heads = "<th>claim of the paper</th><th>layers of this model</th>"
-    heads += "<th>untrained</th>" if control else ""
+    counts = [dict(check_claims(each)) for each in (analysis, control) if each is not None]
+    rows = [(html.escape(claim), *(count[claim] for count in counts)) for claim in counts[0]]
+    heads = ("claim of the paper", "layers of this model", "untrained")[: 1 + len(counts)]
     body = [
         "<h1>What self-attention does here</h1>",
+        report.show_verdict(give_verdict(analysis, control)),
         f"<p>Analysis of {html.escape(analysis.model)}{beside}: {len(analysis.sites)} "
         f"self-attention layers, watched while the model drew {len(analysis.prompts)} "
         f"prompt{'s' * (len(analysis.prompts) > 1)} in {config.steps} steps at guidance "
         f"{config.guidance:g}, at timesteps {', '.join(map(str, analysis.timesteps))}. "
         f"High-pass: Butterworth of order {config.measure.high_pass.order}, cut-off "
-        f"{config.measure.high_pass.cutoff:g} cycles per side of the grid.</p>",
-        f"<table><tr>{heads}</tr>{cells}</table>",
+        f"{config.measure.high_pass.cutoff:g} cycles per side of the grid. {report.HINT}</p>",
+        report.show_table(heads, rows),
         "<h2>Layer by layer</h2>",
-        _table(analysis),
+        _show_layers(analysis),
         '<p class="note">ERF is given of the mean map, then of single maps; “uniform” is the ERF '
         "that uniform attention has on the grid. Entropy is 1 for uniform attention. “In common” "
         "is the share of the map, and of its low-frequency part, that all queries have in common. "
@@ -151,24 +113,22 @@ def page(analysis: Analysis, images: dict[str, Image.Image], control: Analysis |
     for name, image in images.items():
         title, text = CAPTIONS[name]
         body.append(f"<h2>{title}</h2><p>{text.format(share=config.share)}</p>")
-        body.append(f'<p><img alt="{title}" src="{report.data_uri(image)}"></p>')
-    return report.PAGE.format(title="Self-attention, layer by layer", body="\n".join(body))
+        body.append(report.show_picture(image, title))
+    return report.fill_page("Self-attention, layer by layer", "\n".join(body))
 
 
-def _table(analysis: Analysis) -> str:
+def _show_layers(analysis: Analysis) -> str:
     heads = ("layer", "grid", "ERF", "uniform", "entropy", "high-frequency", "in common", "decay")
-    head = "".join(f"<th>{name}</th>" for name in (*heads, "sinks", "kernel"))
     kernels = recommend(analysis).sites
     rows = []
     for site in analysis.sites:
         block = kernels[site.path]
         assert isinstance(block, DeltaConv)
-        cells = (*_cells(site), f"{block.kernel_size}, {block.stages} st.")
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f'<div class="wide"><table class="dense"><tr>{head}</tr>{"".join(rows)}</table></div>'
+        rows.append((*_write_cells(site), f"{block.kernel_size}, {block.stages} st."))
+    return report.show_table((*heads, "sinks", "kernel"), rows, kind="dense")
 
 
-def _cells(site: SiteAnalysis) -> tuple[str, ...]:
+def _write_cells(site: SiteAnalysis) -> tuple[str, ...]:
     mean, single = site.mean, site.single
     fit = mean.decay
     return (

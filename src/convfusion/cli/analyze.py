@@ -65,7 +65,8 @@ def analyze(
     from convfusion.analysis import AnalysisConfig, HighPass, Measure, untrained
     from convfusion.analysis import analyze as run
     from convfusion.analysis.capture import sampling_timesteps
-    from convfusion.analysis.page import claims, write_report
+    from convfusion.analysis.page import write_report
+    from convfusion.analysis.verdict import check_claims, give_verdict
     from convfusion.generate import swapped_denoiser
 
     check_new(out)
@@ -93,7 +94,8 @@ def analyze(
             with swapped_denoiser(pipe, untrained(pipe)):
                 other = run(pipe, drawn, config, on_call=lambda: progress.advance(bar))
     write_report(found, out, other)
-    print_claims(claims(found), claims(other) if other else None)
+    print_claims(check_claims(found), check_claims(other) if other else None)
+    typer.echo(give_verdict(found, other))
     typer.echo(f"Written: {out}/report.html, analysis.json, kernels.json and figures")
 
 
@@ -186,12 +188,12 @@ def print_claims(found: list[tuple[str, str]], other: list[tuple[str, str]] | No
 def print_ablation(rows: dict[str, dict[str, Any]]) -> None:
     from rich.table import Table
 
-    from convfusion.report import decibels
+    from convfusion.report import format_psnr
 
     table = Table(title="Without training, against the stock model")
     for column in ("", "ε-error", "picture PSNR"):
         table.add_column(column, justify="right" if column else "left")
     for name, row in list(rows.items())[1:]:
-        psnr = decibels(row["psnr"], row["psnr_error"])
+        psnr = format_psnr(row["psnr"], row["psnr_error"])
         table.add_row(name, f"{row['epsilon_error']:.2e}", psnr)
     console().print(table)

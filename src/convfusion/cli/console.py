@@ -60,7 +60,7 @@ def print_results(results: dict[str, Any]) -> None:
     """The demo's table on the terminal."""
     from rich.table import Table
 
-    from convfusion.report import decibels
+    from convfusion.report import format_psnr
 
     table = Table(title="Distance to the teacher, held-out names")
     for column in ("", "ε-error", "of removed", "picture PSNR"):
@@ -69,7 +69,7 @@ def print_results(results: dict[str, Any]) -> None:
     for name in ("removed", "distilled", "shipped"):
         row = results[name]
         ratio = f"1/{worst / row['epsilon_error']:.1f}"
-        psnr = decibels(row["image_psnr"], row["image_psnr_error"])
+        psnr = format_psnr(row["image_psnr"], row["image_psnr_error"])
         table.add_row(name, f"{row['epsilon_error']:.2e}", ratio, psnr)
     console().print(table)
 

@@ -275,11 +275,11 @@ def validation_grid(pipe: Any, prompts: list[str], guidance: float) -> Any:
 
     from convfusion.families import denoiser_of
     from convfusion.generate import generate, swapped_denoiser
-    from convfusion.report import labelled_grid
+    from convfusion.report import draw_grid
     from convfusion.surgery import attention_teacher
 
     with torch.no_grad():
         rows = {"student": generate(pipe, prompts, guidance=guidance)}
         with swapped_denoiser(pipe, attention_teacher(denoiser_of(pipe))):
             rows["teacher"] = generate(pipe, prompts, guidance=guidance)
-    return labelled_grid(rows, prompts)
+    return draw_grid(rows, prompts)

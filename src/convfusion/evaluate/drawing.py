@@ -4,11 +4,13 @@
     teacher/00000.png …       by the teacher
     student/00000.png …       by the student, from the same prompts and noises
     teacher-other-seed/…      by the teacher from other noises: what chance alone does
-    records/00000.json …      of each batch, how far the student strayed on its way
+    records/00000.json …      of each batch, how far the student strayed on its way, and the SHA-256
+                              of its pictures
 
-A batch counts as done when its record is there, which is written last; every file is written aside
-and renamed. Batches are the same whoever draws them, so a run that was killed ends in the same
-bits, and so does one that several processes share.
+A batch counts as done when its record is there, which is written last, and its pictures are those
+that it was written for: one that was damaged or replaced since is drawn again, with its batch.
+Every file is written aside and renamed. Batches are the same whoever draws them, so a run that was
+killed ends in the same bits, and so does one that several processes share.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ from PIL import Image
 from torch import Tensor
 
 from convfusion.errors import CheckpointError, ConvFusionError
-from convfusion.evaluate.draws import Draws, size_of
+from convfusion.evaluate.draws import Draws
 from convfusion.evaluate.epsilon import epsilon_errors, relative_error
 from convfusion.families import Denoiser, denoiser_of, encode_conditioning, latent_scale
-from convfusion.files import is_whole, read_json, write_picture, write_text
+from convfusion.files import file_digest, read_json, write_picture, write_text
 from convfusion.fingerprint import shown
-from convfusion.folders import LOCK
+from convfusion.folders import LOCK, remove_remains
 from convfusion.generate import generate, swapped_denoiser
 from convfusion.patches import wrapped_method
 from convfusion.schedule import noise_schedule
@@ -40,8 +42,9 @@ from convfusion.schedule import noise_schedule
 TEACHER, STUDENT, OTHER = "teacher", "student", "teacher-other-seed"
 SIDES = (TEACHER, STUDENT, OTHER)
 SETTINGS, RECORDS = "settings.json", "records"
-RECORDED = {"samples", "timesteps", "trajectory", "trajectory_other_seed", "epsilon_errors"}
-FORMAT = 2
+MEASURED = {"trajectory", "trajectory_other_seed", "epsilon_errors"}
+RECORDED = MEASURED | {"samples", "timesteps", "pictures"}
+FORMAT = 3
 SHOWN = 6  # differences that a message names
 PATIENCE = 600  # seconds that a process waits for the first one to begin
 
@@ -74,11 +77,11 @@ def draw(
     rank, processes = process()
     begin(folder, settings, rank)
 
-    missing, (height, width) = draws.batches, size_of(pipe, draws)
+    missing = draws.batches
 
     def look() -> None:
         nonlocal missing
-        missing = [rows for rows in missing if not _is_done(folder, draws, rows, (width, height))]
+        missing = [rows for rows in missing if not _is_done(folder, draws, rows)]
         on_progress(len(draws) - sum(map(len, missing)))
 
     look()
@@ -118,6 +121,8 @@ def begin(folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
         write_text(path, text + "\n")
     for name in (*SIDES, RECORDS):
         (folder / name).mkdir(exist_ok=True)
+        remove_remains(folder / name)
+    remove_remains(folder)
 
 
 def check_place(folder: Path, settings: dict[str, Any]) -> None:
@@ -202,6 +207,7 @@ def _draw_batch(pipe: Any, teacher: Denoiser, draws: Draws, rows: range, folder:
         "trajectory": _strayed(paths[STUDENT], paths[TEACHER]),
         "trajectory_other_seed": _strayed(paths[OTHER], paths[TEACHER]),
         "epsilon_errors": errors,
+        "pictures": {side: _digest_pictures(folder, side, rows) for side in SIDES},
     }
     write_text(_record_of(folder, rows), json.dumps(record) + "\n")
 
@@ -294,19 +300,25 @@ def _is_record(found: Any, draws: Draws, rows: range) -> bool:
         return timesteps.ndim == 1 and all(
             values.shape == (len(rows), width.get(name, len(timesteps)))
             and np.isfinite(values).all()
-            for name in RECORDED - {"samples", "timesteps"}
+            for name in MEASURED
             for values in (np.array(found[name], float),)
         )
     except (TypeError, ValueError):
         return False
 
 
-def _is_done(folder: Path, draws: Draws, rows: range, size: tuple[int, int]) -> bool:
-    """Whether the record of a batch and its pictures are there, and whole."""
+def _is_done(folder: Path, draws: Draws, rows: range) -> bool:
+    """Whether the record of a batch is there and whole, and so are the pictures that it is of."""
     path = _record_of(folder, rows)
     try:
-        if not path.exists() or not _is_record(read_json(path), draws, rows):
-            return False
-    except CheckpointError:
+        record = read_json(path) if path.exists() else None
+        return _is_record(record, draws, rows) and record["pictures"] == {
+            side: _digest_pictures(folder, side, rows) for side in SIDES
+        }
+    except CheckpointError:  # damaged, or missing
         return False
-    return all(is_whole(picture_of(folder, side, i), size) for side in SIDES for i in rows)
+
+
+def _digest_pictures(folder: Path, side: str, rows: range) -> list[str]:
+    """The SHA-256 of each picture of a batch."""
+    return [file_digest(picture_of(folder, side, index)) for index in rows]
