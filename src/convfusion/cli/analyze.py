@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from convfusion import text
-from convfusion.cli.console import console, progress_bar
+from convfusion.cli.console import console, print_ending
 from convfusion.cli.models import (
     check_loading,
     guidance_for,
@@ -20,6 +20,7 @@ from convfusion.cli.models import (
 )
 from convfusion.cli.options import Device, Model, Precision, Revision, Size, check_new, parse_size
 from convfusion.errors import ConvFusionError
+from convfusion.progress import Progress
 
 Prompts = Annotated[
     Path | None, typer.Option(help="Text file with one prompt per line; `mini` has its own.")
@@ -83,18 +84,21 @@ def analyze(
     if guidance is None:
         config = replace(config, guidance=guidance_for(model, pipe))
     calls = len(sampling_timesteps(pipe, steps)) * math.ceil(len(drawn) / batch_size)
-    progress = progress_bar()
-    with progress:
-        bar = progress.add_task("analysing", total=calls)
-        found = run(pipe, drawn, config, on_call=lambda: progress.advance(bar))
+    with Progress(True) as progress:
+        bar = progress.add("analysing", total=calls)
+        analysis = run(pipe, drawn, config, on_call=bar.advance)
         other = None
         if control:
-            bar = progress.add_task("untrained", total=calls)
+            second_bar = progress.add("analysing an untrained model", total=calls)
             with swapped_denoiser(pipe, untrained(pipe)):
-                other = run(pipe, drawn, config, on_call=lambda: progress.advance(bar))
-    write_report(found, out, other)
-    print_claims(claims(found), claims(other) if other else None)
-    typer.echo(f"Written: {out}/report.html, analysis.json, kernels.json and figures")
+                other = run(pipe, drawn, config, on_call=second_bar.advance)
+    write_report(analysis, out, other)
+    print_claims(claims(analysis), claims(other) if other else None)
+    kernels = out / "kernels.json"
+    print_ending(
+        *(out / "report.html", out / "analysis.json", kernels),
+        next_command=("convfusion", "convert", model, "--config", kernels, "--out", "converted"),
+    )
 
 
 def ablate(
@@ -129,10 +133,9 @@ def ablate(
     pipe = stock_pipeline(model, precision, device, revision)
     calls = len(sampling_timesteps(pipe, steps)) * math.ceil(len(drawn) / batch_size)
     calls *= 1 + len(tried)
-    progress = progress_bar()
-    with progress:
-        bar = progress.add_task("drawing", total=calls)
-        found = run(
+    with Progress(True) as progress:
+        bar = progress.add("drawing", total=calls)
+        rows = run(
             pipe,
             drawn,
             tried,
@@ -141,11 +144,14 @@ def ablate(
             guidance=guidance_for(model, pipe) if guidance is None else guidance,
             size=wanted,
             batch_size=batch_size,
-            on_call=lambda: progress.advance(bar),
+            on_call=bar.advance,
         )
-    save_ablation(found, drawn, out)
-    print_ablation({name: row.to_dict() for name, row in found.items()})
-    typer.echo(f"Written: {out}/ablation.png, {out}/ablation.json")
+    save_ablation(rows, drawn, out)
+    print_ablation({name: row.to_dict() for name, row in rows.items()})
+    print_ending(
+        *(out / "ablation.png", out / "ablation.json"),
+        next_command=("convfusion", "curve", model, "--out", "curve"),
+    )
 
 
 def read_prompts(model: str, path: Path | None, mini_prompts: int = MINI_PROMPTS) -> list[str]:

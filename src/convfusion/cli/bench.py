@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from convfusion.cli.console import console
+from convfusion.cli.console import console, print_ending
 from convfusion.cli.options import Ratio, Rivals, check_file, parse_size
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def flops(
         typer.echo(line)
     if out is not None:
         write_costs(costs, out)
-        typer.echo(f"Written: {out}")
+        print_ending(out)
 
 
 def rivals(mixers: str | None) -> Sequence[str]:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.console import console, progress_bar
-from convfusion.cli.models import check_loading, guidance_for, load_pipeline
+from convfusion.cli.console import console, print_ending
+from convfusion.cli.models import check_loading, guidance_for, open_pipeline
 from convfusion.cli.options import (
     Device,
     Model,
@@ -19,6 +19,7 @@ from convfusion.cli.options import (
     check_folder,
     parse_size,
 )
+from convfusion.progress import Progress
 
 
 def cache(
@@ -65,7 +66,7 @@ def cache(
     drawing = Drawing(per_prompt, seed, steps, chosen)
     wanted = parse_size(size) if size else None
     source = open_source(data, image=image, caption=caption, split=split, drawing=drawing)
-    pipe = load_pipeline(model, precision, device, revision)
+    pipe = open_pipeline(model, precision, device, revision)
     if guidance is None:
         source = guided_as_it_can(source, model, pipe)
     encode(
@@ -78,7 +79,10 @@ def cache(
         batch_size=batch_size,
         half=half,
     )
-    typer.echo(f"Written: {out}")
+    print_ending(
+        out,
+        next_command=("convfusion", "distill", model, "--data", out, "--out", "convfusion-blocks"),
+    )
 
 
 def guided_as_it_can(source: Any, model: str, pipe: Any) -> Any:
@@ -94,16 +98,9 @@ def encode(pipe: Any, source: Any, out: Path, **options: Any) -> Any:
     """Build a cache with a progress bar, and say what is in it and what was skipped."""
     from convfusion.data import build_cache
 
-    progress = progress_bar()
-    bar = progress.add_task("encoding", total=source.total)
-    with progress:
-        built = build_cache(
-            pipe,
-            source,
-            out,
-            on_progress=lambda done: progress.update(bar, completed=done),
-            **options,
-        )
+    with Progress(True) as progress:
+        bar = progress.add("encoding", total=source.total)
+        built = build_cache(pipe, source, out, on_progress=bar.update, **options)
     print_cache(built)
     return built
 

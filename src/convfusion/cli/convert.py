@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from convfusion.cli.models import check_loading, equip, load_pipeline
+from convfusion.cli.console import print_ending
+from convfusion.cli.models import UNTRAINED, check_loading, equip, is_untrained, open_pipeline
 from convfusion.cli.options import (
     Blocks,
     Config,
@@ -50,7 +51,7 @@ def convert(
 
     check_new(out)
     check_loading(precision, None)
-    pipe = load_pipeline(model, precision, "cpu", revision)
+    pipe = open_pipeline(model, precision, "cpu", revision)
     status = equip(pipe, blocks, config, every, first, average)
     if drop_attention:
         status = surgery.drop_attention(pipe)
@@ -59,4 +60,13 @@ def convert(
     else:
         pipelines.save_pipeline(pipe, out)
     typer.echo(str(status))
-    typer.echo(f"Written: {out}")
+    untrained = blocks is None and is_untrained(pipe)
+    next_command = ["convfusion", "generate", out, "--prompt", "a red apple"]
+    if untrained and blocks_only:
+        next_command = []
+    elif untrained and not drop_attention:
+        next_command = ["convfusion", "distill", out, "--data", "DATA"]
+        next_command += ["--out", "convfusion-blocks"]
+    elif blocks_only:
+        next_command = ["convfusion", "generate", model, "--blocks", out, "--prompt", "a red apple"]
+    print_ending(out, verdict=UNTRAINED if untrained else "", next_command=next_command)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.console import console, describe, progress_bar
+from convfusion.cli.console import console, describe, print_ending
 from convfusion.cli.distill import source_of
 from convfusion.cli.models import (
     check_loading,
@@ -17,6 +18,7 @@ from convfusion.cli.models import (
     stock_pipeline,
 )
 from convfusion.cli.options import Config, Data, Device, Model, Precision, Revision, Size, check_new
+from convfusion.progress import Bar, Progress
 
 RATES = {True: 2e-2, False: 5e-4}  # the demo's on the embedded model; Grafting's for any other
 
@@ -78,34 +80,37 @@ def curve(
     pipe = stock_pipeline(model, precision, device, revision)
     counts = chosen_counts(equip(pipe, None, config).converted, sites)
     with locked(out):
-        found = measured(pipe, run, *in_two(pipe, run, source(pipe, out), held_out))
-        files = found.save(out, counts, ranking)
-    print_curve(found, ranking)
-    names = ", ".join(file.name for file in files)
-    typer.echo(f"Written: {out}/curve.png, curve.json, curve.csv, {names}")
+        measured = measure_curve(pipe, run, *in_two(pipe, run, source(pipe, out), held_out))
+        configs = measured.save(out, counts, ranking)
+    print_curve(measured, ranking)
+    next_command = ("convfusion", "distill", model, "--config", configs[0]) if configs else ()
+    print_ending(
+        *(out / "curve.png", out / "curve.json", out / "curve.csv", *configs),
+        next_command=(*next_command, "--out", "convfusion-blocks") if configs else (),
+    )
 
 
-def measured(pipe: Any, run: Any, train: Any, apart: Any) -> Any:
+def measure_curve(pipe: Any, run: Any, train: Any, apart: Any) -> Any:
     """The costs of all sites and the curve, with a bar for each part of the work."""
     from convfusion.distill.curve import replacement_curve
     from convfusion.distill.partial import site_costs
 
-    progress = progress_bar()
-    with progress:
-        bars = [progress.add_task(name, total=None) for name in ("stage 1", "each alone", "curve")]
-
-        def advance(bar: Any) -> Any:
-            return lambda done, total: progress.update(bar, completed=done, total=total)
+    with Progress(True) as progress:
+        names = ("training each block alone", "replacing each layer alone", "curve")
+        training, alone, curve = (progress.add(name) for name in names)
 
         def on_step(step: int, terms: dict[str, float]) -> None:
-            text = f"stage 1  {describe(terms)}"
-            total = run.distill.steps
-            progress.update(bars[0], completed=step, total=total, description=text)
+            training.update(
+                step, total=run.distill.steps, name=f"training each block alone  {describe(terms)}"
+            )
+
+        def advance(bar: Bar) -> Callable[[int, int], None]:
+            return lambda done, total: bar.update(done, total=total)
 
         costs = site_costs(
-            pipe, train, apart, run.distill, on_step=on_step, on_progress=advance(bars[1])
+            pipe, train, apart, run.distill, on_step=on_step, on_progress=advance(alone)
         )
-        return replacement_curve(pipe, apart, costs, on_progress=advance(bars[2]))
+        return replacement_curve(pipe, apart, costs, on_progress=advance(curve))
 
 
 def in_two(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:

@@ -9,8 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.analyze import read_prompts
-from convfusion.cli.console import INTERRUPTED, console, fail, progress_bar
-from convfusion.cli.models import check_loading, equip, guidance_for, is_embedded, load_pipeline
+from convfusion.cli.console import INTERRUPTED, console, fail, print_ending
+from convfusion.cli.models import (
+    check_loading,
+    equip,
+    guidance_for,
+    is_embedded,
+    open_pipeline,
+    public_name,
+)
 from convfusion.cli.options import Blocks, Device, Model, Precision, Size, check_folder, parse_size
 
 MINI_SAMPLES = 64
@@ -100,33 +107,34 @@ def evaluate(
         teacher=other,
         real=real_pictures(pipe, model, real, prompts, draws),
         clip=open_clip(clip, pipe.device) if clip else None,
-        names=(named(model, blocks), named(teacher) if teacher else "its own attention"),
+        names=(
+            public_name(model, blocks),
+            public_name(teacher) if teacher else "its own attention",
+        ),
     )
     if found is not None:
         print_evaluation(found)
-        typer.echo(f"Written: {out}/report.html, evaluation.json, evaluation.csv, samples.csv")
+        names = ("report.html", "evaluation.json", "evaluation.csv", "samples.csv")
+        print_ending(*(out / name for name in names))
 
 
 def run(pipe: Any, draws: Any, out: Path, **options: Any) -> Any:
     """Evaluate with a progress bar, in the first of several processes."""
     from convfusion.evaluate import evaluate
     from convfusion.evaluate.drawing import process
+    from convfusion.progress import Progress
 
-    progress = progress_bar()
-    bar = progress.add_task("drawing", total=len(draws))
+    progress = Progress(process()[0] == 0)
+    bar = progress.add("drawing", total=len(draws))
 
     def on_progress(stage: str, done: int) -> None:
-        if process()[0] == 0:
-            progress.start()  # not before something is drawn: a refusal is one line
-        progress.update(bar, completed=done, description=stage)
+        bar.update(done, name=stage)
 
     try:
-        return evaluate(pipe, draws, out, on_progress=on_progress, **options)
+        with progress:
+            return evaluate(pipe, draws, out, on_progress=on_progress, **options)
     except KeyboardInterrupt:
-        progress.stop()
         fail("stopped: the same command goes on from here", INTERRUPTED)
-    finally:
-        progress.stop()
 
 
 def prompts_of(model: str, file: Path | None) -> list[str]:
@@ -142,10 +150,10 @@ def pipelines(
     model: str, blocks: Path | None, teacher: str | None, precision: str, device: str | None
 ) -> tuple[Any, Any]:
     """The student, and its teacher if that is another pipeline."""
-    pipe = load_pipeline(model, precision, device)
+    pipe = open_pipeline(model, precision, device)
     if blocks is not None:
         equip(pipe, blocks, None)
-    return pipe, load_pipeline(teacher, precision, device) if teacher else None
+    return pipe, open_pipeline(teacher, precision, device) if teacher else None
 
 
 def real_pictures(pipe: Any, model: str, spec: str | None, prompts: Path | None, draws: Any) -> Any:
@@ -179,12 +187,6 @@ def check_real(spec: str | None) -> None:
 
     if spec is not None:
         open_real(spec, (1, 1))
-
-
-def named(model: str, blocks: Path | None = None) -> str:
-    """What the report calls a pipeline: no path of this machine."""
-    name = Path(model).name if Path(model).exists() else model
-    return name if blocks is None else f"{name} with the blocks of {blocks.name}"
 
 
 def print_evaluation(found: Any) -> None:

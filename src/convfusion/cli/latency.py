@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convfusion.cli.bench import rivals
-from convfusion.cli.console import console
+from convfusion.cli.console import console, print_ending
 from convfusion.cli.models import needs_matplotlib, torch_device, torch_dtype
 from convfusion.cli.options import Batch, Device, Precision, Ratio, Rivals, check_file, parse_size
+from convfusion.progress import Progress
 
 if TYPE_CHECKING:
     from convfusion.bench.rows import Row
@@ -84,9 +85,7 @@ def latency(
     measure = denoiser_rows if whole else site_rows
     cases = shown(lambda say: measure(found, variants, sizes, under, say))
     print_rows(kept(cases, before, out, plot))
-    for file in (out, plot):
-        if file is not None:
-            typer.echo(f"Written: {file}")
+    print_ending(*(file for file in (out, plot) if file is not None))
 
 
 def kept(
@@ -108,10 +107,10 @@ def kept(
 
 
 def shown(measure: Any) -> Any:
-    """What a benchmark yields, while the terminal shows what it is at."""
-
-    with console(stderr=True).status("") as status:
-        yield from measure(status.update)
+    """What a benchmark yields, while the terminal shows which case it measures."""
+    with Progress(True) as progress:
+        bar = progress.add("measuring")
+        yield from measure(lambda case: bar.update(bar.done + 1, name=f"measuring: {case}"))
 
 
 def print_rows(rows: Sequence[Row]) -> None:

@@ -29,6 +29,12 @@ Config = Annotated[
     str | None,
     typer.Option(help="Preset (sd15, sd21, sdxl, pixart, dit, default) or JSON file of a config."),
 ]
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompts", help="Text file with one prompt per line.")
+]
+NegativePrompt = Annotated[
+    str, typer.Option(help="What the pictures should not show.", show_default=False)
+]
 Every = Annotated[int | None, typer.Option(min=1, help="Convert only every N-th of the sites.")]
 First = Annotated[int, typer.Option(min=0, help="With --every: the first of them, from 0.")]
 Data = Annotated[

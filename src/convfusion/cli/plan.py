@@ -16,6 +16,7 @@ from convfusion.cli.models import (
 )
 from convfusion.cli.options import Batch, Config, Device, Precision, Revision, parse_size
 from convfusion.errors import ConvFusionError
+from convfusion.progress import Progress
 
 if TYPE_CHECKING:
     from convfusion.bench.speed_plan import SpeedPlan
@@ -58,10 +59,13 @@ def plan(
         scale = latent_scale(pipe)
         latents = wanted[0] // scale, wanted[1] // scale
     chosen = conversion_for(denoiser_of(pipe), config)
-    with console(stderr=True).status("") as status:
-        found = plan_speed(
-            pipe, chosen, latents, batch=batch, on_case=lambda t: status.update(f"measuring: {t}")
-        )
+    with Progress(True) as progress:
+        bar = progress.add("measuring")
+
+        def show(case: str) -> None:
+            bar.update(bar.done + 1, name=f"measuring: {case}")
+
+        found = plan_speed(pipe, chosen, latents, batch=batch, on_case=show)
     print_plan(found, scale, pixel_unit_of(denoiser_of(pipe), scale))
 
 

@@ -180,6 +180,7 @@ def _draw_batch(pipe: Any, teacher: Denoiser, draws: Draws, rows: range, folder:
                 guidance=draws.guidance,
                 size=draws.size,
                 batch_size=len(rows),
+                progress=False,
             )
         if not all(latents.isfinite().all() for _, latents in path):
             raise ConvFusionError(

@@ -247,6 +247,7 @@ class _Climb:
                 steps=self.steps,
                 guidance=guidance,
                 size=size,
+                progress=False,
                 **options,
             )[0]
 
