@@ -96,7 +96,7 @@ def measure_curve(pipe: Any, run: Any, train: Any, apart: Any) -> Any:
     from convfusion.distill.partial import site_costs
 
     with Progress(True) as progress:
-        names = ("training each block alone", "replacing each layer alone", "curve")
+        names = ("training each block alone", "replacing each site alone", "curve")
         training, alone, curve = (progress.add(name) for name in names)
 
         def on_step(step: int, terms: dict[str, float]) -> None:

@@ -192,7 +192,7 @@ def train(
         bar = progress.add("distilling", total=run.distill.steps, done=done)
 
         def on_step(step: int, terms: dict[str, float]) -> None:
-            if show and not run_settings(out).exists():
+            if show and bar.done == done:  # not before it is known that the run can start
                 write_text(run_settings(out), as_toml(run))
             bar.update(step, name=f"distilling  {describe(terms)}")
             if step == run.distill.steps:

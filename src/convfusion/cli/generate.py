@@ -62,8 +62,8 @@ Memory = Annotated[
 Hybrid = Annotated[
     bool,
     typer.Option(
-        help="Measure first, and use the original attention in the layers where it is faster at "
-        "this size."
+        help="Measure first, and use the original attention at the sites (self-attention "
+        "layers) where it is faster at this size."
     ),
 ]
 
@@ -105,7 +105,7 @@ def generate(
     """Draw pictures. `mini` draws with its trained blocks, `mini-teacher` with attention.
 
     A size beyond one and a half times the model's own is drawn as a ladder: first at the model's
-    size, then enlarged and partly redrawn, in one or more rungs.
+    own size, then enlarged and partly redrawn. Each enlargement is a rung.
 
     Every PNG stores its prompt, seed and settings as text.
     """
@@ -213,7 +213,7 @@ def with_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractC
     height, width = size or native_size(pipe)
     with announced("Timing attention and blocks …", True):
         kept = cheaper_attention(pipe, (height // scale, width // scale))
-    typer.echo(f"Attention is faster in {len(kept)} of {len(mixers_of(pipe))} converted layers.")
+    typer.echo(f"Attention is faster at {len(kept)} of {len(mixers_of(pipe))} converted sites.")
     return attention_back(pipe, kept)
 
 

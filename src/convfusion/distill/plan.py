@@ -48,7 +48,7 @@ class Plan:
         """The plan in words: what is measured, and how much it is."""
         total = timedelta(seconds=round(self.seconds_per_step * self.steps))
         lines = {
-            "layers that would train": f"{self.converted} of {self.sites}",
+            "sites that would train": f"{self.converted} of {self.sites}",
             "parameters that would train": f"{self.trained / 1e6:.2f}M",
             "parameters that stay frozen": f"{self.frozen / 1e6:.2f}M",
             "weights, gradients and optimizer state": f"{self.held_bytes / 2**30:.2f} GiB",
