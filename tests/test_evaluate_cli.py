@@ -120,7 +120,7 @@ def test_ctrl_c_says_what_goes_on(run, places, tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "generate", stopped)
     prompts = ("--prompts", places / "prompts.txt", "--steps", 2)
     code, _, err = run("evaluate", "mini", "--out", tmp_path / "out", *prompts)
-    assert (code, err) == (130, "convfusion: stopped: the same command goes on from here\n")
+    assert (code, err) == (130, "convfusion: stopped: the same command continues from here\n")
     monkeypatch.setattr(sys.modules["convfusion.cli.evaluate"], "open_pipeline", stopped)
     code, _, err = run("evaluate", "mini", "--out", tmp_path / "out", *prompts)
     assert (code, err) == (130, "convfusion: interrupted\n")

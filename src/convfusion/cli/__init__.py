@@ -1,4 +1,4 @@
-"""The command line: thin, each command calls what a script would call."""
+"""The command line. It is thin: each command calls what a script would call."""
 
 from __future__ import annotations
 

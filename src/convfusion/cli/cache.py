@@ -27,36 +27,51 @@ def cache(
     data: Annotated[
         str,
         typer.Option(
-            help="Pictures with captions: a folder, a table, tar shards, hf:NAME; or a .txt file "
-            "of prompts, of which the model draws the latents itself."
+            help="Pictures with captions: a folder, a table, tar shards or hf:NAME. Or a .txt file "
+            "of prompts, which the model then draws itself."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the cache; an unfinished one goes on.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the cache. An unfinished cache is continued.")
+    ],
     size: Size = None,
     buckets: Annotated[
-        bool, typer.Option("--buckets/--no-buckets", help="Keep the ratio of sides, about.")
+        bool,
+        typer.Option(
+            "--buckets/--no-buckets",
+            help="Group pictures by their ratio of sides instead of cropping them to one size.",
+        ),
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 4,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 8,
-    half: Annotated[bool, typer.Option("--half", help="Keep float16: half the space.")] = False,
+    half: Annotated[
+        bool, typer.Option("--half", help="Store float16, which takes half the space.")
+    ] = False,
     image: Annotated[
-        str | None, typer.Option(help="Column, or extension in shards, of the pictures.")
+        str | None,
+        typer.Option(help="Column of the pictures in a table, or their extension in shards."),
     ] = None,
     caption: Annotated[
-        str | None, typer.Option(help="Column, extension or JSON field of the captions.")
+        str | None,
+        typer.Option(help="Column of the captions, or their extension or JSON field in shards."),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Of a data set with several.")] = None,
-    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the first drawing; the next count on.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Of a drawing.")] = 25,
-    guidance: Annotated[float | None, typer.Option(help="Of a drawing.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a data set, such as train.")] = None,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures drawn of each prompt.")] = 1,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first picture drawn; the following count up from it.")
+    ] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps of pictures drawn.")] = 25,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale of pictures drawn. Default: 5, and 3 for `mini`."),
+    ] = None,
     revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
     """Encode pictures and captions once, for `convfusion distill --data OUT`.
 
-    A run that was stopped goes on with the same command.
+    If it is stopped, the same command continues it.
     """
     from convfusion.data.sources import Drawing, open_source
 

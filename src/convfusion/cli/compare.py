@@ -9,7 +9,7 @@ import typer
 
 from convfusion.cli.console import console, print_ending
 from convfusion.cli.generate import Prompt, gather_prompts
-from convfusion.cli.models import check_loading, guidance_for, open_pipeline
+from convfusion.cli.models import check_loading, guidance_for, is_embedded, open_pipeline
 from convfusion.cli.options import (
     Device,
     Model,
@@ -26,6 +26,8 @@ from convfusion.text import check_prompts
 
 if TYPE_CHECKING:
     from convfusion.evaluate.comparison import Comparison
+
+MINI_PROMPTS = 6
 
 
 def compare(
@@ -60,14 +62,14 @@ def compare(
 
     All rows share prompts and seeds, so that pictures in a column can be compared. PSNR, in
     decibels, tells how close each row is to the teacher's; higher is closer. `mini` compares its
-    own trained blocks.
+    own trained blocks, and has prompts of its own.
     """
     from convfusion.evaluate.comparison import compare_blocks
     from convfusion.families.calls import check_call
     from convfusion.generate import check_numbers, check_size
     from convfusion.surgery import mixers_of
 
-    texts, seeds = gather_prompts(prompt, prompts), seed or [0]
+    texts, seeds = choose_prompts(model, prompt, prompts), seed or [0]
     check_prompts([negative_prompt])
     check_grid(out)
     check_loading(precision, device)
@@ -101,6 +103,16 @@ def compare(
     command = ["convfusion", "evaluate", model]
     command += ["--blocks", str(blocks[0])] if blocks else []
     print_ending(out, next_command=(*command, "--out", "convfusion-evaluation"))
+
+
+def choose_prompts(model: str, prompts: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts that are named; without any, some that the embedded model was not trained on."""
+    from convfusion import mini
+    from convfusion.demo import spread
+
+    if not prompts and file is None and is_embedded(model):
+        return spread(mini.held_out_data("results"), MINI_PROMPTS, offset=0.5).captions
+    return gather_prompts(prompts, file)
 
 
 def check_grid(out: Path) -> None:

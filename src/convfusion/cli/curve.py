@@ -29,27 +29,37 @@ def curve(
     data: Data = None,
     config: Config = None,
     size: Size = None,
-    steps: Annotated[int, typer.Option(min=1, help="In which each block learns alone.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Training steps, in which each block learns alone.")
+    ] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 16,
     learning_rate: Annotated[
-        float | None, typer.Option(help="By default 5e-4; 2e-2 for `mini`.")
+        float | None, typer.Option(help="Default: 5e-4, and 2e-2 for `mini`.")
     ] = None,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps of rising rate; then it falls.")] = 20,
-    autocast: Annotated[str, typer.Option(help="no, bf16 or fp16, in training.")] = "no",
-    held_out: Annotated[int, typer.Option(min=1, help="Samples to judge by.")] = 64,
+    warmup: Annotated[
+        int, typer.Option(min=0, help="Steps over which the learning rate rises; then it falls.")
+    ] = 20,
+    autocast: Annotated[
+        str, typer.Option(help="Mixed precision in training: no, bf16 or fp16.")
+    ] = "no",
+    held_out: Annotated[
+        int, typer.Option(min=1, help="Samples that are not trained on, to measure with.")
+    ] = 64,
     sites: Annotated[
         list[int] | None,
-        typer.Option(help="Write cheapest-KK.json for so many; give it again."),
+        typer.Option(help="Write a config with this many sites. Repeat for more."),
     ] = None,
     by: Annotated[
-        str, typer.Option(help="What these sites rank by: epsilon or imitation.")
+        str, typer.Option(help="What ranks the sites: epsilon or imitation.")
     ] = "epsilon",
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
-    """Find the sites that are cheapest to replace, and what each further one costs.
+    """Find the sites (self-attention layers) that are cheapest to replace, and what each costs.
+
+    The cost is the ε-error: the relative squared error of the noise that the model predicts.
 
     Writes curve.json, curve.csv, curve.png, and configs for `convert` and `distill`.
     """

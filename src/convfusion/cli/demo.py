@@ -17,9 +17,9 @@ def demo(
         "convfusion-demo"
     ),
     steps: Annotated[int, typer.Option(help="Distillation steps.", min=1)] = 400,
-    seed: Annotated[int, typer.Option(help="Of the distillation.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the distillation.")] = 0,
 ) -> None:
-    """Take the embedded model's self-attention away and distil its replacement, live."""
+    """Remove the self-attention of a small model and train its replacement, in a few minutes."""
     from convfusion.demo import distillation, run_demo
 
     check_folder(out)

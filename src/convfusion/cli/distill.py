@@ -50,7 +50,8 @@ def distill(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A pipeline: folder, Hub name or .safetensors file; or `mini`, `mini-teacher`."
+            help="A diffusers pipeline: a folder, a name on the Hub or a .safetensors file; or "
+            "`mini`, `mini-teacher`."
         ),
     ] = None,
     out: Out = None,
@@ -58,22 +59,27 @@ def distill(
     data: Data = None,
     size: Size = None,
     buckets: Annotated[
-        bool | None, typer.Option("--buckets/--no-buckets", help="Keep the ratio of sides, about.")
+        bool | None,
+        typer.Option("--buckets/--no-buckets", help="Group pictures by their ratio of sides."),
     ] = None,
     config: Config = None,
     every: Every = None,
     first: Annotated[
-        int | None, typer.Option(min=0, help="With --every: the first of them, from 0.")
+        int | None,
+        typer.Option(min=0, help="With --every: which site is the first, counted from 0."),
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Of the validation pictures; by default the first four captions."),
+        typer.Option(help="Prompt of a validation picture. Default: the first four captions."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in --out.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would train, memory and time, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what would be trained, its memory and time, and stop."
+        ),
     ] = False,
     revision: Revision = None,
     precision: Annotated[
@@ -112,7 +118,7 @@ def distill(
     if dry_run or ready is None or out is None:
         return print_plan(pipe, run.distill, planned_size(run))
     check_possible(denoiser_of(pipe), run.distill)
-    done = going_on(out, run.distill, show=main) if resume else 0
+    done = find_progress(out, run.distill, show=main) if resume else 0
     train(pipe, ready(pipe, out), run, out, prompts=prompt, resume=resume, done=done, show=main)
 
 
@@ -148,10 +154,10 @@ def check_run(run: RunSettings, out: Path | None, *, dry_run: bool, resume: bool
     if out is not None and resume:
         check_folder(out)
     elif out is not None:
-        check_new(out, advice="go on with --resume, or choose another folder")
+        check_new(out, advice="continue with --resume, or choose another folder")
 
 
-def going_on(out: Path, config: DistillConfig, *, show: bool) -> int:
+def find_progress(out: Path, config: DistillConfig, *, show: bool) -> int:
     """The steps that a run's last checkpoint has behind it; 0 without one.
 
     Raises:
@@ -164,7 +170,9 @@ def going_on(out: Path, config: DistillConfig, *, show: bool) -> int:
         check_same_run(last, config.to_dict())
     done = step_of(last) if last else 0
     if show:
-        typer.echo(f"Going on after step {done}." if last else f"{out} has no checkpoint: step 1.")
+        typer.echo(
+            f"Continuing after step {done}." if last else f"{out} has no checkpoint: starting anew."
+        )
     return done
 
 

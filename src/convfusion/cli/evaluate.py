@@ -25,31 +25,36 @@ MINI_SAMPLES = 64
 
 Teacher = Annotated[
     str | None,
-    typer.Option(help="Pipeline to compare with; by default the model's own attention."),
+    typer.Option(help="Pipeline to compare with. Default: the model's own attention."),
 ]
 Prompts = Annotated[
-    Path | None, typer.Option(help="Text file with one prompt per line; `mini` has its own.")
+    Path | None,
+    typer.Option(help="Text file with one prompt per line. `mini` has prompts of its own."),
 ]
 Samples = Annotated[
-    int | None, typer.Option(min=2, help="Pictures; by default one of each prompt, `mini`: 64.")
+    int | None,
+    typer.Option(min=2, help="Number of pictures. Default: one per prompt, and 64 for `mini`."),
 ]
 Real = Annotated[
     str | None,
-    typer.Option(help="Real pictures: a folder, or what `convfusion cache` takes."),
+    typer.Option(help="Real pictures: a folder, or any data that `convfusion cache` takes."),
 ]
 Network = Annotated[
     str,
-    typer.Option(help="Network behind distances: a folder or Hub name, such as DINOv2's."),
+    typer.Option(
+        help="Network whose features are compared: efficientnet-lite0, or the folder or Hub name "
+        "of another, such as DINOv2."
+    ),
 ]
 ClipModel = Annotated[
-    str | None, typer.Option(help="CLIP model, a folder or Hub name, for the CLIP score.")
+    str | None, typer.Option(help="Folder or Hub name of a CLIP model, for the CLIP score.")
 ]
 
 
 def evaluate(
     model: Model,
     out: Annotated[
-        Path, typer.Option(help="Folder for pictures and report; an unfinished one goes on.")
+        Path, typer.Option(help="Folder for pictures and report. An unfinished one is continued.")
     ],
     blocks: Blocks = None,
     teacher: Teacher = None,
@@ -57,9 +62,12 @@ def evaluate(
     samples: Samples = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; 5, and 3 for `mini`.")
+        float | None,
+        typer.Option(help="Classifier-free guidance scale. Default: 5, and 3 for `mini`."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first sample; the next count on.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first picture; the following count up from it.")
+    ] = 0,
     size: Size = None,
     real: Real = None,
     extractor: Network = "efficientnet-lite0",
@@ -68,7 +76,7 @@ def evaluate(
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
-    """Draw with student and teacher by equal seeds, and measure whether they are equally good.
+    """Draw with student and teacher from equal seeds, and measure whether they are equally good.
 
     Writes report.html, evaluation.json, evaluation.csv, samples.csv and the pictures. Under a
     launcher such as torchrun, processes share the drawing.
@@ -134,7 +142,7 @@ def run(pipe: Any, draws: Any, out: Path, **options: Any) -> Any:
         with progress:
             return evaluate(pipe, draws, out, on_progress=on_progress, **options)
     except KeyboardInterrupt:
-        fail("stopped: the same command goes on from here", INTERRUPTED)
+        fail("stopped: the same command continues from here", INTERRUPTED)
 
 
 def prompts_of(model: str, file: Path | None) -> list[str]:

@@ -15,10 +15,10 @@ from convfusion.progress import announced
 
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The file to write, ending in .onnx.")],
+    out: Annotated[Path, typer.Option(help="File to write, ending in .onnx.")],
     blocks: Blocks = None,
 ) -> None:
-    """Write a converted denoiser as ONNX for any size, and compare it with PyTorch."""
+    """Write a converted denoiser as ONNX, for pictures of any size, and compare it with PyTorch."""
     from convfusion import checkpoint
     from convfusion.export import check_target, export_onnx
 

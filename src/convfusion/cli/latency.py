@@ -20,24 +20,28 @@ if TYPE_CHECKING:
 
 
 Name = Annotated[
-    str, typer.Argument(help="sd15, sd21, sdxl, pixart, dit, mini, or a pipeline's folder.")
+    str, typer.Argument(help="sd15, sd21, sdxl, pixart, dit, mini or the folder of a pipeline.")
 ]
-Sizes = Annotated[list[str], typer.Option(help="WIDTHxHEIGHT in pixels; give it again for more.")]
+Sizes = Annotated[list[str], typer.Option(help="WIDTHxHEIGHT in pixels. Repeat for more.")]
 Whole = Annotated[
-    bool, typer.Option("--whole/--sites", help="Time the whole denoiser, or site by site.")
+    bool,
+    typer.Option(
+        "--whole/--sites",
+        help="Time the whole denoiser, or each site (self-attention layer) by itself.",
+    ),
 ]
-Compiled = Annotated[bool, typer.Option(help="Time the ΔConvBlocks under torch.compile too.")]
-Backward = Annotated[bool, typer.Option(help="Work out gradients too.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Counted calls of each variant.")]
+Compiled = Annotated[bool, typer.Option(help="Also time the ΔConvBlocks under torch.compile.")]
+Backward = Annotated[bool, typer.Option(help="Also compute gradients.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Timed calls of each variant.")]
 WarmUp = Annotated[
-    bool, typer.Option(help="Of a whole denoiser, an uncounted call of each variant first.")
+    bool, typer.Option(help="With --whole: call each variant once before it is timed.")
 ]
 Limit = Annotated[
-    float, typer.Option(min=0, help="Leave out what would take so many seconds a call.")
+    float, typer.Option(min=0, help="Skip what would take more than this many seconds per call.")
 ]
 Csv = Annotated[
     Path | None,
-    typer.Option(help="CSV file; in one that is there, cases measured again are replaced."),
+    typer.Option(help="CSV file. In an existing file, cases that are measured again are replaced."),
 ]
 Plot = Annotated[
     Path | None, typer.Option(help="Picture of all times in the CSV file, such as times.png.")
@@ -61,7 +65,7 @@ def latency(
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
-    """Time attention, ΔConvBlocks and their rivals in turn, with random weights, on this device."""
+    """Time attention, ΔConvBlocks and other replacements on this device, with random weights."""
     from convfusion.bench.counts import contenders
     from convfusion.bench.latency import Variant
     from convfusion.bench.models import bench_model

@@ -187,7 +187,7 @@ def stock_pipeline(
 def check_revision(model: str, revision: str | None) -> None:
     """Raise a ConvFusionError for a revision of what is no name on the Hub."""
     if revision is not None and (is_embedded(model) or Path(model).exists()):
-        raise ConvFusionError(f"--revision is of a name on the Hub: {model} is none")
+        raise ConvFusionError(f"--revision needs a name on the Hub, and {model} is none")
 
 
 def check_loading(precision: str, device: str | None) -> None:
