@@ -36,7 +36,10 @@ def fresh_accelerate():
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run the command line in this process: exit status, standard output and error."""
+    """Run the command line in this process: exit status, standard output and error.
+
+    Of the error, without the lines that say what begins, such as "Loading model …".
+    """
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["convfusion", *map(str, arguments)])
@@ -44,6 +47,8 @@ def run(monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             cli.main()
         out, err = capsys.readouterr()
+        lines = err.splitlines(keepends=True)
+        err = "".join(line for line in lines if not line.endswith(" …\n"))
         return ended.value.code, out, err
 
     return call

@@ -12,7 +12,7 @@ from tiny_pipelines import stable_diffusion
 import convfusion
 from convfusion import cli
 from convfusion.checkpoint.loading import in_dtype
-from convfusion.cli.models import load_pipeline
+from convfusion.cli.models import open_pipeline
 from convfusion.families import list_sites
 from convfusion.surgery import presets
 
@@ -167,7 +167,7 @@ def test_a_single_file_goes_to_its_pipeline(kind, tmp_path, monkeypatch):
         return Loaded()
 
     monkeypatch.setattr(getattr(diffusers, kind), "from_single_file", from_single_file)
-    assert isinstance(load_pipeline(str(path), "bfloat16", "cpu"), Loaded)
+    assert isinstance(open_pipeline(str(path), "bfloat16", "cpu"), Loaded)
     assert seen == [(str(path), in_dtype(torch.bfloat16))]
 
 
@@ -182,7 +182,7 @@ def test_a_single_file_loads_with_the_configs_of_its_kind(tmp_path, monkeypatch)
     for weights in root.rglob("*.safetensors"):
         weights.unlink()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    loaded = load_pipeline(str(tmp_path / "model.safetensors"), "float32", "cpu")
+    loaded = open_pipeline(str(tmp_path / "model.safetensors"), "float32", "cpu")
     for part in ("unet", "vae", "text_encoder"):
         expected, found = (getattr(each, part).state_dict() for each in (pipe, loaded))
         assert found.keys() == expected.keys()

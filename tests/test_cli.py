@@ -204,7 +204,7 @@ MISTAKES = {
     "unknown model": (["generate", "no/such", "--prompt", "x"], "no/such"),
     "unknown preset": (
         ["convert", "MODEL", "--out", "OUT", "--config", "sd3"],
-        "no preset 'sd3'; there are sd15",
+        "no preset 'sd3'; there are",
     ),
     "no config": (["convert", "MODEL", "--out", "OUT", "--config", "x.json"], "x.json"),
     "bad size": (["generate", "MODEL", "--prompt", "x", "--size", "12"], "512x768"),
@@ -277,7 +277,7 @@ MISTAKES = {
     ),
     "nowhere for a file": (
         ["generate", "MODEL", "--prompt", "x", "--out", "no/such/x.png"],
-        "name one in a folder that is there",
+        "name one in a folder that exists",
     ),
     "no such device": (["generate", "MODEL", "--prompt", "x", "--device", "abacus"], "abacus"),
 }
@@ -308,23 +308,23 @@ def test_pictures_never_take_the_place_of_others(run, model, tmp_path):
     assert run(*command, tmp_path)[0] == 0
     assert sorted(path.name[:5] for path in tmp_path.glob("*.png")) == ["00001", "00002", "00003"]
     code, told, _ = run(*command, tmp_path / "red.jpg")
-    assert code == 0 and told.strip() == str(tmp_path / "red.jpg")
+    assert code == 0 and str(tmp_path / "red.jpg") in told
     assert Image.open(tmp_path / "red.jpg").format == "JPEG"
     code, _, err = run(*command, tmp_path / "red.jpg")
-    assert code == 2 and "is there already" in err
+    assert code == 2 and "exists already" in err
 
 
 def test_a_run_says_where_it_begins_and_what_it_sets_aside(run, model, pictures, tmp_path):
     out = tmp_path / "blocks"
     command = ("distill", model, "--out", out, "--data", pictures, "--batch-size", 1)
     code, said, err = run(*command, "--steps", 1, "--resume", "--size", "16x16")
-    assert code == 0 and f"{out} has no checkpoint: step 1." in said, err
+    assert code == 0 and f"{out} has no checkpoint: starting anew." in said, err
     code, _, err = run(*command, "--steps", 2)
-    assert code == 2 and "go on with --resume, or choose another folder" in err
+    assert code == 2 and "continue with --resume, or choose another folder" in err
     code, _, err = run(*command, "--steps", 2, "--resume", "--learning-rate", 1)
     assert code == 2 and "written with another learning_rate" in err
     code, said, err = run(*command, "--steps", 2, "--resume", "--size", "16x16")
-    assert code == 0 and "Going on after step 1." in said, err
+    assert code == 0 and "Continuing after step 1." in said, err
     code, said, err = run("distill", "mini", "--every", 2, "--dry-run")
     assert code == 0 and "4 of 7" in said and "the blocks that it has are set aside" in said, err
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from convfusion.cli.cache import print_cache
-from convfusion.cli.console import progress_bar, steady_streams
+from convfusion.cli.console import steady_streams
 
 FLOPS = ["bench", "flops", "mini", "--size", "64x64"]
 
@@ -45,8 +45,6 @@ def test_names_are_printed_as_they_are(capsys, monkeypatch):
     print_cache(built)
     said = capsys.readouterr().out
     assert "[/b] [red]x" in said and ":smile:.png" in said and "[bold]no caption" in said
-    with progress_bar() as bar:
-        bar.add_task("[/b] :smile:")
 
 
 LATE = {
@@ -81,7 +79,7 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(run, tmp_path, monkeypat
         raise AssertionError("a model is loaded")
 
     for module in ("models", "cache", "distill", "evaluate", "generate", "export", "convert"):
-        monkeypatch.setattr(f"convfusion.cli.{module}.load_pipeline", load, raising=False)
+        monkeypatch.setattr(f"convfusion.cli.{module}.open_pipeline", load, raising=False)
     code, out, err = run(*(word.replace("DATA", "prompts.txt") for word in command))
     assert code == 2 and message in err and err.count("\n") == 1
     assert out == "" and [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]

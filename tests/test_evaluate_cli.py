@@ -13,7 +13,8 @@ from transformers import Dinov2Config, Dinov2Model
 import convfusion
 from convfusion import evaluate as api
 from convfusion import mini
-from convfusion.cli.evaluate import named, print_evaluation, prompts_of, real_pictures
+from convfusion.cli.evaluate import print_evaluation, prompts_of, real_pictures
+from convfusion.cli.models import public_name
 from convfusion.evaluate import drawing, plan
 from convfusion.evaluate.real import open_real
 from convfusion.files import write_tensors
@@ -119,15 +120,15 @@ def test_ctrl_c_says_what_goes_on(run, places, tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "generate", stopped)
     prompts = ("--prompts", places / "prompts.txt", "--steps", 2)
     code, _, err = run("evaluate", "mini", "--out", tmp_path / "out", *prompts)
-    assert (code, err) == (130, "convfusion: stopped: the same command goes on from here\n")
-    monkeypatch.setattr(sys.modules["convfusion.cli.evaluate"], "load_pipeline", stopped)
+    assert (code, err) == (130, "convfusion: stopped: the same command continues from here\n")
+    monkeypatch.setattr(sys.modules["convfusion.cli.evaluate"], "open_pipeline", stopped)
     code, _, err = run("evaluate", "mini", "--out", tmp_path / "out", *prompts)
     assert (code, err) == (130, "convfusion: interrupted\n")
 
 
 def test_a_report_names_no_folder_of_this_machine(tmp_path):
-    assert named("mini") == "mini" and named("org/name") == "org/name"
-    assert named(str(tmp_path), tmp_path / "x") == f"{tmp_path.name} with the blocks of x"
+    assert public_name("mini") == "mini" and public_name("org/name") == "org/name"
+    assert public_name(str(tmp_path), tmp_path / "x") == f"{tmp_path.name} with the blocks of x"
 
 
 MISTAKES = {

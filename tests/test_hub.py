@@ -12,7 +12,7 @@ from tiny_pipelines import stable_diffusion
 import convfusion
 from convfusion import CheckpointError, checkpoint, cli
 from convfusion.checkpoint import BLOCKS, MANIFEST, hub
-from convfusion.cli.models import load_pipeline
+from convfusion.cli.models import open_pipeline
 from convfusion.errors import ConvFusionError
 
 pytestmark = pytest.mark.libraries
@@ -138,18 +138,18 @@ def cached(tmp_path, monkeypatch):
 
 
 def test_a_cached_name_loads_offline_at_its_revision(cached):
-    assert load_pipeline(cached, "float32", "cpu").scheduler.config.beta_end == 0.02
-    pipe = load_pipeline(cached, "float32", "cpu", revision="v1")
+    assert open_pipeline(cached, "float32", "cpu").scheduler.config.beta_end == 0.02
+    pipe = open_pipeline(cached, "float32", "cpu", revision="v1")
     assert pipe.scheduler.config.beta_end == 0.01
     convfusion.convert(pipe)
     with pytest.raises(ConvFusionError, match=r"them/tiny .*\(revision v9\)"):
-        load_pipeline(cached, "float32", "cpu", revision="v9")
+        open_pipeline(cached, "float32", "cpu", revision="v9")
 
 
 def test_a_revision_of_something_local_is_an_error(tmp_path):
     for model in ("mini", str(tmp_path)):
         with pytest.raises(ConvFusionError, match="--revision is of a name on the Hub"):
-            load_pipeline(model, "float32", "cpu", revision="v1")
+            open_pipeline(model, "float32", "cpu", revision="v1")
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 import convfusion
 from convfusion import CheckpointError, ConvFusionError, UnsupportedModelError, mini
-from convfusion.cli.models import load_pipeline
+from convfusion.cli.models import open_pipeline
 from convfusion.files import read_tensors
 
 FLUX = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
 
 
 def by_name(folder):
-    return load_pipeline(str(folder), "float32", "cpu")
+    return open_pipeline(str(folder), "float32", "cpu")
 
 
 LOADERS = {"python": convfusion.load_pipeline, "command line": by_name}

@@ -18,13 +18,13 @@ from convfusion.bench.speed_plan import (
     SitePlan,
     SpeedPlan,
     cheaper_attention,
+    describe_plan,
     fitted,
     plan_speed,
     proportional,
     shrunk,
 )
 from convfusion.bench.timing import Timing
-from convfusion.cli.plan import said
 from convfusion.errors import ConvFusionError
 from convfusion.families import list_sites
 from convfusion.mixers.delta_conv import DeltaConv
@@ -86,7 +86,7 @@ def test_the_crossover_is_where_both_take_as_long():
 
 
 def test_the_size_that_is_told_can_be_drawn():
-    told = " ".join(said(plan(), 3, 16))
+    told = " ".join(describe_plan(plan(), 3, 16))
     sides = re.search(r"faster from (\d+)×(\d+) pixels", told).groups()
     assert all(int(side) % 16 == 0 for side in sides)
     assert min(map(int, sides)) >= 3 * plan().faster_from[0]

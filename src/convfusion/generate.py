@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+from convfusion import files
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, denoiser_of, family_of, native_size, pixel_unit
 from convfusion.families.calls import check_call, cut_options
-from convfusion.patches import copied_without_patches, replaced_attributes
-from convfusion.text import check_prompts
+from convfusion.patches import copied_without_patches, replaced_attributes, wrapped_method
+from convfusion.progress import Bar, Progress
+from convfusion.text import check_prompts, one_line
 
 SEEDS = 2**64  # of torch's generators
 GUIDANCES = 1e3  # far above any that a model is used with
@@ -29,6 +33,7 @@ def generate(
     guidance: float = 5.0,
     size: tuple[int, int] | None = None,
     batch_size: int = 8,
+    progress: bool | None = None,
     **options: Any,
 ) -> list[Image.Image]:
     """One picture per prompt; a picture depends on its prompt and seed, not on its batch.
@@ -41,6 +46,8 @@ def generate(
         guidance: classifier-free guidance scale; 1 or less is none.
         size: (height, width) in pixels, by default the pipeline's own.
         batch_size: prompts drawn at once.
+        progress: show the steps of all batches and the time left on standard error; None shows
+            them on a terminal only, and not for a pipeline whose own bar was switched off.
         options: further arguments of the pipeline's call. Lists and tensors with one for each
             prompt, such as pictures, negative prompts, latents or embeddings, are cut with the
             batches. `prompt_embeds` take the place of the prompts, which are then only counted.
@@ -66,7 +73,8 @@ def generate(
         sides = {"height": size[0], "width": size[1]}
     options = {**family.call_options, **options}
     images: list[Image.Image] = []
-    with silent(pipe):
+    batches = math.ceil(len(prompts) / batch_size)
+    with shown_steps(pipe, batches, progress), silent(pipe):
         for start in range(0, len(prompts), batch_size):
             stop = start + batch_size
             part: Any = prompts[start:stop]
@@ -156,6 +164,113 @@ def swapped_denoiser(pipe: Any, denoiser: Denoiser) -> Iterator[Any]:
 @contextmanager
 def silent(pipe: Any) -> Iterator[None]:
     """Draw without the pipeline's own progress bar."""
-    told = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
-    with replaced_attributes(pipe, _progress_bar_config=told):
+    config = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+    with replaced_attributes(pipe, _progress_bar_config=config):
         yield
+
+
+@contextmanager
+def shown_steps(pipe: Any, batches: int, progress: bool | None) -> Iterator[None]:
+    """Show one bar for the steps of all batches in place of the pipeline's bar for each of them."""
+    if progress is None and getattr(pipe, "_progress_bar_config", {}).get("disable"):
+        progress = False
+    with Progress(progress) as bars:
+        bar = bars.add("drawing")
+
+        def count_steps(own_bar: Any, iterable: Any = None, total: int | None = None) -> Any:
+            steps = len(iterable) if total is None else total
+            bar.update(total=steps * batches)
+            shown = own_bar(iterable=iterable, total=total)
+            return _advancing(bar, iterable) if iterable is not None else _Counted(shown, bar)
+
+        if not bars.shown or not hasattr(pipe, "progress_bar"):
+            yield
+            return
+        with wrapped_method(pipe, "progress_bar", count_steps):
+            yield
+
+
+def _advancing(bar: Bar, steps: Iterable[Any]) -> Iterator[Any]:
+    for step in steps:
+        yield step
+        bar.advance()
+
+
+class _Counted:
+    """A pipeline's own bar, of which our bar counts the updates."""
+
+    def __init__(self, own: Any, bar: Bar) -> None:
+        self._own, self._bar = own, bar
+
+    def __enter__(self) -> _Counted:
+        self._own.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._own.__exit__(*error)
+
+    def update(self, steps: int = 1) -> None:
+        self._own.update(steps)
+        self._bar.advance(steps)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+def describe_picture(
+    pipe: Any,
+    prompt: str,
+    *,
+    seed: int,
+    steps: int,
+    guidance: float,
+    negative_prompt: str = "",
+    model: str = "",
+    blocks: str = "",
+) -> dict[str, str]:
+    """How a picture was drawn, as the text chunks of its PNG; see `write_picture`.
+
+    Beside a key for each value there is `parameters`, all of them in the form that other
+    programs read.
+
+    Args:
+        pipe: that drew it.
+        prompt, seed, steps, guidance, negative_prompt: as for `generate`.
+        model: what the pipeline is called.
+        blocks: what its trained blocks are called.
+    """
+    from convfusion import __version__
+
+    version = f"ConvFusion {__version__}"
+    sampler = type(pipe.scheduler).__name__
+    settings = {"Steps": steps, "Sampler": sampler, "CFG scale": guidance, "Seed": seed}
+    settings |= {"Model": model, "Blocks": blocks, "Version": version}
+    lines = [one_line(prompt)]
+    lines += [f"Negative prompt: {one_line(negative_prompt)}"] if negative_prompt else []
+    lines.append(", ".join(f"{k}: {one_line(v)}" for k, v in settings.items() if v != ""))
+    record = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "steps": steps}
+    record |= {"guidance": guidance, "model": model, "blocks": blocks, "version": version}
+    chunks = {name: str(value) for name, value in record.items() if value != ""}
+    return {"parameters": "\n".join(lines), **chunks}
+
+
+def write_picture(path: str | Path, image: Image.Image, record: Mapping[str, str]) -> None:
+    """Write a picture, whole or not at all, in the format that its name ends in.
+
+    Args:
+        path: of the file.
+        image: the picture.
+        record: text by key, such as `describe_picture` gives. A PNG keeps it, in chunks that
+            Pillow shows as `Image.open(path).text`; other formats have no room for it.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    path, buffer = Path(path), io.BytesIO()
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in record.items():
+        chunks.add_text(name, text)
+    options = {"pnginfo": chunks} if kind == "PNG" else {}
+    image.save(buffer, kind, **options)
+    files.write_bytes(path, buffer.getvalue())

@@ -282,3 +282,31 @@ def _rest(model: Any, latents: tuple[int, int], batch: int) -> float:
     device = next(model.parameters()).device
     timing: Timing = interleaved({"rest": call}, device, ROUNDS)["rest"]
     return timing.median * math.prod(latents) / math.prod(small)
+
+
+def describe_plan(plan: SpeedPlan, scale: int, unit: int) -> list[str]:
+    """What a plan means, a sentence a line; sides of pictures are multiples of `unit`."""
+    speedup = plan.attention / plan.converted
+    share = 1 - 1 / plan.bound
+    lines = [
+        f"Converted, it would be {speedup:.2f}× as fast here. More than {plan.bound:.2f}× is not "
+        f"possible, since self-attention takes {share:.0%} of the time."
+    ]
+    start = plan.faster_from
+    if start is None:
+        lines.append("It is faster at no size: the time of attention does not grow faster here.")
+    elif start == (0, 0):
+        lines.append("By extrapolation it is faster at every size.")
+    else:
+        height, width = (-(-side * scale // unit) * unit for side in start)  # that can be drawn
+        lines.append(f"By extrapolation it is faster from {width}×{height} pixels on.")
+    if plan.kept and len(plan.kept) < sum(len(site.paths) for site in plan.sites):
+        lines.append(
+            f"Attention is faster at {len(plan.kept)} site{'s' if len(plan.kept) > 1 else ''}. "
+            f"Keeping it there (generate --hybrid) gives {plan.attention / plan.hybrid:.2f}×."
+        )
+    dropped, added = (count / 2**20 for count in plan.weights)
+    lines.append(
+        f"Dropping the attention frees {dropped:,.1f} MiB of weights; the blocks take {added:,.1f}."
+    )
+    return lines

@@ -1,14 +1,17 @@
-"""The command line: thin, each command calls what a script would call."""
+"""The command line. It is thin: each command calls what a script would call."""
 
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from convfusion import __version__
 from convfusion.cli.analyze import ablate, analyze
 from convfusion.cli.bench import bench
 from convfusion.cli.cache import cache
+from convfusion.cli.compare import compare
 from convfusion.cli.console import INTERRUPTED, fail, quiet_libraries, steady_streams
 from convfusion.cli.convert import convert
 from convfusion.cli.curve import curve
@@ -17,6 +20,7 @@ from convfusion.cli.distill import distill
 from convfusion.cli.evaluate import evaluate
 from convfusion.cli.export import export
 from convfusion.cli.generate import generate
+from convfusion.cli.info import info
 from convfusion.cli.latency import latency
 from convfusion.cli.plan import plan
 from convfusion.errors import ConvFusionError
@@ -24,12 +28,55 @@ from convfusion.imports import explained
 
 app = typer.Typer(
     name="convfusion",
-    help="Diffusion models without self-attention.",
+    help="Replace the self-attention of diffusion models by convolutions, distil, and compare.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (demo, analyze, ablate, curve, plan, convert, cache, distill, evaluate, generate, export)
+COMMANDS = (
+    demo,
+    info,
+    plan,
+    convert,
+    cache,
+    distill,
+    generate,
+    compare,
+    evaluate,
+    analyze,
+    ablate,
+    curve,
+    export,
+)
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and leave, for `--version`."""
+    if wanted:
+        typer.echo(f"convfusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def describe_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            callback=print_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """Replace the self-attention of diffusion models by convolutions, distil, and compare.
+
+    `convfusion demo` shows all of it on a small model that comes with the package. A "site" is one
+    self-attention layer of a model; `mini` names the small model.
+    """
+
+
 for command in COMMANDS:
     app.command()(command)
 bench.command()(latency)
@@ -45,9 +92,9 @@ def main() -> None:
     except (ConvFusionError, OSError) as error:
         fail(str(error))
     except ImportError as error:
-        if (told := explained(error)) is None:
+        if (message := explained(error)) is None:
             raise
-        fail(told)
+        fail(message)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer says of wrong usage
             raise

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from convfusion import text
-from convfusion.cli.console import console, progress_bar
+from convfusion.cli.console import console, print_ending
 from convfusion.cli.models import (
     check_loading,
     guidance_for,
@@ -20,16 +20,19 @@ from convfusion.cli.models import (
 )
 from convfusion.cli.options import Device, Model, Precision, Revision, Size, check_new, parse_size
 from convfusion.errors import ConvFusionError
+from convfusion.progress import Progress
 
 Prompts = Annotated[
-    Path | None, typer.Option(help="Text file with one prompt per line; `mini` has its own.")
+    Path | None,
+    typer.Option(help="Text file with one prompt per line. `mini` has prompts of its own."),
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
 Timesteps = Annotated[
-    str | None, typer.Option(help="Where to look, such as 881,481,81; by default five.")
+    str | None,
+    typer.Option(help="Timesteps to look at, such as 881,481,81. Default: five of them."),
 ]
 Guidance = Annotated[
-    float | None, typer.Option(help="Classifier-free guidance; by default 5, and 3 for `mini`.")
+    float | None, typer.Option(help="Classifier-free guidance scale. Default: 5, and 3 for `mini`.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")]
 MINI_PROMPTS = 15  # odd, so that both designs occur
@@ -41,13 +44,18 @@ def analyze(
     prompts: Prompts = None,
     steps: Steps = 25,
     timesteps: Timesteps = None,
-    queries: Annotated[int, typer.Option(help="Queries measured per map.")] = 256,
-    memory: Annotated[int, typer.Option(help="MiB for the maps that are worked on.")] = 256,
-    cutoff: Annotated[float, typer.Option(help="High-pass, cycles per side of the grid.")] = 1.0,
-    order: Annotated[int, typer.Option(help="Order of the Butterworth high-pass.")] = 2,
-    share: Annotated[float, typer.Option(help="What a receptive field holds.")] = 0.8,
+    queries: Annotated[int, typer.Option(help="Queries measured per attention map.")] = 256,
+    memory: Annotated[int, typer.Option(help="MiB of memory for attention maps.")] = 256,
+    cutoff: Annotated[
+        float, typer.Option(help="Cut-off of the high-pass filter, in cycles per side of the grid.")
+    ] = 1.0,
+    order: Annotated[int, typer.Option(help="Order of that Butterworth filter.")] = 2,
+    share: Annotated[
+        float,
+        typer.Option(help="Share of the attention that counts as the effective receptive field."),
+    ] = 0.8,
     control: Annotated[
-        bool, typer.Option("--control", help="Analyse an untrained model beside it.")
+        bool, typer.Option("--control", help="Analyse an untrained model too, for comparison.")
     ] = False,
     size: Size = None,
     guidance: Guidance = None,
@@ -56,9 +64,10 @@ def analyze(
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
-    """Look at the self-attention of a pipeline, layer by layer, while it draws.
+    """Measure the self-attention of a pipeline, layer by layer, while it draws.
 
-    Writes report.html, analysis.json, the figures, and kernels.json for `convert --config`.
+    Tells how local the attention of each layer is, and which kernel size would replace it. Writes
+    report.html, analysis.json, figures, and kernels.json for `convert --config`.
     """
     needs_matplotlib("take convfusion.analysis.analyze in Python for the numbers alone")
     check_loading(precision, device)
@@ -84,19 +93,22 @@ def analyze(
     if guidance is None:
         config = replace(config, guidance=guidance_for(model, pipe))
     calls = len(sampling_timesteps(pipe, steps)) * math.ceil(len(drawn) / batch_size)
-    progress = progress_bar()
-    with progress:
-        bar = progress.add_task("analysing", total=calls)
-        found = run(pipe, drawn, config, on_call=lambda: progress.advance(bar))
+    with Progress(True) as progress:
+        bar = progress.add("analysing", total=calls)
+        analysis = run(pipe, drawn, config, on_call=bar.advance)
         other = None
         if control:
-            bar = progress.add_task("untrained", total=calls)
+            second_bar = progress.add("analysing an untrained model", total=calls)
             with swapped_denoiser(pipe, untrained(pipe)):
-                other = run(pipe, drawn, config, on_call=lambda: progress.advance(bar))
-    write_report(found, out, other)
-    print_claims(check_claims(found), check_claims(other) if other else None)
-    typer.echo(give_verdict(found, other))
-    typer.echo(f"Written: {out}/report.html, analysis.json, kernels.json and figures")
+                other = run(pipe, drawn, config, on_call=second_bar.advance)
+    write_report(analysis, out, other)
+    print_claims(check_claims(analysis), check_claims(other) if other else None)
+    kernels = out / "kernels.json"
+    print_ending(
+        *(out / "report.html", out / "analysis.json", kernels),
+        verdict=give_verdict(analysis, other),
+        next_command=("convfusion", "convert", model, "--config", kernels, "--out", "converted"),
+    )
 
 
 def ablate(
@@ -104,10 +116,13 @@ def ablate(
     out: Annotated[Path, typer.Option(help="Folder for ablation.png and ablation.json.")],
     prompts: Prompts = None,
     window: Annotated[
-        list[int] | None, typer.Option(help="Neighbourhood attention of K×K; give it again.")
+        list[int] | None, typer.Option(help="Size K of a K×K attention window. Repeat for more.")
     ] = None,
     site: Annotated[
-        list[str] | None, typer.Option(help="Pattern of sites, such as 'up_blocks.*'.")
+        list[str] | None,
+        typer.Option(
+            help="Restrict only these sites (self-attention layers), such as 'up_blocks.*'."
+        ),
     ] = None,
     steps: Steps = 25,
     timesteps: Timesteps = None,
@@ -118,7 +133,11 @@ def ablate(
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
-    """Draw with attention restricted to windows, to the mean token, or taken away: no training."""
+    """Draw with attention restricted to windows, to the mean token, or removed. Nothing is trained.
+
+    The ε-error is the relative squared error of the noise that the model predicts, against the
+    unchanged model.
+    """
     from convfusion.analysis import ablate as run
     from convfusion.analysis import save_ablation, variants
     from convfusion.analysis.capture import sampling_timesteps
@@ -131,10 +150,9 @@ def ablate(
     pipe = stock_pipeline(model, precision, device, revision)
     calls = len(sampling_timesteps(pipe, steps)) * math.ceil(len(drawn) / batch_size)
     calls *= 1 + len(tried)
-    progress = progress_bar()
-    with progress:
-        bar = progress.add_task("drawing", total=calls)
-        found = run(
+    with Progress(True) as progress:
+        bar = progress.add("drawing", total=calls)
+        rows = run(
             pipe,
             drawn,
             tried,
@@ -143,11 +161,14 @@ def ablate(
             guidance=guidance_for(model, pipe) if guidance is None else guidance,
             size=wanted,
             batch_size=batch_size,
-            on_call=lambda: progress.advance(bar),
+            on_call=bar.advance,
         )
-    save_ablation(found, drawn, out)
-    print_ablation({name: row.to_dict() for name, row in found.items()})
-    typer.echo(f"Written: {out}/ablation.png, {out}/ablation.json")
+    save_ablation(rows, drawn, out)
+    print_ablation({name: row.to_dict() for name, row in rows.items()})
+    print_ending(
+        *(out / "ablation.png", out / "ablation.json"),
+        next_command=("convfusion", "curve", model, "--out", "curve"),
+    )
 
 
 def read_prompts(model: str, path: Path | None, mini_prompts: int = MINI_PROMPTS) -> list[str]:
@@ -162,17 +183,17 @@ def read_prompts(model: str, path: Path | None, mini_prompts: int = MINI_PROMPTS
     return text.read_prompts(path)
 
 
-def parse_timesteps(given: str | None) -> tuple[float, ...] | None:
+def parse_timesteps(text: str | None) -> tuple[float, ...] | None:
     """`881,481,81` → (881, 481, 81)."""
-    if given is None:
+    if text is None:
         return None
     try:
-        return tuple(float(word) for word in given.split(","))
+        return tuple(float(word) for word in text.split(","))
     except ValueError:
-        raise ConvFusionError(f"timesteps look like 881,481,81, not {given!r}") from None
+        raise ConvFusionError(f"timesteps look like 881,481,81, not {text!r}") from None
 
 
-def print_claims(found: list[tuple[str, str]], other: list[tuple[str, str]] | None) -> None:
+def print_claims(claims: list[tuple[str, str]], other: list[tuple[str, str]] | None) -> None:
     from rich.table import Table
 
     table = Table(title="The paper's claims, by layer")
@@ -180,7 +201,7 @@ def print_claims(found: list[tuple[str, str]], other: list[tuple[str, str]] | No
     table.add_column("this model")
     if other:
         table.add_column("untrained")
-    for i, (claim, count) in enumerate(found):
+    for i, (claim, count) in enumerate(claims):
         table.add_row(claim, count, *([other[i][1]] if other else []))
     console().print(table)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from convfusion.cli.console import console
+from convfusion.cli.console import console, print_ending
 from convfusion.cli.options import Ratio, Rivals, check_file, parse_size
 
 if TYPE_CHECKING:
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 DECIMAL = ("", "k", "M", "G", "T", "P")
 BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 
-bench = typer.Typer(no_args_is_help=True, help="What self-attention and its rivals cost.")
+bench = typer.Typer(
+    no_args_is_help=True, help="Measure what self-attention and its replacements cost."
+)
 
 
 @bench.command()
@@ -26,17 +28,20 @@ def flops(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="sd15, sd21, sdxl, pixart, dit, mini (all by default), or a pipeline's folder.",
+            help="sd15, sd21, sdxl, pixart, dit, mini or the folder of a pipeline. Default: all.",
         ),
     ] = None,
     size: Annotated[
         list[str] | None,
-        typer.Option(help="WIDTHxHEIGHT in pixels; give it again for more. By default nine sizes."),
+        typer.Option(help="WIDTHxHEIGHT in pixels. Repeat for more. Default: nine sizes."),
     ] = None,
     mixers: Rivals = None,
     ratio: Ratio = None,
     out: Annotated[
-        Path | None, typer.Option(help="CSV file for the cost at every site, and the totals.")
+        Path | None,
+        typer.Option(
+            help="CSV file for the cost at every site (self-attention layer) and the totals."
+        ),
     ] = None,
 ) -> None:
     """Count operations, parameters and memory from shapes alone: no weights, no GPU."""
@@ -66,7 +71,7 @@ def flops(
         typer.echo(line)
     if out is not None:
         write_costs(costs, out)
-        typer.echo(f"Written: {out}")
+        print_ending(out)
 
 
 def rivals(mixers: str | None) -> Sequence[str]:

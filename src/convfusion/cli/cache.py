@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.console import console, progress_bar
-from convfusion.cli.models import check_loading, guidance_for, load_pipeline
+from convfusion.cli.console import console, print_ending
+from convfusion.cli.models import check_loading, guidance_for, open_pipeline
 from convfusion.cli.options import (
     Device,
     Model,
@@ -19,6 +19,7 @@ from convfusion.cli.options import (
     check_folder,
     parse_size,
 )
+from convfusion.progress import Progress
 
 
 def cache(
@@ -26,36 +27,51 @@ def cache(
     data: Annotated[
         str,
         typer.Option(
-            help="Pictures with captions: a folder, a table, tar shards, hf:NAME; or a .txt file "
-            "of prompts, of which the model draws the latents itself."
+            help="Pictures with captions: a folder, a table, tar shards or hf:NAME. Or a .txt file "
+            "of prompts, which the model then draws itself."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the cache; an unfinished one goes on.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the cache. An unfinished cache is continued.")
+    ],
     size: Size = None,
     buckets: Annotated[
-        bool, typer.Option("--buckets/--no-buckets", help="Keep the ratio of sides, about.")
+        bool,
+        typer.Option(
+            "--buckets/--no-buckets",
+            help="Group pictures by their ratio of sides instead of cropping them to one size.",
+        ),
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 4,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 8,
-    half: Annotated[bool, typer.Option("--half", help="Keep float16: half the space.")] = False,
+    half: Annotated[
+        bool, typer.Option("--half", help="Store float16, which takes half the space.")
+    ] = False,
     image: Annotated[
-        str | None, typer.Option(help="Column, or extension in shards, of the pictures.")
+        str | None,
+        typer.Option(help="Column of the pictures in a table, or their extension in shards."),
     ] = None,
     caption: Annotated[
-        str | None, typer.Option(help="Column, extension or JSON field of the captions.")
+        str | None,
+        typer.Option(help="Column of the captions, or their extension or JSON field in shards."),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Of a data set with several.")] = None,
-    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the first drawing; the next count on.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Of a drawing.")] = 25,
-    guidance: Annotated[float | None, typer.Option(help="Of a drawing.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a data set, such as train.")] = None,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures drawn of each prompt.")] = 1,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first picture drawn; the following count up from it.")
+    ] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps of pictures drawn.")] = 25,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale of pictures drawn. Default: 5, and 3 for `mini`."),
+    ] = None,
     revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
     """Encode pictures and captions once, for `convfusion distill --data OUT`.
 
-    A run that was stopped goes on with the same command.
+    If it is stopped, the same command continues it.
     """
     from convfusion.data.sources import Drawing, open_source
 
@@ -65,7 +81,7 @@ def cache(
     drawing = Drawing(per_prompt, seed, steps, chosen)
     wanted = parse_size(size) if size else None
     source = open_source(data, image=image, caption=caption, split=split, drawing=drawing)
-    pipe = load_pipeline(model, precision, device, revision)
+    pipe = open_pipeline(model, precision, device, revision)
     if guidance is None:
         source = guided_as_it_can(source, model, pipe)
     encode(
@@ -78,7 +94,10 @@ def cache(
         batch_size=batch_size,
         half=half,
     )
-    typer.echo(f"Written: {out}")
+    print_ending(
+        out,
+        next_command=("convfusion", "distill", model, "--data", out, "--out", "convfusion-blocks"),
+    )
 
 
 def guided_as_it_can(source: Any, model: str, pipe: Any) -> Any:
@@ -94,16 +113,9 @@ def encode(pipe: Any, source: Any, out: Path, **options: Any) -> Any:
     """Build a cache with a progress bar, and say what is in it and what was skipped."""
     from convfusion.data import build_cache
 
-    progress = progress_bar()
-    bar = progress.add_task("encoding", total=source.total)
-    with progress:
-        built = build_cache(
-            pipe,
-            source,
-            out,
-            on_progress=lambda done: progress.update(bar, completed=done),
-            **options,
-        )
+    with Progress(True) as progress:
+        bar = progress.add("encoding", total=source.total)
+        built = build_cache(pipe, source, out, on_progress=bar.update, **options)
     print_cache(built)
     return built
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
 INTERRUPTED = 130  # exit status after Ctrl-C
 
@@ -34,22 +36,36 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, emoji=False)
 
 
-def progress_bar() -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+def print_ending(*paths: str | Path, verdict: str = "", next_command: Sequence[Any] = ()) -> None:
+    """End a command: what came of it in words, the files with their sizes, and what to type next.
 
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console(),
-    )
+    Args:
+        paths: files and folders that were written.
+        verdict: a sentence about the result.
+        next_command: words of a command, which are quoted where a shell needs that.
+    """
+    if verdict:
+        print(verdict)
+    for path in paths:
+        print(f"Written: {path} ({format_bytes(size_on_disk(Path(path)))})")
+    if next_command:
+        print(f"Next: {shlex.join(map(str, next_command))}")
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files within a folder."""
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def format_bytes(count: float) -> str:
+    """`1234567` → `1.2 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    digits = 1 if count < 10 and unit != "bytes" else 0
+    return f"{count:.{digits}f} {unit}"
 
 
 def describe(terms: dict[str, float]) -> str:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from convfusion.cli.models import check_loading, equip, load_pipeline
+from convfusion.cli.console import print_ending
+from convfusion.cli.models import UNTRAINED, check_loading, equip, is_untrained, open_pipeline
 from convfusion.cli.options import (
     Blocks,
     Config,
@@ -22,35 +23,41 @@ from convfusion.cli.options import (
 
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for what is written.")],
+    out: Annotated[Path, typer.Option(help="New folder for the converted pipeline or blocks.")],
     config: Config = None,
     blocks: Blocks = None,
     every: Every = None,
     first: First = 0,
     drop_attention: Annotated[
-        bool, typer.Option("--drop-attention", help="Leave the replaced weights out.")
+        bool,
+        typer.Option(
+            "--drop-attention",
+            help="Leave out the weights of the replaced attention. Training is not possible then.",
+        ),
     ] = False,
     blocks_only: Annotated[
-        bool, typer.Option("--blocks-only", help="Write the blocks alone, without their base.")
+        bool, typer.Option("--blocks-only", help="Write the blocks alone, without the model.")
     ] = False,
     average: Annotated[
         bool,
-        typer.Option(help="Of a released file that holds both: its moving average."),
+        typer.Option(
+            help="Of a released file that holds both, take the moving average of the weights."
+        ),
     ] = True,
     revision: Revision = None,
     precision: Precision = "float32",
 ) -> None:
-    """Put ΔConvBlocks in place of self-attention and write the pipeline to a folder.
+    """Replace self-attention by ΔConvBlocks and write the pipeline to a folder.
 
-    Without --blocks they are untrained: go on with `convfusion distill`. With a file of released
-    weights as --blocks, what is written is in this package's own format.
+    Without --blocks they are untrained: train them with `convfusion distill`. With a file of
+    released weights as --blocks, they are written in ConvFusion's own format.
     """
     from convfusion import checkpoint, surgery
     from convfusion.checkpoint import pipelines
 
     check_new(out)
     check_loading(precision, None)
-    pipe = load_pipeline(model, precision, "cpu", revision)
+    pipe = open_pipeline(model, precision, "cpu", revision)
     status = equip(pipe, blocks, config, every, first, average)
     if drop_attention:
         status = surgery.drop_attention(pipe)
@@ -59,4 +66,13 @@ def convert(
     else:
         pipelines.save_pipeline(pipe, out)
     typer.echo(str(status))
-    typer.echo(f"Written: {out}")
+    untrained = blocks is None and is_untrained(pipe)
+    next_command = ["convfusion", "generate", out, "--prompt", "a red apple"]
+    if untrained and blocks_only:
+        next_command = []
+    elif untrained and not drop_attention:
+        next_command = ["convfusion", "distill", out, "--data", "DATA"]
+        next_command += ["--out", "convfusion-blocks"]
+    elif blocks_only:
+        next_command = ["convfusion", "generate", model, "--blocks", out, "--prompt", "a red apple"]
+    print_ending(out, verdict=UNTRAINED if untrained else "", next_command=next_command)

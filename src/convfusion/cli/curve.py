@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.console import console, describe, progress_bar
+from convfusion.cli.console import console, describe, print_ending
 from convfusion.cli.distill import source_of
 from convfusion.cli.models import (
     check_loading,
@@ -17,6 +18,7 @@ from convfusion.cli.models import (
     stock_pipeline,
 )
 from convfusion.cli.options import Config, Data, Device, Model, Precision, Revision, Size, check_new
+from convfusion.progress import Bar, Progress
 
 RATES = {True: 2e-2, False: 5e-4}  # the demo's on the embedded model; Grafting's for any other
 
@@ -27,30 +29,41 @@ def curve(
     data: Data = None,
     config: Config = None,
     size: Size = None,
-    steps: Annotated[int, typer.Option(min=1, help="In which each block learns alone.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Training steps, in which each block learns alone.")
+    ] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 16,
     learning_rate: Annotated[
-        float | None, typer.Option(help="By default 5e-4; 2e-2 for `mini`.")
+        float | None, typer.Option(help="Default: 5e-4, and 2e-2 for `mini`.")
     ] = None,
     warmup: Annotated[
         int | None,
-        typer.Option(min=0, help="Steps of rising rate, then it falls; by default 20 or all."),
+        typer.Option(
+            min=0,
+            help="Steps over which the learning rate rises first. Default: 20, or all steps.",
+        ),
     ] = None,
-    autocast: Annotated[str, typer.Option(help="no, bf16 or fp16, in training.")] = "no",
-    held_out: Annotated[int, typer.Option(min=1, help="Samples to judge by.")] = 64,
+    autocast: Annotated[
+        str, typer.Option(help="Mixed precision in training: no, bf16 or fp16.")
+    ] = "no",
+    held_out: Annotated[
+        int, typer.Option(min=1, help="Samples that are not trained on, to measure with.")
+    ] = 64,
     sites: Annotated[
         list[int] | None,
-        typer.Option(help="Write cheapest-KK.json for so many; give it again."),
+        typer.Option(help="Write a config with this many sites. Repeat for more."),
     ] = None,
     by: Annotated[
-        str, typer.Option(help="What these sites rank by: epsilon or imitation.")
+        str, typer.Option(help="What ranks the sites: epsilon or imitation.")
     ] = "epsilon",
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
-    """Find the sites that are cheapest to replace, and what each further one costs.
+    """Find the sites (self-attention layers) that are cheapest to replace, and what each costs.
+
+    The cost is the ε-error: the relative squared error of the noise that the model predicts.
 
     Writes curve.json, curve.csv, curve.png, and configs for `convert` and `distill`.
     """
@@ -81,34 +94,37 @@ def curve(
     pipe = stock_pipeline(model, precision, device, revision)
     counts = chosen_counts(equip(pipe, None, config).converted, sites)
     with locked(out):
-        found = measured(pipe, run, *in_two(pipe, run, source(pipe, out), held_out))
-        files = found.save(out, counts, ranking)
-    print_curve(found, ranking)
-    names = ", ".join(file.name for file in files)
-    typer.echo(f"Written: {out}/curve.png, curve.json, curve.csv, {names}")
+        measured = measure_curve(pipe, run, *in_two(pipe, run, source(pipe, out), held_out))
+        configs = measured.save(out, counts, ranking)
+    print_curve(measured, ranking)
+    next_command = ("convfusion", "distill", model, "--config", configs[0]) if configs else ()
+    print_ending(
+        *(out / "curve.png", out / "curve.json", out / "curve.csv", *configs),
+        next_command=(*next_command, "--out", "convfusion-blocks") if configs else (),
+    )
 
 
-def measured(pipe: Any, run: Any, train: Any, apart: Any) -> Any:
+def measure_curve(pipe: Any, run: Any, train: Any, apart: Any) -> Any:
     """The costs of all sites and the curve, with a bar for each part of the work."""
     from convfusion.distill.curve import replacement_curve
     from convfusion.distill.partial import site_costs
 
-    progress = progress_bar()
-    with progress:
-        bars = [progress.add_task(name, total=None) for name in ("stage 1", "each alone", "curve")]
-
-        def advance(bar: Any) -> Any:
-            return lambda done, total: progress.update(bar, completed=done, total=total)
+    with Progress(True) as progress:
+        names = ("training each block alone", "replacing each site alone", "curve")
+        training, alone, curve = (progress.add(name) for name in names)
 
         def on_step(step: int, terms: dict[str, float]) -> None:
-            text = f"stage 1  {describe(terms)}"
-            total = run.distill.steps
-            progress.update(bars[0], completed=step, total=total, description=text)
+            training.update(
+                step, total=run.distill.steps, name=f"training each block alone  {describe(terms)}"
+            )
+
+        def advance(bar: Bar) -> Callable[[int, int], None]:
+            return lambda done, total: bar.update(done, total=total)
 
         costs = site_costs(
-            pipe, train, apart, run.distill, on_step=on_step, on_progress=advance(bars[1])
+            pipe, train, apart, run.distill, on_step=on_step, on_progress=advance(alone)
         )
-        return replacement_curve(pipe, apart, costs, on_progress=advance(bars[2]))
+        return replacement_curve(pipe, apart, costs, on_progress=advance(curve))
 
 
 def in_two(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:

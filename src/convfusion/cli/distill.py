@@ -6,12 +6,12 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from convfusion.cli.cache import encode, guided_as_it_can
-from convfusion.cli.console import console, describe, progress_bar
+from convfusion.cli.console import console, describe, print_ending
 from convfusion.cli.fields import with_fields
 from convfusion.cli.models import (
     check_loading,
@@ -19,7 +19,8 @@ from convfusion.cli.models import (
     equip,
     guidance_for,
     is_embedded,
-    load_pipeline,
+    is_first_process,
+    open_pipeline,
 )
 from convfusion.cli.options import (
     Config,
@@ -27,7 +28,6 @@ from convfusion.cli.options import (
     Device,
     Every,
     Out,
-    Precision,
     Revision,
     SettingsFile,
     Size,
@@ -37,6 +37,11 @@ from convfusion.cli.options import (
 )
 from convfusion.distill.config import DistillConfig
 from convfusion.errors import ConvFusionError
+from convfusion.progress import Progress, announced
+
+if TYPE_CHECKING:
+    from convfusion.distill import DistillResult
+    from convfusion.distill.settings import RunSettings
 
 
 @with_fields(DistillConfig)
@@ -45,7 +50,8 @@ def distill(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A pipeline: folder, Hub name or .safetensors file; or `mini`, `mini-teacher`."
+            help="A diffusers pipeline: a folder, a name on the Hub or a .safetensors file; or "
+            "`mini`, `mini-teacher`."
         ),
     ] = None,
     out: Out = None,
@@ -53,12 +59,14 @@ def distill(
     data: Data = None,
     size: Size = None,
     buckets: Annotated[
-        bool | None, typer.Option("--buckets/--no-buckets", help="Keep the ratio of sides, about.")
+        bool | None,
+        typer.Option("--buckets/--no-buckets", help="Group pictures by their ratio of sides."),
     ] = None,
     config: Config = None,
     every: Every = None,
     first: Annotated[
-        int | None, typer.Option(min=0, help="With --every: the first of them, from 0.")
+        int | None,
+        typer.Option(min=0, help="With --every: which site is the first, counted from 0."),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -66,65 +74,94 @@ def distill(
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Of the validation pictures; by default the first four captions."),
+        typer.Option(help="Prompt of a validation picture. Default: the first four captions."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in --out.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would train, memory and time, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what would be trained, its memory and time, and stop."
+        ),
     ] = False,
     revision: Revision = None,
-    precision: Precision = "float32",
+    precision: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32.")
+    ] = None,
     device: Device = None,
 ) -> None:
-    """Train the blocks of a pipeline against its own attention.
+    """Train the blocks of a pipeline to do what its own attention did.
 
-    Ctrl-C stops after the step at hand and saves; go on with --resume.
+    Ctrl-C finishes the current step, saves and stops. `convfusion distill --out FOLDER --resume`
+    continues with the settings that the run keeps in its folder.
     """
     from convfusion.distill.environment import check_libraries, check_possible
-    from convfusion.distill.settings import as_toml, read_settings
+    from convfusion.distill.settings import as_toml
     from convfusion.families import check_captioned, denoiser_of
     from convfusion.surgery import mixers_of
 
     named: dict[str, Any] = {"model": model, "data": data, "size": size, "buckets": buckets}
     named |= {"revision": revision, "config": config, "every": every, "first": first}
-    named["recipe"] = recipe
-    run = read_settings(settings, {**named, "distill": given})
+    named |= {"recipe": recipe, "precision": precision}
+    run = gather_settings(settings, {**named, "distill": given}, out, resume=resume)
     check_run(run, None if dry_run else out, dry_run=dry_run, resume=resume)
-    check_loading(precision, device)
+    check_loading(run.precision, device)
     check_libraries(run.distill)
     check_revision(run.model, run.revision or None)
     ready = source_of(run) if run.data or not dry_run else None
-    main = os.environ.get("RANK", "0") == "0"
+    main = is_first_process()
     if main:
         typer.echo(as_toml(run))
-    pipe = load_pipeline(run.model, precision, device, run.revision or None)
+    pipe = open_pipeline(run.model, run.precision, device, run.revision or None)
     check_captioned(pipe)
     every_one = run.every == 1 and not run.first
     if (run.config or not every_one) and mixers_of(pipe) and main:
-        typer.echo(f"{run.model} is converted anew: the blocks that it has are set aside.\n")
+        typer.echo(f"{run.model} is converted again: the blocks that it has are set aside.\n")
     equip(pipe, None, run.config or None, None if every_one else run.every, run.first)
     if dry_run or ready is None or out is None:
         return print_plan(pipe, run.distill, planned_size(run))
     check_possible(denoiser_of(pipe), run.distill)
-    done = going_on(out, run.distill, show=main) if resume else 0
+    done = find_progress(out, run.distill, show=main) if resume else 0
     train(pipe, ready(pipe, out), run, out, prompts=prompt, resume=resume, done=done, show=main)
 
 
-def check_run(run: Any, out: Path | None, *, dry_run: bool, resume: bool) -> None:
+def gather_settings(
+    file: Path | None, named: dict[str, Any], out: Path | None, *, resume: bool
+) -> RunSettings:
+    """The settings of a file or, for a run that is resumed, of its folder, and those named.
+
+    Raises:
+        ConvFusionError: a run is resumed that keeps no settings, and no model is named.
+    """
+    from convfusion.distill.settings import read_settings, run_settings
+
+    if file is None and resume and out is not None:
+        check_folder(out)
+        kept = run_settings(out)
+        if kept.is_file():
+            file = kept
+        elif named["model"] is None:
+            raise ConvFusionError(
+                f"{out} keeps no settings of a run to resume: it has no {kept.name}. Give the "
+                "model and the other settings again"
+            )
+    return read_settings(file, named)
+
+
+def check_run(run: RunSettings, out: Path | None, *, dry_run: bool, resume: bool) -> None:
     """Raise a ConvFusionError for a run without a model, or with nowhere to write."""
     if not run.model:
-        raise ConvFusionError("which model? Name a pipeline, or `mini`")
+        raise ConvFusionError("which model? Name a pipeline, such as `mini`")
     if out is None and not dry_run:
         raise ConvFusionError("--out is needed: a folder for the blocks and checkpoints")
     if out is not None and resume:
         check_folder(out)
     elif out is not None:
-        check_new(out, advice="go on with --resume, or choose another folder")
+        check_new(out, advice="continue with --resume, or choose another folder")
 
 
-def going_on(out: Path, config: DistillConfig, *, show: bool) -> int:
+def find_progress(out: Path, config: DistillConfig, *, show: bool) -> int:
     """The steps that a run's last checkpoint has behind it; 0 without one.
 
     Raises:
@@ -137,14 +174,16 @@ def going_on(out: Path, config: DistillConfig, *, show: bool) -> int:
         check_same_run(last, config.to_dict())
     done = step_of(last) if last else 0
     if show:
-        typer.echo(f"Going on after step {done}." if last else f"{out} has no checkpoint: step 1.")
+        typer.echo(
+            f"Continuing after step {done}." if last else f"{out} has no checkpoint: starting anew."
+        )
     return done
 
 
 def train(
     pipe: Any,
     data: Any,
-    run: Any,
+    run: RunSettings,
     out: Path,
     *,
     prompts: list[str] | None,
@@ -155,40 +194,69 @@ def train(
     """Distil with a progress bar and validation pictures, and write the model card."""
     from convfusion.distill import distill as distil
     from convfusion.distill.card import write_card
+    from convfusion.distill.settings import as_toml, run_settings
+    from convfusion.distill.validation import draw_validation
+    from convfusion.files import write_text
 
     drawn = prompts or list(dict.fromkeys(data.captions))[:4]
-    progress = progress_bar()
-    progress.disable = not show
-    bar = progress.add_task("distilling", total=run.distill.steps, completed=done)
-    with progress:
+    scale = guidance_for(run.model, pipe)
+    with Progress(show) as progress:
+        bar = progress.add("distilling", total=run.distill.steps, done=done)
+
+        def on_step(step: int, terms: dict[str, float]) -> None:
+            if show and bar.done == done:  # not before it is known that the run can start
+                write_text(run_settings(out), as_toml(run))
+            bar.update(step, name=f"distilling  {describe(terms)}")
+            if step == run.distill.steps:
+                progress.say("Training is done. Measuring and saving …")
+
         result = distil(
             pipe,
             data,
             run.distill,
             out,
             resume=resume,
-            on_step=lambda step, terms: progress.update(
-                bar, completed=step, description=describe(terms)
-            ),
-            validate=lambda pipe, step: validation_grid(pipe, drawn, guidance_for(run.model, pipe)),
+            on_step=on_step,
+            validate=lambda pipe, step: draw_validation(pipe, drawn, scale),
         )
     if not show:
         return
+    if not result.stopped:
+        write_card(out, pipe, run, result)
+    print_outcome(run, out, result, drawn[0])
+
+
+def print_outcome(run: RunSettings, out: Path, result: DistillResult, prompt: str) -> None:
+    """How a run ended, what it wrote, and how to go on."""
     if result.skipped:
         typer.echo(f"Skipped {result.skipped} steps whose loss or gradient was not finite.")
     if result.stopped:
-        typer.echo(f"Stopped after step {result.steps}. Go on with the same command and --resume.")
-    else:
-        write_card(out, pipe, run, result)
+        print_ending(
+            out,
+            verdict=f"Stopped after step {result.steps} of {run.distill.steps}. It is saved.",
+            next_command=("convfusion", "distill", "--out", out, "--resume"),
+        )
+        return
+    verdict = ""
     if result.epsilon_error is not None:
-        count = run.distill.held_out
-        error = result.epsilon_error
-        text = f"{error:.2e}" if math.isfinite(error) else "not finite: the blocks are of no use"
-        typer.echo(f"ε-error on {count} samples held out: {text}")
-    typer.echo(f"Written: {out}")
+        verdict = describe_error(result.epsilon_error, run.distill.held_out)
+    base = "mini-teacher" if is_embedded(run.model) else run.model
+    command = ("convfusion", "compare", base, "--blocks", out, "--prompt", prompt)
+    print_ending(out, verdict=verdict, next_command=(*command, "--out", "comparison.png"))
 
 
-def source_of(run: Any) -> Callable[[Any, Path], Any]:
+def describe_error(error: float, count: int) -> str:
+    """An ε-error over held-out samples in words."""
+    text = f"ε-error on {count} held-out samples: "
+    if not math.isfinite(error):
+        return f"{text}not finite, so these blocks are of no use. Try a lower --learning-rate."
+    return (
+        f"{text}{error:.2e}. The noise predicted with the blocks differs from that predicted with "
+        f"attention by {math.sqrt(error):.1%} of its size."
+    )
+
+
+def source_of(run: RunSettings) -> Callable[[Any, Path], Any]:
     """What makes the training data of a run, once there is a pipeline.
 
     What the user named is looked at before the pipeline is loaded.
@@ -204,7 +272,7 @@ def source_of(run: Any) -> Callable[[Any, Path], Any]:
             raise ConvFusionError("--size and --buckets are for data of your own: give --data too")
         return lambda pipe, out: mini.training_data()
     if (Path(run.data) / "cache.json").is_file():
-        return lambda pipe, out: cached(pipe, run, size)
+        return lambda pipe, out: open_cached(pipe, run, size)
     source = open_source(run.data, drawing=Drawing(guidance=guidance_for(run.model)))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConvFusionError(
@@ -218,19 +286,19 @@ def source_of(run: Any) -> Callable[[Any, Path], Any]:
     )
 
 
-def cached(pipe: Any, run: Any, size: tuple[int, int] | None) -> Any:
+def open_cached(pipe: Any, run: RunSettings, size: tuple[int, int] | None) -> Any:
     """The cache that a run names, if it has the buckets that the run asks for."""
     from convfusion.data import open_cache
 
-    found = open_cache(pipe, run.data, size=size)
-    if run.buckets and not found.buckets:
+    cache = open_cache(pipe, run.data, size=size)
+    if run.buckets and not cache.buckets:
         raise ConvFusionError(
-            f"{run.data} was built without --buckets: build it anew, or give --no-buckets"
+            f"{run.data} was built without --buckets: build it again, or give --no-buckets"
         )
-    return found
+    return cache
 
 
-def planned_size(run: Any) -> tuple[int, int] | None:
+def planned_size(run: RunSettings) -> tuple[int, int] | None:
     """(height, width) that a dry run tries: as asked for, or the largest that a cache has."""
     from convfusion.data.store import LatentCache
 
@@ -243,43 +311,16 @@ def planned_size(run: Any) -> tuple[int, int] | None:
 
 def print_plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None) -> None:
     """What would train, and what it would take."""
-    from datetime import timedelta
-
     from rich.table import Table
 
     from convfusion import surgery
     from convfusion.distill.plan import plan
 
-    found = plan(pipe, config, size)
+    with announced("Trying three steps on noise …", True):
+        planned = plan(pipe, config, size)
     typer.echo(str(surgery.status(pipe)))
-    total = timedelta(seconds=round(found.seconds_per_step * found.steps))
-    peak = "" if found.peak_bytes is None else f"{found.peak_bytes / 2**30:.2f} GiB"
     table = Table(title="Nothing was trained or written", show_header=False)
-    for name, value in (
-        ("sites that would train", f"{found.converted} of {found.sites}"),
-        ("parameters that would train", f"{found.trained / 1e6:.2f}M"),
-        ("parameters that stay frozen", f"{found.frozen / 1e6:.2f}M"),
-        ("weights, gradients and optimiser", f"{found.held_bytes / 2**30:.2f} GiB"),
-        ("at the peak of a step, on the GPU", peak),
-        ("a step, here", f"{found.seconds_per_step:.2f} s"),
-        (f"all {found.steps} steps, here", str(total)),
-    ):
-        if value:
-            table.add_row(name, value)
+    for name, value in planned.describe().items():
+        table.add_row(name, value)
     console().print(table)
-
-
-def validation_grid(pipe: Any, prompts: list[str], guidance: float) -> Any:
-    """The prompts drawn by teacher and student from equal seeds."""
-    import torch
-
-    from convfusion.families import denoiser_of
-    from convfusion.generate import generate, swapped_denoiser
-    from convfusion.report import draw_grid
-    from convfusion.surgery import attention_teacher
-
-    with torch.no_grad():
-        rows = {"student": generate(pipe, prompts, guidance=guidance)}
-        with swapped_denoiser(pipe, attention_teacher(denoiser_of(pipe))):
-            rows["teacher"] = generate(pipe, prompts, guidance=guidance)
-    return draw_grid(rows, prompts)
+    typer.echo("Next: the same command without --dry-run.")

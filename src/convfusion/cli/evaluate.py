@@ -9,8 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.analyze import read_prompts
-from convfusion.cli.console import INTERRUPTED, console, fail, progress_bar
-from convfusion.cli.models import check_loading, equip, guidance_for, is_embedded, load_pipeline
+from convfusion.cli.console import INTERRUPTED, console, fail, print_ending
+from convfusion.cli.models import (
+    check_loading,
+    equip,
+    guidance_for,
+    is_embedded,
+    open_pipeline,
+    public_name,
+)
 from convfusion.cli.options import Blocks, Device, Model, Precision, Size, check_folder, parse_size
 
 MINI_SAMPLES = 64
@@ -18,31 +25,36 @@ MINI_SAMPLES = 64
 
 Teacher = Annotated[
     str | None,
-    typer.Option(help="Pipeline to compare with; by default the model's own attention."),
+    typer.Option(help="Pipeline to compare with. Default: the model's own attention."),
 ]
 Prompts = Annotated[
-    Path | None, typer.Option(help="Text file with one prompt per line; `mini` has its own.")
+    Path | None,
+    typer.Option(help="Text file with one prompt per line. `mini` has prompts of its own."),
 ]
 Samples = Annotated[
-    int | None, typer.Option(min=2, help="Pictures; by default one of each prompt, `mini`: 64.")
+    int | None,
+    typer.Option(min=2, help="Number of pictures. Default: one per prompt, and 64 for `mini`."),
 ]
 Real = Annotated[
     str | None,
-    typer.Option(help="Real pictures: a folder, or what `convfusion cache` takes."),
+    typer.Option(help="Real pictures: a folder, or any data that `convfusion cache` takes."),
 ]
 Network = Annotated[
     str,
-    typer.Option(help="Network behind distances: a folder or Hub name, such as DINOv2's."),
+    typer.Option(
+        help="Network whose features are compared: efficientnet-lite0, or the folder or Hub name "
+        "of another, such as DINOv2."
+    ),
 ]
 ClipModel = Annotated[
-    str | None, typer.Option(help="CLIP model, a folder or Hub name, for the CLIP score.")
+    str | None, typer.Option(help="Folder or Hub name of a CLIP model, for the CLIP score.")
 ]
 
 
 def evaluate(
     model: Model,
     out: Annotated[
-        Path, typer.Option(help="Folder for pictures and report; an unfinished one goes on.")
+        Path, typer.Option(help="Folder for pictures and report. An unfinished one is continued.")
     ],
     blocks: Blocks = None,
     teacher: Teacher = None,
@@ -50,9 +62,12 @@ def evaluate(
     samples: Samples = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; 5, and 3 for `mini`.")
+        float | None,
+        typer.Option(help="Classifier-free guidance scale. Default: 5, and 3 for `mini`."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first sample; the next count on.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first picture; the following count up from it.")
+    ] = 0,
     size: Size = None,
     real: Real = None,
     extractor: Network = "efficientnet-lite0",
@@ -61,7 +76,7 @@ def evaluate(
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
-    """Draw with student and teacher by equal seeds, and measure whether they are equally good.
+    """Draw with student and teacher from equal seeds, and measure whether they are equally good.
 
     Writes report.html, evaluation.json, evaluation.csv, samples.csv and the pictures. Under a
     launcher such as torchrun, processes share the drawing.
@@ -100,33 +115,34 @@ def evaluate(
         teacher=other,
         real=real_pictures(pipe, model, real, prompts, draws),
         clip=open_clip(clip, pipe.device) if clip else None,
-        names=(named(model, blocks), named(teacher) if teacher else "its own attention"),
+        names=(
+            public_name(model, blocks),
+            public_name(teacher) if teacher else "its own attention",
+        ),
     )
     if found is not None:
         print_evaluation(found)
-        typer.echo(f"Written: {out}/report.html, evaluation.json, evaluation.csv, samples.csv")
+        names = ("report.html", "evaluation.json", "evaluation.csv", "samples.csv")
+        print_ending(*(out / name for name in names))
 
 
 def run(pipe: Any, draws: Any, out: Path, **options: Any) -> Any:
     """Evaluate with a progress bar, in the first of several processes."""
     from convfusion.evaluate import evaluate
     from convfusion.evaluate.drawing import process
+    from convfusion.progress import Progress
 
-    progress = progress_bar()
-    bar = progress.add_task("drawing", total=len(draws))
+    progress = Progress(process()[0] == 0)
+    bar = progress.add("drawing", total=len(draws))
 
     def on_progress(stage: str, done: int) -> None:
-        if process()[0] == 0:
-            progress.start()  # not before something is drawn: a refusal is one line
-        progress.update(bar, completed=done, description=stage)
+        bar.update(done, name=stage)
 
     try:
-        return evaluate(pipe, draws, out, on_progress=on_progress, **options)
+        with progress:
+            return evaluate(pipe, draws, out, on_progress=on_progress, **options)
     except KeyboardInterrupt:
-        progress.stop()
-        fail("stopped: the same command goes on from here", INTERRUPTED)
-    finally:
-        progress.stop()
+        fail("stopped: the same command continues from here", INTERRUPTED)
 
 
 def prompts_of(model: str, file: Path | None) -> list[str]:
@@ -142,10 +158,10 @@ def pipelines(
     model: str, blocks: Path | None, teacher: str | None, precision: str, device: str | None
 ) -> tuple[Any, Any]:
     """The student, and its teacher if that is another pipeline."""
-    pipe = load_pipeline(model, precision, device)
+    pipe = open_pipeline(model, precision, device)
     if blocks is not None:
         equip(pipe, blocks, None)
-    return pipe, load_pipeline(teacher, precision, device) if teacher else None
+    return pipe, open_pipeline(teacher, precision, device) if teacher else None
 
 
 def real_pictures(pipe: Any, model: str, spec: str | None, prompts: Path | None, draws: Any) -> Any:
@@ -179,12 +195,6 @@ def check_real(spec: str | None) -> None:
 
     if spec is not None:
         open_real(spec, (1, 1))
-
-
-def named(model: str, blocks: Path | None = None) -> str:
-    """What the report calls a pipeline: no path of this machine."""
-    name = Path(model).name if Path(model).exists() else model
-    return name if blocks is None else f"{name} with the blocks of {blocks.name}"
 
 
 def print_evaluation(found: Any) -> None:

@@ -7,24 +7,27 @@ from typing import Annotated
 
 import typer
 
-from convfusion.cli.models import load_pipeline
+from convfusion.cli.console import print_ending
+from convfusion.cli.models import open_pipeline
 from convfusion.cli.options import Blocks, Model
+from convfusion.progress import announced
 
 
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The file to write, ending in .onnx.")],
+    out: Annotated[Path, typer.Option(help="File to write, ending in .onnx.")],
     blocks: Blocks = None,
 ) -> None:
-    """Write a converted denoiser as ONNX for any size, and compare it with PyTorch."""
+    """Write a converted denoiser as ONNX, for pictures of any size, and compare it with PyTorch."""
     from convfusion import checkpoint
     from convfusion.export import check_target, export_onnx
 
     check_target(out)
-    pipe = load_pipeline(model, "float32", "cpu")
+    pipe = open_pipeline(model, "float32", "cpu")
     if blocks is not None:
         checkpoint.load(pipe, blocks)
-    written = export_onnx(pipe, out)
+    with announced("Tracing, writing and comparing with PyTorch …", True):
+        written = export_onnx(pipe, out)
     for (batch, height, width), error in written.errors.items():
         typer.echo(f"latents {batch}×{height}×{width}: differs from PyTorch by {error:.1e}")
-    typer.echo(f"Written: {out}, with inputs {', '.join(written.inputs)}")
+    print_ending(out, verdict=f"Inputs: {', '.join(written.inputs)}.")

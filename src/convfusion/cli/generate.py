@@ -8,13 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.console import progress_bar
-from convfusion.cli.models import check_loading, guidance_for, load_pipeline, strength_for
+from convfusion.cli.console import print_ending
+from convfusion.cli.models import (
+    check_loading,
+    guidance_for,
+    open_pipeline,
+    public_name,
+    strength_for,
+    warn_if_untrained,
+)
 from convfusion.cli.options import (
     Blocks,
     Device,
     Model,
+    NegativePrompt,
     Precision,
+    PromptFile,
     Revision,
     Size,
     check_file,
@@ -22,38 +31,53 @@ from convfusion.cli.options import (
     parse_size,
 )
 from convfusion.errors import ConvFusionError
-from convfusion.text import check_prompts
+from convfusion.text import check_prompts, read_prompts
 
+Prompt = Annotated[
+    list[str] | None, typer.Option(help="What to draw. Repeat the option for more pictures.")
+]
 Direct = Annotated[
-    bool, typer.Option("--direct", help="Draw at a large size at once, without a ladder.")
+    bool, typer.Option("--direct", help="Draw a large size in one pass, without the ladder.")
 ]
 Strength = Annotated[
     float | None,
-    typer.Option(help="Share of the steps that a rung of the ladder takes; 0.3, `mini`: 0.1."),
+    typer.Option(
+        help="Fraction of the steps that each rung of the ladder takes. Default: 0.3, and 0.1 for "
+        "`mini`."
+    ),
 ]
 Keep = Annotated[
-    bool, typer.Option(help="A rung keeps the low frequencies of the picture below it.")
+    bool,
+    typer.Option(help="Whether each rung keeps the low frequencies of the picture before it."),
 ]
-Factor = Annotated[float, typer.Option(help="How much larger a rung is, at most.")]
+Factor = Annotated[
+    float, typer.Option(help="How much larger each rung is than the previous one, at most.")
+]
 RungGuidance = Annotated[
-    float, typer.Option(help="Guidance of every rung of the ladder but the first; 1 is none.")
+    float, typer.Option(help="Guidance scale of every rung after the first; 1 is none.")
 ]
-Memory = Annotated[float, typer.Option(help="GiB that activations may take; 0 for no bound.")]
+Memory = Annotated[
+    float, typer.Option(help="GiB of memory that activations may take; 0 is no limit.")
+]
 Hybrid = Annotated[
     bool,
     typer.Option(
-        help="Measure first, and use the attention wherever it is the cheaper one at this size."
+        help="Measure first, and use the original attention at the sites (self-attention "
+        "layers) where it is faster at this size."
     ),
 ]
 
 
 def generate(
     model: Model,
-    prompt: Annotated[list[str], typer.Option(help="What to draw; give it again for more.")],
+    prompt: Prompt = None,
+    prompts: PromptFile = None,
+    negative_prompt: NegativePrompt = "",
     blocks: Blocks = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for the pictures; or a file like x.png, for one.")
-    ] = Path("pictures"),
+        Path,
+        typer.Option(help="Folder for the pictures, or the name of one picture, such as x.png."),
+    ] = Path("convfusion-pictures"),
     size: Size = None,
     direct: Direct = False,
     strength: Strength = None,
@@ -61,30 +85,37 @@ def generate(
     factor: Factor = 2.0,
     rung_guidance: RungGuidance = 1.0,
     memory: Memory = 0.0,
-    steps: Annotated[int, typer.Option(min=1)] = 25,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; 5, and 3 for `mini`.")
+        float | None,
+        typer.Option(help="Classifier-free guidance scale. Default: 5, and 3 for `mini`."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count on.")] = 0,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Seed of the first picture; the following pictures count up from it. Repeat the "
+            "option to draw every prompt with every seed. Default: 0."
+        ),
+    ] = None,
     hybrid: Hybrid = False,
     revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
-    """Draw pictures. `mini` draws with its shipped student, `mini-teacher` with attention.
+    """Draw pictures. `mini` draws with its trained blocks, `mini-teacher` with attention.
 
-    A size beyond one and a half times the model's own is climbed up to: the picture is drawn at the
-    model's size, then enlarged and partly drawn anew, rung by rung.
+    A size beyond one and a half times the model's own is drawn as a ladder: first at the model's
+    own size, then enlarged and partly redrawn. Each enlargement is a rung.
+
+    Every PNG stores its prompt, seed and settings as text.
     """
-    from convfusion import checkpoint
-    from convfusion.families.calls import check_call
-    from convfusion.generate import check_numbers, check_size
+    from convfusion.generate import check_numbers, describe_picture, write_picture
     from convfusion.highres import Ladder
 
-    check_prompts(prompt)
-    one = check_pictures(out, len(prompt))
+    texts, seeds = pair_prompts(gather_prompts(prompt, prompts), seed)
+    check_prompts([negative_prompt])
+    is_file = check_pictures(out, len(texts))
     check_loading(precision, device)
-    seeds = [seed + i for i in range(len(prompt))]
     check_numbers(seeds, steps, 0 if guidance is None else guidance, 1)
     ladder = Ladder(
         factor=factor,
@@ -95,22 +126,51 @@ def generate(
         direct=direct,
     )
     wanted = parse_size(size) if size else None
-    pipe = load_pipeline(model, precision, device, revision)
-    check_call(pipe, prompt, wanted, {})
-    if blocks is not None:
-        checkpoint.load(pipe, blocks)
-    if wanted:
-        check_size(pipe, wanted)
-    settings = {
-        "seeds": seeds,
-        "steps": steps,
-        "guidance": guidance_for(model, pipe) if guidance is None else guidance,
-    }
+    options = {"negative_prompt": negative_prompt} if negative_prompt else {}
+    pipe = _open(model, blocks, precision, device, revision, texts, wanted, options)
+    scale = guidance_for(model, pipe) if guidance is None else guidance
+    if negative_prompt and scale <= 1:
+        raise ConvFusionError("--negative-prompt needs a guidance scale above 1")
+    settings = {"seeds": seeds, "steps": steps, "guidance": scale, **options}
     with with_cheaper_attention(pipe, wanted) if hybrid else nullcontext():
-        images = _draw(pipe, prompt, wanted, ladder, settings)
-    for path, image in zip([out] if one else numbered(out, seeds), images, strict=True):
-        image.save(path)
-        typer.echo(str(path))
+        images = _draw(pipe, texts, wanted, ladder, settings)
+    paths = [out] if is_file else numbered(out, seeds)
+    for path, image, text, own in zip(paths, images, texts, seeds, strict=True):
+        record = describe_picture(
+            pipe,
+            text,
+            seed=own,
+            steps=steps,
+            guidance=scale,
+            negative_prompt=negative_prompt,
+            model=public_name(model),
+            blocks=blocks.resolve().name if blocks else "",
+        )
+        write_picture(path, image, record)
+    print_ending(*paths)
+
+
+def gather_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of a file.
+
+    Raises:
+        ConvFusionError: there are none, the file cannot be read, or one is no text.
+    """
+    texts = [*(prompts or ()), *(read_prompts(file) if file is not None else ())]
+    if not texts:
+        raise ConvFusionError(
+            "what should be drawn? Give --prompt TEXT, or --prompts with a text file"
+        )
+    check_prompts(texts)
+    return texts
+
+
+def pair_prompts(prompts: list[str], seeds: list[int] | None) -> tuple[list[str], list[int]]:
+    """A prompt and a seed for every picture; several seeds go with every prompt."""
+    if seeds is None or len(seeds) == 1:
+        first = seeds[0] if seeds else 0
+        return prompts, [first + i for i in range(len(prompts))]
+    return [text for text in prompts for _ in seeds], seeds * len(prompts)
 
 
 def check_pictures(out: Path, count: int) -> bool:
@@ -125,9 +185,11 @@ def check_pictures(out: Path, count: int) -> bool:
         check_folder(out)
         return False
     if count > 1:
-        raise ConvFusionError(f"{out} is one picture, and there are {count} prompts: name a folder")
+        raise ConvFusionError(
+            f"{out} is one picture, and there are {count} prompts and seeds: name a folder"
+        )
     if out.is_file():
-        raise ConvFusionError(f"{out} is there already: choose another name")
+        raise ConvFusionError(f"{out} exists already: choose another name")
     check_file(out)
     return True
 
@@ -141,37 +203,63 @@ def numbered(folder: Path, seeds: list[int]) -> list[Path]:
 
 
 def with_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractContextManager[None]:
-    """Let the attention stand in at the sites where it is the cheaper one at a size in pixels."""
+    """Let the attention stand in at the sites where it is the faster one at a size in pixels."""
     from convfusion.bench.speed_plan import cheaper_attention
     from convfusion.families import latent_scale, native_size
+    from convfusion.progress import announced
     from convfusion.surgery import attention_back, mixers_of
 
     scale = latent_scale(pipe)
     height, width = size or native_size(pipe)
-    kept = cheaper_attention(pipe, (height // scale, width // scale))
-    typer.echo(f"The attention is the cheaper one at {len(kept)} of {len(mixers_of(pipe))} sites.")
+    with announced("Timing attention and blocks …", True):
+        kept = cheaper_attention(pipe, (height // scale, width // scale))
+    typer.echo(f"Attention is faster at {len(kept)} of {len(mixers_of(pipe))} converted sites.")
     return attention_back(pipe, kept)
 
 
+def _open(
+    model: str,
+    blocks: Path | None,
+    precision: str,
+    device: str | None,
+    revision: str | None,
+    prompts: list[str],
+    size: tuple[int, int] | None,
+    options: dict[str, str],
+) -> Any:
+    """The pipeline with its blocks, which can draw what is asked for."""
+    from convfusion import checkpoint
+    from convfusion.families.calls import check_call
+    from convfusion.generate import check_size
+
+    pipe = open_pipeline(model, precision, device, revision)
+    check_call(pipe, prompts, size, options)
+    if blocks is not None:
+        checkpoint.load(pipe, blocks)
+    if size:
+        check_size(pipe, size)
+    warn_if_untrained(pipe)
+    return pipe
+
+
 def _draw(pipe: Any, prompts: list[str], size: Any, ladder: Any, settings: dict[str, Any]) -> Any:
-    """Pictures at one go, or by the ladder where the size or a bound on memory asks for it."""
+    """Pictures in one pass, or by the ladder where the size or a limit on memory asks for it."""
     from convfusion.families import native_size
     from convfusion.generate import generate as run
     from convfusion.highres import highres, is_large
     from convfusion.highres.ladder import plan_ladder
+    from convfusion.progress import Progress
 
     if not ladder.memory and (size is None or not is_large(pipe, size)):
-        return run(pipe, prompts, size=size, **settings)
+        return run(pipe, prompts, size=size, progress=True, **settings)
     size = size or native_size(pipe)
     plan = plan_ladder(pipe, size, ladder, steps=settings["steps"], guidance=settings["guidance"])
     typer.echo(str(plan))
-    progress = progress_bar()
-    bar = progress.add_task("drawing", total=None)
+    with Progress(True) as progress:
+        bar = progress.add("drawing")
 
-    def show(rung: int, of: int, step: int, steps: int) -> None:
-        height, width = plan.sizes[rung - 1]
-        text = f"{width}×{height}, rung {rung} of {of}"
-        progress.update(bar, description=text, completed=step, total=steps)
+        def show(rung: int, of: int, step: int, steps: int) -> None:
+            height, width = plan.sizes[rung - 1]
+            bar.update(step, total=steps, name=f"drawing {width}×{height}, rung {rung} of {of}")
 
-    with progress:
         return highres(pipe, prompts, size, ladder=ladder, on_step=show, **settings)

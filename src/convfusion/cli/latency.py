@@ -10,33 +10,38 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convfusion.cli.bench import rivals
-from convfusion.cli.console import console
+from convfusion.cli.console import console, print_ending
 from convfusion.cli.models import needs_matplotlib, torch_device, torch_dtype
 from convfusion.cli.options import Batch, Device, Precision, Ratio, Rivals, check_file, parse_size
+from convfusion.progress import Progress
 
 if TYPE_CHECKING:
     from convfusion.bench.rows import Row
 
 
 Name = Annotated[
-    str, typer.Argument(help="sd15, sd21, sdxl, pixart, dit, mini, or a pipeline's folder.")
+    str, typer.Argument(help="sd15, sd21, sdxl, pixart, dit, mini or the folder of a pipeline.")
 ]
-Sizes = Annotated[list[str], typer.Option(help="WIDTHxHEIGHT in pixels; give it again for more.")]
+Sizes = Annotated[list[str], typer.Option(help="WIDTHxHEIGHT in pixels. Repeat for more.")]
 Whole = Annotated[
-    bool, typer.Option("--whole/--sites", help="Time the whole denoiser, or site by site.")
+    bool,
+    typer.Option(
+        "--whole/--sites",
+        help="Time the whole denoiser, or each site (self-attention layer) by itself.",
+    ),
 ]
-Compiled = Annotated[bool, typer.Option(help="Time the ΔConvBlocks under torch.compile too.")]
-Backward = Annotated[bool, typer.Option(help="Work out gradients too.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Counted calls of each variant.")]
+Compiled = Annotated[bool, typer.Option(help="Also time the ΔConvBlocks under torch.compile.")]
+Backward = Annotated[bool, typer.Option(help="Also compute gradients.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Timed calls of each variant.")]
 WarmUp = Annotated[
-    bool, typer.Option(help="Of a whole denoiser, an uncounted call of each variant first.")
+    bool, typer.Option(help="With --whole: call each variant once before it is timed.")
 ]
 Limit = Annotated[
-    float, typer.Option(min=0, help="Leave out what would take so many seconds a call.")
+    float, typer.Option(min=0, help="Skip what would take more than this many seconds per call.")
 ]
 Csv = Annotated[
     Path | None,
-    typer.Option(help="CSV file; in one that is there, cases measured again are replaced."),
+    typer.Option(help="CSV file. In an existing file, cases that are measured again are replaced."),
 ]
 Plot = Annotated[
     Path | None, typer.Option(help="Picture of all times in the CSV file, such as times.png.")
@@ -60,7 +65,7 @@ def latency(
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
-    """Time attention, ΔConvBlocks and their rivals in turn, with random weights, on this device."""
+    """Time attention, ΔConvBlocks and other replacements on this device, with random weights."""
     from convfusion.bench.counts import contenders
     from convfusion.bench.latency import Variant
     from convfusion.bench.models import bench_model
@@ -84,9 +89,7 @@ def latency(
     measure = denoiser_rows if whole else site_rows
     cases = shown(lambda say: measure(found, variants, sizes, under, say))
     print_rows(kept(cases, before, out, plot))
-    for file in (out, plot):
-        if file is not None:
-            typer.echo(f"Written: {file}")
+    print_ending(*(file for file in (out, plot) if file is not None))
 
 
 def kept(
@@ -108,10 +111,10 @@ def kept(
 
 
 def shown(measure: Any) -> Any:
-    """What a benchmark yields, while the terminal shows what it is at."""
-
-    with console(stderr=True).status("") as status:
-        yield from measure(status.update)
+    """What a benchmark yields, while the terminal shows which case it measures."""
+    with Progress(True) as progress:
+        bar = progress.add("measuring")
+        yield from measure(lambda case: bar.update(bar.done + 1, name=f"measuring: {case}"))
 
 
 def print_rows(rows: Sequence[Row]) -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from convfusion.cli.console import hide_loading_bars
 from convfusion.errors import CheckpointError, ConvFusionError, first_line
+from convfusion.progress import announced
+from convfusion.text import one_line
 
+UNTRAINED = (
+    "These blocks are untrained: pictures will be noise-like until `convfusion distill` has "
+    "trained them."
+)
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 # What tells the pipelines of single files apart: the first tensor whose name begins so.
@@ -19,7 +26,7 @@ SINGLE_FILES = {
 }
 
 
-def load_pipeline(
+def open_pipeline(
     model: str, precision: str, device: str | None, revision: str | None = None
 ) -> Any:
     """A pipeline by name: embedded, converted on disk, diffusers' own, or in a single file.
@@ -34,13 +41,18 @@ def load_pipeline(
         ConvFusionError: there is none of that name, a file of it is damaged, or it is of a kind
             that cannot be converted, which is told before its weights are read or fetched.
     """
+    check_revision(model, revision)
+    dtype, place = torch_dtype(precision), torch_device(device)
+    with announced(f"Loading {one_line(model)} …", is_first_process()):
+        hide_loading_bars()
+        return _read_model(model, dtype, revision).to(place)
+
+
+def _read_model(model: str, dtype: Any, revision: str | None) -> Any:
     from convfusion import mini
     from convfusion.checkpoint import hub, loading
 
-    hide_loading_bars()
-    dtype, place = torch_dtype(precision), torch_device(device)
     path = Path(model)
-    check_revision(model, revision)
     if is_embedded(model):
         pipe = mini.load_student() if model == "mini" else mini.load_teacher()
         pipe.to(dtype)
@@ -57,7 +69,38 @@ def load_pipeline(
         fetched = hub.fetch_pipeline(model, revision)
         pipe = loading.read_pipeline(fetched, **loading.in_dtype(dtype))
         pipe.register_to_config(_name_or_path=model)
-    return pipe.to(place)
+    return pipe
+
+
+def warn_if_untrained(pipe: Any) -> None:
+    """Say that pictures will be noise where the blocks of a pipeline were never trained."""
+    if is_untrained(pipe) and is_first_process():
+        print(UNTRAINED, file=sys.stderr)
+
+
+def is_untrained(pipe: Any) -> bool:
+    """Whether a pipeline has ΔConvBlocks, all of which are still as `convert` made them.
+
+    Their output has a bias that starts at zero and does not stay there in training.
+    """
+    from convfusion.mixers import DeltaConvBlock
+    from convfusion.surgery import mixers_of
+
+    blocks = [m for m in mixers_of(pipe).values() if isinstance(m, DeltaConvBlock)]
+    return bool(blocks) and not any(
+        block.config.init == "random" or block.proj_out.bias.any() for block in blocks
+    )
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one of a launcher's that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def public_name(model: str, blocks: Path | None = None) -> str:
+    """What reports and pictures call a pipeline: no path of this machine."""
+    name = Path(model).resolve().name if Path(model).exists() else model
+    return name if blocks is None else f"{name} with the blocks of {blocks.name}"
 
 
 def _folder(path: Path, dtype: Any) -> Any:
@@ -135,7 +178,7 @@ def stock_pipeline(
     """A pipeline with its self-attention in place: a converted one is reverted."""
     from convfusion import surgery
 
-    pipe = load_pipeline(model, precision, device, revision)
+    pipe = open_pipeline(model, precision, device, revision)
     if surgery.mixers_of(pipe):
         surgery.revert(pipe)
     return pipe
@@ -144,7 +187,7 @@ def stock_pipeline(
 def check_revision(model: str, revision: str | None) -> None:
     """Raise a ConvFusionError for a revision of what is no name on the Hub."""
     if revision is not None and (is_embedded(model) or Path(model).exists()):
-        raise ConvFusionError(f"--revision is of a name on the Hub: {model} is none")
+        raise ConvFusionError(f"--revision needs a name on the Hub, and {model} is none")
 
 
 def check_loading(precision: str, device: str | None) -> None:

@@ -226,6 +226,7 @@ def draw_latents(pipe: Any, samples: Sequence[Sample], size: Size, drawing: Draw
         "steps": drawing.steps,
         "guidance": drawing.guidance,
         "batch_size": len(samples),
+        "progress": False,
     }
     prompts = [sample.caption for sample in samples]
     if family_of(denoiser_of(pipe)).gives_latents:

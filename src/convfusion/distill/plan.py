@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -43,6 +44,21 @@ class Plan:
     peak_bytes: int | None
     seconds_per_step: float
     steps: int
+
+    def describe(self) -> dict[str, str]:
+        """The plan in words: what is measured, and how much it is."""
+        total = timedelta(seconds=round(self.seconds_per_step * self.steps))
+        lines = {
+            "sites that would train": f"{self.converted} of {self.sites}",
+            "parameters that would train": f"{self.trained / 1e6:.2f}M",
+            "parameters that stay frozen": f"{self.frozen / 1e6:.2f}M",
+            "weights, gradients and optimizer state": f"{self.held_bytes / 2**30:.2f} GiB",
+        }
+        if self.peak_bytes is not None:
+            lines["peak GPU memory of a step"] = f"{self.peak_bytes / 2**30:.2f} GiB"
+        lines["time of a step on this device"] = f"{self.seconds_per_step:.2f} s"
+        lines[f"time of all {self.steps} steps on this device"] = str(total)
+        return lines
 
 
 def plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None = None) -> Plan:

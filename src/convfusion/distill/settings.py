@@ -28,6 +28,7 @@ class RunSettings:
     Attributes:
         model: a diffusers pipeline, folder or Hub name; `mini` is the embedded model.
         revision: branch, tag or commit of a Hub name.
+        precision: dtype that the model is loaded in: `float32`, `bfloat16` or `float16`.
         data: a source of pictures or prompts, or a cache.
         size: WIDTHxHEIGHT of the training pictures, by default the model's own.
         buckets: keep the ratio of sides of the pictures, about.
@@ -41,6 +42,7 @@ class RunSettings:
 
     model: str = ""
     revision: str = ""
+    precision: str = "float32"
     data: str = ""
     size: str = ""
     buckets: bool = False
@@ -90,6 +92,11 @@ def read_settings(path: str | Path | None, options: Mapping[str, Any]) -> RunSet
         except ConvFusionError as error:
             raise ConvFusionError(f"{path}: {error}") from None
     return RunSettings.from_dict(merge_settings(values, options))
+
+
+def run_settings(out: str | Path) -> Path:
+    """Where a run of the command line keeps its settings, within its folder."""
+    return Path(out) / "run.toml"
 
 
 def merge_settings(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

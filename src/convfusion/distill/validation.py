@@ -6,14 +6,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from convfusion.data.latents import TrainingData
 from convfusion.distill.draws import noise_like
 from convfusion.distill.task import DistillTask, collected
 from convfusion.evaluate import TIMESTEPS, epsilon_errors
+from convfusion.families import denoiser_of
 from convfusion.families.conditioning import place_conditioning
-from convfusion.surgery import mixers_of
+from convfusion.generate import generate, swapped_denoiser
+from convfusion.report import draw_grid
+from convfusion.surgery import attention_teacher, mixers_of
 
 
 class Noised(NamedTuple):
@@ -106,3 +110,18 @@ def what_fails(
         if not all(gradient.isfinite().all() for gradient in gradients):
             return f"the gradient of the block at {path}"
     return None
+
+
+@torch.no_grad()
+def draw_validation(pipe: Any, prompts: list[str], guidance: float) -> Image.Image:
+    """A grid of the prompts as student and teacher draw them from equal seeds.
+
+    Args:
+        pipe: converted, with its attention kept.
+        prompts: a column for each.
+        guidance: classifier-free guidance scale.
+    """
+    rows = {"student": generate(pipe, prompts, guidance=guidance, progress=False)}
+    with swapped_denoiser(pipe, attention_teacher(denoiser_of(pipe))):
+        rows["teacher"] = generate(pipe, prompts, guidance=guidance, progress=False)
+    return draw_grid(rows, prompts)

@@ -185,6 +185,7 @@ def _draw_batch(pipe: Any, teacher: Denoiser, draws: Draws, rows: range, folder:
                 guidance=draws.guidance,
                 size=draws.size,
                 batch_size=len(rows),
+                progress=False,
             )
         if not all(latents.isfinite().all() for _, latents in path):
             raise ConvFusionError(
@@ -311,7 +312,7 @@ def _is_done(folder: Path, draws: Draws, rows: range) -> bool:
     """Whether the record of a batch is there and whole, and so are the pictures that it is of."""
     path = _record_of(folder, rows)
     try:
-        record = read_json(path) if path.exists() else None
+        record: Any = read_json(path) if path.exists() else None
         return _is_record(record, draws, rows) and record["pictures"] == {
             side: _digest_pictures(folder, side, rows) for side in SIDES
         }

@@ -252,6 +252,7 @@ class _Climb:
                 steps=self.steps,
                 guidance=guidance,
                 size=size,
+                progress=False,
                 **options,
             )[0]
 

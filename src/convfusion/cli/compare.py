@@ -1,0 +1,154 @@
+"""`convfusion compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from convfusion.cli.console import console, print_ending
+from convfusion.cli.generate import Prompt, gather_prompts
+from convfusion.cli.models import check_loading, guidance_for, is_embedded, open_pipeline
+from convfusion.cli.options import (
+    Device,
+    Model,
+    NegativePrompt,
+    Precision,
+    PromptFile,
+    Revision,
+    Size,
+    check_file,
+    parse_size,
+)
+from convfusion.errors import ConvFusionError
+from convfusion.text import check_prompts
+
+if TYPE_CHECKING:
+    from convfusion.evaluate.comparison import Comparison
+
+MINI_PROMPTS = 6
+
+
+def compare(
+    model: Model,
+    blocks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Trained blocks: a folder that `distill` wrote, or a released .safetensors file. "
+            "Repeat the option for more rows."
+        ),
+    ] = None,
+    prompt: Prompt = None,
+    prompts: PromptFile = None,
+    negative_prompt: NegativePrompt = "",
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Every prompt is drawn from this seed. Repeat for more. Default: 0."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="PNG file for the grid.")] = Path("comparison.png"),
+    size: Size = None,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance scale. Default: 5, and 3 for `mini`."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
+    revision: Revision = None,
+    precision: Precision = "float32",
+    device: Device = None,
+) -> None:
+    """Draw one grid: the teacher (the model with its attention), then every set of blocks.
+
+    All rows share prompts and seeds, so that pictures in a column can be compared. PSNR, in
+    decibels, tells how close each row is to the teacher's; higher is closer. `mini` compares its
+    own trained blocks, and has prompts of its own.
+    """
+    from convfusion.evaluate.comparison import compare_blocks
+    from convfusion.families.calls import check_call
+    from convfusion.generate import check_numbers, check_size
+    from convfusion.surgery import mixers_of
+
+    texts, seeds = choose_prompts(model, prompt, prompts), seed or [0]
+    check_prompts([negative_prompt])
+    check_grid(out)
+    check_loading(precision, device)
+    check_numbers(seeds, steps, 0 if guidance is None else guidance, batch_size)
+    students = name_rows(blocks or [])
+    wanted = parse_size(size) if size else None
+    options = {"negative_prompt": negative_prompt} if negative_prompt else {}
+    pipe = open_pipeline(model, precision, device, revision)
+    check_call(pipe, texts, wanted, options)
+    if wanted:
+        check_size(pipe, wanted)
+    if not students and not mixers_of(pipe):
+        raise ConvFusionError(
+            f"{model} has no trained blocks to compare: add --blocks with a folder that `distill` "
+            "wrote"
+        )
+    compared = compare_blocks(
+        pipe,
+        students,
+        texts,
+        seeds,
+        progress=True,
+        steps=steps,
+        guidance=guidance_for(model, pipe) if guidance is None else guidance,
+        size=wanted,
+        batch_size=batch_size,
+        **options,
+    )
+    compared.grid().save(out)
+    print_comparison(compared)
+    command = ["convfusion", "evaluate", model]
+    command += ["--blocks", str(blocks[0])] if blocks else []
+    print_ending(out, next_command=(*command, "--out", "convfusion-evaluation"))
+
+
+def choose_prompts(model: str, prompts: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts that are named; without any, some that the embedded model was not trained on."""
+    from convfusion import mini
+    from convfusion.demo import spread
+
+    if not prompts and file is None and is_embedded(model):
+        return spread(mini.held_out_data("results"), MINI_PROMPTS, offset=0.5).captions
+    return gather_prompts(prompts, file)
+
+
+def check_grid(out: Path) -> None:
+    """Refuse a name that the grid cannot be written to, before any work."""
+    if out.suffix.lower() != ".png":
+        raise ConvFusionError(f"the grid is a PNG file: {out} must end in .png")
+    check_file(out)
+
+
+def name_rows(blocks: list[Path]) -> dict[str, Path]:
+    """Trained blocks by the name of their row: that of their folder, or as much as tells apart.
+
+    Raises:
+        ConvFusionError: one of them is missing, or given twice.
+    """
+    for path in blocks:
+        if not path.exists() and len(path.parts) != 2:  # two may be a name on the Hub
+            raise ConvFusionError(f"there are no blocks at {path}: it does not exist")
+    if len({path.resolve() for path in blocks}) < len(blocks):
+        raise ConvFusionError("the same blocks are given twice with --blocks")
+    names = [path.name for path in blocks]
+    return {
+        str(path) if names.count(path.name) > 1 or not path.name else path.name: path
+        for path in blocks
+    }
+
+
+def print_comparison(compared: Comparison) -> None:
+    """The PSNR of each student's row to the teacher's."""
+    from rich.table import Table
+
+    from convfusion.report import format_psnr
+
+    table = Table(title=f"Distance to the teacher, {len(compared.captions)} pictures each")
+    table.add_column("blocks")
+    table.add_column("PSNR, higher is closer", justify="right")
+    for name, psnr in compared.psnr.items():
+        table.add_row(name, format_psnr(*psnr))
+    console().print(table)
