@@ -3,7 +3,7 @@
 python examples/convert_your_model.py                         # the embedded mini model
 python examples/convert_your_model.py PIPELINE --out FOLDER   # a diffusers folder or Hub name
 
-The blocks are untrained here, so such a pipeline draws poorly: see distill_your_model.py.
+The blocks are untrained here, so a pipeline with them draws noise: see distill_your_model.py.
 """
 
 import argparse

@@ -129,6 +129,7 @@ def test_every_command_of_a_page_is_one(page):
         command = typer.main.get_command(cli.app)
         while words and words[0] in getattr(command, "commands", {}):
             command, words = command.commands[words[0]], words[1:]
+        assert not hasattr(command, "commands"), f"{words[:1]} is no command"
         command.make_context("convfusion", list(words))  # raises for what it does not know
 
 

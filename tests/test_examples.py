@@ -1,5 +1,6 @@
 """The examples run from end to end, as a newcomer starts them."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from PIL import Image
 from tiny_pipelines import stable_diffusion
 
 import convfusion
+from convfusion import mini
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture
@@ -56,3 +59,14 @@ def test_distil_your_model(start, model, tmp_path):
 def test_every_example_is_tested():
     tested = {"convert_your_model.py", "distill_your_model.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_the_script_in_the_readme_runs_as_it_is_printed(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    exec(compile(script, "README.md", "exec"), {})
+    assert "7 of 7 self-attention sites converted" in capsys.readouterr().out
+    assert Image.open("apple.png").size == (64, 64)
+    pipe = mini.load_teacher()
+    assert convfusion.load(pipe, "blocks").converted == 7
