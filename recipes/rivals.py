@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
-from convfusion.bench.timing import interleaved, surroundings
+from convfusion.bench.timing import describe_machine, time_interleaved
 from convfusion.generate import generate
 from convfusion.mixers import (
     Circular,
@@ -133,12 +133,12 @@ def time_all(teacher: str, pictures: int = 8, rounds: int = 3) -> None:
     prompts = mini.held_out_data("results").captions[:pictures]
     calls = {name: partial(generate, pipe, prompts) for name, pipe in pipes.items()}
     cpu = torch.device("cpu")
-    for name, timing in interleaved(calls, cpu, rounds).items():
+    for name, timing in time_interleaved(calls, cpu, rounds).items():
         seconds = {
             "seconds_per_picture": f"{timing.median / pictures:.4f}",
             "least": f"{min(timing.seconds) / pictures:.4f}",
             "most": f"{max(timing.seconds) / pictures:.4f}",
-            **surroundings(cpu),
+            **describe_machine(cpu),
         }
         TIMED.once(lambda seconds=seconds: seconds, teacher, name)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convfusion.bench.timing import Timing, interleaved
+from convfusion.bench.timing import Timing, time_interleaved
 from convfusion.families import Denoiser, Site, example_inputs, list_sites
 from convfusion.mixers.base import Grid, TokenMixer
 from convfusion.mixers.delta_conv import DeltaConv
@@ -131,7 +131,7 @@ def time_site(
         calls[name] = _step(forward, tokens, grid, module, backward)
         if variant.compiled:
             calls[name]()
-    timings = interleaved(calls, device, rounds)
+    timings = time_interleaved(calls, device, rounds)
     return {
         name: Measured(timings.get(name), each.parity, each.note) for name, each in found.items()
     }
@@ -207,7 +207,7 @@ def time_denoiser(
     inputs = example_inputs(model, latents, batch=batch)
     device = next(model.parameters()).device
     calls = {name: denoiser_call(model, v, inputs, backward) for name, v in variants.items()}
-    timings = interleaved(calls, device, rounds, on_call, warm_up)
+    timings = time_interleaved(calls, device, rounds, on_call, warm_up)
     return {name: Measured(timing) for name, timing in timings.items()}
 
 
@@ -221,7 +221,7 @@ def denoiser_call(
     forward = torch.compile(model, dynamic=False) if variant.compiled else model
 
     def run() -> None:
-        with standing(model, mixers), torch.set_grad_enabled(backward):
+        with replaced_sites(model, mixers), torch.set_grad_enabled(backward):
             if not backward:
                 forward(**inputs)
                 return
@@ -233,7 +233,7 @@ def denoiser_call(
 
 
 @contextmanager
-def standing(model: Denoiser, mixers: dict[str, TokenMixer]) -> Iterator[None]:
+def replaced_sites(model: Denoiser, mixers: dict[str, TokenMixer]) -> Iterator[None]:
     """Let ready mixers stand at the sites of an unconverted denoiser for a while."""
     if not mixers:
         yield

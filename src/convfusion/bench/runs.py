@@ -18,8 +18,8 @@ from convfusion.bench.latency import (
     time_site,
 )
 from convfusion.bench.models import BenchModel
-from convfusion.bench.rows import Row, rows_of
-from convfusion.bench.timing import surroundings
+from convfusion.bench.rows import Row, make_rows
+from convfusion.bench.timing import describe_machine
 from convfusion.families import Denoiser, list_sites, site_grid
 from convfusion.surgery.presets import choose_preset, get_preset
 
@@ -79,7 +79,7 @@ def site_rows(
             )  # fmt: skip
             limits.learn(found, tokens)
             case = _case(model, kind, tokens, size, under)
-            yield rows_of(found | left_out, case, surroundings(under.device))
+            yield make_rows(found | left_out, case, describe_machine(under.device))
 
 
 def denoiser_rows(
@@ -108,7 +108,7 @@ def denoiser_rows(
         )  # fmt: skip
         tokens = math.prod(site_grid(denoiser, sites[0], latents))
         case = _case(model, first, tokens, size, under) | {"site": "", "channels": None}
-        yield rows_of(found, case, surroundings(under.device))
+        yield make_rows(found, case, describe_machine(under.device))
 
 
 def _case(

@@ -142,13 +142,13 @@ def numbered(folder: Path, seeds: list[int]) -> list[Path]:
 
 def with_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractContextManager[None]:
     """Let the attention stand in at the sites where it is the cheaper one at a size in pixels."""
-    from convfusion.bench.speed_plan import cheaper_attention
+    from convfusion.bench.speed_plan import find_cheaper_attention
     from convfusion.families import latent_scale, native_size
     from convfusion.surgery import attention_back, mixers_of
 
     scale = latent_scale(pipe)
     height, width = size or native_size(pipe)
-    kept = cheaper_attention(pipe, (height // scale, width // scale))
+    kept = find_cheaper_attention(pipe, (height // scale, width // scale))
     typer.echo(f"The attention is the cheaper one at {len(kept)} of {len(mixers_of(pipe))} sites.")
     return attention_back(pipe, kept)
 
