@@ -10,7 +10,7 @@ from evaluations import PROMPTS, make_settings, student, thumbnails
 from PIL import Image
 
 from convfusion import ConvFusionError
-from convfusion.analysis import ablate, variants
+from convfusion.analysis import ablate, list_variants
 from convfusion.evaluate import evaluate, inception_score, kernel_distance, mean_psnr, psnr
 from convfusion.evaluate.measure import Distribution
 from convfusion.evaluate.scores import mean_of, standard_error
@@ -131,7 +131,7 @@ def test_an_ablation_tells_the_same_psnr_as_an_evaluation():
     from tiny_pipelines import stable_diffusion
 
     prompts = ["red", "green", "apple"]
-    found = ablate(stable_diffusion(), prompts, variants([3]), steps=2)
+    found = ablate(stable_diffusion(), prompts, list_variants([3]), steps=2)
     stock = found.pop("self-attention")
     assert (stock.psnr, stock.psnr_error) == (None, None)
     for row in found.values():

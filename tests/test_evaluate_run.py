@@ -135,8 +135,8 @@ def test_errors_along_the_way_are_those_of_the_denoisers():
     assert "step" not in vars(pipe.scheduler)
     final = path[-1][1]
     told = make_settings(prompts=PROMPTS[:2], samples=2)
-    found = drawing_module._epsilon(pipe, teacher, told, final, range(2))
-    noises = {950: torch.stack([drawing_module._noise(final[0], s, 950) for s in told.seeds])}
+    found = drawing_module._measure_epsilon(pipe, teacher, told, final, range(2))
+    noises = {950: torch.stack([drawing_module._make_noise(final[0], s, 950) for s in told.seeds])}
     start = torch.randn(final[:1].shape, generator=torch.Generator().manual_seed(5))
     assert not torch.allclose(noises[950][:1], start)
     conditioning = encode_conditioning(pipe, PROMPTS[:2], (16, 16))

@@ -87,19 +87,19 @@ def list_contenders(
     Raises:
         ConvFusionError: an unknown kind, or a ratio that no block can have.
     """
-    found: dict[str, ConvertConfig | None] = {ATTENTION: None}
+    compared: dict[str, ConvertConfig | None] = {ATTENTION: None}
     for kind in kinds:
         if kind not in MIXERS:
             raise ConvFusionError(f"no mixer {kind!r}; there are {', '.join(MIXERS)}")
         if kind != "delta_conv":
-            found[kind] = uniform(MIXERS[kind]())
+            compared[kind] = uniform(MIXERS[kind]())
             continue
         preset = get_preset(choose_preset(model.denoiser)).sites
         for ratio in ratios:
-            found[f"{kind} {ratio:g}"] = ConvertConfig(
+            compared[f"{kind} {ratio:g}"] = ConvertConfig(
                 {p: replace(m, ratio=ratio) for p, m in preset.items() if isinstance(m, DeltaConv)}
             )
-    return found
+    return compared
 
 
 def denoiser_operations(model: BenchModel, size: tuple[int, int]) -> int:
@@ -133,15 +133,15 @@ def operation_table(
     def cost(channels: int, heads: int, mixer: Any, grid: Grid) -> tuple[int, int, int]:
         return site_cost(attentions[channels, heads], mixer, grid)
 
-    found = []
+    rows = []
     for size, group in product(latents, groups):
         site, (height, width) = group.first, size
         grid = site_grid(model.denoiser, site, latents[size])
         for label, mixer in zip(configs, group.mixers, strict=True):
             what = (model.name, width, height, label, group.place, group.sites, site.channels)
             numbers = cost(site.channels, site.heads, mixer, grid)
-            found.append(Cost(*what, math.prod(grid), *numbers))
-    return found
+            rows.append(Cost(*what, math.prod(grid), *numbers))
+    return rows
 
 
 @dataclass

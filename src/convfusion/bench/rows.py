@@ -85,17 +85,17 @@ class Row:
 
 
 def make_rows(
-    found: Mapping[str, Measured], case: Mapping[str, Any], where: Mapping[str, Any]
+    measured: Mapping[str, Measured], case: Mapping[str, Any], where: Mapping[str, Any]
 ) -> list[Row]:
     """A row for every variant of a case.
 
     Args:
-        found: by name of the variant.
+        measured: by name of the variant.
         case: the fields of `Row` up to `backward`.
         where: of `convfusion.bench.timing.describe_machine`.
     """
     rows = []
-    for variant, each in found.items():
+    for variant, each in measured.items():
         times: dict[str, Any] = dict.fromkeys(("median_ms", "fastest_ms", "slowest_ms", "peak_mib"))
         if each.timing is not None:
             seconds, peak = each.timing.seconds, each.timing.peak_bytes
@@ -192,15 +192,15 @@ def find_crossovers(rows: Iterable[Row]) -> list[Crossover]:
     for row in rows:
         if row.median_ms is not None:
             times[row.series][row.variant][row.tokens] = row.median_ms
-    found = []
+    crossings = []
     for series, by_variant in times.items():
         attention = by_variant.get(ATTENTION, {})
         for variant, own in by_variant.items():
             shared = sorted(attention.keys() & own.keys())
             if variant != ATTENTION and shared:
                 speedup = {n: attention[n] / own[n] for n in shared}
-                found.append(Crossover(series, variant, *find_meeting(speedup), speedup))
-    return found
+                crossings.append(Crossover(series, variant, *find_meeting(speedup), speedup))
+    return crossings
 
 
 def find_meeting(speedup: Mapping[int, float]) -> tuple[float | None, bool]:

@@ -239,11 +239,11 @@ def _plan_site(
     times: dict[str, dict[int, float]] = {name: {} for name in variants}
     large = shrink_grid(grid, LARGEST)
     for timed in (shrink_grid(large, math.prod(large) // 4), large):
-        found = time_site(
+        by_name = time_site(
             model, kind.site, variants, timed, batch=batch, dtype=weight.dtype,
             device=weight.device, rounds=ROUNDS,
         )  # fmt: skip
-        for name, each in found.items():
+        for name, each in by_name.items():
             if each.timing is None:
                 raise ConvFusionError(f"{name} at {kind.site.path}: {each.note}")
             times[name][math.prod(timed)] = each.timing.median
