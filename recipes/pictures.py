@@ -63,7 +63,7 @@ class Drawn:
         return digest(by, asdict(self))
 
 
-def look(
+def extract_features(
     maker: Callable[[], Any], made: str, drawn: Drawn, prompts: Sequence[str] | None = None
 ) -> Tensor:
     """Features [samples, 1280] of what a pipeline draws; it is made only if it must draw."""
