@@ -22,7 +22,7 @@ from convfusion.demo import distillation, error, spread
 from convfusion.distill import distill
 from convfusion.mixers import MIXERS
 from convfusion.mixers.delta_conv import DeltaConvBlock, Init
-from convfusion.operations import flops_ratio
+from convfusion.operations import operations_ratio
 from convfusion.surgery.config import with_kernel_sizes
 from experiment import JUDGED, TEACHERS, Recipe, Table, judged, recipe, student
 from pages import add_all, has
@@ -135,7 +135,7 @@ def kernels(steps: int, seed: int) -> None:
         sites = status(pipe).sites
         return {
             "epsilon_error": judged("mini", how)["epsilon_error"],
-            "flops_ratio": f"{flops_ratio(pipe, TEACHERS['mini'].latents):.3f}",
+            "flops_ratio": f"{operations_ratio(pipe, TEACHERS['mini'].latents):.3f}",
             "parameters": sum(site.mixer_parameters for site in sites),
             "kernels_x_stages": " ".join(f"{s.mixer.kernel_size}x{s.mixer.stages}" for s in sites),
             "teacher_sha256": mini.teacher_hash()[:12],

@@ -25,7 +25,7 @@ from convfusion.distill import DistillConfig, distill
 from convfusion.families import denoiser_of
 from convfusion.fingerprint import fingerprint
 from convfusion.mini import HeldOut
-from convfusion.operations import site_flops
+from convfusion.operations import site_operations
 from mini import fashion
 from mini.pixart import load_pixart
 from pages import add, rows
@@ -125,7 +125,7 @@ def unfused(pipe: Any) -> None:
 def judged(teacher: str, made_by: Recipe, part: HeldOut = "choice") -> dict[str, Any]:
     """A student's ε-error on a list of pictures that no training saw, and what it costs."""
     pipe, seconds = student(teacher, made_by)
-    costs = site_flops(pipe, TEACHERS[teacher].latents).values()
+    costs = site_operations(pipe, TEACHERS[teacher].latents).values()
     held_out = spread(TEACHERS[teacher].held_out_data(part), JUDGED)
     return {
         "epsilon_error": f"{error(pipe, held_out):.4e}",

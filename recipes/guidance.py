@@ -18,7 +18,7 @@ from convfusion import mini
 from convfusion.evaluate import mean_psnr
 from convfusion.generate import generate
 from experiment import Table, shipped, weights_of
-from pictures import BATCH, Drawn, distances, look, real_pictures
+from pictures import BATCH, Drawn, distances, extract_features, real_pictures
 
 SCALES = Table("guidance.csv", ["pipeline", "guidance", "samples", "made"], "results")
 SOLVED = Table("solvers.csv", ["solver", "steps", "guidance", "samples", "made"], "results")
@@ -58,10 +58,10 @@ def main() -> None:
     for guidance in (1.0, 2.0, 3.0, 5.0, 7.5):
         for name, (make, weights) in pipelines.items():
             drawn = Drawn(args.samples, guidance=guidance)
-            whole = partial(look, mini.load_teacher, weights_of("mini"), drawn)
+            whole = partial(extract_features, mini.load_teacher, weights_of("mini"), drawn)
             SCALES.once(
                 lambda make=make, weights=weights, drawn=drawn, whole=whole: distances(
-                    look(make, weights, drawn), real, whole()
+                    extract_features(make, weights, drawn), real, whole()
                 ),
                 *(name, guidance, args.samples, drawn.made(weights)),
             )

@@ -28,11 +28,11 @@ from convfusion.evaluate import (
     frechet_distance,
     kernel_distance,
     open_extractor,
-    plan,
+    plan_evaluation,
 )
-from convfusion.evaluate.draws import Draws
 from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import decoded
+from convfusion.evaluate.settings import EvaluationSettings
 from convfusion.families import denoiser_of
 from convfusion.files import write_picture
 from convfusion.fingerprint import fingerprint
@@ -63,15 +63,17 @@ SETS = (  # side, way, who draws, and of how many prompts one: 4 times the size 
 def distances(args: argparse.Namespace) -> None:
     """One row for each set and reference that is not in the table yet."""
     held_out = mini.held_out_data("results")
-    draws = plan(list(held_out.captions), args.samples, 0, steps=STEPS, guidance=mini.GUIDANCE)
-    others = replace(draws, seeds=draws.other_seeds)
+    settings = plan_evaluation(
+        list(held_out.captions), args.samples, 0, steps=STEPS, guidance=mini.GUIDANCE
+    )
+    others = replace(settings, seeds=settings.other_seeds)
     extractor, teacher = open_extractor(), mini.load_teacher()
     references = {
         "held-out pictures": extractor(decoded(teacher, held_out, "", (OWN, OWN))),
         "teacher's, other seeds": extractor(drawn(teacher, others, OWN, "own size", args.work)),
     }
     for side, way, models, part in SETS:
-        chosen = replace(draws, prompts=draws.prompts[::part], seeds=draws.seeds[::part])
+        chosen = replace(settings, prompts=settings.prompts[::part], seeds=settings.seeds[::part])
         for name in models:
             pipe = LOAD[name]()
             key = {"side": str(side), "way": way, "model": name, "samples": str(len(chosen))}
@@ -94,17 +96,21 @@ def distances(args: argparse.Namespace) -> None:
                 print(*row.values(), flush=True)
 
 
-def drawn(pipe: Any, draws: Draws, side: int, way: str, work: Path) -> Iterator[Image.Image]:
+def drawn(
+    pipe: Any, settings: EvaluationSettings, side: int, way: str, work: Path
+) -> Iterator[Image.Image]:
     """A set, shrunk to the model's own size; what is drawn already is read."""
-    said = repr((side, LADDERS[way], draws.steps, draws.guidance, fingerprint(denoiser_of(pipe))))
+    said = repr(
+        (side, LADDERS[way], settings.steps, settings.guidance, fingerprint(denoiser_of(pipe)))
+    )
     folder = work / hashlib.sha256(said.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    for prompt, seed in zip(draws.prompts, draws.seeds, strict=True):
+    for prompt, seed in zip(settings.prompts, settings.seeds, strict=True):
         path = folder / f"{seed:05d} {prompt[:80]}.png"
         if not path.is_file():
             [image] = highres(
-                pipe, [prompt], (side, side), seeds=[seed], steps=draws.steps,
-                guidance=draws.guidance, ladder=LADDERS[way],
+                pipe, [prompt], (side, side), seeds=[seed], steps=settings.steps,
+                guidance=settings.guidance, ladder=LADDERS[way],
             )  # fmt: skip
             write_picture(path, image)
         with Image.open(path, formats=("PNG",)) as file:

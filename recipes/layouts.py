@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convfusion.bench.timing import interleaved, surroundings
+from convfusion.bench.timing import describe_machine, time_interleaved
 from convfusion.mixers.base import Grid
 from convfusion.mixers.delta_conv import DeltaConv, DeltaConvBlock
 from convfusion.ops.reference import apply_gate, halve
@@ -92,7 +92,7 @@ def case(channels: int, side: int, kernel: int, dtype: torch.dtype, rounds: int)
         assert error <= TOLERANCES[dtype], f"{name} is off by {error:.1e}"
     calls = {name: (lambda way=way: way(block, tokens, grid)) for name, way in WAYS.items()}
     device = torch.device("cpu")
-    found = interleaved(calls, device, rounds)
+    found = time_interleaved(calls, device, rounds)
     rows = []
     for name, timing in found.items():
         ratios = [a / b for a, b in zip(timing.seconds, found["block"].seconds, strict=True)]
@@ -109,7 +109,7 @@ def case(channels: int, side: int, kernel: int, dtype: torch.dtype, rounds: int)
                 "over_block_low": round(ratios[math.floor(0.25 * (len(ratios) - 1))], 3),
                 "over_block_high": round(ratios[math.ceil(0.75 * (len(ratios) - 1))], 3),
                 "rounds": rounds,
-                **surroundings(device),
+                **describe_machine(device),
             }
         )
     return rows

@@ -30,7 +30,7 @@ from convfusion.mixers import Removed
 from experiment import JUDGED, TEACHERS, Recipe, Table, recipe, student, weights_of
 from mini.fashion import CLASSES, latents, pictures, read_pictures
 from pages import ROOT
-from pictures import Drawn, distances, extractor, look
+from pictures import Drawn, distances, extract_features, extractor
 
 TABLE = Table("photographs.csv", ["pictures", "reference", "samples", "steps", "made"])
 FASHION = TEACHERS["fashion"]
@@ -64,7 +64,7 @@ def drawing(samples: int, first_seed: int = 0) -> Drawn:
 
 def seen(maker: Callable[[], Any], made: str, drawn: Drawn) -> Tensor:
     """Features of pictures that a pipeline draws in bfloat16."""
-    return look(lambda: quick(maker()), made, drawn, CLASSES)
+    return extract_features(lambda: quick(maker()), made, drawn, CLASSES)
 
 
 def quick(pipe: Any) -> Any:

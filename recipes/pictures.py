@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convfusion import mini
-from convfusion.evaluate import Draws, frechet_distance, kernel_distance, open_extractor, plan
+from convfusion.evaluate import (
+    EvaluationSettings,
+    frechet_distance,
+    kernel_distance,
+    open_extractor,
+    plan_evaluation,
+)
 from convfusion.evaluate.real import decoded
 from convfusion.generate import generate
 from experiment import KEPT, digest
@@ -41,7 +47,7 @@ class Drawn:
     guidance: float = mini.GUIDANCE
     size: tuple[int, int] | None = (64, 64)
 
-    def plan(self, prompts: Sequence[str] | None = None) -> Draws:
+    def plan(self, prompts: Sequence[str] | None = None) -> EvaluationSettings:
         """Prompts and seeds: by default captions of the list `results`, each as often as any other.
 
         Of more prompts than are drawn, some that are evenly spread over them.
@@ -50,14 +56,14 @@ class Drawn:
             ConvFusionError: they cannot be drawn equally often.
         """
         told = mini.held_out_data("results").captions if prompts is None else prompts
-        return plan(list(told), self.samples, self.first_seed)
+        return plan_evaluation(list(told), self.samples, self.first_seed)
 
     def made(self, by: str) -> str:
         """A hash of what draws, and of how."""
         return digest(by, asdict(self))
 
 
-def look(
+def extract_features(
     maker: Callable[[], Any], made: str, drawn: Drawn, prompts: Sequence[str] | None = None
 ) -> Tensor:
     """Features [samples, 1280] of what a pipeline draws; it is made only if it must draw."""

@@ -6,6 +6,7 @@ on crops of held-out latents, and writes the change of its prediction to `result
 
 from __future__ import annotations
 
+import argparse
 import copy
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ SAMPLES = 32
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     pipe = mini.load_student()
     student, teacher = copy.deepcopy(pipe.unet), attention_teacher(pipe.unet)
     samples = spread(mini.held_out_data("results"), SAMPLES)

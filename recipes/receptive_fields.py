@@ -8,6 +8,7 @@ itself, whatever the grid and the filter.
 
 from __future__ import annotations
 
+import argparse
 from itertools import product
 
 import torch
@@ -31,6 +32,7 @@ def gaussian(side: int, width: float) -> torch.Tensor:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     rows = []
     for side, width, filters in product(SIDES, WIDTHS, FILTERS):
         sums = measure_map(gaussian(side, width), (side, side), Measure(filters, side**2))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
-from convfusion.bench.timing import interleaved, surroundings
+from convfusion.bench.timing import describe_machine, time_interleaved
 from convfusion.generate import generate
 from convfusion.mixers import (
     Circular,
@@ -45,7 +45,7 @@ from experiment import (
     weights_of,
 )
 from pages import ROOT, has
-from pictures import Drawn, distances, look, real_pictures
+from pictures import Drawn, distances, extract_features, real_pictures
 
 OURS = "ΔConvBlock"
 RIVALS: dict[str, Mixer] = {
@@ -101,9 +101,9 @@ def draw(teacher: str, chosen: dict[str, Recipe], samples: int) -> None:
     stock = TEACHERS[teacher].load
     sets = {
         "real": real_pictures(stock()),
-        "teacher": look(stock, weights_of(teacher), other),
+        "teacher": extract_features(stock, weights_of(teacher), other),
     }
-    whole = look(stock, weights_of(teacher), own)
+    whole = extract_features(stock, weights_of(teacher), own)
     makers = {"the teacher": (stock, weights_of(teacher))}
     if teacher == "mini":
         makers["ΔConvBlocks as they are shipped"] = shipped()
@@ -113,7 +113,10 @@ def draw(teacher: str, chosen: dict[str, Recipe], samples: int) -> None:
         for reference, features in sets.items():
             LOOKED.once(
                 lambda maker=maker, made=made, features=features, reference=reference: distances(
-                    look(maker, made, own), features, whole, paired=reference == "teacher"
+                    extract_features(maker, made, own),
+                    features,
+                    whole,
+                    paired=reference == "teacher",
                 ),
                 *(teacher, name, reference, samples, own.made(made)),
             )
@@ -133,12 +136,12 @@ def time_all(teacher: str, pictures: int = 8, rounds: int = 3) -> None:
     prompts = mini.held_out_data("results").captions[:pictures]
     calls = {name: partial(generate, pipe, prompts) for name, pipe in pipes.items()}
     cpu = torch.device("cpu")
-    for name, timing in interleaved(calls, cpu, rounds).items():
+    for name, timing in time_interleaved(calls, cpu, rounds).items():
         seconds = {
             "seconds_per_picture": f"{timing.median / pictures:.4f}",
             "least": f"{min(timing.seconds) / pictures:.4f}",
             "most": f"{max(timing.seconds) / pictures:.4f}",
-            **surroundings(cpu),
+            **describe_machine(cpu),
         }
         TIMED.once(lambda seconds=seconds: seconds, teacher, name)
 

@@ -31,7 +31,7 @@ from convfusion.evaluate.real import decoded
 from convfusion.families import Denoiser, denoiser_of, encode_conditioning
 from convfusion.schedule import noise_schedule
 from experiment import TEACHERS, TEXT_TO_IMAGE, Table, recipe, shipped, student, weights_of
-from pictures import DISTANCES, Drawn, distances, extractor, look
+from pictures import DISTANCES, Drawn, distances, extract_features, extractor
 
 TABLE = Table("sizes.csv", ["model", "pipeline", "width", "height", "samples", "made"], "results")
 SIZES = ((64, 64), (96, 96), (64, 128), (128, 64), (128, 128), (256, 256))  # (height, width)
@@ -74,8 +74,8 @@ def measured(maker: Callable[[], Any], made: str, drawn: Drawn, model: str) -> d
     if max(size) <= DRAWN:
         everyone = framed(size, len(mini.held_out_data("results")))
         reference = extractor()(decoded(pipe, everyone, "framed", size)).features
-        whole = look(TEACHERS[model].load, weights_of(model), drawn)
-        kids = distances(look(maker, made, drawn), reference, whole)
+        whole = extract_features(TEACHERS[model].load, weights_of(model), drawn)
+        kids = distances(extract_features(maker, made, drawn), reference, whole)
     return {
         "noise_error": f"{own:.4e}",
         "epsilon_error": f"{error(pipe, data):.4e}" if converted else "",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from convfusion.bench.counts import denoiser_operations
 from convfusion.bench.models import bench_model
-from convfusion.bench.rows import ATTENTION, Crossover, Row, crossovers, growth, read_rows
+from convfusion.bench.rows import ATTENTION, Crossover, Row, find_crossovers, fit_growth, read_rows
 from pages import RESULTS, read, table
 
 STEPS = 25  # of a picture
@@ -210,7 +210,7 @@ def crossover() -> str:
         for row in rows
     }
     found: dict[tuple, dict[str, Crossover]] = defaultdict(dict)
-    for each in crossovers(row for row in rows if not row.backward):
+    for each in find_crossovers(row for row in rows if not row.backward):
         found[each.series][each.variant] = each
     variants = [name for name in NAMES if any(name in by for by in found.values())]
     lines = []
@@ -271,9 +271,9 @@ def exponents() -> str:
 def exponent(rows: list[Row]) -> str:
     if len(rows) < 3:
         return "–"
-    time = growth({row.tokens: row.median_ms for row in rows})
+    time = fit_growth({row.tokens: row.median_ms for row in rows})
     peaks = {row.tokens: row.peak_mib for row in rows if row.tokens >= 4096}
-    memory = f"{growth(peaks):.2f}" if len(peaks) > 1 else "–"
+    memory = f"{fit_growth(peaks):.2f}" if len(peaks) > 1 else "–"
     low, high = (min(r.tokens for r in rows), max(r.tokens for r in rows))
     return f"{time:.2f}, {memory} ({low:,} – {high:,})"
 

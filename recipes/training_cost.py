@@ -9,10 +9,8 @@ which take as long as trained ones, counts the operations of a step, and writes
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +24,8 @@ from convfusion.distill import DistillTask
 from convfusion.families import example_inputs
 from convfusion.operations import MORE
 from convfusion.surgery import mixers_of
+from pages import write
 
-RESULTS = Path(__file__).parent.parent / "results"
 STEPS, BATCH = 60_000, 16  # of the paper's recipe for SD1.5
 PER_SECOND = 1e14  # operations, about what an A100 sustains of its 3.1e14 in half precision
 
@@ -82,10 +80,7 @@ def main() -> None:
         "days_here": round(samples * row["seconds_per_sample"] / 86400, 1),
         "hours_at_1e14": round(samples * row["operations_per_sample"] / PER_SECOND / 3600, 1),
     }
-    with (RESULTS / "training_cost.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        writer.writeheader()
-        writer.writerow(row)
+    write("training_cost.csv", [row])
     print(row)
 
 

@@ -4,7 +4,7 @@ import torch
 from tiny_pipelines import PIPELINES
 
 import convfusion
-from convfusion.evaluate import plan
+from convfusion.evaluate import plan_evaluation
 from convfusion.evaluate.extractors import Extractor, Preprocessing
 from convfusion.fingerprint import fingerprint
 from convfusion.surgery import mixers_of
@@ -41,9 +41,9 @@ def student(kind="sd"):
     return pipe
 
 
-def draws(**options):
-    settings = {"steps": 2, "guidance": 2.0, "batch_size": 3, "timesteps": (50, 950)} | options
-    return plan(settings.pop("prompts", PROMPTS), settings.pop("samples", 6), 5, **settings)
+def make_settings(**options):
+    chosen = {"steps": 2, "guidance": 2.0, "batch_size": 3, "timesteps": (50, 950)} | options
+    return plan_evaluation(chosen.pop("prompts", PROMPTS), chosen.pop("samples", 6), 5, **chosen)
 
 
 def files(folder):

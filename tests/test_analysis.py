@@ -27,9 +27,9 @@ from convfusion.analysis import (
     ablate,
     analyze,
     attention_capture,
+    build_untrained,
+    list_variants,
     recommend,
-    untrained,
-    variants,
 )
 from convfusion.analysis.capture import sampling_timesteps
 from convfusion.analysis.kernel_sizes import kernel_for
@@ -154,7 +154,7 @@ def test_half_precision_models(dtype):
     pipe = stable_diffusion().to(dtype)
     found = analyze(pipe, ["red"], QUICK)
     assert all(np.isfinite(site.mean.score_mass).all() for site in found.sites)
-    assert ablate(pipe, ["red"], variants([3]), steps=2)["removed"].epsilon_error > 0
+    assert ablate(pipe, ["red"], list_variants([3]), steps=2)["removed"].epsilon_error > 0
 
 
 def test_what_an_analysis_says(analysis):
@@ -218,7 +218,7 @@ print(peak() - before)
 
 def test_the_report(analysis, tmp_path):
     pipe = stable_diffusion()
-    with swapped_denoiser(pipe, untrained(pipe)):
+    with swapped_denoiser(pipe, build_untrained(pipe)):
         control = analyze(pipe, ["red apple"], QUICK)
     write_report(analysis, tmp_path / "report", control)
     names = {path.name for path in (tmp_path / "report").iterdir()}
@@ -317,7 +317,7 @@ def test_the_verdict_names_what_to_convert_and_what_to_keep(analysis):
 def test_the_untrained_control_is_reproducible_and_another_model():
     pipe = stable_diffusion()
     state = torch.random.get_rng_state()
-    one, other = untrained(pipe), untrained(pipe)
+    one, other = build_untrained(pipe), build_untrained(pipe)
     assert torch.equal(state, torch.random.get_rng_state())
     weights = [m.state_dict()["conv_in.weight"] for m in (one, other, pipe.unet)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -327,7 +327,7 @@ def test_the_untrained_control_is_reproducible_and_another_model():
 def test_ablation_leaves_the_pipeline_as_it_was(kind):
     pipe = PIPELINES[kind]()
     before = generate(pipe, ["red"], steps=2, guidance=guidance_for(kind))
-    tried = {name: replace(c, keep_attention=False) for name, c in variants([3]).items()}
+    tried = {name: replace(c, keep_attention=False) for name, c in list_variants([3]).items()}
     found = ablate(pipe, ["red"], tried, steps=2, guidance=guidance_for(kind))
     assert list(found) == ["self-attention", "window 3", "mean token only", "removed"]
     stock = found["self-attention"].images
@@ -348,14 +348,17 @@ def test_ablation_leaves_the_pipeline_as_it_was(kind):
         (lambda pipe: analyze(pipe, ["red"], replace(QUICK, timesteps=(5,))), "5 is not among"),
         (lambda pipe: analyze(pipe, ["red"], replace(QUICK, timesteps=())), "no timestep"),
         (lambda pipe: analyze(pipe.vae, ["red"], QUICK), "AutoencoderKL is not supported"),
-        (lambda pipe: ablate(pipe, [], variants([3])), "no prompts"),
-        (lambda pipe: ablate(pipe, ["red"], variants([9])), "larger than every grid"),
-        (lambda pipe: ablate(pipe, ["red"], variants([4])), "window must be odd"),
+        (lambda pipe: ablate(pipe, [], list_variants([3])), "no prompts"),
+        (lambda pipe: ablate(pipe, ["red"], list_variants([9])), "larger than every grid"),
+        (lambda pipe: ablate(pipe, ["red"], list_variants([4])), "window must be odd"),
         (lambda pipe: analyze(pipe, "red"), "must be a list of strings"),
         (lambda pipe: analyze(pipe, [207]), "must be a list of strings"),
         (lambda pipe: analyze(pipe, ["red"], replace(QUICK, steps=0)), "0 sampling steps"),
         (lambda pipe: ablate(pipe, ["red"], MIXED), "window of 7 is larger"),
-        (lambda pipe: ablate(pipe, ["red"], variants([3], sites=["x"])), "matches no self-att"),
+        (
+            lambda pipe: ablate(pipe, ["red"], list_variants([3], sites=["x"])),
+            "matches no self-att",
+        ),
         (lambda pipe: Measure(queries=1), "at least 8 queries"),
         (lambda pipe: AnalysisConfig(share=0), "share must lie"),
     ],
@@ -412,7 +415,7 @@ def test_ablation_stops_before_drawing_where_it_cannot_measure():
     pipe = stable_diffusion()
     pipe.scheduler = EDMEulerScheduler()
     with pytest.raises(ConvFusionError, match="EDMEulerScheduler with prediction type"):
-        ablate(pipe, ["red"], variants([3]), on_call=lambda: pytest.fail("it drew"))
+        ablate(pipe, ["red"], list_variants([3]), on_call=lambda: pytest.fail("it drew"))
 
 
 def test_an_error_inside_a_variant_leaves_the_pipeline_as_it_was():
@@ -425,6 +428,6 @@ def test_an_error_inside_a_variant_leaves_the_pipeline_as_it_was():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ablate(pipe, ["red"], variants([3]), steps=2, on_call=stop)
+        ablate(pipe, ["red"], list_variants([3]), steps=2, on_call=stop)
     assert status(pipe).converted == 0
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())

@@ -10,7 +10,7 @@ import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
 from convfusion.evaluate import epsilon_error, psnr, relative_error
 from convfusion.generate import check_size, generate
-from convfusion.operations import flops_ratio, site_flops
+from convfusion.operations import operations_ratio, site_operations
 from convfusion.surgery import attention_teacher
 
 pytestmark = pytest.mark.libraries
@@ -50,7 +50,7 @@ def test_operation_counts_equal_formulas_worked_out_by_hand():
     pipe = stable_diffusion()
     kernel, stages = 5, 2
     convfusion.convert(pipe, uniform(DeltaConv(kernel_size=kernel, stages=stages)))
-    counts = site_flops(pipe, (8, 12))
+    counts = site_operations(pipe, (8, 12))
     for row in convfusion.status(pipe).sites:
         c, level = row.site.channels, row.site.level
         height, width = 8 // 2**level, 12 // 2**level
@@ -62,17 +62,17 @@ def test_operation_counts_equal_formulas_worked_out_by_hand():
         block += 2 * c * c  # the mean branch
         assert counts[row.site.path] == (attention, block)
     total = [sum(column) for column in zip(*counts.values(), strict=True)]
-    assert flops_ratio(pipe, (8, 12)) == pytest.approx(total[0] / total[1])
+    assert operations_ratio(pipe, (8, 12)) == pytest.approx(total[0] / total[1])
 
 
 def test_operation_counts_need_both_sides():
     pipe = stable_diffusion()
     with pytest.raises(ConvFusionError, match="not converted"):
-        flops_ratio(pipe, (8, 8))
+        operations_ratio(pipe, (8, 8))
     convfusion.convert(pipe)
     convfusion.drop_attention(pipe)
     with pytest.raises(ConvFusionError, match="dropped"):
-        flops_ratio(pipe, (8, 8))
+        operations_ratio(pipe, (8, 8))
 
 
 def test_a_picture_depends_on_prompt_and_seed_alone():

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from evaluations import draws, student, thumbnails
+from evaluations import make_settings, student, thumbnails
 from PIL import Image
 from tiny_pipelines import stable_diffusion
 from transformers import Dinov2Config, Dinov2Model
@@ -15,7 +15,7 @@ from convfusion import evaluate as api
 from convfusion import mini
 from convfusion.cli.evaluate import print_evaluation, prompts_of, real_pictures
 from convfusion.cli.models import public_name
-from convfusion.evaluate import drawing, plan
+from convfusion.evaluate import drawing, plan_evaluation
 from convfusion.evaluate.real import open_real
 from convfusion.files import write_tensors
 
@@ -72,7 +72,7 @@ def test_the_embedded_model_brings_prompts_and_pictures_of_its_own():
     held = mini.held_out_data("results")
     assert prompts_of("mini", None) == list(held.captions)
     pipe = mini.load_teacher()
-    real = real_pictures(pipe, "mini", None, None, plan(["a", "b"], None, 0))
+    real = real_pictures(pipe, "mini", None, None, plan_evaluation(["a", "b"], None, 0))
     assert real is not None and real.size == (64, 64)
     first = next(iter(real))
     assert first.size == (64, 64)
@@ -81,11 +81,13 @@ def test_the_embedded_model_brings_prompts_and_pictures_of_its_own():
         expected = pipe.vae.decode(latents).sample[0, :, 32, 32]
     pixel = torch.tensor(first.getpixel((32, 32))) / 127.5 - 1
     torch.testing.assert_close(pixel, expected.clamp(-1, 1), rtol=0, atol=0.01)
-    assert real_pictures(pipe, "mini", None, "own.txt", plan(["a", "b"], None, 0)) is None
+    assert (
+        real_pictures(pipe, "mini", None, "own.txt", plan_evaluation(["a", "b"], None, 0)) is None
+    )
 
 
 def test_larger_pictures_of_the_embedded_model_go_without_real_ones(capsys):
-    large = plan(["a", "b"], None, 0, size=(64, 128))
+    large = plan_evaluation(["a", "b"], None, 0, size=(64, 128))
     assert real_pictures(mini.load_teacher(), "mini", None, None, large) is None
     assert "those at hand are 64×64, smaller than 128×64" in capsys.readouterr().out
 
@@ -97,7 +99,7 @@ def test_the_table_has_each_value_in_the_column_of_its_pictures(tmp_path, capsys
     for name in ("red", "green", "blue"):
         Image.new("RGB", (20, 20), name).save(real / f"{name}.png")
     told = {"extractor": thumbnails(), "real": open_real(str(real), (16, 16))}
-    found = api.evaluate(student(), draws(), tmp_path / "out", **told)
+    found = api.evaluate(student(), make_settings(), tmp_path / "out", **told)
     print_evaluation(found)
     lines = [line for line in capsys.readouterr().out.split("\n") if "│" in line]
     shown, group = {}, ""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluations import draws, student, thumbnails
+from evaluations import make_settings, student, thumbnails
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, SiglipConfig, SiglipModel
 
@@ -64,7 +64,7 @@ def test_scores_are_what_the_model_itself_says(made, tmp_path):
     """logits_per_image is the cosine, times the model's own temperature, and its bias."""
     clip = open_clip(made(tmp_path))
     pictures = [noise(i) for i in range(2)]
-    embedded = clip.images(pictures).features, clip.texts(PROMPTS)
+    embedded = clip.images(pictures).features, clip.embed_texts(PROMPTS)
     padding = "max_length" if made is siglip_folder else True
     longest = 12 if made is siglip_folder else None
     tokens = clip.tokenizer(
@@ -84,9 +84,9 @@ def test_scores_are_what_the_model_itself_says(made, tmp_path):
 @pytest.mark.parametrize("made", [clip_folder, siglip_folder])
 def test_a_text_does_not_depend_on_those_beside_it(made, tmp_path):
     clip = open_clip(made(tmp_path))
-    together = clip.texts(PROMPTS)
+    together = clip.embed_texts(PROMPTS)
     for prompt, found in zip(PROMPTS, together, strict=True):
-        assert torch.equal(clip.texts([prompt])[0], found)
+        assert torch.equal(clip.embed_texts([prompt])[0], found)
 
 
 def test_a_clip_model_is_an_extractor_too(tmp_path):
@@ -104,9 +104,9 @@ def test_siglip_looks_with_its_own_means(tmp_path):
 ])  # fmt: skip
 def test_texts_are_cut_whatever_the_tokenizer_says(values, tmp_path):
     folder = clip_folder(tmp_path)
-    expected = open_clip(folder).texts(PROMPTS)
+    expected = open_clip(folder).embed_texts(PROMPTS)
     change(folder, **values)
-    assert torch.equal(open_clip(folder).texts(PROMPTS), expected)
+    assert torch.equal(open_clip(folder).embed_texts(PROMPTS), expected)
 
 
 def no_padding(folder):
@@ -150,5 +150,5 @@ def test_texts_are_read_before_anything_is_drawn(tmp_path, monkeypatch):
     clip = open_clip(clip_folder(tmp_path / "clip"))
     monkeypatch.setattr(clip.model.config.text_config, "vocab_size", 5)
     with pytest.raises(ConvFusionError, match="'red apple' has tokens that it does not know"):
-        evaluate(student(), draws(), tmp_path / "out", extractor=thumbnails(), clip=clip)
+        evaluate(student(), make_settings(), tmp_path / "out", extractor=thumbnails(), clip=clip)
     assert not (tmp_path / "out").exists()

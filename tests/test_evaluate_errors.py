@@ -6,15 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from evaluations import PROMPTS, draws, student, thumbnails
+from evaluations import PROMPTS, make_settings, student, thumbnails
 from PIL import Image
 
 from convfusion import ConvFusionError
-from convfusion.analysis import ablate, variants
+from convfusion.analysis import ablate, list_variants
 from convfusion.evaluate import evaluate, inception_score, kernel_distance, mean_psnr, psnr
 from convfusion.evaluate.measure import Distribution
 from convfusion.evaluate.scores import mean_of, standard_error
-from convfusion.evaluate.verdict import compare_sets
+from convfusion.evaluate.verdict import compare_with_chance
 from convfusion.report import format_psnr
 
 COUNT, SEEDS, WIDTH = 12, 8, 16  # prompts, samples of each, features
@@ -78,7 +78,7 @@ def test_the_error_of_a_mean_is_that_of_the_means_of_prompts():
 
 def test_every_error_of_an_evaluation_is_over_prompts(tmp_path):
     """Three prompts at four seeds: no error is that of twelve samples."""
-    found = evaluate(student(), draws(samples=12), tmp_path, extractor=thumbnails())
+    found = evaluate(student(), make_settings(samples=12), tmp_path, extractor=thumbnails())
     with open(tmp_path / "evaluation.csv", newline="", encoding="utf-8") as file:
         rows = {(r["metric"], r["pictures"]): r["standard_error"] for r in csv.DictReader(file)}
     for metric in ("psnr", "ssim", "cosine", "epsilon_error", "latent_error"):
@@ -104,7 +104,9 @@ def test_every_error_of_an_evaluation_is_over_prompts(tmp_path):
 
 
 def test_seeds_of_one_prompt_have_no_error(tmp_path):
-    found = evaluate(student(), draws(prompts=["red"], samples=6), tmp_path, extractor=thumbnails())
+    found = evaluate(
+        student(), make_settings(prompts=["red"], samples=6), tmp_path, extractor=thumbnails()
+    )
     assert found.distributions[0].kid_error is None
     told = json.loads((tmp_path / "evaluation.json").read_text())
     assert told["distributions"][0]["kid_excess_error"] is None
@@ -129,7 +131,7 @@ def test_an_ablation_tells_the_same_psnr_as_an_evaluation():
     from tiny_pipelines import stable_diffusion
 
     prompts = ["red", "green", "apple"]
-    found = ablate(stable_diffusion(), prompts, variants([3]), steps=2)
+    found = ablate(stable_diffusion(), prompts, list_variants([3]), steps=2)
     stock = found.pop("self-attention")
     assert (stock.psnr, stock.psnr_error) == (None, None)
     for row in found.values():
@@ -152,7 +154,7 @@ def test_the_verdict_says_whether_a_set_is_further_than_chance():
         row = Distribution(
             "student", "teacher-other-seed", 60, 60, 1, 0, error, excess, error, *4 * [1]
         )
-        return compare_sets(row, prompts)
+        return compare_with_chance(row, prompts)
 
     assert "further from" in compare(3e-3, 1e-3)
     assert "nearer to" in compare(-3e-3, 1e-3)

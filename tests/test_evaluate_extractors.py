@@ -14,8 +14,8 @@ from transformers import (
     Dinov2Model,
 )
 
-from convfusion import ConvFusionError
-from convfusion.evaluate import extractors, open_clip, open_extractor
+from convfusion import ConvFusionError, imports
+from convfusion.evaluate import open_clip, open_extractor
 from convfusion.evaluate.extractors import Preprocessing
 
 pytestmark = pytest.mark.libraries
@@ -172,7 +172,7 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
         open_clip(str(tmp_path / "dino"))
     with pytest.raises(ConvFusionError, match="no pictures to look at"):
         open_extractor(str(tmp_path / "dino"))([])
-    monkeypatch.setattr(extractors, "find_spec", lambda name: None)
+    monkeypatch.setattr(imports, "find_spec", lambda name: None)
     with pytest.raises(ConvFusionError, match=r"pip install 'convfusion\[eval\]'"):
         open_extractor()
 

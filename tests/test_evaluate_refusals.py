@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from evaluations import draws, student, thumbnails
+from evaluations import make_settings, student, thumbnails
 from PIL import Image
 from tiny_pipelines import PIPELINES, stable_diffusion
 
 import convfusion
 from convfusion import ConvFusionError
 from convfusion.data import LatentDataset
-from convfusion.evaluate import Draws, evaluate, plan
+from convfusion.evaluate import EvaluationSettings, evaluate, plan_evaluation
 from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import decoded, open_real
 from convfusion.fingerprint import fingerprint
@@ -22,11 +22,11 @@ from convfusion.surgery import attention_teacher, mixers_of
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ConvFusionError, match="no evaluation: choose another folder"):
-        evaluate(student(), draws(), tmp_path, extractor=thumbnails())
+        evaluate(student(), make_settings(), tmp_path, extractor=thumbnails())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(ConvFusionError, match="is damaged"):
-        evaluate(student(), draws(), tmp_path, extractor=thumbnails())
+        evaluate(student(), make_settings(), tmp_path, extractor=thumbnails())
 
 
 def unconverted():
@@ -89,13 +89,15 @@ NO_TWINS = {
 def test_no_twins_are_refused_before_anything_is_drawn(pair, tmp_path):
     pipe, teacher = pair()
     with pytest.raises(ConvFusionError, match=NO_TWINS[pair]):
-        evaluate(pipe, draws(), tmp_path / "out", extractor=thumbnails(), teacher=teacher)
+        evaluate(pipe, make_settings(), tmp_path / "out", extractor=thumbnails(), teacher=teacher)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_student_without_attention_is_compared_with_the_original(tmp_path):
     pipe, _ = dropped()
-    found = evaluate(pipe, draws(), tmp_path, extractor=thumbnails(), teacher=stable_diffusion())
+    found = evaluate(
+        pipe, make_settings(), tmp_path, extractor=thumbnails(), teacher=stable_diffusion()
+    )
     own = student()
     assert found.model["weights"]["teacher"] == fingerprint(attention_teacher(own.unet))
     assert teacher_denoiser(own) is not own.unet
@@ -105,7 +107,7 @@ def test_what_is_not_finite_is_named(tmp_path):
     pipe = student()
     torch.nn.init.constant_(next(iter(mixers_of(pipe).values())).proj_out.bias, float("nan"))
     with pytest.raises(ConvFusionError, match="what student draws from the seeds 5 to 7 is not"):
-        evaluate(pipe, draws(), tmp_path, extractor=thumbnails())
+        evaluate(pipe, make_settings(), tmp_path, extractor=thumbnails())
 
 
 REAL = {
@@ -123,7 +125,7 @@ def test_a_folder_without_real_pictures_is_refused(case, tmp_path):
         (folder / name).write_bytes(b"x")
     with pytest.raises(ConvFusionError, match=message):
         real = open_real(str(folder), (16, 16))
-        evaluate(student(), draws(), tmp_path / "out", extractor=thumbnails(), real=real)
+        evaluate(student(), make_settings(), tmp_path / "out", extractor=thumbnails(), real=real)
     assert not (tmp_path / "out").exists()
 
 
@@ -151,40 +153,40 @@ def test_held_out_latents_of_a_dit_are_decoded():
 def test_small_pictures_and_unknown_classes_are_refused(tmp_path):
     pipe = student()
     with pytest.raises(ConvFusionError, match="8×8 are too small"):
-        evaluate(pipe, draws(size=(8, 8)), tmp_path / "out", extractor=thumbnails())
+        evaluate(pipe, make_settings(size=(8, 8)), tmp_path / "out", extractor=thumbnails())
     with pytest.raises(ConvFusionError, match="80000×80000 are too large"):
-        evaluate(pipe, draws(size=(80000, 80000)), tmp_path / "out", extractor=thumbnails())
+        evaluate(pipe, make_settings(size=(80000, 80000)), tmp_path / "out", extractor=thumbnails())
     with pytest.raises(ConvFusionError, match="'cat' is no class"):
         evaluate(
             student("dit"),
-            draws(prompts=["red", "cat"]),
+            make_settings(prompts=["red", "cat"]),
             tmp_path / "out",
             extractor=thumbnails(),
         )
     with pytest.raises(ConvFusionError, match="with a guidance of 1 only"):
-        labels = draws(prompts=["1", "2"], guidance=2.0)
+        labels = make_settings(prompts=["1", "2"], guidance=2.0)
         evaluate(student("dit"), labels, tmp_path / "out", extractor=thumbnails())
     with pytest.raises(ConvFusionError, match="1000 is beyond the last, 999"):
-        evaluate(pipe, draws(timesteps=(5, 1000)), tmp_path / "out", extractor=thumbnails())
+        evaluate(pipe, make_settings(timesteps=(5, 1000)), tmp_path / "out", extractor=thumbnails())
     with pytest.raises(ConvFusionError, match="multiples of 8"):
-        evaluate(pipe, draws(size=(20, 16)), tmp_path / "out", extractor=thumbnails())
+        evaluate(pipe, make_settings(size=(20, 16)), tmp_path / "out", extractor=thumbnails())
     assert not (tmp_path / "out").exists()
 
 
 def test_samples_of_prompts():
-    assert plan(["a", "b", "c", "d"], 2, 7).prompts == ("b", "d")
-    six = plan(["a", "b", "c"], 6, 7)
+    assert plan_evaluation(["a", "b", "c", "d"], 2, 7).prompts == ("b", "d")
+    six = plan_evaluation(["a", "b", "c"], 6, 7)
     assert six.prompts == ("a", "b", "c", "a", "b", "c")
     assert six.seeds == (7, 8, 9, 10, 11, 12)
     assert set(six.other_seeds).isdisjoint(six.seeds)
-    assert plan(["a", "b"], None, 0).prompts == ("a", "b")
+    assert plan_evaluation(["a", "b"], None, 0).prompts == ("a", "b")
     for prompts, samples, message in (
         ([], None, "no prompts"),
         (["a", "b", "c"], 4, "give 6 samples, or up to 3"),
         (["a"], 1, "1 samples tell nothing"),
     ):
         with pytest.raises(ConvFusionError, match=message):
-            plan(prompts, samples, 0)
+            plan_evaluation(prompts, samples, 0)
     for fields, message in (
         ({"prompts": ("a", "b"), "seeds": (0, 1), "timesteps": ()}, "at least one is needed"),
         ({"prompts": ("a", "b"), "seeds": (1,)}, "2 prompts and 1 seeds"),
@@ -193,4 +195,4 @@ def test_samples_of_prompts():
         ({"prompts": ("a", "b"), "seeds": (0, 1), "steps": 0}, "at least 1"),
     ):
         with pytest.raises(ConvFusionError, match=message):
-            Draws(**fields)
+            EvaluationSettings(**fields)

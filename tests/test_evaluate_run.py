@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluations import PROMPTS, draws, files, student, thumbnails
+from evaluations import PROMPTS, files, make_settings, student, thumbnails
 from PIL import Image
 from tiny_pipelines import stable_diffusion
 
@@ -44,14 +44,14 @@ def finished(tmp_path_factory):
     Image.new("RGB", (8, 8)).save(real / "small.png")
     pipe = student()
     found = evaluate(
-        pipe, draws(), folder, extractor=thumbnails(), real=open_real(str(real), (16, 16))
+        pipe, make_settings(), folder, extractor=thumbnails(), real=open_real(str(real), (16, 16))
     )
     return folder, found, pipe, real
 
 
 def test_pictures_are_those_that_each_side_draws(finished):
     folder, _, pipe, _ = finished
-    told = draws()
+    told = make_settings()
     options = {"steps": 2, "guidance": 2.0, "batch_size": 3}
     teacher = stable_diffusion()  # the same weights, never converted
     expected = {
@@ -134,9 +134,9 @@ def test_errors_along_the_way_are_those_of_the_denoisers():
     assert [t for t, _ in path] == pipe.scheduler.timesteps.tolist()
     assert "step" not in vars(pipe.scheduler)
     final = path[-1][1]
-    told = draws(prompts=PROMPTS[:2], samples=2)
-    found = drawing_module._epsilon(pipe, teacher, told, final, range(2))
-    noises = {950: torch.stack([drawing_module._noise(final[0], s, 950) for s in told.seeds])}
+    told = make_settings(prompts=PROMPTS[:2], samples=2)
+    found = drawing_module._measure_epsilon(pipe, teacher, told, final, range(2))
+    noises = {950: torch.stack([drawing_module._make_noise(final[0], s, 950) for s in told.seeds])}
     start = torch.randn(final[:1].shape, generator=torch.Generator().manual_seed(5))
     assert not torch.allclose(noises[950][:1], start)
     conditioning = encode_conditioning(pipe, PROMPTS[:2], (16, 16))
@@ -157,7 +157,9 @@ def test_latents_that_were_recorded_are_those_of_the_picture():
 def test_a_teacher_against_itself_has_no_distance(tmp_path):
     """Equal pictures have no PSNR; all that is left is the floor, which the student shares."""
     pipe = stable_diffusion()
-    found = evaluate(pipe, draws(), tmp_path, extractor=thumbnails(), teacher=stable_diffusion())
+    found = evaluate(
+        pipe, make_settings(), tmp_path, extractor=thumbnails(), teacher=stable_diffusion()
+    )
     assert all(each.student.psnr is None for each in found.samples)
     assert all(each.student.ssim == pytest.approx(1) for each in found.samples)
     assert all(each.epsilon_error == each.latent_error == 0 for each in found.samples)
@@ -173,7 +175,9 @@ def test_every_family_can_be_evaluated(kind, tmp_path):
     found = evaluate(
         student(kind),
         # The tiny DiT has no label of no class where its pipeline looks for one under guidance.
-        draws(prompts=prompts, samples=2, batch_size=2, guidance=1.0 if kind == "dit" else 2.0),
+        make_settings(
+            prompts=prompts, samples=2, batch_size=2, guidance=1.0 if kind == "dit" else 2.0
+        ),
         tmp_path,
         extractor=thumbnails(),
     )
@@ -219,10 +223,10 @@ def test_a_killed_run_ends_in_the_same_bits(finished, tmp_path, monkeypatch, mom
     with monkeypatch.context() as patched:
         patched.setattr(files_module, "write_bytes", killed)
         with pytest.raises(Killed):
-            evaluate(student(), draws(), out, **options)
+            evaluate(student(), make_settings(), out, **options)
     assert not (out / "evaluation.json").exists()
     before = {p: p.stat().st_mtime_ns for p in out.rglob("records/*.json")}
-    evaluate(student(), draws(), out, **options)
+    evaluate(student(), make_settings(), out, **options)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert files(out) == files(complete)
 
@@ -234,7 +238,7 @@ def test_a_finished_run_draws_nothing_again(finished, monkeypatch):
     done = []
     found = evaluate(
         pipe,
-        draws(),
+        make_settings(),
         folder,
         extractor=thumbnails(),
         real=open_real(str(real), (16, 16)),
@@ -248,7 +252,7 @@ def test_a_picture_that_was_taken_away_or_changed_is_drawn_again(tmp_path):
     """And the pipeline is left as it was; and names on the page are text."""
     pipe = student()
     before = pipe.unet, fingerprint(pipe.unet), vars(pipe.scheduler).keys()
-    told = draws(prompts=["<script>alert(1)</script>", "a & b"], samples=2)
+    told = make_settings(prompts=["<script>alert(1)</script>", "a & b"], samples=2)
     options = {"extractor": thumbnails(), "names": ("<b>student", "teacher")}
     evaluate(pipe, told, tmp_path, **options)
     written = files(tmp_path)
@@ -282,7 +286,7 @@ def test_a_picture_that_was_taken_away_or_changed_is_drawn_again(tmp_path):
 
 def test_one_process_at_a_time_writes_into_a_folder(tmp_path):
     with locked(tmp_path), pytest.raises(ConvFusionError, match="is being written into by"):
-        evaluate(student(), draws(), tmp_path, extractor=thumbnails())
+        evaluate(student(), make_settings(), tmp_path, extractor=thumbnails())
     assert not list(tmp_path.iterdir())
 
 
@@ -296,13 +300,14 @@ def other_scheduler(pipe):
 
 
 OTHERS = {
-    "steps": (lambda: (student(), draws(steps=3)), "steps 2"),
-    "prompts": (lambda: (student(), draws(prompts=["red", "green", "apple"])), "prompts"),
-    "seeds": (lambda: (student(), replace(draws(), seeds=tuple(range(6)))),
+    "steps": (lambda: (student(), make_settings(steps=3)), "steps 2"),
+    "prompts": (lambda: (student(), make_settings(prompts=["red", "green", "apple"])), "prompts"),
+    "seeds": (lambda: (student(), replace(make_settings(), seeds=tuple(range(6)))),
               "seeds"),
-    "batches": (lambda: (student(), draws(batch_size=2)), "batch_size"),
-    "weights": (lambda: (changed(other_weights), draws()), "weights.student"),
-    "scheduler": (lambda: (changed(other_scheduler), draws()), "scheduler.clip_sample false"),
+    "batches": (lambda: (student(), make_settings(batch_size=2)), "batch_size"),
+    "weights": (lambda: (changed(other_weights), make_settings()), "weights.student"),
+    "scheduler": (lambda: (changed(other_scheduler), make_settings()),
+                  "scheduler.clip_sample false"),
 }  # fmt: skip
 
 
@@ -336,7 +341,7 @@ def test_two_processes_share_the_drawing(finished, tmp_path, monkeypatch):
     def check(stage, done):
         assert not running.poll(), running.stderr.read().decode()
 
-    found = evaluate(student(), draws(), out, extractor=thumbnails(), on_progress=check)
+    found = evaluate(student(), make_settings(), out, extractor=thumbnails(), on_progress=check)
     running.communicate()
     assert found is not None and running.returncode == 0
     drawn, expected = files(out), files(complete)

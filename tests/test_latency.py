@@ -9,8 +9,8 @@ import torch
 from tiny_models import CASES, run
 
 from convfusion.bench import latency
-from convfusion.bench.latency import Variant, site_kinds, standing, time_denoiser, time_site
-from convfusion.bench.timing import interleaved, peak_memory
+from convfusion.bench.latency import Variant, replaced_sites, site_kinds, time_denoiser, time_site
+from convfusion.bench.timing import measure_peak, time_interleaved
 from convfusion.families import example_inputs, list_sites
 from convfusion.mixers import MIXERS
 from convfusion.surgery import build_mixers, mixers_of, presets
@@ -43,7 +43,7 @@ def test_mixers_stand_for_a_while(case):
     model = case.model()
     before = run(model, case, 16, 16)
     mixers = build_mixers(model, list_sites(model), presets.get_preset(case.preset))
-    with standing(model, mixers):
+    with replaced_sites(model, mixers):
         assert mixers_of(model).keys() == mixers.keys()
         assert not torch.equal(run(model, case, 16, 16), before)
     assert not mixers_of(model)
@@ -108,10 +108,10 @@ def test_a_compiled_block_is_timed(monkeypatch):
 def test_calls_take_turns():
     order = []
     calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    found = interleaved(calls, torch.device("cpu"), rounds=3)
+    found = time_interleaved(calls, torch.device("cpu"), rounds=3)
     assert order == list("ab" + "ab" * 3)
     order.clear()
-    cold = interleaved(calls, torch.device("cpu"), rounds=2, warm_up=False)
+    cold = time_interleaved(calls, torch.device("cpu"), rounds=2, warm_up=False)
     assert order == list("abab")
     assert all(len(each.seconds) == 2 for each in cold.values())
     assert all(len(each.seconds) == 3 for each in found.values())
@@ -122,6 +122,6 @@ def test_peak_memory_is_that_of_the_call():
     def call():
         torch.ones(64, 2**18).add(1)  # 64 MiB and as much again
 
-    peak = peak_memory(call, torch.device("cpu"))
+    peak = measure_peak(call, torch.device("cpu"))
     assert 120 * 2**20 < peak < 160 * 2**20
-    assert peak_memory(lambda: None, torch.device("cpu")) < 8 * 2**20
+    assert measure_peak(lambda: None, torch.device("cpu")) < 8 * 2**20

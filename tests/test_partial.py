@@ -243,7 +243,7 @@ class TestCurve:
         task = DistillTask(model, pipe.scheduler)
         size, seed = costs.training.batch_size, costs.training.seed
         whole = held_out_error(task, apart, batch_size=size, seed=seed)
-        flops = convfusion.operations.site_flops(model, curve.latents)
+        flops = convfusion.operations.site_operations(model, curve.latents)
         total = sum(attention for attention, _ in flops.values())
         for points in curve.orders.values():
             assert points[-1].epsilon_error == whole

@@ -17,12 +17,12 @@ from convfusion.bench.speed_plan import (
     Law,
     SitePlan,
     SpeedPlan,
-    cheaper_attention,
     describe_plan,
-    fitted,
+    find_cheaper_attention,
+    fit_law,
+    fit_line,
     plan_speed,
-    proportional,
-    shrunk,
+    shrink_grid,
 )
 from convfusion.bench.timing import Timing
 from convfusion.errors import ConvFusionError
@@ -36,7 +36,7 @@ SIZES = st.tuples(st.integers(1, 5000), st.integers(2, 10)).map(lambda n: (n[0],
 
 @given(SIZES, st.floats(0, 1e-3), st.floats(1e-9, 1e-3))
 def test_a_law_is_found_again(sizes, line, square):
-    law = fitted({n: Law(line, square)(n) for n in sizes})
+    law = fit_law({n: Law(line, square)(n) for n in sizes})
     assert law.linear == pytest.approx(line, rel=1e-6, abs=1e-9 * sizes[1] * square + 1e-12)
     assert law.square == pytest.approx(square, rel=1e-6)
 
@@ -44,18 +44,18 @@ def test_a_law_is_found_again(sizes, line, square):
 @given(SIZES, st.floats(1e-6, 1), st.floats(1e-6, 1))
 def test_a_law_has_no_negative_part_and_passes_the_larger_size(sizes, fast, slow):
     small, large = sizes
-    law = fitted({small: fast, large: slow})
+    law = fit_law({small: fast, large: slow})
     assert law.linear >= 0 and law.square >= 0
     assert law(large) == pytest.approx(slow)
 
 
 def test_one_size_gives_a_line():
-    assert fitted({4: 2.0}) == proportional({4: 2.0}) == Law(0.5)
+    assert fit_law({4: 2.0}) == fit_line({4: 2.0}) == Law(0.5)
 
 
 @given(st.tuples(st.integers(1, 300), st.integers(1, 300)), st.integers(1, 4096))
 def test_a_shrunk_grid_fits(grid, tokens):
-    height, width = shrunk(grid, tokens)
+    height, width = shrink_grid(grid, tokens)
     assert 1 <= height <= grid[0] and 1 <= width <= grid[1]
     assert height * width <= max(tokens, 300)
     if grid[0] * grid[1] <= tokens:
@@ -135,6 +135,6 @@ def test_the_attention_is_kept_where_it_is_cheaper(monkeypatch):
         return {name: Measured(Timing((time,), None)) for name, time in times.items()}
 
     monkeypatch.setattr(plan_module, "time_site", timed)
-    assert cheaper_attention(model, (16, 16)) == (paths[0],)
+    assert find_cheaper_attention(model, (16, 16)) == (paths[0],)
     with pytest.raises(ConvFusionError, match="not converted"):
-        cheaper_attention(case.model(), (16, 16))
+        find_cheaper_attention(case.model(), (16, 16))

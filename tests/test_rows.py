@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from convfusion.bench.latency import Measured, Variant
 from convfusion.bench.plots import latency
 from convfusion.bench.rows import (
-    crossovers,
-    growth,
-    meeting,
+    find_crossovers,
+    find_meeting,
+    fit_growth,
+    make_rows,
     read_rows,
-    renewed,
-    rows_of,
+    renew_rows,
     write_rows,
 )
 from convfusion.bench.runs import Limits, with_compiled
-from convfusion.bench.timing import Timing, surroundings
+from convfusion.bench.timing import Timing, describe_machine
 from convfusion.errors import ConvFusionError
 from convfusion.mixers.delta_conv import DeltaConv
 from convfusion.surgery.config import uniform
@@ -50,7 +50,7 @@ def rows(tokens=4096, **seconds):
     }
     side = round(512 * (tokens / 4096) ** 0.5)
     case = CASE | {"tokens": tokens, "width": side, "height": side}
-    return rows_of(found, case, surroundings(torch.device("cpu")))
+    return make_rows(found, case, describe_machine(torch.device("cpu")))
 
 
 def test_rows_tell_median_spread_and_what_was_left_out():
@@ -88,24 +88,24 @@ def test_a_damaged_number_is_refused(tmp_path):
 def test_a_case_that_is_measured_again_replaces_all_its_rows():
     old = rows(attention=1, linfusion=1) + rows(1024, attention=1)
     new = rows(attention=2)
-    assert renewed(old, new) == old[2:] + new
+    assert renew_rows(old, new) == old[2:] + new
 
 
 def test_the_crossover_lies_where_the_lines_meet():
     table = [r for n in (1024, 4096, 16384) for r in rows(n, attention=n * n, block=n * 3000)]
-    (found,) = crossovers(table)
+    (found,) = find_crossovers(table)
     assert found.tokens == pytest.approx(3000, rel=1e-2) and not found.always
     assert found.speedup[4096] == pytest.approx(4096 / 3000, rel=1e-3)
 
 
 def test_no_crossover_without_the_attention_or_a_time():
-    assert crossovers(rows(block=1)) == []
-    assert crossovers(rows(attention=1, block=0)) == []
+    assert find_crossovers(rows(block=1)) == []
+    assert find_crossovers(rows(attention=1, block=0)) == []
 
 
 @given(st.dictionaries(st.integers(1, 10**6), st.floats(0.01, 100), min_size=1))
 def test_a_meeting_point_is_faster_for_good(speedup):
-    tokens, always = meeting(speedup)
+    tokens, always = find_meeting(speedup)
     sizes = sorted(speedup)
     if tokens is None:
         assert speedup[sizes[-1]] <= 1 and not always
@@ -118,7 +118,7 @@ def test_a_meeting_point_is_faster_for_good(speedup):
 @given(st.floats(-3, 3), st.floats(0.01, 100))
 def test_growth_is_the_exponent(exponent, factor):
     values = {n: factor * n**exponent for n in (16, 64, 256)}
-    assert growth(values) == pytest.approx(exponent, abs=1e-9)
+    assert fit_growth(values) == pytest.approx(exponent, abs=1e-9)
 
 
 def test_what_would_take_too_long_is_left_out():

@@ -3,10 +3,10 @@
 import sys
 
 import torch
-from test_evaluate_run import draws, student, thumbnails
+from test_evaluate_run import make_settings, student, thumbnails
 
 from convfusion.evaluate import evaluate
 
 torch.set_num_threads(1)
 
-evaluate(student(), draws(), sys.argv[1], extractor=thumbnails())
+evaluate(student(), make_settings(), sys.argv[1], extractor=thumbnails())

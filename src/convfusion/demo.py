@@ -19,7 +19,7 @@ from convfusion.families import denoiser_of
 from convfusion.files import write_picture, write_text
 from convfusion.generate import generate
 from convfusion.mixers import Removed
-from convfusion.operations import flops_ratio
+from convfusion.operations import operations_ratio
 from convfusion.surgery import attention_teacher, convert, drop_attention, presets
 from convfusion.surgery.config import uniform
 
@@ -114,7 +114,7 @@ def run_demo(
     say("4/4  The shipped student, distilled for longer by the same code.")
     shipped = mini.load_student()
     judge("shipped", shipped)
-    results["shipped"]["flops_ratio"] = flops_ratio(shipped, LATENTS)
+    results["shipped"]["flops_ratio"] = operations_ratio(shipped, LATENTS)
 
     results |= {"sites": sites} | facts(student, before)
     shown = {ROWS[name]: images[:SHOWN] for name, images in pictures.items()}
@@ -124,7 +124,7 @@ def run_demo(
 
 def facts(student: Any, before: int) -> dict[str, Any]:
     """What the live student saves, and what the results rest on. Its attention is dropped."""
-    ratio = flops_ratio(student, LATENTS)
+    ratio = operations_ratio(student, LATENTS)
     drop_attention(student)
     return {
         "flops_ratio": ratio,

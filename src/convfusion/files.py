@@ -8,12 +8,13 @@ headers that are too long, offsets out of range, tensors that overlap and shapes
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import io
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
 def write_text(path: Path, text: str) -> None:
     """As `write_tensors`, for text, in UTF-8; a lone surrogate is written as JSON escapes it."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """As `write_tensors`, for a table: CSV with a line of the columns, and one of each row."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -73,7 +73,7 @@ def pairs_in_windows(mixer: Neighbourhood | Circular, grid: Grid) -> int:
     return within + height * width * mixer.mean_token
 
 
-def site_flops(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
+def site_operations(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """Operations at each converted site for latents of (height, width), one sample.
 
     Returns:
@@ -103,9 +103,9 @@ def site_flops(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tuple[int
     return counts
 
 
-def flops_ratio(pipe_or_model: Any, size: tuple[int, int]) -> float:
+def operations_ratio(pipe_or_model: Any, size: tuple[int, int]) -> float:
     """Operations of all replaced attentions over those of their mixers, latents (height, width)."""
-    counts = site_flops(pipe_or_model, size).values()
+    counts = site_operations(pipe_or_model, size).values()
     return sum(attention for attention, _ in counts) / max(1, sum(mixer for _, mixer in counts))
 
 

@@ -1,11 +1,18 @@
 """What self-attention does in a pretrained diffusion model, layer by layer."""
 
-from convfusion.analysis.ablation import ablate, save_ablation, variants
+from convfusion.analysis.ablation import ablate, list_variants, save_ablation
 from convfusion.analysis.capture import attention_capture
 from convfusion.analysis.kernel_sizes import recommend
 from convfusion.analysis.statistics import HighPass
 from convfusion.analysis.streaming import Measure
-from convfusion.analysis.study import Analysis, AnalysisConfig, SiteAnalysis, analyze, untrained
+from convfusion.analysis.study import (
+    Analysis,
+    AnalysisConfig,
+    SiteAnalysis,
+    analyze,
+    build_untrained,
+)
+from convfusion.analysis.verdict import give_verdict
 
 __all__ = [
     "Analysis",
@@ -16,8 +23,9 @@ __all__ = [
     "ablate",
     "analyze",
     "attention_capture",
+    "build_untrained",
+    "give_verdict",
+    "list_variants",
     "recommend",
     "save_ablation",
-    "untrained",
-    "variants",
 ]

@@ -57,7 +57,7 @@ class Ablated:
         return {field.name: getattr(self, field.name) for field in fields(self)[1:]}
 
 
-def variants(windows: list[int], sites: list[str] | None = None) -> dict[str, ConvertConfig]:
+def list_variants(windows: list[int], sites: list[str] | None = None) -> dict[str, ConvertConfig]:
     """Neighbourhood attention of each window, the mean token alone, and nothing, by name.
 
     Args:
@@ -111,7 +111,7 @@ def ablate(
 
     with recorded_calls(pipe, chosen) as calls:
         stock = draw()
-    found = {STOCK: Ablated(stock, 0.0, dict.fromkeys(chosen, 0.0), None, None)}
+    results = {STOCK: Ablated(stock, 0.0, dict.fromkeys(chosen, 0.0), None, None)}
     for name, config in tried.items():
         convert(pipe, replace(config, keep_attention=True))
         try:
@@ -120,17 +120,17 @@ def ablate(
         finally:
             revert(pipe)
         mean = sum(errors.values()) / len(errors)
-        found[name] = Ablated(images, mean, errors, *mean_psnr(images, stock, prompts))
-    return found
+        results[name] = Ablated(images, mean, errors, *mean_psnr(images, stock, prompts))
+    return results
 
 
-def save_ablation(found: dict[str, Ablated], prompts: list[str], folder: str | Path) -> None:
-    """Write what `ablate` found: the pictures as `ablation.png`, the errors as `ablation.json`."""
+def save_ablation(results: dict[str, Ablated], prompts: list[str], folder: str | Path) -> None:
+    """Write what `ablate` returns: pictures as `ablation.png`, errors as `ablation.json`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    grid = draw_grid({name: row.images for name, row in found.items()}, prompts)
+    grid = draw_grid({name: row.images for name, row in results.items()}, prompts)
     write_picture(folder / "ablation.png", grid)
-    table = {name: row.to_dict() for name, row in found.items()}
+    table = {name: row.to_dict() for name, row in results.items()}
     write_text(folder / "ablation.json", json.dumps(table, indent=2, ensure_ascii=False) + "\n")
 
 

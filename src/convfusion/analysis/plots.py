@@ -103,9 +103,9 @@ def receptive_fields(analysis: Analysis, control: Analysis | None = None) -> Fig
         ):
             if value:
                 axes.plot(value, y, marker, color=color, markersize=6)
-        found = control.sites[y].mean.receptive_field if control is not None else None
-        if found:
-            axes.plot(found, y + 0.25, "x", color=GREY)
+        untrained_field = control.sites[y].mean.receptive_field if control is not None else None
+        if untrained_field:
+            axes.plot(untrained_field, y + 0.25, "x", color=GREY)
     grids = [f"{shorten_path(s.path)}  ({s.grid[0]}×{s.grid[1]})" for s in analysis.sites]
     marks = [f"{g} *" if s.artefact else g for g, s in zip(grids, analysis.sites, strict=True)]
     axes.set_yticks(range(rows), marks)

@@ -249,13 +249,13 @@ def fit_decay(profile: Tensor, grid: Grid) -> DecayFit | None:
     values = profile[1 : last + 1].double().cpu().numpy()
     distance = np.arange(1.0, last + 1)
     exponents, lengths = np.arange(0.05, 8.0, 0.01), np.geomspace(0.2, 8 * last, 600)
-    found = {
+    fits = {
         "power": _best(values, distance[None] ** -exponents[:, None], exponents),
         "quadratic": _best(values, distance[None] ** -2.0, np.array([2.0])),
         "exponential": _best(values, np.exp(-distance[None] / lengths[:, None]), lengths),
     }
     variance = np.square(values - values.mean()).sum()
-    errors = {"none": variance, **{law: error for law, (error, *_) in found.items()}}
+    errors = {"none": variance, **{law: error for law, (error, *_) in fits.items()}}
     floor = max(1e-12 * np.square(values).sum(), 1e-300)  # below it is rounding
     count = len(values)
     scores = {
@@ -264,13 +264,13 @@ def fit_decay(profile: Tensor, grid: Grid) -> DecayFit | None:
     }
     flat = variance <= floor
     return DecayFit(
-        exponent=found["power"][1],
-        length=found["exponential"][1],
+        exponent=fits["power"][1],
+        length=fits["exponential"][1],
         r2={law: 0.0 if flat else 1 - errors[law] / variance for law in _FITTED},
         best="none" if flat else min(scores, key=lambda law: scores[law]),
         terms={
             "none": (values.mean(), 0.0),
-            **{law: terms for law, (_, _, terms) in found.items()},
+            **{law: terms for law, (_, _, terms) in fits.items()},
         },
     )
 

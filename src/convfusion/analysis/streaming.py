@@ -214,16 +214,16 @@ def offset_means(
     return OffsetMeans(kernels, rows[:, None] * columns)
 
 
-def mean_offsets(found: list[OffsetMeans]) -> OffsetMeans:
+def mean_offsets(parts: list[OffsetMeans]) -> OffsetMeans:
     """The means over several pictures, whose grids may differ; every picture counts alike.
 
     The kernels are means over the queries that have each key, whatever their picture: a small grid
     says nothing of the offsets that reach beyond it. `outside` is the mean of the pictures' own.
     """
-    shares = torch.stack([means.share for means in found])
-    sums = torch.stack([means.kernels * means.share for means in found]).sum(0)
+    shares = torch.stack([means.share for means in parts])
+    sums = torch.stack([means.kernels * means.share for means in parts]).sum(0)
     total = shares.sum(0)
-    return OffsetMeans(torch.where(total > 0, sums / total, 0.0), total / len(found))
+    return OffsetMeans(torch.where(total > 0, sums / total, 0.0), total / len(parts))
 
 
 @torch.no_grad()

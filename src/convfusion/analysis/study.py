@@ -226,14 +226,15 @@ def _with_filter(
     mean_map: Tensor, grid: Grid, config: AnalysisConfig, other: HighPass
 ) -> dict[str, Any]:
     sums = measure_map(mean_map, grid, replace(config.measure, high_pass=other))
-    found = summarise(sums, config.share)[0].receptive_field
-    return {"cutoff": other.cutoff, "order": other.order, "receptive_field": found}
+    field = summarise(sums, config.share)[0].receptive_field
+    return {"cutoff": other.cutoff, "order": other.order, "receptive_field": field}
 
 
-def untrained(pipe: Any, seed: int = 0) -> Denoiser:
+def build_untrained(pipe: Any, seed: int = 0) -> Denoiser:
     """A freshly initialised denoiser of the same shape, the control of an analysis.
 
-    Draw with it in place of the trained one: `with swapped_denoiser(pipe, untrained(pipe)): …`.
+    Draw with it in place of the trained one:
+    `with swapped_denoiser(pipe, build_untrained(pipe)): …`.
     """
     model = denoiser_of(pipe)
     with torch.random.fork_rng(devices=[]):

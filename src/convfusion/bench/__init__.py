@@ -7,14 +7,20 @@ from typing import TYPE_CHECKING
 from convfusion.imports import lazy
 
 if TYPE_CHECKING:
-    from convfusion.bench.counts import Cost, contenders, operation_table, totals, write_costs
+    from convfusion.bench.counts import (
+        Cost,
+        add_totals,
+        list_contenders,
+        operation_table,
+        write_costs,
+    )
     from convfusion.bench.models import BenchModel, bench_model
 
 _HOME = {
     "Cost": "counts",
-    "contenders": "counts",
+    "list_contenders": "counts",
     "operation_table": "counts",
-    "totals": "counts",
+    "add_totals": "counts",
     "write_costs": "counts",
     "BenchModel": "models",
     "bench_model": "models",

@@ -6,11 +6,9 @@ Everything is worked out on the meta device, for one sample, at any size of pict
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch
 from convfusion.bench.models import BenchModel
 from convfusion.errors import ConvFusionError
 from convfusion.families import Site, example_inputs, list_sites, site_grid
-from convfusion.files import write_text
+from convfusion.files import write_csv
 from convfusion.mixers import MIXERS, Mixer
 from convfusion.mixers.base import Grid
 from convfusion.mixers.delta_conv import DeltaConv
@@ -76,7 +74,7 @@ class Cost:
     activation_bytes: int
 
 
-def contenders(
+def list_contenders(
     model: BenchModel, kinds: Sequence[str] = RIVALS, ratios: Sequence[float] = (0.5,)
 ) -> dict[str, ConvertConfig | None]:
     """What to compare, by name: the attention (None), and a config for every rival.
@@ -89,19 +87,19 @@ def contenders(
     Raises:
         ConvFusionError: an unknown kind, or a ratio that no block can have.
     """
-    found: dict[str, ConvertConfig | None] = {ATTENTION: None}
+    compared: dict[str, ConvertConfig | None] = {ATTENTION: None}
     for kind in kinds:
         if kind not in MIXERS:
             raise ConvFusionError(f"no mixer {kind!r}; there are {', '.join(MIXERS)}")
         if kind != "delta_conv":
-            found[kind] = uniform(MIXERS[kind]())
+            compared[kind] = uniform(MIXERS[kind]())
             continue
         preset = get_preset(choose_preset(model.denoiser)).sites
         for ratio in ratios:
-            found[f"{kind} {ratio:g}"] = ConvertConfig(
+            compared[f"{kind} {ratio:g}"] = ConvertConfig(
                 {p: replace(m, ratio=ratio) for p, m in preset.items() if isinstance(m, DeltaConv)}
             )
-    return found
+    return compared
 
 
 def denoiser_operations(model: BenchModel, size: tuple[int, int]) -> int:
@@ -123,7 +121,7 @@ def operation_table(
         ConvFusionError: a size that the model cannot draw, or a block that does not fit its
             channels.
     """
-    configs = contenders(model) if configs is None else configs
+    configs = list_contenders(model) if configs is None else configs
     latents = {size: model.latents(size) for size in sizes}
     groups = _groups(model, configs)
     attentions = {
@@ -135,15 +133,15 @@ def operation_table(
     def cost(channels: int, heads: int, mixer: Any, grid: Grid) -> tuple[int, int, int]:
         return site_cost(attentions[channels, heads], mixer, grid)
 
-    found = []
+    rows = []
     for size, group in product(latents, groups):
         site, (height, width) = group.first, size
         grid = site_grid(model.denoiser, site, latents[size])
         for label, mixer in zip(configs, group.mixers, strict=True):
             what = (model.name, width, height, label, group.place, group.sites, site.channels)
             numbers = cost(site.channels, site.heads, mixer, grid)
-            found.append(Cost(*what, math.prod(grid), *numbers))
-    return found
+            rows.append(Cost(*what, math.prod(grid), *numbers))
+    return rows
 
 
 @dataclass
@@ -186,7 +184,7 @@ def site_cost(attention: Any, mixer: Mixer | None, grid: Grid) -> tuple[int, int
     return operations, parameters, peak_bytes(module, *inputs)
 
 
-def totals(costs: Iterable[Cost]) -> list[Cost]:
+def add_totals(costs: Iterable[Cost]) -> list[Cost]:
     """All sites of a model together, for every mixer and size."""
     whole: dict[tuple[Any, ...], list[Cost]] = {}
     for cost in costs:
@@ -206,7 +204,7 @@ def totals(costs: Iterable[Cost]) -> list[Cost]:
     ]
 
 
-def ratios(costs: Sequence[Cost]) -> list[float | None]:
+def compare_with_attention(costs: Sequence[Cost]) -> list[float | None]:
     """For each cost, the attention's operations over its own, same model, size and place."""
 
     def where(cost: Cost) -> tuple[Any, ...]:
@@ -218,10 +216,9 @@ def ratios(costs: Sequence[Cost]) -> list[float | None]:
 
 def write_costs(costs: Sequence[Cost], path: Path) -> None:
     """Costs and their totals as CSV, each with the attention's operations over its own."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow([*(each.name for each in fields(Cost)), "attention_over"])
-    for rows in (costs, totals(costs)):
-        for cost, ratio in zip(rows, ratios(rows), strict=True):
-            table.writerow([*astuple(cost), "" if ratio is None else f"{ratio:.6g}"])
-    write_text(path, text.getvalue())
+    rows = [
+        asdict(cost) | {"attention_over": "" if ratio is None else f"{ratio:.6g}"}
+        for part in (costs, add_totals(costs))
+        for cost, ratio in zip(part, compare_with_attention(part), strict=True)
+    ]
+    write_csv(path, [*(column.name for column in fields(Cost)), "attention_over"], rows)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convfusion.bench.timing import Timing, interleaved
+from convfusion.bench.timing import Timing, time_interleaved
 from convfusion.families import Denoiser, Site, example_inputs, list_sites
 from convfusion.mixers.base import Grid, TokenMixer
 from convfusion.mixers.delta_conv import DeltaConv
@@ -70,17 +70,17 @@ class Measured:
 
 def site_kinds(model: Denoiser, config: ConvertConfig) -> list[SiteKind]:
     """The kinds of sites of an unconverted denoiser under a config, in module order."""
-    found: dict[tuple[Any, ...], list[Site]] = {}
+    groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in list_sites(model):
         mixer = config.mixer_for(site.path)
-        found.setdefault((site.channels, site.heads, site.level, mixer), []).append(site)
+        groups.setdefault((site.channels, site.heads, site.level, mixer), []).append(site)
     return [
         SiteKind(
             sites[0],
             mixer.kernel_size if isinstance(mixer, DeltaConv) else None,
             tuple(site.path for site in sites),
         )
-        for (_, _, _, mixer), sites in found.items()
+        for (_, _, _, mixer), sites in groups.items()
     ]
 
 
@@ -114,7 +114,7 @@ def time_site(
         rounds: counted ones.
         seed: of weights and tokens.
     """
-    found: dict[str, Measured] = {}
+    results: dict[str, Measured] = {}
     calls: dict[str, Run] = {}
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(batch, grid[0] * grid[1], site.channels, generator=generator)
@@ -125,15 +125,15 @@ def time_site(
         forward = _forward(module, variant.compiled)
         error = _parity(module, forward, tokens[:, : small[0] * small[1]], small)
         if error > TOLERANCES[dtype]:
-            found[name] = Measured(None, error, f"its output is off by {error:.1e}")
+            results[name] = Measured(None, error, f"its output is off by {error:.1e}")
             continue
-        found[name] = Measured(None, error)
+        results[name] = Measured(None, error)
         calls[name] = _step(forward, tokens, grid, module, backward)
         if variant.compiled:
             calls[name]()
-    timings = interleaved(calls, device, rounds)
+    timings = time_interleaved(calls, device, rounds)
     return {
-        name: Measured(timings.get(name), each.parity, each.note) for name, each in found.items()
+        name: Measured(timings.get(name), each.parity, each.note) for name, each in results.items()
     }
 
 
@@ -207,7 +207,7 @@ def time_denoiser(
     inputs = example_inputs(model, latents, batch=batch)
     device = next(model.parameters()).device
     calls = {name: denoiser_call(model, v, inputs, backward) for name, v in variants.items()}
-    timings = interleaved(calls, device, rounds, on_call, warm_up)
+    timings = time_interleaved(calls, device, rounds, on_call, warm_up)
     return {name: Measured(timing) for name, timing in timings.items()}
 
 
@@ -221,7 +221,7 @@ def denoiser_call(
     forward = torch.compile(model, dynamic=False) if variant.compiled else model
 
     def run() -> None:
-        with standing(model, mixers), torch.set_grad_enabled(backward):
+        with replaced_sites(model, mixers), torch.set_grad_enabled(backward):
             if not backward:
                 forward(**inputs)
                 return
@@ -233,7 +233,7 @@ def denoiser_call(
 
 
 @contextmanager
-def standing(model: Denoiser, mixers: dict[str, TokenMixer]) -> Iterator[None]:
+def replaced_sites(model: Denoiser, mixers: dict[str, TokenMixer]) -> Iterator[None]:
     """Let ready mixers stand at the sites of an unconverted denoiser for a while."""
     if not mixers:
         yield

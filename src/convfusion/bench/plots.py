@@ -47,8 +47,8 @@ def latency(rows: Sequence[Row]) -> Figure:
         axes.remove()
     figure.supxlabel("tokens N", fontsize=10)
     figure.supylabel("milliseconds", fontsize=10)
-    found = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
-    lines, names = list(found.values()), list(found)
+    handles = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+    lines, names = list(handles.values()), list(handles)
     figure.legend(lines, names, loc="outside upper center", ncols=6, frameon=False)
     return figure
 

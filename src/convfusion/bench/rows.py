@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 
 from convfusion.bench.latency import Measured
 from convfusion.errors import ConvFusionError
-from convfusion.files import write_text
+from convfusion.files import write_csv
 
 ATTENTION = "attention"  # the variant that all others are compared with
 
@@ -85,18 +84,18 @@ class Row:
         return (*self.series, self.width, self.height)
 
 
-def rows_of(
-    found: Mapping[str, Measured], case: Mapping[str, Any], where: Mapping[str, Any]
+def make_rows(
+    measured: Mapping[str, Measured], case: Mapping[str, Any], where: Mapping[str, Any]
 ) -> list[Row]:
     """A row for every variant of a case.
 
     Args:
-        found: by name of the variant.
+        measured: by name of the variant.
         case: the fields of `Row` up to `backward`.
-        where: of `convfusion.bench.timing.surroundings`.
+        where: of `convfusion.bench.timing.describe_machine`.
     """
     rows = []
-    for variant, each in found.items():
+    for variant, each in measured.items():
         times: dict[str, Any] = dict.fromkeys(("median_ms", "fastest_ms", "slowest_ms", "peak_mib"))
         if each.timing is not None:
             seconds, peak = each.timing.seconds, each.timing.peak_bytes
@@ -155,14 +154,10 @@ def _parsed(text: str, kind: str) -> Any:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write rows as CSV; a file that is there is whole at any time."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, [each.name for each in fields(Row)], lineterminator="\n")
-    table.writeheader()
-    table.writerows(asdict(row) for row in rows)
-    write_text(path, text.getvalue())
+    write_csv(path, [column.name for column in fields(Row)], (asdict(row) for row in rows))
 
 
-def renewed(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+def renew_rows(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """Old rows and new ones; a case that was measured anew loses all its old rows."""
     cases = {row.case for row in new}
     return [row for row in old if row.case not in cases] + list(new)
@@ -189,7 +184,7 @@ class Crossover:
     speedup: dict[int, float]
 
 
-def crossovers(rows: Iterable[Row]) -> list[Crossover]:
+def find_crossovers(rows: Iterable[Row]) -> list[Crossover]:
     """The crossover of every variant of every series that was measured beside its attention."""
     times: dict[tuple[Any, ...], dict[str, dict[int, float]]] = defaultdict(
         lambda: defaultdict(dict)
@@ -197,18 +192,18 @@ def crossovers(rows: Iterable[Row]) -> list[Crossover]:
     for row in rows:
         if row.median_ms is not None:
             times[row.series][row.variant][row.tokens] = row.median_ms
-    found = []
+    crossings = []
     for series, by_variant in times.items():
         attention = by_variant.get(ATTENTION, {})
         for variant, own in by_variant.items():
             shared = sorted(attention.keys() & own.keys())
             if variant != ATTENTION and shared:
                 speedup = {n: attention[n] / own[n] for n in shared}
-                found.append(Crossover(series, variant, *meeting(speedup), speedup))
-    return found
+                crossings.append(Crossover(series, variant, *find_meeting(speedup), speedup))
+    return crossings
 
 
-def meeting(speedup: Mapping[int, float]) -> tuple[float | None, bool]:
+def find_meeting(speedup: Mapping[int, float]) -> tuple[float | None, bool]:
     """Where a speed-up, by N, passes 1 for good, and whether it lies above 1 everywhere."""
     sizes = sorted(speedup)
     if speedup[sizes[-1]] <= 1:
@@ -222,7 +217,7 @@ def meeting(speedup: Mapping[int, float]) -> tuple[float | None, bool]:
     return math.exp(math.log(low) + share * math.log(high / low)), False
 
 
-def growth(values: Mapping[int, float]) -> float:
+def fit_growth(values: Mapping[int, float]) -> float:
     """The exponent e of value ∝ Nᵉ: the slope of a least-squares line on logarithmic scales."""
     sizes = np.log(list(values))
     return float(np.polyfit(sizes, np.log(list(values.values())), 1)[0])

@@ -18,8 +18,8 @@ from convfusion.bench.latency import (
     time_site,
 )
 from convfusion.bench.models import BenchModel
-from convfusion.bench.rows import Row, rows_of
-from convfusion.bench.timing import surroundings
+from convfusion.bench.rows import Row, make_rows
+from convfusion.bench.timing import describe_machine
 from convfusion.families import Denoiser, list_sites, site_grid
 from convfusion.surgery.presets import choose_preset, get_preset
 
@@ -73,13 +73,13 @@ def site_rows(
             tokens = math.prod(grid)
             on_case(f"{model.name} {kind.site.path} {grid[1]}×{grid[0]} tokens")
             kept, left_out = limits.split(variants, tokens)
-            found = time_site(
+            timed = time_site(
                 model.denoiser, kind.site, kept, grid, batch=under.batch, dtype=under.dtype,
                 device=under.device, backward=under.backward, rounds=under.rounds,
             )  # fmt: skip
-            limits.learn(found, tokens)
+            limits.learn(timed, tokens)
             case = _case(model, kind, tokens, size, under)
-            yield rows_of(found | left_out, case, surroundings(under.device))
+            yield make_rows(timed | left_out, case, describe_machine(under.device))
 
 
 def denoiser_rows(
@@ -102,13 +102,13 @@ def denoiser_rows(
         def say(name: str, size: tuple[int, int] = size) -> None:
             on_case(f"{model.name} {size[1]}×{size[0]} pixels, {name}")
 
-        found = time_denoiser(
+        measured = time_denoiser(
             denoiser, variants, latents, batch=under.batch, backward=under.backward,
             rounds=under.rounds, warm_up=under.warm_up, on_call=say,
         )  # fmt: skip
         tokens = math.prod(site_grid(denoiser, sites[0], latents))
         case = _case(model, first, tokens, size, under) | {"site": "", "channels": None}
-        yield rows_of(found, case, surroundings(under.device))
+        yield make_rows(measured, case, describe_machine(under.device))
 
 
 def _case(
@@ -164,8 +164,8 @@ class Limits:
             exponent = max(1.0, math.log(seconds / less) / math.log(last / before))
         return seconds * (tokens / last) ** exponent
 
-    def learn(self, found: Mapping[str, Measured], tokens: int) -> None:
-        for name, each in found.items():
+    def learn(self, measured: Mapping[str, Measured], tokens: int) -> None:
+        for name, each in measured.items():
             if each.timing is not None:
                 self.seen.setdefault(name, []).append((tokens, each.timing.median))
 
@@ -180,9 +180,9 @@ def with_random_weights(denoiser: Denoiser, device: torch.device, dtype: torch.d
 
 def with_compiled(variants: Mapping[str, Variant]) -> dict[str, Variant]:
     """The variants, and after each ΔConvBlock the same one compiled."""
-    found = {}
+    both = {}
     for name, variant in variants.items():
-        found[name] = variant
+        both[name] = variant
         if name.startswith("delta_conv"):
-            found[f"{name} compiled"] = replace(variant, compiled=True)
-    return found
+            both[f"{name} compiled"] = replace(variant, compiled=True)
+    return both

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from convfusion.bench.latency import SiteKind, Variant, denoiser_call, site_kinds, time_site
-from convfusion.bench.timing import Timing, interleaved
+from convfusion.bench.timing import Timing, time_interleaved
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, example_inputs, family_of, site_grid
 from convfusion.mixers import Removed
@@ -43,7 +43,7 @@ class Law:
         return self.linear * tokens + self.square * tokens**2
 
 
-def fitted(times: dict[int, float]) -> Law:
+def fit_law(times: dict[int, float]) -> Law:
     """The law through the measured times, by N, of one or two sizes; no part of it is negative.
 
     Where both cannot hold, the line or parabola through the larger size alone is taken.
@@ -57,13 +57,13 @@ def fitted(times: dict[int, float]) -> Law:
     return Law(slow / large - square * large, square)
 
 
-def proportional(times: dict[int, float]) -> Law:
+def fit_line(times: dict[int, float]) -> Law:
     """The line through the origin and the time at the largest N."""
     tokens, seconds = max(times.items())
     return Law(seconds / tokens)
 
 
-def shrunk(grid: Grid, tokens: int) -> Grid:
+def shrink_grid(grid: Grid, tokens: int) -> Grid:
     """A grid of the same shape, nearly, that has no more than so many tokens, and at least one."""
     share = min(1.0, math.sqrt(tokens / math.prod(grid)))
     return max(1, int(grid[0] * share)), max(1, int(grid[1] * share))
@@ -205,7 +205,7 @@ def plan_speed(
     return SpeedPlan(size, batch, tuple(plans), _rest(model, size, batch))
 
 
-def cheaper_attention(
+def find_cheaper_attention(
     pipe_or_model: Any, size: tuple[int, int], *, batch: int = 2
 ) -> tuple[str, ...]:
     """Converted sites at which the attention is the cheaper one for latents of a size, measured.
@@ -237,13 +237,13 @@ def _plan_site(
     tokens = math.prod(grid)
     variants = {"attention": Variant(), "block": Variant(config)}
     times: dict[str, dict[int, float]] = {name: {} for name in variants}
-    large = shrunk(grid, LARGEST)
-    for timed in (shrunk(large, math.prod(large) // 4), large):
-        found = time_site(
+    large = shrink_grid(grid, LARGEST)
+    for timed in (shrink_grid(large, math.prod(large) // 4), large):
+        by_name = time_site(
             model, kind.site, variants, timed, batch=batch, dtype=weight.dtype,
             device=weight.device, rounds=ROUNDS,
         )  # fmt: skip
-        for name, each in found.items():
+        for name, each in by_name.items():
             if each.timing is None:
                 raise ConvFusionError(f"{name} at {kind.site.path}: {each.note}")
             times[name][math.prod(timed)] = each.timing.median
@@ -253,8 +253,8 @@ def _plan_site(
         channels=kind.site.channels,
         kernel_size=kind.kernel_size,
         tokens=tokens,
-        attention=fitted(times["attention"]),
-        block=proportional(times["block"]),
+        attention=fit_law(times["attention"]),
+        block=fit_line(times["block"]),
         measured=large == grid,
         attention_weights=own,
         block_weights=mixer,
@@ -275,12 +275,12 @@ def _weights(model: Any, kind: SiteKind, config: ConvertConfig) -> tuple[int, in
 def _rest(model: Any, latents: tuple[int, int], batch: int) -> float:
     """Seconds of a forward pass with nothing at the sites, from a smaller one if that is large."""
     unit = family_of(model).latent_unit(model)
-    height, width = shrunk((latents[0] // unit, latents[1] // unit), LARGEST // unit**2)
+    height, width = shrink_grid((latents[0] // unit, latents[1] // unit), LARGEST // unit**2)
     small = height * unit, width * unit
     inputs = example_inputs(model, small, batch=batch)
     call = denoiser_call(model, Variant(uniform(Removed())), inputs)
     device = next(model.parameters()).device
-    timing: Timing = interleaved({"rest": call}, device, ROUNDS)["rest"]
+    timing: Timing = time_interleaved({"rest": call}, device, ROUNDS)["rest"]
     return timing.median * math.prod(latents) / math.prod(small)
 
 

@@ -37,7 +37,7 @@ class Timing:
         return statistics.median(self.seconds)
 
 
-def interleaved(
+def time_interleaved(
     calls: Mapping[str, Callable[[], Any]],
     device: torch.device,
     rounds: int = 5,
@@ -73,7 +73,7 @@ def interleaved(
         seconds[name].append(run(name))
 
     first = run if warm_up else count
-    peaks = {name: peak_memory(partial(first, name), device) for name in calls}
+    peaks = {name: measure_peak(partial(first, name), device) for name in calls}
     for _ in range(rounds if warm_up else rounds - 1):
         for name in calls:
             count(name)
@@ -88,7 +88,7 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
+def measure_peak(call: Callable[[], Any], device: torch.device) -> int | None:
     """The most bytes that a call held above what was held before it.
 
     On CUDA by PyTorch's allocator; on the CPU under Linux by the process's resident memory, whose
@@ -131,7 +131,7 @@ def _resident(name: str) -> int:
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
 
 
-def surroundings(device: torch.device) -> dict[str, Any]:
+def describe_machine(device: torch.device) -> dict[str, Any]:
     """What a measured row must say of where it was measured."""
     import diffusers
 

@@ -71,7 +71,7 @@ def analyze(
     """
     needs_matplotlib("take convfusion.analysis.analyze in Python for the numbers alone")
     check_loading(precision, device)
-    from convfusion.analysis import AnalysisConfig, HighPass, Measure, untrained
+    from convfusion.analysis import AnalysisConfig, HighPass, Measure, build_untrained
     from convfusion.analysis import analyze as run
     from convfusion.analysis.capture import sampling_timesteps
     from convfusion.analysis.page import write_report
@@ -99,7 +99,7 @@ def analyze(
         other = None
         if control:
             second_bar = progress.add("analysing an untrained model", total=calls)
-            with swapped_denoiser(pipe, untrained(pipe)):
+            with swapped_denoiser(pipe, build_untrained(pipe)):
                 other = run(pipe, drawn, config, on_call=second_bar.advance)
     write_report(analysis, out, other)
     print_claims(check_claims(analysis), check_claims(other) if other else None)
@@ -139,13 +139,13 @@ def ablate(
     unchanged model.
     """
     from convfusion.analysis import ablate as run
-    from convfusion.analysis import save_ablation, variants
+    from convfusion.analysis import list_variants, save_ablation
     from convfusion.analysis.capture import sampling_timesteps
 
     check_new(out)
     check_loading(precision, device)
     drawn = read_prompts(model, prompts, mini_prompts=9)
-    tried = variants(window or [13, 7, 3], sites=site)
+    tried = list_variants(window or [13, 7, 3], sites=site)
     looked_at, wanted = parse_timesteps(timesteps), parse_size(size) if size else None
     pipe = stock_pipeline(model, precision, device, revision)
     calls = len(sampling_timesteps(pipe, steps)) * math.ceil(len(drawn) / batch_size)

@@ -48,9 +48,9 @@ def flops(
     from convfusion.bench.counts import (
         COUNTED,
         SIZES,
-        contenders,
+        add_totals,
+        list_contenders,
         operation_table,
-        totals,
         write_costs,
     )
     from convfusion.bench.models import bench_model, model_names
@@ -58,7 +58,7 @@ def flops(
     check_file(out)
     kinds = rivals(mixers)
     found = [bench_model(name) for name in models or model_names()]
-    compared = {model.name: contenders(model, kinds, ratio or (0.5,)) for model in found}
+    compared = {model.name: list_contenders(model, kinds, ratio or (0.5,)) for model in found}
     sizes = [parse_size(text) for text in size] if size else SIZES
     for model in found:
         for each in sizes:
@@ -66,7 +66,7 @@ def flops(
     costs: list[Cost] = []
     for model in found:
         costs += operation_table(model, sizes, compared[model.name])
-        print_totals([cost for cost in totals(costs) if cost.model == model.name])
+        print_totals([cost for cost in add_totals(costs) if cost.model == model.name])
     for line in COUNTED:
         typer.echo(line)
     if out is not None:
@@ -85,7 +85,7 @@ def print_totals(costs: list[Cost]) -> None:
     """One model: a row for each size and a column for each contender."""
     from rich.table import Table
 
-    from convfusion.bench.counts import ratios
+    from convfusion.bench.counts import compare_with_attention
 
     table = Table(
         title=f"{costs[0].model}: all {costs[0].sites} self-attention sites, one forward",
@@ -95,7 +95,7 @@ def print_totals(costs: list[Cost]) -> None:
     table.add_column("pixels", no_wrap=True)
     rows: dict[str, list[str]] = {}
     parameters: dict[str, str] = {}
-    for cost, ratio in zip(costs, ratios(costs), strict=True):
+    for cost, ratio in zip(costs, compare_with_attention(costs), strict=True):
         lines = [
             scaled(cost.operations, 1000, DECIMAL),
             "–" if ratio is None else f"{ratio:,.1f}×" if ratio < 100 else f"{ratio:,.0f}×",

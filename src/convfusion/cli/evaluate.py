@@ -81,8 +81,9 @@ def evaluate(
     Writes report.html, evaluation.json, evaluation.csv, samples.csv and the pictures. Under a
     launcher such as torchrun, processes share the drawing.
     """
-    from convfusion.evaluate import open_clip, open_extractor, plan
+    from convfusion.evaluate import open_clip, open_extractor, plan_evaluation
     from convfusion.evaluate.extractors import check_extractor
+    from convfusion.evaluate.verdict import give_verdict
     from convfusion.imports import check_installed
 
     check_installed("torchmetrics", "matplotlib", extra="eval")
@@ -95,7 +96,7 @@ def evaluate(
     wanted = prompts_of(model, prompts)
     if samples is None and prompts is None:
         samples = MINI_SAMPLES
-    draws = plan(
+    settings = plan_evaluation(
         wanted,
         samples,
         seed,
@@ -106,14 +107,14 @@ def evaluate(
     )
     pipe, other = pipelines(model, blocks, teacher, precision, device)
     if guidance is None:
-        draws = replace(draws, guidance=guidance_for(model, pipe))
+        settings = replace(settings, guidance=guidance_for(model, pipe))
     found = run(
         pipe,
-        draws,
+        settings,
         out,
         extractor=open_extractor(extractor, pipe.device),
         teacher=other,
-        real=real_pictures(pipe, model, real, prompts, draws),
+        real=real_pictures(pipe, model, real, prompts, settings),
         clip=open_clip(clip, pipe.device) if clip else None,
         names=(
             public_name(model, blocks),
@@ -123,24 +124,24 @@ def evaluate(
     if found is not None:
         print_evaluation(found)
         names = ("report.html", "evaluation.json", "evaluation.csv", "samples.csv")
-        print_ending(*(out / name for name in names))
+        print_ending(*(out / name for name in names), verdict=give_verdict(found))
 
 
-def run(pipe: Any, draws: Any, out: Path, **options: Any) -> Any:
+def run(pipe: Any, settings: Any, out: Path, **options: Any) -> Any:
     """Evaluate with a progress bar, in the first of several processes."""
     from convfusion.evaluate import evaluate
-    from convfusion.evaluate.drawing import process
+    from convfusion.evaluate.drawing import read_rank
     from convfusion.progress import Progress
 
-    progress = Progress(process()[0] == 0)
-    bar = progress.add("drawing", total=len(draws))
+    progress = Progress(read_rank()[0] == 0)
+    bar = progress.add("drawing", total=len(settings))
 
     def on_progress(stage: str, done: int) -> None:
         bar.update(done, name=stage)
 
     try:
         with progress:
-            return evaluate(pipe, draws, out, on_progress=on_progress, **options)
+            return evaluate(pipe, settings, out, on_progress=on_progress, **options)
     except KeyboardInterrupt:
         fail("stopped: the same command continues from here", INTERRUPTED)
 
@@ -164,15 +165,17 @@ def pipelines(
     return pipe, open_pipeline(teacher, precision, device) if teacher else None
 
 
-def real_pictures(pipe: Any, model: str, spec: str | None, prompts: Path | None, draws: Any) -> Any:
+def real_pictures(
+    pipe: Any, model: str, spec: str | None, prompts: Path | None, settings: Any
+) -> Any:
     """Real pictures to compare with; the embedded model has some for its own prompts."""
     from convfusion import mini
-    from convfusion.evaluate.drawing import process
-    from convfusion.evaluate.draws import size_of
+    from convfusion.evaluate.drawing import read_rank
     from convfusion.evaluate.real import decoded, open_real
+    from convfusion.evaluate.settings import size_of
     from convfusion.families import latent_scale
 
-    size = size_of(pipe, draws)
+    size = size_of(pipe, settings)
     if spec is not None:
         return open_real(spec, size)
     if not is_embedded(model) or prompts is not None:
@@ -180,7 +183,7 @@ def real_pictures(pipe: Any, model: str, spec: str | None, prompts: Path | None,
     held, scale = mini.held_out_data("results"), latent_scale(pipe)
     height, width = (side * scale for side in held.latents.shape[-2:])
     if size[0] > height or size[1] > width:
-        if process()[0] == 0:
+        if read_rank()[0] == 0:
             typer.echo(
                 f"Without distances to real pictures: those at hand are {width}×{height}, smaller "
                 f"than {size[1]}×{size[0]}."
@@ -204,10 +207,10 @@ def print_evaluation(found: Any) -> None:
 
     from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER
     from convfusion.evaluate.page import WORDS
-    from convfusion.evaluate.results import metrics
+    from convfusion.evaluate.results import list_metrics
 
     groups: dict[str, dict[str, dict[str, str]]] = {}
-    for row in metrics(found):
+    for row in list_metrics(found):
         error = row["standard_error"]
         cell = f"{row['value']:.3g}" + ("" if error is None else f" ± {error:.1g}")
         rows = groups.setdefault(row["reference"], {}).setdefault(row["metric"], {})

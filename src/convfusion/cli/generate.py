@@ -204,7 +204,7 @@ def numbered(folder: Path, seeds: list[int]) -> list[Path]:
 
 def with_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractContextManager[None]:
     """Let the attention stand in at the sites where it is the faster one at a size in pixels."""
-    from convfusion.bench.speed_plan import cheaper_attention
+    from convfusion.bench.speed_plan import find_cheaper_attention
     from convfusion.families import latent_scale, native_size
     from convfusion.progress import announced
     from convfusion.surgery import attention_back, mixers_of
@@ -212,7 +212,7 @@ def with_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractC
     scale = latent_scale(pipe)
     height, width = size or native_size(pipe)
     with announced("Timing attention and blocks …", True):
-        kept = cheaper_attention(pipe, (height // scale, width // scale))
+        kept = find_cheaper_attention(pipe, (height // scale, width // scale))
     typer.echo(f"Attention is faster at {len(kept)} of {len(mixers_of(pipe))} converted sites.")
     return attention_back(pipe, kept)
 

@@ -66,7 +66,7 @@ def latency(
     device: Device = None,
 ) -> None:
     """Time attention, ΔConvBlocks and other replacements on this device, with random weights."""
-    from convfusion.bench.counts import contenders
+    from convfusion.bench.counts import list_contenders
     from convfusion.bench.latency import Variant
     from convfusion.bench.models import bench_model
     from convfusion.bench.rows import read_rows
@@ -78,7 +78,7 @@ def latency(
         needs_matplotlib("give --out for the numbers alone")
     before = read_rows(out) if out is not None and out.exists() else []
     found = bench_model(model)
-    configs = contenders(found, rivals(mixers), ratio or (0.5,))
+    configs = list_contenders(found, rivals(mixers), ratio or (0.5,))
     variants = {name: Variant(config) for name, config in configs.items()}
     variants = with_compiled(variants) if compiled else variants
     sizes = sorted(map(parse_size, size), key=math.prod)
@@ -96,17 +96,17 @@ def kept(
     cases: Iterable[list[Row]], before: list[Row], out: Path | None, plot: Path | None
 ) -> list[Row]:
     """The rows of all cases; the table is written after each of them, the picture at the end."""
-    from convfusion.bench.rows import renewed, write_rows
+    from convfusion.bench.rows import renew_rows, write_rows
 
     rows: list[Row] = []
     for case in cases:
         rows += case
         if out is not None:
-            write_rows(out, renewed(before, rows))
+            write_rows(out, renew_rows(before, rows))
     if plot is not None:
         from convfusion.bench import plots
 
-        plots.latency(renewed(before, rows)).savefig(plot, dpi=150)
+        plots.latency(renew_rows(before, rows)).savefig(plot, dpi=150)
     return rows
 
 
@@ -121,7 +121,7 @@ def print_rows(rows: Sequence[Row]) -> None:
     """A line for each variant of each case, and from which size on it is the faster one."""
     from rich.table import Table
 
-    from convfusion.bench.rows import ATTENTION, crossovers
+    from convfusion.bench.rows import ATTENTION, find_crossovers
     from convfusion.families import shorten_path
 
     attention = {row.case: row.median_ms for row in rows if row.variant == ATTENTION}
@@ -149,7 +149,7 @@ def print_rows(rows: Sequence[Row]) -> None:
         )
     console().print(table)
     names = {row.series: shorten_path(row.site) if row.site else "the denoiser" for row in rows}
-    for each in crossovers(rows):
+    for each in find_crossovers(rows):
         if each.tokens is None:
             said = "slower than attention at the largest size"
         elif each.always:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,13 @@ from convfusion.distill.partial import OnProgress, Ranking, SiteCosts, ready_to_
 from convfusion.distill.task import DistillTask
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of
-from convfusion.files import write_picture, write_text
+from convfusion.files import write_csv, write_picture, write_text
 from convfusion.fingerprint import fingerprint
-from convfusion.operations import site_flops
+from convfusion.operations import site_operations
 from convfusion.surgery import mixers_of
 from convfusion.surgery.config import ConvertConfig, select_sites
+
+CSV_COLUMNS = ("order", "sites", "site", "imitation_error", "epsilon_error", "flops_gone")
 
 
 @dataclass(frozen=True)
@@ -106,23 +106,21 @@ class ReplacementCurve:
         folder, counts = Path(folder), chosen_counts(len(self.costs.sites), counts)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "curve.json", json.dumps(self.to_dict(), indent=2) + "\n")
-        write_text(folder / "curve.csv", self._table())
+        write_csv(folder / "curve.csv", CSV_COLUMNS, self._rows())
         write_picture(folder / "curve.png", render_figure(figure(self)), optimize=True)
         files = [folder / f"cheapest-{k:02d}.json" for k in counts]
         for k, file in zip(counts, files, strict=True):
             self.cheapest_config(k, by).save(file)
         return files
 
-    def _table(self) -> str:
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["order", "sites", "site", "imitation_error", "epsilon_error", "flops_gone"])
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """What `curve.csv` has of each order, site by site."""
         imitation = {site.path: site.imitation_error for site in self.costs.sites}
         for name, points in self.orders.items():
-            for k, point in enumerate(points, 1):
+            for count, point in enumerate(points, 1):
                 values = (imitation[point.site], point.epsilon_error, point.flops_gone)
-                table.writerow([name, k, point.site, *(f"{value:.6g}" for value in values)])
-        return text.getvalue()
+                numbers = (f"{value:.6g}" for value in values)
+                yield dict(zip(CSV_COLUMNS, (name, count, point.site, *numbers), strict=True))
 
 
 def replacement_curve(
@@ -157,7 +155,7 @@ def replacement_curve(
     found = subset_errors(task, apart, subsets, batch_size=size, seed=seed, on_progress=on_progress)
     errors = dict(zip(subsets, found, strict=True))
     height, width = apart.take(apart.groups[0][:1], [False])[0].shape[-2:]
-    flops = site_flops(model, (height, width))
+    flops = site_operations(model, (height, width))
     whole = sum(attention for attention, _ in flops.values())
 
     def points(order: list[str]) -> tuple[Point, ...]:

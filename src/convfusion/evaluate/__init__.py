@@ -8,7 +8,6 @@ from convfusion.imports import lazy
 
 if TYPE_CHECKING:
     from convfusion.evaluate.clip import open_clip
-    from convfusion.evaluate.draws import Draws, plan
     from convfusion.evaluate.epsilon import (
         TIMESTEPS,
         epsilon_error,
@@ -28,10 +27,11 @@ if TYPE_CHECKING:
         kernel_distance,
         neighbourhoods,
     )
+    from convfusion.evaluate.settings import EvaluationSettings, plan_evaluation
 
 _HOME = {
-    "Draws": "draws",
-    "plan": "draws",
+    "EvaluationSettings": "settings",
+    "plan_evaluation": "settings",
     "TIMESTEPS": "epsilon",
     "epsilon_error": "epsilon",
     "epsilon_errors": "epsilon",

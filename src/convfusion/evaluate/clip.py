@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convfusion.errors import ConvFusionError, first_line
-from convfusion.evaluate.extractors import Extractor, loaded, open_extractor, tensor_of
+from convfusion.evaluate.extractors import Extractor, load_network, open_extractor, tensor_of
 from convfusion.evaluate.randomness import kept_random
 
 PADDED = ("siglip", "siglip2")  # read their last token, so a text must fill the whole length
@@ -36,7 +36,7 @@ class Clip:
     longest: int | None
     padded: bool
 
-    def texts(self, prompts: list[str]) -> Tensor:
+    def embed_texts(self, prompts: list[str]) -> Tensor:
         """Embeddings [n, d] of prompts, cut to what the model can read.
 
         Each is embedded by itself, so that it depends on no other one.
@@ -44,11 +44,13 @@ class Clip:
         Raises:
             ConvFusionError: a prompt has no tokens, or some that the model does not know.
         """
-        found = {prompt: self.embedded(prompt, self.padded) for prompt in dict.fromkeys(prompts)}
-        return torch.stack([found[prompt] for prompt in prompts])
+        embeddings = {
+            prompt: self.embed_text(prompt, self.padded) for prompt in dict.fromkeys(prompts)
+        }
+        return torch.stack([embeddings[prompt] for prompt in prompts])
 
     @torch.no_grad()
-    def embedded(self, prompt: str, padded: bool) -> Tensor:
+    def embed_text(self, prompt: str, padded: bool) -> Tensor:
         """The embedding [d] of a prompt, in float32 on the CPU."""
         told = self.tokenizer(
             prompt,
@@ -65,8 +67,8 @@ class Clip:
             what = "tokens that it does not know" if ids.numel() else "no tokens"
             raise ConvFusionError(f"for {self.images.name} the prompt {prompt!r} has {what}")
         inputs = {name: each.to(self.model.device) for name, each in told.items() if name in taken}
-        [found] = tensor_of(self.model.get_text_features(**inputs)).float().cpu()
-        return found
+        [embedding] = tensor_of(self.model.get_text_features(**inputs)).float().cpu()
+        return embedding
 
 
 def open_clip(name: str, device: str | torch.device = "cpu") -> Clip:
@@ -82,7 +84,7 @@ def open_clip(name: str, device: str | torch.device = "cpu") -> Clip:
     model: Any = getattr(images.network, "model", None)
     if not hasattr(model, "get_text_features"):
         raise ConvFusionError(f"{name} knows no texts: the CLIP score needs a CLIP model")
-    tokenizer = loaded(AutoTokenizer, name)
+    tokenizer = load_network(AutoTokenizer, name)
     limits = (
         tokenizer.model_max_length,
         getattr(model.config.text_config, "max_position_embeddings", None),
@@ -104,11 +106,13 @@ def check_texts(clip: Clip) -> None:
         raise ConvFusionError(
             f"the tokenizer of {name} names no {lacking}, and the model reads padded texts only"
         )
-    shown = clip.images([_grey()]).features
+    shown = clip.images([_make_grey()]).features
     try:
-        found = [clip.embedded(text, clip.padded) for text in ("red", "a long prompt " * 2000)]
+        embeddings = [
+            clip.embed_text(text, clip.padded) for text in ("red", "a long prompt " * 2000)
+        ]
         if not clip.padded and clip.longest and clip.tokenizer.pad_token_id is not None:
-            found.append(clip.embedded("red", True))
+            embeddings.append(clip.embed_text("red", True))
     except ConvFusionError:
         raise
     except Exception as error:  # of whatever kind: model and tokenizer are not ours
@@ -116,19 +120,22 @@ def check_texts(clip: Clip) -> None:
             f"{name} cannot read texts of {clip.longest or 'any number of'} tokens: "
             f"{first_line(error)}"
         ) from None
-    if any(each.shape != shown.shape[1:] or not each.isfinite().all() for each in found):
+    if any(each.shape != shown.shape[1:] or not each.isfinite().all() for each in embeddings):
         raise ConvFusionError(
-            f"{name} gives texts {list(found[0].shape)} numbers and pictures "
+            f"{name} gives texts {list(embeddings[0].shape)} numbers and pictures "
             f"{list(shown.shape[1:])}: the CLIP score needs as many, and finite ones"
         )
-    if len(found) > 2 and torch.dist(found[0], found[2]) > PADDING * found[0].norm():
+    if (
+        len(embeddings) > 2
+        and torch.dist(embeddings[0], embeddings[2]) > PADDING * embeddings[0].norm()
+    ):
         raise ConvFusionError(
             f"what {name} sees in a text depends on how it is padded, and how it was trained is "
             "not known: give a CLIP or SigLIP model"
         )
 
 
-def _grey() -> Any:
+def _make_grey() -> Any:
     from PIL import Image
 
     return Image.new("RGB", (64, 64), "grey")

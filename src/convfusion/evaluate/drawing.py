@@ -29,8 +29,8 @@ from PIL import Image
 from torch import Tensor
 
 from convfusion.errors import CheckpointError, ConvFusionError
-from convfusion.evaluate.draws import Draws
 from convfusion.evaluate.epsilon import epsilon_errors, relative_error
+from convfusion.evaluate.settings import EvaluationSettings
 from convfusion.families import Denoiser, denoiser_of, encode_conditioning, latent_scale
 from convfusion.files import file_digest, read_json, write_picture, write_text
 from convfusion.fingerprint import shown
@@ -49,12 +49,12 @@ SHOWN = 6  # differences that a message names
 PATIENCE = 600  # seconds that a process waits for the first one to begin
 
 
-def draw(
+def draw_pictures(
     pipe: Any,
     teacher: Denoiser,
-    draws: Draws,
+    settings: EvaluationSettings,
     folder: Path,
-    settings: dict[str, Any],
+    identity: dict[str, Any],
     *,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]] | None:
@@ -63,9 +63,9 @@ def draw(
     Args:
         pipe: the student's pipeline.
         teacher: the denoiser that it is compared with.
-        draws: what to draw.
+        settings: what to draw.
         folder: new, empty, or begun with the same settings.
-        settings: as `draws.settings_of` gives them.
+        identity: as `identify_pictures` gives it.
         on_progress: called with the number of samples that are done in all.
 
     Returns:
@@ -74,35 +74,35 @@ def draw(
     Raises:
         ConvFusionError: the folder holds something else, or what is drawn is not finite.
     """
-    rank, processes = process()
-    begin(folder, settings, rank)
+    rank, processes = read_rank()
+    begin_folder(folder, identity, rank)
 
-    missing = draws.batches
+    missing = settings.batches
 
-    def look() -> None:
+    def count_missing() -> None:
         nonlocal missing
-        missing = [rows for rows in missing if not _is_done(folder, draws, rows)]
-        on_progress(len(draws) - sum(map(len, missing)))
+        missing = [rows for rows in missing if not _is_done(folder, settings, rows)]
+        on_progress(len(settings) - sum(map(len, missing)))
 
-    look()
-    for number, rows in enumerate(draws.batches):
+    count_missing()
+    for number, rows in enumerate(settings.batches):
         if number % processes == rank and rows in missing:
-            _draw_batch(pipe, teacher, draws, rows, folder)
-            look()
+            _draw_batch(pipe, teacher, settings, rows, folder)
+            count_missing()
     if rank:
         return None
     while missing:  # files tell, so no process waits at a barrier that may time out
         time.sleep(1)
-        look()
-    return [read_json(_record_of(folder, rows)) for rows in draws.batches]
+        count_missing()
+    return [read_json(_record_of(folder, rows)) for rows in settings.batches]
 
 
-def process() -> tuple[int, int]:
+def read_rank() -> tuple[int, int]:
     """The number of this process among those that a launcher started, and how many there are."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def begin(folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
+def begin_folder(folder: Path, identity: dict[str, Any], rank: int = 0) -> None:
     """Write the settings of a new folder, or compare them with those of one that was begun.
 
     Raises:
@@ -114,10 +114,10 @@ def begin(folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
         if time.monotonic() > patience:
             raise ConvFusionError(f"the first process has not begun {folder}")
         time.sleep(0.2)
-    check_place(folder, settings)
+    check_place(folder, identity)
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"format": FORMAT, **settings}, indent=2, ensure_ascii=False)
+        text = json.dumps({"format": FORMAT, **identity}, indent=2, ensure_ascii=False)
         write_text(path, text + "\n")
     for name in (*SIDES, RECORDS):
         (folder / name).mkdir(exist_ok=True)
@@ -125,7 +125,7 @@ def begin(folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
     remove_remains(folder)
 
 
-def check_place(folder: Path, settings: dict[str, Any]) -> None:
+def check_place(folder: Path, identity: dict[str, Any]) -> None:
     """Raise a ConvFusionError unless a folder is new, or was begun with these settings."""
     path = folder / SETTINGS
     if path.is_file():
@@ -133,8 +133,8 @@ def check_place(folder: Path, settings: dict[str, Any]) -> None:
             held = read_json(path)
         except CheckpointError:
             raise ConvFusionError(f"{path} is damaged: choose another folder") from None
-        wanted = json.loads(json.dumps({"format": FORMAT, **settings}))
-        if other := _differences(held, wanted):
+        wanted = json.loads(json.dumps({"format": FORMAT, **identity}))
+        if other := _list_differences(held, wanted):
             raise ConvFusionError(
                 f"{folder} was begun with other settings ({'; '.join(other[:SHOWN])}"
                 f"{'; …' if len(other) > SHOWN else ''}): choose another folder"
@@ -148,28 +148,30 @@ def check_place(folder: Path, settings: dict[str, Any]) -> None:
         raise ConvFusionError(f"{folder} exists and is no evaluation: choose another folder")
 
 
-def _differences(held: Any, wanted: dict[str, Any], prefix: str = "") -> list[str]:
+def _list_differences(held: Any, wanted: dict[str, Any], prefix: str = "") -> list[str]:
     """Names of what differs, each with both values unless they are lists."""
     if not isinstance(held, dict):
         return [prefix.removesuffix(".") or "format"]
-    found = []
+    names = []
     for key in sorted(wanted.keys() | held.keys()):
         before, now = held.get(key), wanted.get(key)
         if isinstance(now, dict):
-            found += _differences(before, now, f"{prefix}{key}.")
+            names += _list_differences(before, now, f"{prefix}{key}.")
         elif before != now:
-            name = (prefix + key).removeprefix("draws.").removeprefix("rests_on.")
+            name = (prefix + key).removeprefix("settings.").removeprefix("rests_on.")
             many = isinstance(before, list | dict) or isinstance(now, list)
-            found.append(name if many else f"{name} {shown(before)} then, {shown(now)} now")
-    return found
+            names.append(name if many else f"{name} {shown(before)} then, {shown(now)} now")
+    return names
 
 
 @torch.no_grad()
-def _draw_batch(pipe: Any, teacher: Denoiser, draws: Draws, rows: range, folder: Path) -> None:
+def _draw_batch(
+    pipe: Any, teacher: Denoiser, settings: EvaluationSettings, rows: range, folder: Path
+) -> None:
     student = denoiser_of(pipe)
-    prompts = [draws.prompts[i] for i in rows]
-    seeds = [draws.seeds[i] for i in rows]
-    others = [draws.other_seeds[i] for i in rows]
+    prompts = [settings.prompts[i] for i in rows]
+    seeds = [settings.seeds[i] for i in rows]
+    others = [settings.other_seeds[i] for i in rows]
     paths = {}
     for side, denoiser, chosen in (
         (TEACHER, teacher, seeds),
@@ -181,9 +183,9 @@ def _draw_batch(pipe: Any, teacher: Denoiser, draws: Draws, rows: range, folder:
                 pipe,
                 prompts,
                 seeds=chosen,
-                steps=draws.steps,
-                guidance=draws.guidance,
-                size=draws.size,
+                steps=settings.steps,
+                guidance=settings.guidance,
+                size=settings.size,
                 batch_size=len(rows),
                 progress=False,
             )
@@ -196,7 +198,7 @@ def _draw_batch(pipe: Any, teacher: Denoiser, draws: Draws, rows: range, folder:
             write_picture(picture_of(folder, side, i), image)
         paths[side] = path
     final = paths[TEACHER][-1][1]
-    errors = _epsilon(pipe, teacher, draws, final, rows)
+    errors = _measure_epsilon(pipe, teacher, settings, final, rows)
     if not np.isfinite(errors).all():
         raise ConvFusionError(
             f"the ε-error of the seeds {seeds[0]} to {seeds[-1]} is not finite: try another "
@@ -205,15 +207,15 @@ def _draw_batch(pipe: Any, teacher: Denoiser, draws: Draws, rows: range, folder:
     record = {
         "samples": list(rows),
         "timesteps": [t for t, _ in paths[TEACHER]],
-        "trajectory": _strayed(paths[STUDENT], paths[TEACHER]),
-        "trajectory_other_seed": _strayed(paths[OTHER], paths[TEACHER]),
+        "trajectory": _measure_straying(paths[STUDENT], paths[TEACHER]),
+        "trajectory_other_seed": _measure_straying(paths[OTHER], paths[TEACHER]),
         "epsilon_errors": errors,
         "pictures": {side: _digest_pictures(folder, side, rows) for side in SIDES},
     }
     write_text(_record_of(folder, rows), json.dumps(record) + "\n")
 
 
-def _strayed(
+def _measure_straying(
     path: list[tuple[float, Tensor]], reference: list[tuple[float, Tensor]]
 ) -> list[list[float]]:
     """‖x̂_t − x_t‖²/‖x_t‖² of each sample after each step: [B][steps]."""
@@ -221,23 +223,23 @@ def _strayed(
     return torch.stack([relative_error(x, y).cpu() for (_, x), (_, y) in pairs]).T.tolist()
 
 
-def _epsilon(
-    pipe: Any, teacher: Denoiser, draws: Draws, latents: Tensor, rows: range
+def _measure_epsilon(
+    pipe: Any, teacher: Denoiser, settings: EvaluationSettings, latents: Tensor, rows: range
 ) -> list[list[float]]:
     """ε-errors of each sample at each timestep, on what the teacher drew: [B][T]."""
     scale = latent_scale(pipe)
     size = (latents.shape[-2] * scale, latents.shape[-1] * scale)
     noises = {
-        t: torch.stack([_noise(latents[0], draws.seeds[i], t) for i in rows])
-        for t in draws.timesteps
+        t: torch.stack([_make_noise(latents[0], settings.seeds[i], t) for i in rows])
+        for t in settings.timesteps
     }
     schedule = noise_schedule(pipe.scheduler)
-    conditioning = encode_conditioning(pipe, [draws.prompts[i] for i in rows], size)
-    found = epsilon_errors(denoiser_of(pipe), teacher, schedule, latents, noises, conditioning)
-    return found.T.tolist()
+    conditioning = encode_conditioning(pipe, [settings.prompts[i] for i in rows], size)
+    errors = epsilon_errors(denoiser_of(pipe), teacher, schedule, latents, noises, conditioning)
+    return errors.T.tolist()
 
 
-def _noise(like: Tensor, seed: int, timestep: int) -> Tensor:
+def _make_noise(like: Tensor, seed: int, timestep: int) -> Tensor:
     """Noise that depends on both numbers, and is not the one that a picture was drawn from."""
     mixed = int(np.random.SeedSequence((seed, timestep)).generate_state(1)[0])
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(mixed))
@@ -245,7 +247,7 @@ def _noise(like: Tensor, seed: int, timestep: int) -> Tensor:
 
 @contextmanager
 def recorded_latents(pipe: Any, count: int) -> Iterator[list[tuple[float, Tensor]]]:
-    """Keep (timestep, latents [count, C, h, w] after it) of every step while a pipeline draws.
+    """Keep (timestep, latents [count, C, h, w] after it) of every step while a pipeline settings.
 
     Every pipeline of diffusers asks its scheduler for each step. A DiT's batch is twice as large
     under guidance; its first half is kept.
@@ -287,35 +289,35 @@ def _record_of(folder: Path, rows: range) -> Path:
     return folder / RECORDS / f"{rows.start:05d}.json"
 
 
-def _is_record(found: Any, draws: Draws, rows: range) -> bool:
+def _is_record(record: Any, settings: EvaluationSettings, rows: range) -> bool:
     """Whether this is a whole record of a batch, with finite numbers only."""
     if (
-        not isinstance(found, dict)
-        or not found.keys() >= RECORDED
-        or found["samples"] != list(rows)
+        not isinstance(record, dict)
+        or not record.keys() >= RECORDED
+        or record["samples"] != list(rows)
     ):
         return False
     try:
-        timesteps = np.array(found["timesteps"], float)
-        width = {"epsilon_errors": len(draws.timesteps)}
+        timesteps = np.array(record["timesteps"], float)
+        width = {"epsilon_errors": len(settings.timesteps)}
         return timesteps.ndim == 1 and all(
             values.shape == (len(rows), width.get(name, len(timesteps)))
             and np.isfinite(values).all()
             for name in MEASURED
-            for values in (np.array(found[name], float),)
+            for values in (np.array(record[name], float),)
         )
     except (TypeError, ValueError):
         return False
 
 
-def _is_done(folder: Path, draws: Draws, rows: range) -> bool:
+def _is_done(folder: Path, settings: EvaluationSettings, rows: range) -> bool:
     """Whether the record of a batch is there and whole, and so are the pictures that it is of."""
     path = _record_of(folder, rows)
     try:
         record: Any = read_json(path) if path.exists() else None
-        return _is_record(record, draws, rows) and record["pictures"] == {
-            side: _digest_pictures(folder, side, rows) for side in SIDES
-        }
+        if not _is_record(record, settings, rows):
+            return False
+        return record["pictures"] == {side: _digest_pictures(folder, side, rows) for side in SIDES}
     except CheckpointError:  # damaged, or missing
         return False
 

@@ -53,8 +53,10 @@ def epsilon_error(
         part = slice(start, start + batch_size)
         conditioning = encode_conditioning(pipe, prompts[part], size)
         chosen = {t: noise[part] for t, noise in zip(timesteps, noises, strict=True)}
-        found = epsilon_errors(student, teacher, schedule, latents[part], chosen, conditioning)
-        errors.append(found.flatten())
+        part_errors = epsilon_errors(
+            student, teacher, schedule, latents[part], chosen, conditioning
+        )
+        errors.append(part_errors.flatten())
     return torch.cat(errors).mean().item()
 
 
@@ -100,10 +102,10 @@ def predictions(
     """
     alphas_cumprod, kind = schedule
     clean = latents.to(model.device, torch.float32)
-    found = []
+    outputs = []
     for t, noise in noises.items():
         steps = torch.full((len(clean),), t, device=clean.device)
         noisy = add_noise(clean, noise.to(clean.device), steps, alphas_cumprod).to(model.dtype)
         output = model(noisy, timestep=steps, return_dict=False, **conditioning)[0]
-        found.append(as_epsilon(output, noisy, steps, alphas_cumprod, kind))
-    return found
+        outputs.append(as_epsilon(output, noisy, steps, alphas_cumprod, kind))
+    return outputs

@@ -176,16 +176,16 @@ def check_extractor(name: str) -> None:
 def _of_transformers(name: str, device: str | torch.device) -> Extractor:
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-    config = loaded(AutoConfig, name)
+    config = load_network(AutoConfig, name)
     classes = "ForImageClassification" in str(config.architectures)
     vision = getattr(config, "vision_config", config)
     if not hasattr(vision, "num_channels") and not hasattr(vision, "image_size"):
         raise ConvFusionError(f"{name} is a {config.model_type} model, which looks at no pictures")
-    model = _whole(AutoModelForImageClassification if classes else AutoModel, name)
+    model = _load_whole(AutoModelForImageClassification if classes else AutoModel, name)
     usual = CLIP if hasattr(model, "get_image_features") else IMAGENET
     usual = HALVES if config.model_type.startswith("siglip") else usual
     told = preprocessing_of(name, vision, usual)
-    return _ready(Path(name).name, Backbone(model), told, device)
+    return _build_extractor(Path(name).name, Backbone(model), told, device)
 
 
 def _lite0(device: str | torch.device) -> Extractor:
@@ -199,18 +199,18 @@ def _lite0(device: str | torch.device) -> Extractor:
     model.load_state_dict(weights, assign=True)
     # TensorFlow's Lite models were trained on (x − 127)/128, unlike their larger siblings.
     told = Preprocessing(224, (127 / 255,) * 3, (128 / 255,) * 3)
-    return _ready("EfficientNet-Lite0", Lite0(model), told, device)
+    return _build_extractor("EfficientNet-Lite0", Lite0(model), told, device)
 
 
-def _ready(
+def _build_extractor(
     name: str, network: nn.Module, told: Preprocessing, device: str | torch.device
 ) -> Extractor:
     network = network.float().eval().requires_grad_(False)
     weights = fingerprint(network)
-    found = Extractor(name, network, told, weights)
-    _check_sight(found)
+    extractor = Extractor(name, network, told, weights)
+    _check_sight(extractor)
     network.to(device)
-    return found
+    return extractor
 
 
 def _check_sight(extractor: Extractor) -> None:
@@ -240,7 +240,7 @@ def preprocessing_of(name: str, vision: Any, usual: tuple[Color, Color]) -> Prep
         ConvFusionError: it is damaged.
     """
     file = "preprocessor_config.json"
-    path = _beside(name, file)
+    path = _find_beside(name, file)
     try:
         told = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
         size = told.get("crop_size") or told.get("size") or vision.image_size
@@ -255,7 +255,7 @@ def preprocessing_of(name: str, vision: Any, usual: tuple[Color, Color]) -> Prep
         ) from None
 
 
-def _beside(name: str, file: str) -> Path | None:
+def _find_beside(name: str, file: str) -> Path | None:
     """A file of a folder, or of a repository on the Hub; None if it has none."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
@@ -264,7 +264,7 @@ def _beside(name: str, file: str) -> Path | None:
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
     try:
-        return Path(hf_hub_download(name, file, local_files_only=not _reached(name)))
+        return Path(hf_hub_download(name, file, local_files_only=not _is_reachable(name)))
     except EntryNotFoundError:
         return None
 
@@ -287,9 +287,9 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield part
 
 
-def _whole(kind: Any, name: str) -> Any:
+def _load_whole(kind: Any, name: str) -> Any:
     """A model with all of its weights; a pooler without any, which would be random, is left out."""
-    model, told = loaded(kind, name, use_safetensors=True, output_loading_info=True)
+    model, told = load_network(kind, name, use_safetensors=True, output_loading_info=True)
     missing = {key for key in told["missing_keys"] if not key.startswith("pooler.")}
     if missing:
         raise ConvFusionError(
@@ -300,14 +300,14 @@ def _whole(kind: Any, name: str) -> Any:
     return model
 
 
-def loaded(kind: Any, name: str, **options: Any) -> Any:
+def load_network(kind: Any, name: str, **options: Any) -> Any:
     """What transformers finds under a name, without any code from there.
 
     Raises:
         ConvFusionError: nothing is there, or it cannot be read.
     """
     try:
-        if not Path(name).is_dir() and not _reached(name):
+        if not Path(name).is_dir() and not _is_reachable(name):
             options["local_files_only"] = True
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # damaged files raise errors of many kinds
@@ -318,7 +318,7 @@ def loaded(kind: Any, name: str, **options: Any) -> Any:
 
 
 @cache
-def _reached(name: str) -> bool:
+def _is_reachable(name: str) -> bool:
     """Whether the Hub answers for a name: asked once, since a download asks for half a minute."""
     from huggingface_hub import HfApi
 

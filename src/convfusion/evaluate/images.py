@@ -36,8 +36,8 @@ def mean_psnr(
         prompts: of each pair; by default each has a prompt of its own.
     """
     pairs = zip(images, references, strict=True)
-    found = [psnr(image, reference) for image, reference in pairs]
-    return mean_of_psnr([value if np.isfinite(value) else None for value in found], prompts)
+    values = [psnr(image, reference) for image, reference in pairs]
+    return mean_of_psnr([value if np.isfinite(value) else None for value in values], prompts)
 
 
 def mean_of_psnr(values: Sequence[float | None], prompts: Sequence[str] | None = None) -> Mean:
@@ -62,6 +62,6 @@ def ssim(image: Image.Image | np.ndarray, reference: Image.Image | np.ndarray) -
     if min(pair[0].shape[:2]) < SSIM_SIDE:
         raise ConvFusionError(f"SSIM needs pictures of {SSIM_SIDE}×{SSIM_SIDE} or more")
     one, other = (each.permute(2, 0, 1)[None] for each in pair)
-    found = structural_similarity_index_measure(one, other, data_range=255.0)
-    assert isinstance(found, torch.Tensor)
-    return found.item()
+    similarity = structural_similarity_index_measure(one, other, data_range=255.0)
+    assert isinstance(similarity, torch.Tensor)
+    return similarity.item()

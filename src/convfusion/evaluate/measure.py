@@ -14,7 +14,6 @@ from torch import Tensor
 
 from convfusion.evaluate.clip import Clip
 from convfusion.evaluate.drawing import OTHER, SIDES, STUDENT, TEACHER, read_pictures
-from convfusion.evaluate.draws import Draws
 from convfusion.evaluate.extractors import Extractor, Features
 from convfusion.evaluate.images import psnr, ssim
 from convfusion.evaluate.scores import (
@@ -27,6 +26,7 @@ from convfusion.evaluate.scores import (
     mean_of,
     neighbourhoods,
 )
+from convfusion.evaluate.settings import EvaluationSettings
 
 REAL = "real"
 NEIGHBOURS = 5  # that density and coverage look for
@@ -143,14 +143,14 @@ class Curves:
     latent_errors_other_seed: list[float]
 
 
-def curves(draws: Draws, records: list[dict[str, Any]]) -> Curves:
+def average_curves(settings: EvaluationSettings, records: list[dict[str, Any]]) -> Curves:
     """The curves that the records of a drawing give."""
 
     def mean(name: str) -> list[float]:
         return np.mean(list(chain.from_iterable(r[name] for r in records)), axis=0).tolist()
 
     return Curves(
-        timesteps=list(draws.timesteps),
+        timesteps=list(settings.timesteps),
         epsilon_errors=mean("epsilon_errors"),
         steps=records[0]["timesteps"],
         latent_errors=mean("trajectory"),
@@ -158,17 +158,20 @@ def curves(draws: Draws, records: list[dict[str, Any]]) -> Curves:
     )
 
 
-def sample_results(
-    folder: Path, draws: Draws, records: list[dict[str, Any]], seen: dict[str, Features]
+def compare_samples(
+    folder: Path,
+    settings: EvaluationSettings,
+    records: list[dict[str, Any]],
+    seen: dict[str, Features],
 ) -> list[SampleResult]:
     """Every sample, in order."""
-    pictures = [read_pictures(folder, side, len(draws)) for side in SIDES]
+    pictures = [read_pictures(folder, side, len(settings)) for side in SIDES]
     features = {side: seen[side].features.double() for side in SIDES}
     cosines = {side: torch.cosine_similarity(features[side], features[TEACHER]) for side in SIDES}
     epsilon = chain.from_iterable(record["epsilon_errors"] for record in records)
     latents = chain.from_iterable(record["trajectory"] for record in records)
     rows = zip(zip(*pictures, strict=True), epsilon, latents, strict=True)
-    found = []
+    results = []
     for i, ((teacher, student, other), errors, strayed) in enumerate(rows):
         alike = {
             side: Likeness(
@@ -176,21 +179,21 @@ def sample_results(
             )
             for side, image in ((STUDENT, student), (OTHER, other))
         }
-        found.append(
+        results.append(
             SampleResult(
                 index=i,
-                prompt=draws.prompts[i],
-                seed=draws.seeds[i],
+                prompt=settings.prompts[i],
+                seed=settings.seeds[i],
                 student=alike[STUDENT],
                 other_seed=alike[OTHER],
                 epsilon_error=float(np.mean(errors)),
                 latent_error=strayed[-1],
             )
         )
-    return found
+    return results
 
 
-def distributions(seen: dict[str, Features], prompts: Sequence[str]) -> list[Distribution]:
+def compare_sets(seen: dict[str, Features], prompts: Sequence[str]) -> list[Distribution]:
     """The comparisons that a report shows, each with what the teacher itself has beside it.
 
     The student is compared with the teacher's pictures from other noises: from equal noises the
@@ -238,14 +241,14 @@ def _distribution(
     )
 
 
-def set_scores(
+def score_sets(
     seen: dict[str, Features], clips: dict[str, Tensor], prompts: Sequence[str]
 ) -> list[SetScores]:
     """Scores of each set; `clips` has the CLIP scores [n] of each drawn one, or nothing."""
-    found = []
+    scores = []
     for side, each in seen.items():
         clip = mean_of(clips[side].tolist(), prompts) if side in clips else Mean(None, None)
-        found.append(
+        scores.append(
             SetScores(
                 side,
                 len(each.features),
@@ -253,17 +256,19 @@ def set_scores(
                 *clip,
             )
         )
-    return found
+    return scores
 
 
-def look(extractor: Extractor, folder: Path, count: int) -> dict[str, Features]:
+def extract_features(extractor: Extractor, folder: Path, count: int) -> dict[str, Features]:
     """Features of the drawn pictures."""
     return {side: extractor(read_pictures(folder, side, count)) for side in SIDES}
 
 
-def clip_of(clip: Clip, folder: Path, draws: Draws, texts: Tensor) -> dict[str, Tensor]:
+def score_with_clip(
+    clip: Clip, folder: Path, settings: EvaluationSettings, texts: Tensor
+) -> dict[str, Tensor]:
     """CLIP scores [n] of the drawn pictures with their prompts, embedded as `texts` [n, d]."""
-    seen = look(clip.images, folder, len(draws))
+    seen = extract_features(clip.images, folder, len(settings))
     return {side: clip_scores(each.features, texts) for side, each in seen.items()}
 
 

@@ -84,8 +84,8 @@ def decoded(
             for part in data.latents.split(batch_size):
                 scaled = part.to(vae.device, vae.dtype) / vae.config.scaling_factor
                 with torch.no_grad():
-                    found = vae.decode(scaled, return_dict=False)[0]
-                for image in processor.postprocess(found, output_type="pil"):
+                    pixels = vae.decode(scaled, return_dict=False)[0]
+                for image in processor.postprocess(pixels, output_type="pil"):
                     yield image, ""
 
     return RealPictures(spec, pictures, size)

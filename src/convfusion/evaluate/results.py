@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER
 from convfusion.evaluate.images import mean_of_psnr
 from convfusion.evaluate.measure import Curves, Distribution, SampleResult, SetScores
 from convfusion.evaluate.scores import mean_of
-from convfusion.files import write_text
+from convfusion.files import write_csv, write_text
 
 SCHEMA = "convfusion-evaluation-1"
 
@@ -52,17 +50,19 @@ class Evaluation:
         """Write `evaluation.json`, `evaluation.csv` and `samples.csv`."""
         from convfusion import __version__
 
-        told = {"schema": SCHEMA, "version": __version__, **asdict(self)}
-        text = json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False)
+        content = {"schema": SCHEMA, "version": __version__, **asdict(self)}
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
         write_text(folder / "evaluation.json", text + "\n")
-        write_text(folder / "evaluation.csv", _table(metrics(self)))
-        write_text(folder / "samples.csv", _table([_flat(each) for each in self.samples]))
+        rows = list_metrics(self)
+        write_csv(folder / "evaluation.csv", list(rows[0]), rows)
+        samples = [_flatten(sample) for sample in self.samples]
+        write_csv(folder / "samples.csv", list(samples[0]), samples)
 
 
-def metrics(found: Evaluation) -> list[dict[str, Any]]:
+def list_metrics(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Every number that sums up an evaluation, as the rows of `evaluation.csv`."""
     rows: list[dict[str, Any]] = []
-    count = len(found.samples)
+    count = len(evaluation.samples)
 
     def add(
         metric: str, pictures: str, reference: str, value: float | None, error: float | None = None
@@ -77,51 +77,43 @@ def metrics(found: Evaluation) -> list[dict[str, Any]]:
                     "standard_error": error,
                     "samples": counts.get(pictures, count),
                     "reference_samples": counts.get(reference),
-                    "network": networks.get(metric, found.extractor["name"]),
+                    "network": networks.get(metric, evaluation.extractor["name"]),
                 }
             )
 
     # What no network is asked for, and what another one than the extractor is.
     networks = dict.fromkeys(("epsilon_error", "latent_error", "psnr", "ssim"), "")
-    networks["clip_score"] = found.clip["name"] if found.clip else ""
-    counts = {each.pictures: each.samples for each in found.scores}
-    prompts = [each.prompt for each in found.samples]
+    networks["clip_score"] = evaluation.clip["name"] if evaluation.clip else ""
+    counts = {each.pictures: each.samples for each in evaluation.scores}
+    prompts = [each.prompt for each in evaluation.samples]
     for name in ("epsilon_error", "latent_error"):
-        values = [getattr(each, name) for each in found.samples]
+        values = [getattr(each, name) for each in evaluation.samples]
         add(name, STUDENT, TEACHER, *mean_of(values, prompts))
-    add("latent_error", OTHER, TEACHER, found.curves.latent_errors_other_seed[-1])
+    add("latent_error", OTHER, TEACHER, evaluation.curves.latent_errors_other_seed[-1])
     for side, name in ((STUDENT, "student"), (OTHER, "other_seed")):
-        alike = [getattr(each, name) for each in found.samples]
+        alike = [getattr(each, name) for each in evaluation.samples]
         add("psnr", side, TEACHER, *mean_of_psnr([each.psnr for each in alike], prompts))
         for metric in ("ssim", "cosine"):
             values = [getattr(each, metric) for each in alike]
             add(metric, side, TEACHER, *mean_of(values, prompts))
-    for row in found.distributions:
+    for row in evaluation.distributions:
         add("frechet_distance", row.pictures, row.reference, row.frechet)
         add("kernel_distance", row.pictures, row.reference, row.kid, row.kid_error)
         excess = row.kid_excess, row.kid_excess_error
         add("excess_kernel_distance", row.pictures, row.reference, *excess)
         for metric in ("precision", "recall", "density", "coverage"):
             add(metric, row.pictures, row.reference, getattr(row, metric))
-    for each in found.scores:
+    for each in evaluation.scores:
         add("class_score", each.pictures, "", each.class_score)
         add("clip_score", each.pictures, "prompts", each.clip, each.clip_error)
     return rows
 
 
-def _flat(row: SampleResult) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flatten(row: SampleResult) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
     for key, value in asdict(row).items():
         if isinstance(value, dict):
-            found |= {f"{key}_{name}": inner for name, inner in value.items()}
+            columns |= {f"{key}_{name}": inner for name, inner in value.items()}
         else:
-            found[key] = value
-    return found
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+            columns[key] = value
+    return columns

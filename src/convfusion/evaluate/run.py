@@ -14,14 +14,21 @@ from PIL import Image
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import measure
 from convfusion.evaluate.clip import Clip
-from convfusion.evaluate.drawing import RECORDS, SIDES, STUDENT, check_place, draw, process
-from convfusion.evaluate.draws import Draws, settings_of, size_of
+from convfusion.evaluate.drawing import (
+    RECORDS,
+    SIDES,
+    STUDENT,
+    check_place,
+    draw_pictures,
+    read_rank,
+)
 from convfusion.evaluate.extractors import Extractor, Features
 from convfusion.evaluate.images import SSIM_SIDE
 from convfusion.evaluate.measure import REAL
 from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import RealPictures
 from convfusion.evaluate.results import Evaluation
+from convfusion.evaluate.settings import EvaluationSettings, identify_pictures, size_of
 from convfusion.families import check_captioned, denoiser_of, family_of
 from convfusion.families.calls import check_call
 from convfusion.folders import locked, remove_remains
@@ -34,7 +41,7 @@ Progress = Callable[[str, int], None]
 
 def evaluate(
     pipe: Any,
-    draws: Draws,
+    settings: EvaluationSettings,
     out: str | Path,
     *,
     extractor: Extractor,
@@ -48,7 +55,7 @@ def evaluate(
 
     Args:
         pipe: the student's pipeline.
-        draws: prompts, seeds and how to draw them.
+        settings: prompts, seeds and how to draw them.
         out: folder for pictures and results: new, empty, or begun with the same settings.
         extractor: of the features that distances rest on.
         teacher: another pipeline, or None for the attention that the student's blocks replaced.
@@ -67,44 +74,45 @@ def evaluate(
     folder = Path(out)
     check_installed("torchmetrics", "matplotlib", extra="eval")
     reference = teacher_denoiser(pipe, teacher)
-    check_draws(pipe, draws)
-    settings = settings_of(pipe, reference, draws)
-    check_place(folder, settings)
+    check_settings(pipe, settings)
+    identity = identify_pictures(pipe, reference, settings)
+    check_place(folder, identity)
     if real is not None:
         check_real(real)
-    main = process()[0] == 0  # of the processes of a launcher, which share the folder
+    main = read_rank()[0] == 0  # of the processes of a launcher, which share the folder
     with locked(folder) if main else nullcontext():
         if main:
             remove_remains(folder, *(folder / name for name in (*SIDES, RECORDS)))
-        texts = clip.texts(list(draws.prompts)) if clip and main else None
+        texts = clip.embed_texts(list(settings.prompts)) if clip and main else None
         on_drawn = partial(on_progress, "drawing")
-        records = draw(pipe, reference, draws, folder, settings, on_progress=on_drawn)
+        records = draw_pictures(pipe, reference, settings, folder, identity, on_progress=on_drawn)
         if records is None:
             return None
-        on_progress("measuring", len(draws))
-        seen = measure.look(extractor, folder, len(draws))
+        on_progress("measuring", len(settings))
+        seen = measure.extract_features(extractor, folder, len(settings))
         if real is not None:
             seen[REAL] = extractor(real)
         clips = {}
         if clip is not None and texts is not None:
-            clips = measure.clip_of(clip, folder, draws, texts)
+            clips = measure.score_with_clip(clip, folder, settings, texts)
         about = {
             "student": names[0],
             "teacher": names[1],
-            "settings": _about_draws(pipe, draws),
-            "model": {key: value for key, value in settings.items() if key != "draws"},
-            "extractor": _about(extractor) | {"features": seen[STUDENT].features.shape[1]},
-            "clip": _about(clip.images) if clip else None,
-            "real": _about_real(real, seen[REAL]) if real else None,
+            "settings": _describe_settings(pipe, settings),
+            "model": {key: value for key, value in identity.items() if key != "settings"},
+            "extractor": _describe_network(extractor)
+            | {"features": seen[STUDENT].features.shape[1]},
+            "clip": _describe_network(clip.images) if clip else None,
+            "real": _describe_real(real, seen[REAL]) if real else None,
         }
-        found = _measured(about, draws, folder, records, seen, clips)
-        write_results(found, folder)
-        return found
+        evaluation = _sum_up(about, settings, folder, records, seen, clips)
+        write_results(evaluation, folder)
+        return evaluation
 
 
-def _measured(
+def _sum_up(
     about: dict[str, Any],
-    draws: Draws,
+    settings: EvaluationSettings,
     folder: Path,
     records: list[dict[str, Any]],
     seen: dict[str, Features],
@@ -113,35 +121,35 @@ def _measured(
     """An evaluation from all that was drawn and seen; `about` has its other fields."""
     return Evaluation(
         **about,
-        samples=measure.sample_results(folder, draws, records, seen),
-        curves=measure.curves(draws, records),
-        distributions=measure.distributions(seen, draws.prompts),
-        scores=measure.set_scores(seen, clips, draws.prompts),
+        samples=measure.compare_samples(folder, settings, records, seen),
+        curves=measure.average_curves(settings, records),
+        distributions=measure.compare_sets(seen, settings.prompts),
+        scores=measure.score_sets(seen, clips, settings.prompts),
     )
 
 
-def write_results(found: Evaluation, folder: Path) -> None:
+def write_results(evaluation: Evaluation, folder: Path) -> None:
     """Write `evaluation.json`, `evaluation.csv`, `samples.csv` and `report.html`."""
     from convfusion.evaluate.page import write_page  # with matplotlib
 
-    found.save(folder)
-    write_page(found, folder)
+    evaluation.save(folder)
+    write_page(evaluation, folder)
 
 
-def check_draws(pipe: Any, draws: Draws) -> None:
+def check_settings(pipe: Any, settings: EvaluationSettings) -> None:
     """Raise a ConvFusionError unless a pipeline can draw this."""
     check_captioned(pipe)
-    check_call(pipe, list(draws.prompts), draws.size, {})
-    size = size_of(pipe, draws)
-    check_steps(pipe, draws.steps)
+    check_call(pipe, list(settings.prompts), settings.size, {})
+    size = size_of(pipe, settings)
+    check_steps(pipe, settings.steps)
     count = len(noise_schedule(pipe.scheduler)[0])
-    if max(draws.timesteps) >= count:
+    if max(settings.timesteps) >= count:
         raise ConvFusionError(
-            f"the timestep {max(draws.timesteps)} is beyond the last, {count - 1}"
+            f"the timestep {max(settings.timesteps)} is beyond the last, {count - 1}"
         )
     family = family_of(denoiser_of(pipe))
-    family.check_prompts(pipe, draws.prompts)
-    check_guidance(pipe, draws.guidance)
+    family.check_prompts(pipe, settings.prompts)
+    check_guidance(pipe, settings.guidance)
     check_size(pipe, size)
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and size[0] * size[1] > most:
@@ -156,30 +164,30 @@ def check_draws(pipe: Any, draws: Draws) -> None:
 
 def check_real(real: RealPictures) -> None:
     """Raise a ConvFusionError unless there are two real pictures that can be used."""
-    found = len(list(islice(real, 2)))
-    if found < 2:
+    usable = len(list(islice(real, 2)))
+    if usable < 2:
         reasons = ", ".join(f"{n}× {reason}" for reason, n in real.skipped.items())
         raise ConvFusionError(
-            f"{found or 'none'} of the pictures of {real.spec} can be used, and 2 or more are "
+            f"{usable or 'none'} of the pictures of {real.spec} can be used, and 2 or more are "
             "needed" + (f" ({reasons})" if reasons else "")
         )
 
 
-def _about_draws(pipe: Any, draws: Draws) -> dict[str, Any]:
+def _describe_settings(pipe: Any, settings: EvaluationSettings) -> dict[str, Any]:
     return {
-        "samples": len(draws),
-        "prompts": len(set(draws.prompts)),
-        "steps": draws.steps,
-        "guidance": draws.guidance,
-        "size": list(size_of(pipe, draws)),
-        "batch_size": draws.batch_size,
+        "samples": len(settings),
+        "prompts": len(set(settings.prompts)),
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "size": list(size_of(pipe, settings)),
+        "batch_size": settings.batch_size,
     }
 
 
-def _about(extractor: Extractor) -> dict[str, Any]:
-    told = {"name": extractor.name, "weights": extractor.weights}
-    return told | {"side": extractor.preprocessing.side}
+def _describe_network(extractor: Extractor) -> dict[str, Any]:
+    side = extractor.preprocessing.side
+    return {"name": extractor.name, "weights": extractor.weights, "side": side}
 
 
-def _about_real(real: RealPictures, seen: Features) -> dict[str, Any]:
+def _describe_real(real: RealPictures, seen: Features) -> dict[str, Any]:
     return {"name": real.spec, "samples": len(seen.features), "skipped": dict(real.skipped)}

@@ -69,8 +69,8 @@ def _groups(count: int, prompts: Sequence[str] | None) -> Tensor:
     if len(prompts) != count:
         raise ConvFusionError(f"a prompt is needed for each of {count} rows, not {len(prompts)}")
     numbers: dict[str, int] = {}
-    found = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
-    return torch.tensor(found, dtype=torch.long)
+    groups = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    return torch.tensor(groups, dtype=torch.long)
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
@@ -160,8 +160,8 @@ def kernel_distance(
     value = _discrepancy(own.all, theirs.all, total, torch.tensor(n), torch.tensor(m)).item()
     if paired:
         shared = _by_group(across + back, groups) - _within(one, other, groups)
-        found = _discrepancy(own.rest, theirs.rest, total - shared, rest, rest_other)
-        return KernelDistance(value, (found,))
+        rest_value = _discrepancy(own.rest, theirs.rest, total - shared, rest, rest_other)
+        return KernelDistance(value, (rest_value,))
     left, right = total - _by_group(across, groups), total - _by_group(back, others)
     without_one = _discrepancy(own.rest, theirs.all, left, rest, torch.tensor(m))
     without_other = _discrepancy(own.all, theirs.rest, right, torch.tensor(n), rest_other)
@@ -286,8 +286,8 @@ def _radii(features: Tensor, counts: tuple[int, ...]) -> list[Tensor]:
         own = torch.arange(len(part))
         apart[own, start + own] = torch.inf  # a row is no neighbour of itself; its twin is
         nearest.append(apart.topk(max(counts), largest=False).values)
-    found = torch.cat(nearest) * (1 + 1e-9)  # a ball holds, despite rounding, what it ends at
-    return [found[:, k - 1] for k in counts]
+    radii = torch.cat(nearest) * (1 + 1e-9)  # a ball holds, despite rounding, what it ends at
+    return [radii[:, k - 1] for k in counts]
 
 
 def inception_score(logits: Tensor) -> float:

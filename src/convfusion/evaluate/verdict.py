@@ -25,11 +25,11 @@ def give_verdict(evaluation: Evaluation) -> str:
     )
     return (
         f"{alike}; the teacher’s own pictures from different noises have {other}. "
-        f"{compare_sets(evaluation.distributions[0], evaluation.settings['prompts'])}"
+        f"{compare_with_chance(evaluation.distributions[0], evaluation.settings['prompts'])}"
     )
 
 
-def compare_sets(student: Distribution, prompts: int) -> str:
+def compare_with_chance(student: Distribution, prompts: int) -> str:
     """Whether the student's set is further from the teacher's than chance has it."""
     excess, error = student.kid_excess, student.kid_excess_error
     if excess is None or error is None or prompts <= NEIGHBOURS:

@@ -20,7 +20,7 @@ from convfusion.surgery import mixers_of
 
 
 @dataclass(frozen=True)
-class Draws:
+class EvaluationSettings:
     """What teacher and student draw.
 
     Attributes:
@@ -71,7 +71,9 @@ class Draws:
         return [range(start, min(start + self.batch_size, len(self))) for start in starts]
 
 
-def plan(prompts: list[str], samples: int | None, seed: int, **settings: Any) -> Draws:
+def plan_evaluation(
+    prompts: list[str], samples: int | None, seed: int, **settings: Any
+) -> EvaluationSettings:
     """Samples of some prompts, with seeds that count on from one.
 
     Args:
@@ -79,7 +81,7 @@ def plan(prompts: list[str], samples: int | None, seed: int, **settings: Any) ->
         samples: how many; fewer than prompts take those that are evenly spread over the list, more
             must be a multiple of their number, and None is one of each.
         seed: of the first sample.
-        settings: further fields of `Draws`.
+        settings: further fields of `EvaluationSettings`.
 
     Raises:
         ConvFusionError: there are no prompts, or prompts would count unequally.
@@ -96,15 +98,15 @@ def plan(prompts: list[str], samples: int | None, seed: int, **settings: Any) ->
     if count < len(prompts):
         prompts = [prompts[int((i + 0.5) * len(prompts) / count)] for i in range(count)]
     chosen = tuple(prompts[i % len(prompts)] for i in range(count))
-    return Draws(chosen, tuple(range(seed, seed + count)), **settings)
+    return EvaluationSettings(chosen, tuple(range(seed, seed + count)), **settings)
 
 
-def size_of(pipe: Any, draws: Draws) -> tuple[int, int]:
+def size_of(pipe: Any, settings: EvaluationSettings) -> tuple[int, int]:
     """(height, width) of the pictures that are drawn."""
-    return draws.size or native_size(pipe)
+    return settings.size or native_size(pipe)
 
 
-def settings_of(pipe: Any, teacher: Denoiser, draws: Draws) -> dict[str, Any]:
+def identify_pictures(pipe: Any, teacher: Denoiser, settings: EvaluationSettings) -> dict[str, Any]:
     """Everything that the pictures depend on, for JSON."""
     student = denoiser_of(pipe)
     denoisers = {"teacher": teacher, "student": student}
@@ -120,5 +122,5 @@ def settings_of(pipe: Any, teacher: Denoiser, draws: Draws) -> dict[str, Any]:
         "scheduler": scheduler_identity(pipe.scheduler),
         "precision": str(student.dtype).removeprefix("torch."),
         "device": student.device.type,
-        "draws": asdict(draws) | {"size": size_of(pipe, draws)},
+        "settings": asdict(settings) | {"size": size_of(pipe, settings)},
     }
