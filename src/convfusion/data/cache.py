@@ -96,8 +96,7 @@ def build_cache(
         buckets: choose for each picture among sizes of about this area the one of nearest ratio.
         num_workers: processes that read, decode and resize; 0 does so in this one.
         batch_size: pictures, or captions, that are encoded or drawn at once.
-        half: keep numbers in float16: half the space. Latents of a large model are then rounded by
-            up to 0.05 %. By default they are kept as they were computed.
+        half: keep numbers in float16, in half the space; latents are rounded by up to 0.05 %.
         on_progress: called with the number of samples done, after each chunk.
 
     Raises:
@@ -117,19 +116,10 @@ def build_cache(
         check_guidance(pipe, drawing.guidance)
     _check_place(folder)
     encoder = Encoder(pipe, batch_size, half, drawing)
+    rests_on = _rests_on(pipe)  # in the precision that the pipeline was loaded in
     with ExitStack() as stack:
-        settings = {"format": FORMAT, "family": family_of(denoiser_of(pipe)).name}
-        settings["rests_on"] = _rests_on(pipe)
-        if drawing is None:
-            stack.enter_context(upcast_vae(pipe.vae))
-        else:
-            stack.enter_context(_as_teacher(pipe))
-            settings["drawn_by"] = {
-                "teacher": module_identity(denoiser_of(pipe)),
-                "scheduler": scheduler_identity(pipe.scheduler),
-            }
-        settings |= {"size": list(sizes[0]), "buckets": [list(each) for each in sizes]}
-        settings |= {"batch_size": batch_size, "half": half, "source": source.description()}
+        stack.enter_context(upcast_vae(pipe.vae) if drawing is None else _as_teacher(pipe))
+        settings = {"rests_on": rests_on, **_settings_of(pipe, source, sizes, encoder)}
         if _is_complete(folder, settings):
             return LatentCache(folder)
         stack.enter_context(locked(folder))
@@ -137,12 +127,37 @@ def build_cache(
         if _is_complete(folder, settings):  # by another process meanwhile
             return LatentCache(folder)
         _begin(folder, settings, encoder, sizes)
-        records = {key_of(path): read_object(path) for path in (folder / CHUNKS).glob("*.json")}
-        reader = Reader(source, sizes, _missing(records, source.units))
-        events = read_with(reader, 0 if drawing else num_workers)
-        _work(folder, events, encoder, records, on_progress or (lambda done: None))
-        _finish(folder, source, [records[key] for key in sorted(records)])
+        _fill(folder, source, sizes, encoder, num_workers, on_progress or (lambda done: None))
     return LatentCache(folder)
+
+
+def _settings_of(pipe: Any, source: Source, sizes: list[Size], encoder: Encoder) -> dict[str, Any]:
+    """What decides the content of a cache beside the identity of the pipeline's parts."""
+    settings: dict[str, Any] = {"format": FORMAT, "family": family_of(denoiser_of(pipe)).name}
+    if encoder.drawing is not None:
+        settings["drawn_by"] = {
+            "teacher": module_identity(denoiser_of(pipe)),
+            "scheduler": scheduler_identity(pipe.scheduler),
+        }
+    settings |= {"size": list(sizes[0]), "buckets": [list(size) for size in sizes]}
+    settings |= {"batch_size": encoder.batch_size, "half": encoder.half}
+    return settings | {"source": source.description()}
+
+
+def _fill(
+    folder: Path,
+    source: Source,
+    sizes: list[Size],
+    encoder: Encoder,
+    num_workers: int,
+    on_progress: Callable[[int], None],
+) -> None:
+    """Write the chunks that are missing, and close the manifest."""
+    records = {key_of(path): read_object(path) for path in (folder / CHUNKS).glob("*.json")}
+    reader = Reader(source, sizes, _missing(records, source.units))
+    events = read_with(reader, 0 if encoder.drawing else num_workers)
+    _work(folder, events, encoder, records, on_progress)
+    _finish(folder, source, [records[key] for key in sorted(records)])
 
 
 def _sizes(pipe: Any, source: Source, size: Size | None, wanted: bool) -> list[Size]:
