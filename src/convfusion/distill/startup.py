@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.analysis.streaming import Measure, OffsetMeans, mean_offsets, offset_means
-from convfusion.data.latents import LatentDataset, TrainingData, training_data
+from convfusion.data.latents import LatentDataset, TrainingData, prepare_data
 from convfusion.distill.draws import Batches
 from convfusion.families import Site, denoiser_of
 from convfusion.families.conditioning import place_conditioning
@@ -77,7 +77,7 @@ def start_from_attention(
             means = offset_means(query, key, attention.scale, grid, radius, settings)
             found[site.path].append(means)
 
-    ready = training_data(pipe, data)
+    ready = prepare_data(pipe, data)
     batches = Batches(ready.groups, min(batch_size, pictures), seed)
     generator = torch.Generator().manual_seed(seed)
     schedule, _ = noise_schedule(pipe.scheduler)

@@ -81,18 +81,18 @@ def check_call(pipe: Any, prompts: Any, size: Any, options: Mapping[str, Any]) -
 def _check_needed(pipe: Any, named: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Raise a ConvFusionError if a pipeline draws from more than it is given."""
     kind = type(pipe).__name__
-    told = {name for name, value in options.items() if value is not None}
+    passed = {name for name, value in options.items() if value is not None}
     missing = [
-        name for name, instead in NEEDED.items() if name in named and not told & {name, *instead}
+        name for name, instead in NEEDED.items() if name in named and not passed & {name, *instead}
     ]
-    if missing == ["image_latents"] and "image" in told:
+    if missing == ["image_latents"] and "image" in passed:
         missing = []
     missing += [
         name
         for name, parameter in named.items()
         if parameter.default is parameter.empty
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        and name not in {"self", *OURS, *missing, *told}
+        and name not in {"self", *OURS, *missing, *passed}
     ]
     if missing:
         raise ConvFusionError(
@@ -191,10 +191,10 @@ def _count(name: str, value: Any, count: int) -> int | None:
 def _check_count(name: str, value: Any, count: int) -> None:
     if isinstance(value, Mapping):
         return
-    found = _count(name, _unpacked(value), count)
-    if found not in (None, count):
+    length = _count(name, _unpacked(value), count)
+    if length not in (None, count):
         raise ConvFusionError(
-            f"{name} is for {found} prompts, and there are {count}: give one for each"
+            f"{name} is for {length} prompts, and there are {count}: give one for each"
         )
 
 

@@ -60,8 +60,8 @@ def backward(
     flows: list[Any] = [*map(torch.empty_like, inputs[:-1]), None]
     with torch.cuda.device_of(tokens):
         for i, side in enumerate(sides):
-            given = grad if i == 0 else _upsample_grad(grad, inputs[i], side, grid, i)
-            before.append(_gate_grad(given, inputs[i], inputs[i + 1], weights[i], side, gate))
+            own = grad if i == 0 else _upsample_grad(grad, inputs[i], side, grid, i)
+            before.append(_gate_grad(own, inputs[i], inputs[i + 1], weights[i], side, gate))
         for i in reversed(range(len(sides))):
             _over_tiles(
                 kernels.conv_input_grad, weights[i], sides[i], tokens.shape[-1],
@@ -71,7 +71,7 @@ def backward(
         if not weight_grad:
             return flows[0], weights.new_empty(0)
         parts = zip(inputs[:-1], before, sides, strict=True)
-        grads = [_weight_grad(x, given, weights, side) for x, given, side in parts]
+        grads = [_weight_grad(x, flow, weights, side) for x, flow, side in parts]
     return flows[0], torch.stack(grads)
 
 
