@@ -15,7 +15,7 @@ from convfusion.data.buckets import Size, choose_step, list_buckets
 from convfusion.data.chunks import Chunk, Encoder, Event, Reader, Ready, format_size, read_events
 from convfusion.data.pictures import upcast_vae
 from convfusion.data.samples import Source
-from convfusion.data.sources import Prompts, open_source
+from convfusion.data.sources import Drawing, Prompts, open_source
 from convfusion.data.store import (
     CHUNKS,
     EMPTY,
@@ -31,7 +31,7 @@ from convfusion.families import check_captioned, denoiser_of, family_of, native_
 from convfusion.files import write_tensors, write_text
 from convfusion.fingerprint import differences, identity, module_identity, scheduler_identity
 from convfusion.folders import LOCK, is_unfinished, locked, remove_remains
-from convfusion.generate import check_guidance, check_size, check_steps, swapped_denoiser
+from convfusion.generate import can_guide, check_guidance, check_size, check_steps, swapped_denoiser
 from convfusion.surgery import attention_teacher, mixers_of
 
 NAMED = 20  # of the skipped samples, for each reason
@@ -88,8 +88,8 @@ def build_cache(
     Args:
         pipe: whose VAE and text encoders are asked. Prompts are drawn by its own attention, whether
             it is converted or not.
-        source: from `open_source`, or what that opens: a folder, a table, tar shards, `hf:NAME`
-            or a file of prompts.
+        source: from `open_source`, or what that opens; prompts are then drawn with its defaults,
+            without guidance where the pipeline has none.
         folder: new, empty, or with an unfinished cache of the same source and settings.
         size: (height, width) of the pictures, by default the pipeline's own.
         buckets: choose for each picture among sizes of about this area the one of nearest ratio.
@@ -104,8 +104,7 @@ def build_cache(
     """
     folder = Path(folder)
     check_captioned(pipe)
-    if isinstance(source, str | Path):
-        source = open_source(source)
+    source = _open(pipe, source)
     sizes = _choose_sizes(pipe, source, size, buckets)
     if num_workers < 0 or batch_size < 1:
         raise ConvFusionError("num_workers must be at least 0, and batch_size at least 1")
@@ -159,6 +158,13 @@ def _fill(
     events = read_events(reader, 0 if encoder.drawing else num_workers)
     _encode_events(folder, events, encoder, records, on_progress)
     _finish(folder, source, [records[key] for key in sorted(records)])
+
+
+def _open(pipe: Any, source: Source | str | Path) -> Source:
+    """A source as it is, or the one that a string or path stands for."""
+    if not isinstance(source, str | Path):
+        return source
+    return open_source(source, drawing=Drawing() if can_guide(pipe) else Drawing(guidance=1.0))
 
 
 def _choose_sizes(pipe: Any, source: Source, size: Size | None, wanted: bool) -> list[Size]:
