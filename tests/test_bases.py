@@ -159,6 +159,9 @@ def test_a_single_file_goes_to_its_pipeline(kind, tmp_path, monkeypatch):
     seen = []
 
     class Loaded:
+        def __init__(self):
+            self.components = {}
+
         def to(self, device):
             return self
 

@@ -21,7 +21,7 @@ from tiny_pipelines import PIPELINES, stable_diffusion
 from convfusion import CheckpointError, ConvFusionError
 from convfusion.data import TrainingData, cache, chunks
 from convfusion.data.cache import build_cache, open_cache
-from convfusion.data.pictures import cover, encode_pictures, upcast_vae
+from convfusion.data.pictures import crop_to_cover, encode_pictures, upcast_vae
 from convfusion.data.samples import CHUNK
 from convfusion.data.sources import open_source
 from convfusion.data.store import LatentCache
@@ -86,7 +86,7 @@ def test_samples_are_what_encoding_on_the_fly_gives(pipe, whole):
     assert [list(group) for group in found.groups] == [[*range(COUNT)]]
     indices = [0, CHUNK, COUNT - 1, 5]
     latents, told = found.take(indices, [False, False, True, False])
-    pixels = np.stack([cover(picture(i), (16, 16)) for i in indices])
+    pixels = np.stack([crop_to_cover(picture(i), (16, 16)) for i in indices])
     torch.testing.assert_close(latents, encode_pictures(pipe.vae, pixels), rtol=1e-4, atol=1e-5)
     captions = [caption(0), caption(CHUNK), "", caption(5)]
     expected = flatten_conditioning(encode_conditioning(pipe, captions, (16, 16)))

@@ -81,7 +81,7 @@ def test_a_dit_skips_what_is_no_class(tmp_path):
     told = built.take([0, 1, 0], [False, False, True])[1]["class_labels"]
     assert told.tolist() == [0, 3, 10]
     assert list(built.manifest["rests_on"]) == ["vae", "class names"]
-    with pytest.raises(ConvFusionError, match="leave size and buckets out"):
+    with pytest.raises(ConvFusionError, match="leave the buckets out"):
         build_cache(pipe, open_source(str(tmp_path)), tmp_path / "other", buckets=True)
 
 

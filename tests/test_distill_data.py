@@ -7,7 +7,7 @@ from tiny_pipelines import PIPELINES, block_weights, stable_diffusion
 
 import convfusion
 from convfusion import ConvFusionError
-from convfusion.data import LatentDataset, build_cache, hold_out, training_data
+from convfusion.data import LatentDataset, build_cache, hold_out, prepare_data
 from convfusion.distill import DistillConfig, distill
 from convfusion.distill.draws import Batches
 from convfusion.distill.losses import feature_losses, min_snr_weight, weighted_mse
@@ -98,14 +98,14 @@ def test_class_labels_are_checked():
 def test_equal_pictures_are_not_on_both_sides_of_a_split():
     pictures = torch.randn(6, 4, 8, 8)
     latents = torch.cat([pictures, pictures[:4] * (1 + 1e-5)])  # as another batch rounds them
-    data = training_data(PIPELINES["sd"](), LatentDataset(latents, list("abcdefghij")))
+    data = prepare_data(PIPELINES["sd"](), LatentDataset(latents, list("abcdefghij")))
     for seed in range(5):
         train, apart = hold_out(data, 3, seed)
         assert len(apart.captions) == 3
         sides = [{"abcdefabcd"["abcdefghij".index(c)] for c in p.captions} for p in (train, apart)]
         assert not sides[0] & sides[1]
         assert sides[0] | sides[1] == set("abcdef")  # nothing else is lost
-    same = training_data(
+    same = prepare_data(
         PIPELINES["sd"](), LatentDataset(pictures[:1].repeat(3, 1, 1, 1), ["a"] * 3)
     )
     with pytest.raises(ConvFusionError, match="all others have the same pictures"):

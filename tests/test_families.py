@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import HunyuanDiT2DModel
 from own_denoiser import PatchTransformer2DModel
 from PIL import Image
 from tiny_models import CASES
@@ -129,3 +130,16 @@ def test_the_family_in_the_docs_does_everything(own_pipeline, tmp_path):
     convfusion.load(pipe, tmp_path / "blocks")
     assert len(list_sites(pipe.unet)) == 2
     assert convfusion.status(pipe).family == "patch_transformer"
+
+
+def test_a_class_that_hands_no_keywords_down_needs_a_carrier_of_its_own():
+    with pytest.raises(convfusion.ConvFusionError, match="HunyuanDiT2DModel takes no cross_att"):
+        KeywordCarrier.of(HunyuanDiT2DModel, patch=2)
+
+
+def test_the_page_lists_the_whole_contract():
+    page = (DOCS / "extend.md").read_text(encoding="utf-8")
+    table = page.split("## A model family")[1].split("A `Site` is")[0]
+    listed = {name for name in re.findall(r"`(\w+)(?:\([^`]*\))?`", table) if hasattr(Family, name)}
+    stated = set(Family.__annotations__) | {n for n in vars(Family) if n[0] != "_"}
+    assert stated - {"name", "classes", "component", "latents", "presets"} <= listed

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_pipelines import stable_diffusion
 
 from convfusion.data import build_cache, open_source
-from convfusion.data.chunks import Reader, read_with
+from convfusion.data.chunks import Reader, read_events
 from convfusion.errors import ConvFusionError
 from convfusion.folders import LOCK, locked
 
@@ -96,7 +96,7 @@ def test_workers_leave_interrupts_to_the_main_process(tmp_path):
         Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"{i:03d}.png")
         (tmp_path / f"{i:03d}.txt").write_text("red apple")
     source = open_source(str(tmp_path))
-    events = read_with(Reader(source, [(16, 16)], [(unit, 0) for unit in range(source.units)]), 2)
+    events = read_events(Reader(source, [(16, 16)], [(unit, 0) for unit in range(source.units)]), 2)
     found = [next(events)]
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGINT)

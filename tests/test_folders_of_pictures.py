@@ -18,7 +18,7 @@ def told(folder, **options):
     """What is said of each sample of a source: its caption, or why it cannot be used."""
     source = open_source(str(folder), **options)
     found = [(s.name, s.caption or s.problem) for s in everything(source)]
-    assert source.total == len(found) and source.description()
+    assert source.total == len(found) and source.describe()
     return dict(found)
 
 

@@ -71,11 +71,11 @@ def test_a_source_is_known_by_its_contents(tmp_path, monkeypatch, name, whole):
         monkeypatch.setattr(contents, "WHOLE", 0)
     path, write = tmp_path / "a" / name, SOURCES[name]
     path.parent.mkdir()
-    first = open_source(str(write(path))).description()
-    assert open_source(str(write(path))).description() == first
-    assert open_source(str(write(path, "blue"))).description() != first
+    first = open_source(str(write(path))).describe()
+    assert open_source(str(write(path))).describe() == first
+    assert open_source(str(write(path, "blue"))).describe() != first
     changed = write(tmp_path / "b" / name if name == "t.parquet" else path, "red", "red grape")
-    assert open_source(str(changed)).description() != first
+    assert open_source(str(changed)).describe() != first
 
 
 def test_a_copy_of_a_source_is_the_same_source(tmp_path):
@@ -83,13 +83,13 @@ def test_a_copy_of_a_source_is_the_same_source(tmp_path):
         path = tmp_path / "a" / name
         path.parent.mkdir(exist_ok=True)
         SOURCES[name](path)
-        first = open_source(str(path)).description()
+        first = open_source(str(path)).describe()
         moved = tmp_path / "b" / name
         moved.parent.mkdir(exist_ok=True)
         shutil.move(path, moved)
         for each in (moved, *moved.rglob("*")):
             os.utime(each)
-        assert open_source(str(moved)).description() == first
+        assert open_source(str(moved)).describe() == first
 
 
 def scaled(pipe):

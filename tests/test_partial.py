@@ -15,7 +15,7 @@ import convfusion
 from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, surgery, uniform
 from convfusion.cli.curve import print_curve
 from convfusion.data import LatentDataset
-from convfusion.data.latents import hold_out, training_data
+from convfusion.data.latents import hold_out, prepare_data
 from convfusion.distill import DistillConfig, DistillTask
 from convfusion.distill.curve import chosen_counts, replacement_curve
 from convfusion.distill.partial import imitation_errors, site_costs, spearman, subset_errors
@@ -52,7 +52,7 @@ def converted(make, config=None, spread=0.3):
 
 
 def prediction(model, pipe, data):
-    conditioning = training_data(pipe, data).take(range(2), [False] * 2)[1]
+    conditioning = prepare_data(pipe, data).take(range(2), [False] * 2)[1]
     from convfusion.families.conditioning import place_conditioning
 
     told = place_conditioning(conditioning, model)
@@ -64,7 +64,7 @@ def prediction(model, pipe, data):
 
 def curve_of(make, training=TRAINING):
     pipe = converted(make, spread=0.1)
-    train, apart = hold_out(training_data(pipe, dataset(pipe)), 2, seed=0)
+    train, apart = hold_out(prepare_data(pipe, dataset(pipe)), 2, seed=0)
     costs = site_costs(pipe, train, apart, training)
     return pipe, apart, costs, replacement_curve(pipe, apart, costs)
 
@@ -158,7 +158,7 @@ class TestCosts:
     def test_they_are_of_the_samples_held_out(self, make):
         pipe = converted(make)
         task = DistillTask(denoiser_of(pipe), pipe.scheduler)
-        first, second = (training_data(pipe, dataset(pipe, seed=seed)) for seed in (5, 6))
+        first, second = (prepare_data(pipe, dataset(pipe, seed=seed)) for seed in (5, 6))
         errors = imitation_errors(task, first, batch_size=4)
         assert errors == imitation_errors(task, first, batch_size=4)
         assert errors != imitation_errors(task, first, batch_size=4, seed=1)
@@ -166,7 +166,7 @@ class TestCosts:
         assert errors == pytest.approx(imitation_errors(task, first, batch_size=1), rel=1e-4)
 
         taken = []
-        kept, apart = hold_out(training_data(pipe, dataset(pipe)), 2, seed=0)
+        kept, apart = hold_out(prepare_data(pipe, dataset(pipe)), 2, seed=0)
         take = kept.whole.take
         kept.whole.take = lambda rows, dropped: taken.append(set(rows)) or take(rows, dropped)
         site_costs(pipe, kept, apart, replace(TRAINING, start="attention"))
@@ -177,7 +177,7 @@ class TestCosts:
 
     def test_every_sample_and_timestep_has_noise_of_its_own(self):
         pipe = stable_diffusion()
-        data = training_data(pipe, dataset(pipe))
+        data = prepare_data(pipe, dataset(pipe))
 
         def rows(seed, batch_size):
             batches = noised(data, batch_size, seed)
@@ -198,7 +198,7 @@ class TestCosts:
         task = DistillTask(denoiser_of(pipe), pipe.scheduler)
         seen = []
         task.alone, alone = lambda *given: seen.append(alone(*given)) or seen[-1], task.alone
-        errors = imitation_errors(task, training_data(pipe, dataset(pipe)), batch_size=4)
+        errors = imitation_errors(task, prepare_data(pipe, dataset(pipe)), batch_size=4)
         for path, error in errors.items():
             learned, taught = (torch.cat([each[path][i] for each in seen]) for i in (0, 1))
             wanted = (learned - taught).square().mean() / taught.var(correction=0)
@@ -212,7 +212,7 @@ class TestCosts:
         pipe = make()
         convfusion.convert(pipe, config)
         task = DistillTask(denoiser_of(pipe), pipe.scheduler)
-        data = training_data(pipe, dataset(pipe))
+        data = prepare_data(pipe, dataset(pipe))
         errors = imitation_errors(task, data, batch_size=4)
         alone = subset_errors(task, data, [frozenset([path]) for path in paths], batch_size=4)
         assert errors.pop(perfect) < 1e-9 < 1e-6 < min(errors.values())
@@ -221,7 +221,7 @@ class TestCosts:
 
     def test_training_is_of_stage_one_alone(self):
         pipe = converted(stable_diffusion)
-        train, apart = hold_out(training_data(pipe, dataset(pipe)), 2, seed=0)
+        train, apart = hold_out(prepare_data(pipe, dataset(pipe)), 2, seed=0)
         terms = []
         site_costs(pipe, train, apart, TRAINING, on_step=lambda step, found: terms.append(found))
         assert [list(each) for each in terms] == [["imitation"]] * 2
@@ -315,7 +315,7 @@ class TestCurve:
         with pytest.raises(ConvFusionError, match="not converted"):
             site_costs(pipe, data, data, TRAINING)
         with pytest.raises(ConvFusionError, match="6 samples cannot be held out"):
-            hold_out(training_data(pipe, data), 6, seed=0)
+            hold_out(prepare_data(pipe, data), 6, seed=0)
         _, apart, costs, _ = curve_of(pixart_sigma)
         convfusion.convert(pipe, with_kernel_sizes(3))
         with pytest.raises(ConvFusionError, match="not those of this model"):

@@ -142,11 +142,11 @@ def test_a_shard_that_is_no_plain_file_is_told(tmp_path):
     (tmp_path / "y.tar").symlink_to(tmp_path / "nowhere")
     source = open_source(str(tmp_path))
     assert [s.problem for s in everything(source)] == ["damaged shard"] * 2
-    assert source.description()["shards"] == 2
+    assert source.describe()["shards"] == 2
 
 
 def test_a_changed_shard_is_another_source(tmp_path):
     path = shard(tmp_path / "x.tar", {"a.png": png(), "a.txt": b"red"})
-    before = open_source(str(path)).description()
+    before = open_source(str(path)).describe()
     path.write_bytes(path.read_bytes().replace(b"red", b"tan"))
-    assert open_source(str(path)).description() != before
+    assert open_source(str(path)).describe() != before

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from convfusion import ConvFusionError
-from convfusion.data.pictures import UnusableError, cover, decode_picture
+from convfusion.data.pictures import UnusableError, crop_to_cover, decode_picture
 from convfusion.data.samples import CHUNK
 from convfusion.data.sources import Drawing, Shards, expand_braces, open_source
 
@@ -63,9 +63,9 @@ def test_folder(tmp_path):
         ("more/c.webp", "Äpfel", ""),
     ]
     assert source.total == 5 and source.units == 1
-    named = source.description()
+    named = source.describe()
     (tmp_path / "f.png").write_bytes(png())
-    assert open_source(str(tmp_path)).description() != named
+    assert open_source(str(tmp_path)).describe() != named
 
 
 def test_units_of_a_folder_are_chunks(tmp_path):
@@ -189,8 +189,8 @@ def test_saved_data_set(hub, tmp_path):
     assert open_source(str(tmp_path / "two"), split="test").total == 1
     with pytest.raises(ConvFusionError, match="no split 'dev': it has train, test"):
         open_source(str(tmp_path / "two"), split="dev")
-    same = open_source(str(tmp_path / "one")).description()
-    assert same == open_source(str(tmp_path / "one")).description()
+    same = open_source(str(tmp_path / "one")).describe()
+    assert same == open_source(str(tmp_path / "one")).describe()
 
 
 def test_tables(hub, tmp_path):
@@ -320,11 +320,11 @@ def test_pictures_are_upright_and_on_white(tmp_path):
 def test_pictures_are_covered_and_cropped_in_the_middle():
     picture = Image.new("RGB", (40, 16), "red")
     picture.paste("green", (12, 0, 28, 16))
-    found = cover(picture, (16, 16))
+    found = crop_to_cover(picture, (16, 16))
     assert found.shape == (16, 16, 3) and (found == found[0, 0]).all()
-    assert cover(picture, (8, 20)).shape == (8, 20, 3)
+    assert crop_to_cover(picture, (8, 20)).shape == (8, 20, 3)
     with pytest.raises(UnusableError, match="smaller"):
-        cover(picture, (17, 16))
+        crop_to_cover(picture, (17, 16))
 
 
 def test_what_is_no_picture(monkeypatch, tmp_path):

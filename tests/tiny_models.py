@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
+
+from convfusion.families import example_inputs
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 DOWN, UP = "DownBlock2D", "UpBlock2D"
@@ -86,9 +89,16 @@ def dit() -> DiTTransformer2DModel:
     )
 
 
+@cache
+def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model whose values nobody needs."""
+    with torch.random.fork_rng():
+        return make()
+
+
 @dataclass(frozen=True)
 class Case:
-    """A tiny model, what it needs beside latents and timestep, and how many sites it has."""
+    """A tiny model, how many sites it has, and its preset; its family tells what it takes."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -103,31 +113,24 @@ class Case:
     def inputs(self, height: int, width: int, batch: int = 2) -> dict[str, Any]:
         """Keyword arguments of one call on latents of this size."""
         generator = torch.Generator().manual_seed(height * 1000 + width)
+        model = shapes_of(self.make)
+        made = example_inputs(model, (height, width), batch=batch, words=5, device="meta")
 
-        def randn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
+        def fill(values: Any, name: str) -> Any:
+            """Values for the shapes that the model's family tells, nested as they are."""
+            if isinstance(values, dict):
+                return {key: fill(value, key) for key, value in values.items()}
+            if not isinstance(values, Tensor):
+                return values
+            if name == "timestep":
+                return torch.arange(1, batch + 1) * 300
+            if not values.is_floating_point():
+                return torch.arange(batch)  # classes
+            if name.endswith("mask"):
+                return torch.ones(values.shape)
+            return torch.randn(values.shape, generator=generator)
 
-        inputs: dict[str, Any] = {
-            "hidden_states" if self.name in ("pixart", "dit") else "sample": randn(
-                batch, 4, height, width
-            ),
-            "timestep": torch.arange(1, batch + 1) * 300,
-            "return_dict": False,
-        }
-        if self.name == "dit":
-            inputs["class_labels"] = torch.arange(batch)
-        elif self.name == "pixart":
-            inputs["encoder_hidden_states"] = randn(batch, 5, 12)
-            inputs["encoder_attention_mask"] = torch.ones(batch, 5)
-            inputs["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
-        else:
-            inputs["encoder_hidden_states"] = randn(batch, 5, 1024 if self.name == "sd21" else 16)
-        if self.name == "sdxl":
-            inputs["added_cond_kwargs"] = {
-                "text_embeds": randn(batch, 16),
-                "time_ids": randn(batch, 6),
-            }
-        return inputs
+        return fill(made, "")
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

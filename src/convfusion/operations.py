@@ -141,11 +141,11 @@ class _Alive(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
-        return found
+        return output
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -78,14 +78,14 @@ def wrapped_method(owner: Any, name: str, around: Callable[..., Any]) -> Iterato
     Args:
         owner: the object.
         name: of its method.
-        around: called as `around(found, *args, **kwargs)`, where `found` is the method as it was
-            found, with everything that others had put over it. The signature stays that of `found`.
+        around: called as `around(method, *args, **kwargs)`, where `method` is as it was found, with
+            everything that others had put over it. The signature stays that of `method`.
     """
-    found, standing = getattr(owner, name), True
+    method, standing = getattr(owner, name), True
 
-    @functools.wraps(found)  # pipelines look at the signatures of a scheduler's methods
+    @functools.wraps(method)  # pipelines look at the signatures of a scheduler's methods
     def relay(*args: Any, **kwargs: Any) -> Any:
-        return around(found, *args, **kwargs) if standing else found(*args, **kwargs)
+        return around(method, *args, **kwargs) if standing else method(*args, **kwargs)
 
     with replaced_attributes(owner, **{name: relay}):
         try:

@@ -197,4 +197,4 @@ def address(path: str) -> str:
 def _quoted(text: str) -> str:
     """What TOML and Python read alike: quotes, and codes for all that might be seen otherwise."""
     quoted = json.dumps(text, ensure_ascii=False)
-    return _UNSEEN.sub(lambda found: f"\\u{ord(found.group()):04x}", quoted)
+    return _UNSEEN.sub(lambda match: f"\\u{ord(match.group()):04x}", quoted)

@@ -124,13 +124,13 @@ def print_cache(built: Any) -> None:
     """Samples by size, and what was skipped."""
     from rich.table import Table
 
-    from convfusion.data.chunks import size_name
+    from convfusion.data.chunks import format_size
 
     table = Table(title=f"{len(built)} samples")
     table.add_column("size")
     table.add_column("samples", justify="right")
     for size, group in zip(built.sizes, built.groups, strict=True):
-        table.add_row(size_name(size), str(len(group)))
+        table.add_row(format_size(size), str(len(group)))
     console().print(table)
     if built.skipped:
         table = Table(title="Skipped")

@@ -130,12 +130,12 @@ def measure_curve(pipe: Any, run: Any, train: Any, apart: Any) -> Any:
 def in_two(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:
     """What to train on and what to judge by; the embedded model has held-out names of its own."""
     from convfusion import mini
-    from convfusion.data.latents import hold_out, training_data
+    from convfusion.data.latents import hold_out, prepare_data
     from convfusion.demo import spread
 
     if not run.data:
         own = mini.held_out_data("choice")  # sites are chosen on them
-        return data, training_data(pipe, spread(own, min(count, len(own))))
+        return data, prepare_data(pipe, spread(own, min(count, len(own))))
     return hold_out(data, count, run.distill.seed)
 
 

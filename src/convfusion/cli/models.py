@@ -145,6 +145,7 @@ def torch_device(device: str | None) -> Any:
 def _single_file(path: Path, dtype: Any) -> Any:
     """A pipeline of SD1.x, SD2.x or SDXL whose weights are one file in its makers' layout."""
     import diffusers
+    import torch
 
     from convfusion.checkpoint.loading import in_dtype
     from convfusion.files import few, read_header
@@ -164,9 +165,8 @@ def _single_file(path: Path, dtype: Any) -> Any:
         ) from None
     except Exception as error:
         raise CheckpointError(f"{path} cannot be made a {kind}: {first_line(error)}") from error
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        module = getattr(pipe, part, None)
-        tensors = module.state_dict() if module is not None else {}
+    for part, module in pipe.components.items():
+        tensors = module.state_dict() if isinstance(module, torch.nn.Module) else {}
         if missing := [name for name, tensor in tensors.items() if tensor.is_meta]:
             raise CheckpointError(f"{path} lacks {few(missing)} of the {part}")
     return pipe

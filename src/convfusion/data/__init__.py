@@ -8,7 +8,7 @@ from convfusion.imports import lazy
 
 if TYPE_CHECKING:
     from convfusion.data.cache import build_cache, open_cache
-    from convfusion.data.latents import LatentDataset, TrainingData, hold_out, training_data
+    from convfusion.data.latents import LatentDataset, TrainingData, hold_out, prepare_data
     from convfusion.data.sources import Drawing, open_source
     from convfusion.data.store import LatentCache
 
@@ -18,7 +18,7 @@ _HOME = {
     "LatentDataset": "latents",
     "TrainingData": "latents",
     "hold_out": "latents",
-    "training_data": "latents",
+    "prepare_data": "latents",
     "Drawing": "sources",
     "open_source": "sources",
     "LatentCache": "store",

@@ -12,7 +12,7 @@ from convfusion.families import pixel_unit
 Size = tuple[int, int]  # (height, width) in pixels
 
 
-def buckets(size: Size, step: int, max_ratio: float = 2.0) -> list[Size]:
+def list_buckets(size: Size, step: int, max_ratio: float = 2.0) -> list[Size]:
     """Sizes of about the same area, from upright to lying.
 
     Args:
@@ -30,20 +30,20 @@ def buckets(size: Size, step: int, max_ratio: float = 2.0) -> list[Size]:
     if min(size) < 1 or step < 1 or not max_ratio >= 1:
         raise ConvFusionError("size and step must be at least 1, and max_ratio too")
     area = size[0] * size[1]
-    found = {size}
+    sizes = {size}
     for side in range(step, math.isqrt(int(area * max_ratio)) + 1, step):
         other = area // side // step * step
         if other and max(side, other) <= max_ratio * min(side, other):
-            found |= {(side, other), (other, side)}
+            sizes |= {(side, other), (other, side)}
     kept = [
-        one
-        for one in found
-        if not any(one != o and one[0] <= o[0] and one[1] <= o[1] for o in found)
+        size
+        for size in sizes
+        if not any(size != o and size[0] <= o[0] and size[1] <= o[1] for o in sizes)
     ]
-    return sorted(kept, key=lambda one: (one[1] / one[0], one))
+    return sorted(kept, key=lambda size: (size[1] / size[0], size))
 
 
-def nearest(sizes: Sequence[Size], picture: Size) -> Size:
+def choose_nearest(sizes: Sequence[Size], picture: Size) -> Size:
     """The size whose ratio of sides is nearest to a picture's, by ratio of ratios.
 
     Args:
@@ -54,7 +54,7 @@ def nearest(sizes: Sequence[Size], picture: Size) -> Size:
     return min(sizes, key=lambda s: (round(abs(math.log(s[1] / s[0]) - ratio), 9), -s[0] * s[1], s))
 
 
-def step_for(pipe: Any, size: Size) -> int:
+def choose_step(pipe: Any, size: Size) -> int:
     """The step of a pipeline's buckets about a size that it can draw.
 
     64 pixels for the large models; less for sizes below 512, of which 64 would be a coarse part.

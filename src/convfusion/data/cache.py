@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from convfusion.data.buckets import Size, step_for
-from convfusion.data.buckets import buckets as sizes_about
-from convfusion.data.chunks import Chunk, Encoder, Event, Reader, Ready, read_with, size_name
+from convfusion.data.buckets import Size, choose_step, list_buckets
+from convfusion.data.chunks import Chunk, Encoder, Event, Reader, Ready, format_size, read_events
 from convfusion.data.pictures import upcast_vae
 from convfusion.data.samples import Source
 from convfusion.data.sources import Drawing, Prompts, open_source
@@ -58,8 +57,8 @@ def open_cache(pipe: Any, folder: str | Path, *, size: Size | None = None) -> La
             f"{folder} is the cache of a {manifest.get('family')} model, and this is a {family}"
         )
     if size is not None and manifest.get("size") != list(size):
-        held = size_name(manifest.get("size", (0, 0)))
-        raise ConvFusionError(f"{folder} was built for {held}, not for {size_name(size)}")
+        held = format_size(manifest.get("size", (0, 0)))
+        raise ConvFusionError(f"{folder} was built for {held}, not for {format_size(size)}")
     if other := differences(manifest.get("rests_on", {}), identity(pipe)):
         raise ConvFusionError(
             f"{folder} was built with another {', another '.join(other)}: build it anew, or train "
@@ -97,8 +96,7 @@ def build_cache(
         buckets: choose for each picture among sizes of about this area the one of nearest ratio.
         num_workers: processes that read, decode and resize; 0 does so in this one.
         batch_size: pictures, or captions, that are encoded or drawn at once.
-        half: keep numbers in float16: half the space. Latents of a large model are then rounded by
-            up to 0.05 %. By default they are kept as they were computed.
+        half: keep numbers in float16, in half the space; latents are rounded by up to 0.05 %.
         on_progress: called with the number of samples done, after each chunk.
 
     Raises:
@@ -107,10 +105,8 @@ def build_cache(
     """
     folder = Path(folder)
     check_captioned(pipe)
-    if isinstance(source, str | Path):
-        as_it_can = Drawing() if can_guide(pipe) else Drawing(guidance=1.0)
-        source = open_source(str(source), drawing=as_it_can)
-    sizes = _sizes(pipe, source, size, buckets)
+    source = _open(pipe, source)
+    sizes = _choose_sizes(pipe, source, size, buckets)
     if num_workers < 0 or batch_size < 1:
         raise ConvFusionError("num_workers must be at least 0, and batch_size at least 1")
     drawing = source.drawing if isinstance(source, Prompts) else None
@@ -119,19 +115,10 @@ def build_cache(
         check_guidance(pipe, drawing.guidance)
     _check_place(folder)
     encoder = Encoder(pipe, batch_size, half, drawing)
+    rests_on = _identify_parts(pipe)  # in the precision that the pipeline was loaded in
     with ExitStack() as stack:
-        settings = {"format": FORMAT, "family": family_of(denoiser_of(pipe)).name}
-        settings["rests_on"] = _rests_on(pipe)
-        if drawing is None:
-            stack.enter_context(upcast_vae(pipe.vae))
-        else:
-            stack.enter_context(_as_teacher(pipe))
-            settings["drawn_by"] = {
-                "teacher": module_identity(denoiser_of(pipe)),
-                "scheduler": scheduler_identity(pipe.scheduler),
-            }
-        settings |= {"size": list(sizes[0]), "buckets": [list(each) for each in sizes]}
-        settings |= {"batch_size": batch_size, "half": half, "source": source.description()}
+        stack.enter_context(upcast_vae(pipe.vae) if drawing is None else _swap_in_teacher(pipe))
+        settings = {"rests_on": rests_on, **_collect_settings(pipe, source, sizes, encoder)}
         if _is_complete(folder, settings):
             return LatentCache(folder)
         stack.enter_context(locked(folder))
@@ -139,15 +126,49 @@ def build_cache(
         if _is_complete(folder, settings):  # by another process meanwhile
             return LatentCache(folder)
         _begin(folder, settings, encoder, sizes)
-        records = {key_of(path): read_object(path) for path in (folder / CHUNKS).glob("*.json")}
-        reader = Reader(source, sizes, _missing(records, source.units))
-        events = read_with(reader, 0 if drawing else num_workers)
-        _work(folder, events, encoder, records, on_progress or (lambda done: None))
-        _finish(folder, source, [records[key] for key in sorted(records)])
+        _fill(folder, source, sizes, encoder, num_workers, on_progress or (lambda done: None))
     return LatentCache(folder)
 
 
-def _sizes(pipe: Any, source: Source, size: Size | None, wanted: bool) -> list[Size]:
+def _collect_settings(
+    pipe: Any, source: Source, sizes: list[Size], encoder: Encoder
+) -> dict[str, Any]:
+    """What decides the content of a cache beside the identity of the pipeline's parts."""
+    settings: dict[str, Any] = {"format": FORMAT, "family": family_of(denoiser_of(pipe)).name}
+    if encoder.drawing is not None:
+        settings["drawn_by"] = {
+            "teacher": module_identity(denoiser_of(pipe)),
+            "scheduler": scheduler_identity(pipe.scheduler),
+        }
+    settings |= {"size": list(sizes[0]), "buckets": [list(size) for size in sizes]}
+    settings |= {"batch_size": encoder.batch_size, "half": encoder.half}
+    return settings | {"source": source.describe()}
+
+
+def _fill(
+    folder: Path,
+    source: Source,
+    sizes: list[Size],
+    encoder: Encoder,
+    num_workers: int,
+    on_progress: Callable[[int], None],
+) -> None:
+    """Write the chunks that are missing, and close the manifest."""
+    records = {parse_key(path): read_object(path) for path in (folder / CHUNKS).glob("*.json")}
+    reader = Reader(source, sizes, _list_missing(records, source.units))
+    events = read_events(reader, 0 if encoder.drawing else num_workers)
+    _encode_events(folder, events, encoder, records, on_progress)
+    _finish(folder, source, [records[key] for key in sorted(records)])
+
+
+def _open(pipe: Any, source: Source | str | Path) -> Source:
+    """A source as it is, or the one that a string or path stands for."""
+    if not isinstance(source, str | Path):
+        return source
+    return open_source(source, drawing=Drawing() if can_guide(pipe) else Drawing(guidance=1.0))
+
+
+def _choose_sizes(pipe: Any, source: Source, size: Size | None, wanted: bool) -> list[Size]:
     """Sizes of pictures; the first is the one asked for, or the pipeline's own."""
     size = size or native_size(pipe)
     check_size(pipe, size)
@@ -157,7 +178,7 @@ def _sizes(pipe: Any, source: Source, size: Size | None, wanted: bool) -> list[S
         raise ConvFusionError("this model draws at its own size only: leave the buckets out")
     if isinstance(source, Prompts):
         raise ConvFusionError("the teacher draws prompts at one size: leave the buckets out")
-    return [size, *(each for each in sizes_about(size, step_for(pipe, size)) if each != size)]
+    return [size, *(each for each in list_buckets(size, choose_step(pipe, size)) if each != size)]
 
 
 def _check_place(folder: Path) -> None:
@@ -170,7 +191,7 @@ def _check_place(folder: Path) -> None:
         raise ConvFusionError(f"{folder} exists and is no cache: choose another folder")
 
 
-def _rests_on(pipe: Any) -> dict[str, Any]:
+def _identify_parts(pipe: Any) -> dict[str, Any]:
     """The identity of all parts that pictures and captions go through.
 
     Raises:
@@ -185,7 +206,7 @@ def _rests_on(pipe: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _as_teacher(pipe: Any) -> Iterator[None]:
+def _swap_in_teacher(pipe: Any) -> Iterator[None]:
     """The pipeline as it was before its conversion."""
     denoiser = denoiser_of(pipe)
     teacher = attention_teacher(denoiser) if mixers_of(denoiser) else denoiser
@@ -202,7 +223,7 @@ def _is_complete(folder: Path, settings: dict[str, Any]) -> bool:
     if not (folder / MANIFEST).is_file():
         return False
     manifest = read_manifest(folder)
-    other = _differences(manifest, settings)
+    other = _list_differences(manifest, settings)
     if other and (manifest.get("complete") or any((folder / CHUNKS).glob("*.json"))):
         raise ConvFusionError(
             f"{folder} was begun with another {', another '.join(other)}: go on with what it was "
@@ -211,7 +232,7 @@ def _is_complete(folder: Path, settings: dict[str, Any]) -> bool:
     return not other and bool(manifest.get("complete"))
 
 
-def _differences(manifest: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+def _list_differences(manifest: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """What differs between a cache and settings, in words."""
     inner = ("rests_on", "drawn_by")
     names = differences(manifest, {k: v for k, v in settings.items() if k not in inner})
@@ -223,11 +244,11 @@ def _differences(manifest: dict[str, Any], settings: dict[str, Any]) -> list[str
 def _begin(folder: Path, settings: dict[str, Any], encoder: Encoder, sizes: list[Size]) -> None:
     """Begin a cache or go on with one; an empty one that was begun otherwise is begun anew."""
     begun = (folder / MANIFEST).is_file()
-    if begun and _differences(read_manifest(folder), settings):
+    if begun and _list_differences(read_manifest(folder), settings):
         _clear(folder)
         begun = False
     if not begun:
-        full = Encoder(encoder.pipe, 1, False, None).conditioning([""], sizes[0])
+        full = Encoder(encoder.pipe, 1, False, None).encode_captions([""], sizes[0])
         dtypes = {
             key: None if tensor is None else str(tensor.dtype).removeprefix("torch.")
             for key, tensor in full.items()
@@ -236,15 +257,15 @@ def _begin(folder: Path, settings: dict[str, Any], encoder: Encoder, sizes: list
     (folder / CHUNKS).mkdir(exist_ok=True)
     if not (folder / EMPTY).is_file():
         tensors = {
-            f"{size_name(size)}/{key}": tensor
+            f"{format_size(size)}/{key}": tensor
             for size in sizes
-            for key, tensor in encoder.conditioning([""], size).items()
+            for key, tensor in encoder.encode_captions([""], size).items()
             if tensor is not None
         }
         write_tensors(folder / EMPTY, tensors)
 
 
-def _missing(records: dict[tuple[int, int], Any], units: int) -> list[tuple[int, int]]:
+def _list_missing(records: dict[tuple[int, int], Any], units: int) -> list[tuple[int, int]]:
     """Of each unit that is not finished, its number and its first chunk that is missing."""
     todo = []
     for unit in range(units):
@@ -256,7 +277,7 @@ def _missing(records: dict[tuple[int, int], Any], units: int) -> list[tuple[int,
     return todo
 
 
-def _work(
+def _encode_events(
     folder: Path,
     events: Iterator[Event],
     encoder: Encoder,
@@ -291,8 +312,8 @@ def _finish(folder: Path, source: Source, records: list[dict[str, Any]]) -> None
     sizes: dict[str, int] = {}
     skipped: dict[str, dict[str, Any]] = {}
     for record in records:
-        for name, found in record["sizes"].items():
-            sizes[name] = sizes.get(name, 0) + len(found["rows"])
+        for name, samples in record["sizes"].items():
+            sizes[name] = sizes.get(name, 0) + len(samples["rows"])
         for reason, name in record["skipped"]:
             entry = skipped.setdefault(reason, {"count": 0, "names": []})
             entry["count"] += 1
@@ -313,6 +334,6 @@ def _clear(folder: Path) -> None:
     shutil.rmtree(folder / CHUNKS, ignore_errors=True)
 
 
-def key_of(path: Path) -> tuple[int, int]:
+def parse_key(path: Path) -> tuple[int, int]:
     unit, _, number = path.stem.partition("-")
     return int(unit), int(number)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from convfusion.data.buckets import Size, nearest
+from convfusion.data.buckets import Size, choose_nearest
 from convfusion.data.latents import join_parts
-from convfusion.data.pictures import UnusableError, cover, decode_picture, encode_pictures
+from convfusion.data.pictures import UnusableError, crop_to_cover, decode_picture, encode_pictures
 from convfusion.data.samples import CHUNK, Sample, Source
 from convfusion.data.sources import Drawing
 from convfusion.data.workers import ignore_interrupts
@@ -65,24 +65,24 @@ class Reader(IterableDataset[Event]):
         mine = self.todo[worker.id :: worker.num_workers] if worker else self.todo
         for unit, first in mine:
             samples = itertools.islice(self.source.read(unit), first * CHUNK, None)
-            for number, (part, last) in enumerate(_parts(samples), first):
+            for number, (part, last) in enumerate(_split_into_chunks(samples), first):
                 for sample in part:
-                    yield (unit, number), self._ready(sample)
+                    yield (unit, number), self._prepare(sample)
                 yield (unit, number), last
 
-    def _ready(self, sample: Sample) -> Ready:
+    def _prepare(self, sample: Sample) -> Ready:
         bare = replace(sample, picture=None)
         if sample.problem or sample.picture is None:
             return Ready(bare, self.sizes[0])
         try:
             picture = decode_picture(sample.picture)
-            size = nearest(self.sizes, (picture.height, picture.width))
-            return Ready(bare, size, cover(picture, size))
+            size = choose_nearest(self.sizes, (picture.height, picture.width))
+            return Ready(bare, size, crop_to_cover(picture, size))
         except UnusableError as error:
             return Ready(replace(bare, problem=str(error)), self.sizes[0])
 
 
-def read_with(reader: Reader, num_workers: int) -> Iterator[Event]:
+def read_events(reader: Reader, num_workers: int) -> Iterator[Event]:
     """What a reader reads, in this process or in workers of its own."""
     num_workers = min(num_workers, len(reader.todo))
     options: dict[str, Any] = {"prefetch_factor": CHUNK // 4} if num_workers else {}
@@ -91,7 +91,7 @@ def read_with(reader: Reader, num_workers: int) -> Iterator[Event]:
         reader,
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
+        collate_fn=_keep_event,
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one
         **options,
@@ -115,7 +115,7 @@ class Encoder:
     half: bool
     drawing: Drawing | None
 
-    def problem(self, sample: Sample) -> str:
+    def find_problem(self, sample: Sample) -> str:
         """Why a sample cannot be used, or ''."""
         if sample.problem:
             return sample.problem
@@ -125,7 +125,7 @@ class Encoder:
             return "caption is no class of the model"
         return ""
 
-    def latents(self, batch: Sequence[Ready], size: Size) -> Tensor:
+    def encode_latents(self, batch: Sequence[Ready], size: Size) -> Tensor:
         """Scaled latents [B, C, h, w] on the CPU.
 
         Raises:
@@ -133,19 +133,19 @@ class Encoder:
         """
         if self.drawing is None:
             pixels = [ready.pixels for ready in batch if ready.pixels is not None]
-            found = encode_pictures(self.pipe.vae, np.stack(pixels))
+            latents = encode_pictures(self.pipe.vae, np.stack(pixels))
         else:
-            found = draw_latents(self.pipe, [ready.sample for ready in batch], size, self.drawing)
-        found = self._kept(found)
-        for ready, latent in zip(batch, found, strict=True):
+            latents = draw_latents(self.pipe, [ready.sample for ready in batch], size, self.drawing)
+        latents = self._store_dtype(latents)
+        for ready, latent in zip(batch, latents, strict=True):
             if not latent.isfinite().all():
                 raise ConvFusionError(
                     f"the latent of {ready.sample.name} is not finite: load the model in float32"
                 )
-        return found
+        return latents
 
-    def conditioning(self, captions: Sequence[str], size: Size) -> dict[str, Tensor | None]:
-        """What the denoiser is told of each caption, by flat name, as it is kept.
+    def encode_captions(self, captions: Sequence[str], size: Size) -> dict[str, Tensor | None]:
+        """What the denoiser takes for each caption, by flat name, as it is kept.
 
         Raises:
             ConvFusionError: some of it is not finite.
@@ -156,8 +156,8 @@ class Encoder:
             )
             for i in range(0, len(captions), self.batch_size)
         ]
-        found = {key: join_parts([part[key] for part in parts]) for key in parts[0]}
-        kept = {key: None if t is None else self._kept(t) for key, t in found.items()}
+        tensors = {key: join_parts([part[key] for part in parts]) for key in parts[0]}
+        kept = {key: None if t is None else self._store_dtype(t) for key, t in tensors.items()}
         for key, tensor in kept.items():
             if tensor is not None and not tensor.isfinite().all():
                 raise ConvFusionError(
@@ -166,7 +166,7 @@ class Encoder:
                 )
         return kept
 
-    def _kept(self, tensor: Tensor) -> Tensor:
+    def _store_dtype(self, tensor: Tensor) -> Tensor:
         tensor = tensor.half() if self.half and tensor.is_floating_point() else tensor
         return tensor.contiguous()
 
@@ -184,7 +184,7 @@ class Chunk:
 
     def add(self, ready: Ready) -> None:
         self.samples += 1
-        if problem := self.encoder.problem(ready.sample):
+        if problem := self.encoder.find_problem(ready.sample):
             self.skipped.append((problem, ready.sample.name))
             return
         self.captions[ready.size].append(ready.sample.caption)
@@ -198,13 +198,16 @@ class Chunk:
         sizes = {}
         for size, captions in self.captions.items():
             self._encode(size)
-            name = size_name(size)
+            name = format_size(size)
             tensors[f"{name}/latents"] = torch.cat(self._latents[size])
-            told = list(dict.fromkeys(captions))  # each encoded once
-            for key, tensor in self.encoder.conditioning(told, size).items():
+            texts = list(dict.fromkeys(captions))  # each encoded once
+            for key, tensor in self.encoder.encode_captions(texts, size).items():
                 if tensor is not None:
                     tensors[f"{name}/{key}"] = tensor
-            sizes[name] = {"captions": captions, "rows": [told.index(each) for each in captions]}
+            sizes[name] = {
+                "captions": captions,
+                "rows": [texts.index(caption) for caption in captions],
+            }
         record = {
             "samples": self.samples,
             "last": last,
@@ -215,7 +218,7 @@ class Chunk:
 
     def _encode(self, size: Size) -> None:
         if waiting := self._waiting.pop(size, None):
-            self._latents[size].append(self.encoder.latents(waiting, size))
+            self._latents[size].append(self.encoder.encode_latents(waiting, size))
 
 
 @torch.no_grad()
@@ -233,13 +236,13 @@ def draw_latents(pipe: Any, samples: Sequence[Sample], size: Size, drawing: Draw
         options |= {"size": size, "output_type": "latent"}
         drawn: list[Any] = generate(pipe, prompts, **options)
         return torch.stack(drawn).float().cpu()
-    with _undecoded(pipe.vae) as latents:  # it gives pictures only
+    with _collect_latents(pipe.vae) as latents:  # it gives pictures only
         generate(pipe, prompts, output_type="pt", **options)
     return torch.cat(latents).float().cpu() * pipe.vae.config.scaling_factor
 
 
 @contextmanager
-def _undecoded(vae: Any) -> Iterator[list[Tensor]]:
+def _collect_latents(vae: Any) -> Iterator[list[Tensor]]:
     """Collect what a VAE is asked to decode, and do not decode it."""
     asked: list[Tensor] = []
 
@@ -251,12 +254,12 @@ def _undecoded(vae: Any) -> Iterator[list[Tensor]]:
         yield asked
 
 
-def size_name(size: Size) -> str:
+def format_size(size: Size) -> str:
     """(height, width) as the command line writes it."""
     return f"{size[1]}x{size[0]}"
 
 
-def _parts(samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], bool]]:
+def _split_into_chunks(samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], bool]]:
     """Chunks, each with whether it is the last; one empty chunk if there is nothing."""
     rest = iter(samples)
     part = list(itertools.islice(rest, CHUNK))
@@ -268,5 +271,5 @@ def _parts(samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], bool]]:
         part = following
 
 
-def _as_it_is(event: Any) -> Any:
+def _keep_event(event: Any) -> Any:
     return event

@@ -20,26 +20,26 @@ BLOCKS, BLOCK = 1024, 64 * 2**10
 ROWS = 1000  # of a table that are read at once
 
 
-def digest_of_files(files: Mapping[str, Path]) -> str:
+def digest_files(files: Mapping[str, Path]) -> str:
     """16 hex digits that change with the names or contents of files; one may be missing."""
     digest = hashlib.sha256()
-    facts = [_facts(path) for path in files.values()]
+    facts = [_stat(path) for path in files.values()]
     sizes = [size for size, _ in facts]
     whole = sum(size for size in sizes if size > 0) <= WHOLE
     for (name, path), (size, changed) in zip(files.items(), facts, strict=True):
         _add(digest, name.encode("utf-8", "surrogatepass"))
         _add(digest, f"{size}" if whole else f"{size} {changed}")
         if whole and size > 0:
-            for block in _blocks(path):
+            for block in _read_blocks(path):
                 digest.update(block)
     if not whole:
         paths = list(files.values())
-        for number, start in _spread(sizes):
-            _add(digest, next(_blocks(paths[number], start), b""))
+        for number, start in _spread_blocks(sizes):
+            _add(digest, next(_read_blocks(paths[number], start), b""))
     return digest.hexdigest()[:16]
 
 
-def digest_of_rows(data: Any, images: Sequence[str], captions: Sequence[str]) -> str:
+def digest_rows(data: Any, images: Sequence[str], captions: Sequence[str]) -> str:
     """The same of a table of `datasets`, whose captions are always read in full.
 
     Args:
@@ -61,12 +61,12 @@ def digest_of_rows(data: Any, images: Sequence[str], captions: Sequence[str]) ->
             content = picture.get("bytes") if isinstance(picture, dict) else picture
             if content is None and path:
                 named[f"{len(named)} {Path(path).name}"] = Path(path)
-            told = content if isinstance(content, bytes) else json.dumps(content, default=repr)
-            _add(digest, told)
-    return hashlib.sha256((digest.hexdigest() + digest_of_files(named)).encode()).hexdigest()[:16]
+            part = content if isinstance(content, bytes) else json.dumps(content, default=repr)
+            _add(digest, part)
+    return hashlib.sha256((digest.hexdigest() + digest_files(named)).encode()).hexdigest()[:16]
 
 
-def _facts(path: Path) -> tuple[int, int]:
+def _stat(path: Path) -> tuple[int, int]:
     """Size and time of change of a plain file; -1 if there is none."""
     try:
         facts = path.stat()
@@ -75,7 +75,7 @@ def _facts(path: Path) -> tuple[int, int]:
     return (facts.st_size, facts.st_mtime_ns) if path.is_file() else (-1, 0)
 
 
-def _blocks(path: Path, start: int = 0) -> Iterator[bytes]:
+def _read_blocks(path: Path, start: int = 0) -> Iterator[bytes]:
     """A file from a byte on, in blocks; nothing more of one that cannot be read."""
     try:
         with open(path, "rb") as file:
@@ -86,7 +86,7 @@ def _blocks(path: Path, start: int = 0) -> Iterator[bytes]:
         return
 
 
-def _spread(sizes: list[int]) -> Iterator[tuple[int, int]]:
+def _spread_blocks(sizes: list[int]) -> Iterator[tuple[int, int]]:
     """Places of blocks that are evenly spread over files: the file's number, and the first byte."""
     ends = list(itertools.accumulate(max(0, size) for size in sizes))
     last = ends[-1] - 1

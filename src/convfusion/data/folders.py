@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from convfusion.data.contents import digest_of_files
+from convfusion.data.contents import digest_files
 from convfusion.data.metadata import METADATA, Entry, read_metadata
 from convfusion.data.pictures import OTHER_PICTURES, PICTURES
-from convfusion.data.samples import Ranges, Sample, digest_of, make_sample
+from convfusion.data.samples import Ranges, Sample, digest_names, make_sample
 from convfusion.errors import ConvFusionError
 from convfusion.text import CAPTION_BYTES, read_plain
 
@@ -37,24 +37,24 @@ class PictureFolder(Ranges):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def description(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         folder = Path(self.spec)
         files = {name: folder / name for name in self.metadata}
         for name, _, problem in self.entries:
             if not problem:
-                files |= {name: folder / name, f"{name} text": _beside(folder, name)}
-        told = digest_of(f"{name} {problem}" for name, _, problem in self.entries)
-        contents = f"{told} {digest_of_files(files)}"
+                files |= {name: folder / name, f"{name} text": _find_beside(folder, name)}
+        names = digest_names(f"{name} {problem}" for name, _, problem in self.entries)
+        contents = f"{names} {digest_files(files)}"
         return {"kind": "folder", "samples": len(self), "contents": contents}
 
     def read(self, unit: int) -> Iterator[Sample]:
         folder = Path(self.spec)
-        for index in self.within(unit):
+        for index in self.list_indices(unit):
             name, captions, problem = self.entries[index]
             if problem:
                 yield Sample(name, problem=problem)
                 continue
-            beside = _read_beside(_beside(folder, name)) if self.captioned else None
+            beside = _read_beside(_find_beside(folder, name)) if self.captioned else None
             yield make_sample(name, folder / name, [*captions, beside], self.captioned)
 
 
@@ -107,7 +107,7 @@ def list_files(folder: Path) -> Listing:
                 files.append(name)
             elif is_picture(name):
                 unread.append((name, "no plain file"))
-    return Listing(sorted(files, key=_parts), sorted(unread))
+    return Listing(sorted(files, key=_split_name), sorted(unread))
 
 
 def is_picture(name: str) -> bool:
@@ -134,7 +134,7 @@ def open_pictures(
     unread = [Entry(name, problem=problem) for name, problem in listing.unread]
     tables = [name for name in listing.files if posixpath.basename(name) in METADATA]
     if not captioned:
-        names = dict.fromkeys([*_listed(folder, tables), *pictures])
+        names = dict.fromkeys([*_list_named(folder, tables), *pictures])
         return PictureFolder(spec, (*map(Entry, names), *unread), captioned=False)
     homes = [posixpath.dirname(name) for name in tables]
     if twice := {home for home in homes if homes.count(home) > 1}:
@@ -146,22 +146,22 @@ def open_pictures(
                 f"{spec} is a folder of pictures without a metadata file: it has no column "
                 f"{image or caption!r}, and the captions are in .txt files"
             )
-        if not any(os.path.lexists(_beside(folder, name)) for name in pictures):
-            text = posixpath.basename(_beside(Path(), pictures[0]).as_posix())
+        if not any(os.path.lexists(_find_beside(folder, name)) for name in pictures):
+            text = posixpath.basename(_find_beside(Path(), pictures[0]).as_posix())
             raise ConvFusionError(
                 f"{spec} has pictures without captions: {text} should lie beside {pictures[0]}"
             )
     entries = read_metadata(folder, tables, image, caption)
-    told = {entry.name for entry in entries}
+    known = {entry.name for entry in entries}
     for name in pictures:
-        if name not in told:
+        if name not in known:
             listed = any(PurePosixPath(name).is_relative_to(home) for home in homes)
             entries.append(Entry(name, problem="not in the metadata file" if listed else ""))
-    entries += [entry for entry in unread if entry.name not in told]
+    entries += [entry for entry in unread if entry.name not in known]
     return PictureFolder(spec, tuple(entries), tuple(tables))
 
 
-def _listed(folder: Path, tables: list[str]) -> list[str]:
+def _list_named(folder: Path, tables: list[str]) -> list[str]:
     """The pictures that metadata files name, in their order, if they can be read."""
     try:
         entries = read_metadata(folder, tables, None, None, captioned=False)
@@ -170,16 +170,7 @@ def _listed(folder: Path, tables: list[str]) -> list[str]:
     return [entry.name for entry in entries if not entry.problem]
 
 
-def version_of(file: Path) -> str:
-    """What changes when a file does: its size and time."""
-    try:
-        facts = file.stat()
-    except (OSError, ValueError):  # a name from a metadata file may be none
-        return "missing"
-    return f"{facts.st_size} {facts.st_mtime_ns}"
-
-
-def _beside(folder: Path, picture: str) -> Path:
+def _find_beside(folder: Path, picture: str) -> Path:
     return (folder / picture).with_suffix(".txt")
 
 
@@ -193,5 +184,5 @@ def _read_beside(file: Path) -> bytes | ConvFusionError | None:
         return ConvFusionError(f"{file} cannot be read: {error.strerror}")
 
 
-def _parts(name: str) -> list[str]:
+def _split_name(name: str) -> list[str]:
     return name.split("/")

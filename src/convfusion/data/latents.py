@@ -128,7 +128,7 @@ def join_parts(parts: list[Tensor | None]) -> Tensor | None:
     return torch.cat(tensors) if tensors else None
 
 
-def training_data(pipe: Any, data: TrainingData | LatentDataset) -> TrainingData:
+def prepare_data(pipe: Any, data: TrainingData | LatentDataset) -> TrainingData:
     """Data that is ready for the denoiser: captions of latents in memory are encoded."""
     return EncodedLatents(pipe, data) if isinstance(data, LatentDataset) else data
 

@@ -43,7 +43,7 @@ def read_metadata(
     caption: str | None,
     captioned: bool = True,
 ) -> list[Entry]:
-    """What metadata files tell of the pictures of their folders.
+    """What metadata files say of the pictures of their folders.
 
     Args:
         folder: of everything.
@@ -55,16 +55,16 @@ def read_metadata(
     Raises:
         ConvFusionError: a file cannot be read, or a column is not found.
     """
-    found: list[Entry] = []
+    pictures: list[Entry] = []
     for name in tables:
-        rows = _rows(folder / name)
+        rows = _read_rows(folder / name)
         columns = list(dict.fromkeys(key for _, row in rows if row is not None for key in row))
-        file, captions = _columns(folder / name, columns, image, caption, captioned)
-        found += _entries(folder, name, rows, file, captions)
-    return found
+        file, captions = _choose_columns(folder / name, columns, image, caption, captioned)
+        pictures += _make_entries(folder, name, rows, file, captions)
+    return pictures
 
 
-def _columns(
+def _choose_columns(
     table: Path, columns: list[str], image: str | None, caption: str | None, captioned: bool
 ) -> tuple[str, list[str]]:
     """The column that names the pictures, and those of captions."""
@@ -80,28 +80,28 @@ def _columns(
     return file, captions
 
 
-def _entries(
+def _make_entries(
     folder: Path, table: str, rows: list[Row], file: str, captions: list[str]
 ) -> list[Entry]:
-    home, found = posixpath.dirname(table), []
+    home, entries = posixpath.dirname(table), []
     for line, row in rows:
         where = f"{table}, line {line}"
         if row is None:
-            found.append(Entry(where, problem="damaged caption"))
+            entries.append(Entry(where, problem="damaged caption"))
         elif not isinstance(row.get(file), str):
-            found.append(Entry(where, problem="no picture"))
+            entries.append(Entry(where, problem="no picture"))
         else:
             name = posixpath.normpath(posixpath.join(home, row[file]))
             inside = not f"{name}/".startswith(("/", "../")) and os.path.lexists(folder / name)
             texts = tuple(row.get(column) for column in captions)
-            found.append(Entry(name, texts, "" if inside else "no picture"))
-    return found
+            entries.append(Entry(name, texts, "" if inside else "no picture"))
+    return entries
 
 
-def _rows(file: Path) -> list[Row]:
+def _read_rows(file: Path) -> list[Row]:
     try:
         if file.suffix == ".parquet":
-            return _parquet_rows(file)
+            return _read_parquet(file)
         text = read_text(file, LIST_BYTES)
         if file.suffix == ".csv":
             table = csv.DictReader(io.StringIO(text, newline=""))
@@ -109,10 +109,10 @@ def _rows(file: Path) -> list[Row]:
     except csv.Error as error:
         raise ConvFusionError(f"{file} cannot be read: {first_line(error)}") from None
     lines = enumerate(split_lines(text), 1)
-    return [(number, _json_row(line)) for number, line in lines if line.strip()]
+    return [(number, _parse_row(line)) for number, line in lines if line.strip()]
 
 
-def _json_row(line: str) -> dict[str, Any] | None:
+def _parse_row(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -120,7 +120,7 @@ def _json_row(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _parquet_rows(file: Path) -> list[Row]:
+def _read_parquet(file: Path) -> list[Row]:
     try:
         from pyarrow import parquet
     except ImportError:

@@ -49,17 +49,17 @@ def decode_picture(data: bytes | Path) -> Image.Image:
     try:
         with io.BytesIO(data) if isinstance(data, bytes) else open_plain(data) as file:
             try:
-                return _decoded(file)
+                return _decode(file)
             except Exception:
                 file.seek(0)
                 if file.read(len(PNG)) != PNG:
                     raise
-                return _decoded(io.BytesIO(_without_metadata(file)))
+                return _decode(io.BytesIO(_strip_metadata(file)))
     except Exception:  # decoders raise nearly anything on damaged files
         raise UnusableError("unreadable picture") from None
 
 
-def _decoded(data: BinaryIO) -> Image.Image:
+def _decode(data: BinaryIO) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a picture's metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -69,7 +69,7 @@ def _decoded(data: BinaryIO) -> Image.Image:
             if file.mode[0] in "IF":  # 16 bits and more of grey, which Pillow would clip
                 raise ValueError("unsupported depth")
             # Pillow's own way to turn a picture also writes its EXIF anew, which can fail.
-            if (turn := _turn(file)) is not None:
+            if (turn := _find_turn(file)) is not None:
                 picture = file.transpose(turn)
             picture = picture.convert("RGBA")
             on_white = Image.new("RGBA", picture.size, "white")
@@ -77,14 +77,14 @@ def _decoded(data: BinaryIO) -> Image.Image:
             return on_white.convert("RGB")
 
 
-def _turn(picture: Image.Image) -> Image.Transpose | None:
+def _find_turn(picture: Image.Image) -> Image.Transpose | None:
     try:
         return UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
     except Exception:  # a damaged EXIF says nothing of the pixels
         return None
 
 
-def _without_metadata(file: BinaryIO) -> bytes:
+def _strip_metadata(file: BinaryIO) -> bytes:
     """A PNG, read on from behind its signature, without texts, colour profile and the like.
 
     Pillow refuses a sound picture if one of them is long or damaged.
@@ -101,7 +101,7 @@ def _without_metadata(file: BinaryIO) -> bytes:
     return b"".join(parts)
 
 
-def cover(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
+def crop_to_cover(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """A picture shrunk to cover a size and cropped in the middle.
 
     Args:

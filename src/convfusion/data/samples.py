@@ -55,7 +55,7 @@ class Source(Protocol):
         """Samples in all, if that is known without reading them."""
         ...
 
-    def description(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What tells it from another source, for JSON."""
         ...
 
@@ -78,7 +78,7 @@ class Ranges(ABC):
     def total(self) -> int | None:
         return len(self)
 
-    def within(self, unit: int) -> range:
+    def list_indices(self, unit: int) -> range:
         return range(unit * CHUNK, min((unit + 1) * CHUNK, len(self)))
 
 
@@ -90,7 +90,7 @@ def make_sample(
     Args:
         name: what a report calls it.
         picture: encoded, or its file.
-        caption: see `caption_of`.
+        caption: see `find_caption`.
         captioned: whether a caption is needed.
     """
     if picture is None:
@@ -98,13 +98,13 @@ def make_sample(
     if not captioned:
         return Sample(name, picture=picture)
     try:
-        text = caption_of(caption)
+        text = find_caption(caption)
     except ConvFusionError:
         return Sample(name, problem="damaged caption")
     return Sample(name, text, picture) if text else Sample(name, problem="no caption")
 
 
-def caption_of(value: Any, depth: int = NESTED) -> str:
+def find_caption(value: Any, depth: int = NESTED) -> str:
     """The text of a caption in any of its usual forms, or '' if there is none.
 
     Args:
@@ -131,18 +131,18 @@ def caption_of(value: Any, depth: int = NESTED) -> str:
     if not isinstance(value, list) or not depth:
         return ""
     error: ConvFusionError | None = None
-    for each in value:
+    for part in value:
         try:
-            if text := caption_of(each, depth - 1):
+            if text := find_caption(part, depth - 1):
                 return text
-        except ConvFusionError as found:
-            error = error or found
+        except ConvFusionError as damage:
+            error = error or damage
     if error:
         raise error
     return ""
 
 
-def digest_of(names: Iterable[str]) -> str:
+def digest_names(names: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for name in names:
         digest.update(name.encode("utf-8", "surrogatepass") + b"\n")

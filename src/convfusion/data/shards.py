@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convfusion.data.contents import digest_of_files
+from convfusion.data.contents import digest_files
 from convfusion.data.pictures import OTHER_PICTURES, PICTURE_BYTES, PICTURES
 from convfusion.data.samples import CAPTION_NAMES, Sample, make_sample
 from convfusion.errors import ConvFusionError
@@ -36,19 +36,19 @@ class Header(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Header:
-        found = super().frombuf(buf, encoding, errors)
-        if found.size < 0 or (found.type in NAMES and found.size > NAME_BYTES):
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in NAMES and header.size > NAME_BYTES):
             raise InvalidHeader("a size that cannot be")
-        return found
+        return header
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Header:
         start = tarfile_.offset
-        found = super().fromtarfile(tarfile_)
-        if found.size < 0 or tarfile_.offset <= start:  # extended headers have sizes, too
+        header = super().fromtarfile(tarfile_)
+        if header.size < 0 or tarfile_.offset <= start:  # extended headers have sizes, too
             tarfile_.offset = start
             raise InvalidHeader("a size that cannot be")
-        return found
+        return header
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class Shards:
     def units(self) -> int:
         return len(self.paths)
 
-    def description(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         shards = {f"{number} {path.name}": path for number, path in enumerate(self.paths)}
         asked = {"image": self.image, "caption": self.caption}
-        contents = digest_of_files(shards)
+        contents = digest_files(shards)
         return {"kind": "shards", "shards": self.units, "contents": contents, **asked}
 
     def read(self, unit: int) -> Iterator[Sample]:
@@ -92,10 +92,12 @@ class Shards:
                 members = (
                     each for each in iter(tar.next, None) if not (each.isdir() or _is_hidden(each))
                 )
-                for key, group in itertools.groupby(members, lambda each: _parted(each.name)[0]):
+                for key, group in itertools.groupby(
+                    members, lambda each: _split_name(each.name)[0]
+                ):
                     if key:
-                        found = {_parted(member.name)[1]: member for member in group}
-                        yield self._sample(f"{path.name}/{key}", tar, found)
+                        files = {_split_name(member.name)[1]: member for member in group}
+                        yield self._sample(f"{path.name}/{key}", tar, files)
                 # A damaged header ends the list of files as the zeros at the true end do.
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -112,24 +114,24 @@ class Shards:
         ]
         picture = None
         for member in pictures:
-            found = _content(tar, member, PICTURE_BYTES)
-            picture = found if isinstance(found, bytes) else picture
+            content = _read_content(tar, member, PICTURE_BYTES)
+            picture = content if isinstance(content, bytes) else picture
             if picture:
                 break
         if not self.captioned:
             return make_sample(name, picture, None, captioned=False)
         wanted = [self.caption] if self.caption else CAPTION_NAMES
         captions: list[Any] = [
-            _content(tar, members[each.lower()], CAPTION_BYTES)
+            _read_content(tar, members[each.lower()], CAPTION_BYTES)
             for each in wanted
             if each.lower() in members
         ]
         if "json" in members:
-            captions += _fields(_content(tar, members["json"], CAPTION_BYTES), wanted)
+            captions += _read_fields(_read_content(tar, members["json"], CAPTION_BYTES), wanted)
         return make_sample(name, picture, captions)
 
 
-def _content(
+def _read_content(
     tar: tarfile.TarFile, member: tarfile.TarInfo, most: int
 ) -> bytes | ConvFusionError | None:
     """What a file holds, the error of reading it, or None for a link, a device and the like."""
@@ -141,7 +143,7 @@ def _content(
     return None if file is None else file.read()
 
 
-def _fields(content: bytes | ConvFusionError | None, wanted: Iterable[str]) -> list[Any]:
+def _read_fields(content: bytes | ConvFusionError | None, wanted: Iterable[str]) -> list[Any]:
     """What a JSON object holds under some names."""
     if not isinstance(content, bytes):
         return [content]
@@ -152,7 +154,7 @@ def _fields(content: bytes | ConvFusionError | None, wanted: Iterable[str]) -> l
     return [fields.get(name) for name in wanted] if isinstance(fields, dict) else []
 
 
-def _parted(path: str) -> tuple[str, str]:
+def _split_name(path: str) -> tuple[str, str]:
     """The key of a shard's sample and the extension, split at the first dot of the file's name."""
     folder, slash, name = path.rpartition("/")
     key, _, extension = name.partition(".")

@@ -11,7 +11,7 @@ from typing import Any
 
 from convfusion.data.folders import is_picture, list_files, open_pictures
 from convfusion.data.pictures import PICTURES
-from convfusion.data.samples import Ranges, Sample, Source, digest_of
+from convfusion.data.samples import Ranges, Sample, Source, digest_names
 from convfusion.data.shards import Shards
 from convfusion.data.tables import SAVED, TABLES, open_rows
 from convfusion.errors import ConvFusionError
@@ -60,11 +60,11 @@ class Prompts(Ranges):
     def __len__(self) -> int:
         return len(self.prompts) * self.drawing.per_prompt
 
-    def description(self) -> dict[str, Any]:
-        return {"kind": "prompts", "prompts": digest_of(self.prompts), **vars(self.drawing)}
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "prompts", "prompts": digest_names(self.prompts), **vars(self.drawing)}
 
     def read(self, unit: int) -> Iterator[Sample]:
-        for index in self.within(unit):
+        for index in self.list_indices(unit):
             prompt = self.prompts[index // self.drawing.per_prompt]
             seed = self.drawing.seed + index
             yield Sample(f"{prompt!r}, seed {seed}", prompt, seed=seed)
@@ -127,14 +127,14 @@ def _find_shards(spec: str) -> list[Path]:
     """
     path = Path(spec)
     if os.path.isdir(path):
-        found = sorted(path.glob("*.tar"))
-        return [each for each in found if not (each.name.startswith(".") or each.is_dir())]
+        files = sorted(path.glob("*.tar"))
+        return [file for file in files if not (file.name.startswith(".") or file.is_dir())]
     if os.path.exists(path):
         return [path] if path.suffix == ".tar" else []
     if "{" not in spec:
         raise ConvFusionError(f"{spec} does not exist; a data set of the Hub is called hf:{spec}")
-    shards = [Path(each) for each in expand_braces(spec)]
-    if missing := [each for each in shards if not os.path.isfile(each)]:
+    shards = [Path(name) for name in expand_braces(spec)]
+    if missing := [shard for shard in shards if not os.path.isfile(shard)]:
         raise ConvFusionError(f"{missing[0]} does not exist ({len(missing)} of {spec} do not)")
     return shards
 

@@ -61,16 +61,16 @@ class LatentCache:
             self.skipped: dict[str, dict[str, Any]] = self.manifest["skipped"]
             self.buckets = len(self.manifest["buckets"]) > 1
             self._names = list(self.manifest["sizes"])
-            self.sizes = [_size_of(name) for name in self._names]
+            self.sizes = [_parse_size(name) for name in self._names]
             self._dtypes = {
-                key: None if name is None else _dtype_of(name)
+                key: None if name is None else _parse_dtype(name)
                 for key, name in self.manifest["conditioning"].items()
             }
             self._empty = read_tensors(self.folder / EMPTY)
             self._read_index()
         except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder} is damaged: {error}") from None
-        self._open = lru_cache(HANDLES)(self._handle)
+        self._open = lru_cache(HANDLES)(self._open_file)
 
     def _read_index(self) -> None:
         wanted = {f"{n}/{key}" for n in self._names for key, dtype in self._dtypes.items() if dtype}
@@ -108,7 +108,7 @@ class LatentCache:
                 if full not in held or file.get_slice(full).get_shape()[0] != count:
                     raise ValueError(f"{path.name} lacks some of {full}")
 
-    def _handle(self, file: int) -> Any:
+    def _open_file(self, file: int) -> Any:
         path = self.folder / CHUNKS / f"{self._files[file]}.safetensors"
         return safe_open(path, framework="pt")
 
@@ -117,7 +117,7 @@ class LatentCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._open = lru_cache(HANDLES)(self._handle)
+        self._open = lru_cache(HANDLES)(self._open_file)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -177,12 +177,12 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _size_of(name: str) -> Size:
+def _parse_size(name: str) -> Size:
     width, _, height = name.partition("x")
     return int(height), int(width)
 
 
-def _dtype_of(name: str) -> torch.dtype:
+def _parse_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name} is no dtype")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convfusion.data.contents import digest_of_rows
+from convfusion.data.contents import digest_rows
 from convfusion.data.samples import CAPTION_NAMES, Ranges, Sample, make_sample
 from convfusion.errors import ConvFusionError, first_line
 from convfusion.imports import check_installed
@@ -44,21 +44,21 @@ class Rows(Ranges):
     def __len__(self) -> int:
         return len(self.data)
 
-    def description(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         columns = {"images": list(self.images), "captions": list(self.captions)}
-        contents = digest_of_rows(self.data, self.images, self.captions)
+        contents = digest_rows(self.data, self.images, self.captions)
         return {"kind": "datasets", "samples": len(self), "contents": contents, **columns}
 
     def read(self, unit: int) -> Iterator[Sample]:
-        for index in self.within(unit):
+        for index in self.list_indices(unit):
             name = f"row {index}"
             try:
                 row = self.data[index]
             except Exception:  # of many libraries below, as for text that is not in UTF-8
                 yield Sample(name, problem="damaged row")
                 continue
-            picture = _picture_of([row[each] for each in self.images])
-            yield make_sample(name, picture, [row[each] for each in self.captions], self.captioned)
+            picture = _find_picture([row[name] for name in self.images])
+            yield make_sample(name, picture, [row[name] for name in self.captions], self.captioned)
 
 
 def open_rows(
@@ -92,8 +92,8 @@ def open_rows(
         raise
     except Exception as error:  # of many libraries below
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        told = first_line(cause) or type(cause).__name__
-        raise ConvFusionError(f"{spec} cannot be read as a data set: {told}") from None
+        reason = first_line(cause) or type(cause).__name__
+        raise ConvFusionError(f"{spec} cannot be read as a data set: {reason}") from None
     if isinstance(data, datasets.DatasetDict):
         wanted = split or (next(iter(data)) if len(data) == 1 else "train")
         if wanted not in data:
@@ -102,10 +102,10 @@ def open_rows(
     elif split is not None:
         raise ConvFusionError(f"{spec} has no split {split!r}: it has one part only, leave it out")
     kinds = data.features
-    images = _columns(spec, image, IMAGE_NAMES, _holds_pictures, "pictures", kinds)
+    images = _choose_columns(spec, image, IMAGE_NAMES, _holds_pictures, "pictures", kinds)
     captions: tuple[str, ...] = ()
     if captioned:
-        captions = _columns(spec, caption, CAPTION_NAMES, _holds_captions, "captions", kinds)
+        captions = _choose_columns(spec, caption, CAPTION_NAMES, _holds_captions, "captions", kinds)
     data = data.with_format(None).select_columns(list(dict.fromkeys([*images, *captions])))
     for name in images:
         if isinstance(data.features[name], datasets.Image):
@@ -133,7 +133,7 @@ def _load(spec: str, files: Sequence[str] | None) -> Any:
     return datasets.load_dataset(kind, data_files=[glob.escape(name) for name in files])
 
 
-def _columns(
+def _choose_columns(
     spec: str,
     asked: str | None,
     usual: tuple[str, ...],
@@ -143,24 +143,24 @@ def _columns(
 ) -> tuple[str, ...]:
     """The column asked for, or those of the usual names that fit."""
     named = [asked] if asked else [name for name in usual if name in kinds]
-    found = tuple(name for name in named if name in kinds and fits(kinds[name]))
-    if found:
-        return found
+    columns = tuple(name for name in named if name in kinds and fits(kinds[name]))
+    if columns:
+        return columns
     if named and named[0] in kinds:
-        told = f"a column {named[0]!r} that holds {_kind(kinds[named[0]])}, not {what}"
+        held = f"a column {named[0]!r} that holds {_name_kind(kinds[named[0]])}, not {what}"
         if what == "pictures":
-            told += " as bytes (paths, addresses and base64 are not read)"
-        raise ConvFusionError(f"{spec} has {told}: name one of {', '.join(kinds)}")
+            held += " as bytes (paths, addresses and base64 are not read)"
+        raise ConvFusionError(f"{spec} has {held}: name one of {', '.join(kinds)}")
     missing = f"no column {asked!r} of" if asked else "no column that is known to hold"
     raise ConvFusionError(f"{spec} has {missing} {what}: name one of {', '.join(kinds)}")
 
 
-def _kind(kind: Any) -> str:
+def _name_kind(kind: Any) -> str:
     """A word for the kind of a column: `string`, `list`, …"""
     return str(getattr(kind, "dtype", type(kind).__name__)).lower()
 
 
-def _inner(kind: Any) -> Any:
+def _get_inner(kind: Any) -> Any:
     """The kind of a list's entries, or None."""
     return kind[0] if isinstance(kind, list) and kind else getattr(kind, "feature", None)
 
@@ -170,10 +170,10 @@ def _holds_pictures(kind: Any) -> bool:
 
     if isinstance(kind, dict):
         return "bytes" in kind
-    inner = _inner(kind)
+    inner = _get_inner(kind)
     return (
         isinstance(kind, datasets.Image)
-        or "binary" in _kind(kind)
+        or "binary" in _name_kind(kind)
         or (inner is not None and _holds_pictures(inner))
     )
 
@@ -183,14 +183,14 @@ def _holds_captions(kind: Any) -> bool:
 
     if isinstance(kind, (dict, datasets.ClassLabel)):
         return "bytes" not in kind if isinstance(kind, dict) else True
-    inner = _inner(kind)
-    return _kind(kind).startswith(CAPTIONS) or (inner is not None and _holds_captions(inner))
+    inner = _get_inner(kind)
+    return _name_kind(kind).startswith(CAPTIONS) or (inner is not None and _holds_captions(inner))
 
 
-def _picture_of(value: Any) -> bytes | Path | None:
+def _find_picture(value: Any) -> bytes | Path | None:
     """A picture as it is encoded, or its file: of a list the first."""
     if isinstance(value, list):
-        return next((found for each in value if (found := _picture_of(each)) is not None), None)
+        return next((part for part in map(_find_picture, value) if part is not None), None)
     if isinstance(value, dict):
         path = value.get("path")
         return value.get("bytes") or (Path(path) if path else None)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convfusion.data.latents import LatentDataset, TrainingData, training_data
+from convfusion.data.latents import LatentDataset, TrainingData, prepare_data
 from convfusion.distill.config import DistillConfig
 from convfusion.distill.run import distill
 from convfusion.distill.task import DistillTask
@@ -213,7 +213,7 @@ def ready_to_judge(pipe: Any, held_out: LatentDataset | TrainingData) -> Trainin
     Raises:
         ConvFusionError: there are none.
     """
-    apart = training_data(pipe, held_out)
+    apart = prepare_data(pipe, held_out)
     if not any(map(len, apart.groups)):
         raise ConvFusionError("there are no samples held out to judge by")
     return apart

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.analysis.streaming import Measure, OffsetMeans, mean_offsets, offset_means
-from convfusion.data.latents import LatentDataset, TrainingData, training_data
+from convfusion.data.latents import LatentDataset, TrainingData, prepare_data
 from convfusion.distill.draws import Batches
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, Site, denoiser_of
@@ -87,7 +87,7 @@ def start_from_attention(
             means = offset_means(query, key, attention.scale, grid, radius, settings)
             measured[site.path].append(means)
 
-    ready = training_data(pipe, data)
+    ready = prepare_data(pipe, data)
     batches = Batches(ready.groups, min(batch_size, pictures), seed)
     generator = torch.Generator().manual_seed(seed)
     schedule, _ = noise_schedule(pipe.scheduler)

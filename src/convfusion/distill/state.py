@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from convfusion import checkpoint, files
 from convfusion.data.latents import LatentDataset, TrainingData
-from convfusion.data.samples import digest_of
+from convfusion.data.samples import digest_names
 from convfusion.data.store import LatentCache
 from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.families import Denoiser, denoiser_of
@@ -239,7 +239,7 @@ def rests_on(pipe: Any, data: TrainingData | LatentDataset) -> dict[str, Any]:
     """What the numbers of a run rest on beside its config, for JSON; None for what is not known."""
     student = denoiser_of(pipe)
     base = {"weights": fingerprint(student, without=".mixer."), **module_settings(student)}
-    told: dict[str, Any] = {"captions": digest_of(data.captions), "samples": len(data.captions)}
+    told: dict[str, Any] = {"captions": digest_names(data.captions), "samples": len(data.captions)}
     if isinstance(data, LatentDataset):
         told["latents"] = tensor_fingerprint(data.latents)
     elif isinstance(data, LatentCache):

@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 
 from convfusion import checkpoint
-from convfusion.data.latents import LatentDataset, TrainingData, hold_out, training_data
+from convfusion.data.latents import LatentDataset, TrainingData, hold_out, prepare_data
 from convfusion.data.workers import ignore_interrupts
 from convfusion.distill import state as saved_state
 from convfusion.distill.config import DistillConfig
@@ -61,7 +61,7 @@ class Trainer:
         }
         if not self.named:
             raise ConvFusionError("the mixers of this model have no parameters: nothing to train")
-        ready = training_data(pipe, data)
+        ready = prepare_data(pipe, data)
         self.data, self.held_out = hold_out(ready, config.held_out, config.seed)
         process = (self.accelerator.process_index, self.accelerator.num_processes)
         count = len(self.task.alphas_cumprod)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from convfusion.data.folders import PictureFolder
 from convfusion.data.latents import LatentDataset
-from convfusion.data.pictures import UnusableError, cover, decode_picture, upcast_vae
+from convfusion.data.pictures import UnusableError, crop_to_cover, decode_picture, upcast_vae
 from convfusion.data.sources import Prompts, open_source
 from convfusion.errors import ConvFusionError
 
@@ -43,7 +43,7 @@ class RealPictures:
                     raise UnusableError(problem)
                 if not isinstance(picture, Image.Image):
                     picture = decode_picture(picture)
-                yield Image.fromarray(cover(picture, self.size))
+                yield Image.fromarray(crop_to_cover(picture, self.size))
             except UnusableError as error:
                 self.skipped[str(error)] = self.skipped.get(str(error), 0) + 1
 

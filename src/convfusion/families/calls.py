@@ -74,25 +74,25 @@ def check_call(pipe: Any, prompts: Any, size: Any, options: Mapping[str, Any]) -
     _check_needed(pipe, named, options)
     _check_adapters(pipe, options)
     for name, value in options.items():
-        for each in _by_net(pipe, name, value):
+        for each in _split_by_net(pipe, name, value):
             _check_count(name, each, len(prompts))
 
 
 def _check_needed(pipe: Any, named: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Raise a ConvFusionError if a pipeline draws from more than it is given."""
     kind = type(pipe).__name__
-    told = {name for name, value in options.items() if value is not None}
+    passed = {name for name, value in options.items() if value is not None}
     missing = [
-        name for name, instead in NEEDED.items() if name in named and not told & {name, *instead}
+        name for name, instead in NEEDED.items() if name in named and not passed & {name, *instead}
     ]
-    if missing == ["image_latents"] and "image" in told:
+    if missing == ["image_latents"] and "image" in passed:
         missing = []
     missing += [
         name
         for name, parameter in named.items()
         if parameter.default is parameter.empty
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        and name not in {"self", *OURS, *missing, *told}
+        and name not in {"self", *OURS, *missing, *passed}
     ]
     if missing:
         raise ConvFusionError(
@@ -136,7 +136,7 @@ def cut_options(
     """
     part = slice(start, min(stop, count))
     return {
-        name: [_cut(name, each, part, count) for each in _by_net(pipe, name, value)]
+        name: [_cut(name, each, part, count) for each in _split_by_net(pipe, name, value)]
         if _is_by_net(pipe, name, value)
         else _cut(name, value, part, count)
         for name, value in options.items()
@@ -148,11 +148,11 @@ def _cut(name: str, value: Any, part: slice, count: int) -> Any:
         return {key: _cut(key, each, part, count) for key, each in value.items()}
     if isinstance(value, str) and _TEXT.search(name):  # of old, some pipelines want as many
         return [value] * (part.stop - part.start)
-    value = _unpacked(value)
+    value = _unpack(value)
     return value if _count(name, value, count) is None else value[part]
 
 
-def _unpacked(value: Any) -> Any:
+def _unpack(value: Any) -> Any:
     """A batch that is the only one of a list, without the list; as diffusers takes it."""
     if isinstance(value, list | tuple) and len(value) == 1 and getattr(value[0], "ndim", 0) == 4:
         return value[0]
@@ -191,10 +191,10 @@ def _count(name: str, value: Any, count: int) -> int | None:
 def _check_count(name: str, value: Any, count: int) -> None:
     if isinstance(value, Mapping):
         return
-    found = _count(name, _unpacked(value), count)
-    if found not in (None, count):
+    length = _count(name, _unpack(value), count)
+    if length not in (None, count):
         raise ConvFusionError(
-            f"{name} is for {found} prompts, and there are {count}: give one for each"
+            f"{name} is for {length} prompts, and there are {count}: give one for each"
         )
 
 
@@ -212,5 +212,5 @@ def _is_by_net(pipe: Any, name: str, value: Any) -> bool:
     )
 
 
-def _by_net(pipe: Any, name: str, value: Any) -> list[Any]:
+def _split_by_net(pipe: Any, name: str, value: Any) -> list[Any]:
     return value if _is_by_net(pipe, name, value) else [value]

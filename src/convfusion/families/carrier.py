@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from convfusion.errors import ConvFusionError
+
 GRID = "grid"  # the keyword under which a grid travels to a self-attention
 
 
@@ -61,8 +63,17 @@ class KeywordCarrier:
 
 
 def argument_position(kind: type[Any], name: str) -> int:
-    """The position of an argument of a module class's `forward`, counted without `self`."""
-    return list(inspect.signature(kind.forward).parameters).index(name) - 1
+    """The position of an argument of a module class's `forward`, counted without `self`.
+
+    Raises:
+        ConvFusionError: it takes no such argument.
+    """
+    names = list(inspect.signature(kind.forward).parameters)
+    if name not in names:
+        raise ConvFusionError(
+            f"the forward of a {kind.__name__} takes no {name}: its family needs its own carrier"
+        )
+    return names.index(name) - 1
 
 
 def drop_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

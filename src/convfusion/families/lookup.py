@@ -85,10 +85,10 @@ def encode_conditioning(pipe: Any, prompts: Sequence[str], size: Size) -> dict[s
     Args:
         pipe: a text-to-image or class-to-image pipeline of a known family.
         prompts: one per sample; class names or numbers for DiT.
-        size: (height, width) of the pictures in pixels (SDXL is told).
+        size: (height, width) of the pictures in pixels (SDXL takes it).
 
     Raises:
-        ConvFusionError: a prompt is no text, or no class of a DiT; or the denoiser is told of
+        ConvFusionError: a prompt is no text, or no class of a DiT; or the denoiser takes
             more than that, see `check_captioned`.
     """
     check_prompts(prompts)
@@ -150,8 +150,8 @@ def example_inputs(
 
 def latent_scale(pipe: Any) -> int:
     """Pixels per latent, along a side."""
-    told = getattr(pipe, "vae_scale_factor", None)  # DiT pipelines do not tell
-    return told or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    scale = getattr(pipe, "vae_scale_factor", None)  # DiT pipelines have none
+    return scale or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
 
 
 def native_size(pipe: Any) -> Size:

@@ -81,13 +81,13 @@ class PixArt(Family):
     ) -> dict[str, Any]:
         config, words = model.config, words or T5_WORDS
         width = config.caption_channels or config.cross_attention_dim
-        told: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if model.use_additional_conditions:  # PixArt-α at 1024 pixels; its config may leave it open
-            told = {"resolution": values(batch, 2), "aspect_ratio": values(batch, 1)}
+            added = {"resolution": values(batch, 2), "aspect_ratio": values(batch, 1)}
         return {
             "encoder_hidden_states": values(batch, words, width),
             "encoder_attention_mask": values.filled(1.0, batch, words),
-            "added_cond_kwargs": told,
+            "added_cond_kwargs": added,
         }
 
 

@@ -28,8 +28,8 @@ from convfusion.families.carrier import KeywordCarrier
 
 CLIP_WORDS = 77  # tokens that CLIP's text encoders read
 GLM_WORDS = 256  # and Kolors' ChatGLM
-REFINER_IDS = 5  # numbers that SDXL's refiner is told of its picture
-AESTHETIC_SCORE = 6.0  # the last of them, that diffusers tells unless it is told another
+REFINER_IDS = 5  # numbers that SDXL's refiner takes of its picture
+AESTHETIC_SCORE = 6.0  # the last of them, diffusers' default
 PATCHES = 257  # tokens of a picture from CLIP's ViT-H, which IP-Adapter Plus is given
 
 _PLACE = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.")
@@ -172,8 +172,8 @@ class UNet(Family):
             return {"encoder_hidden_states": pipe.encode_prompt(prompts, device, **options)[0]}
         embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=device, **options)
         if pipe.config.force_zeros_for_empty_prompt:  # as SDXL draws without a negative prompt
-            given = torch.tensor([bool(p) for p in prompts], device=device).to(embeds.dtype)
-            embeds, pooled = embeds * given[:, None, None], pooled * given[:, None]
+            prompted = torch.tensor([bool(p) for p in prompts], device=device).to(embeds.dtype)
+            embeds, pooled = embeds * prompted[:, None, None], pooled * prompted[:, None]
         last = (AESTHETIC_SCORE,) if count_time_ids(pipe.unet) == REFINER_IDS else size
         ids = torch.tensor([[*size, 0, 0, *last]], dtype=embeds.dtype, device=device)
         added = {"text_embeds": pooled, "time_ids": ids.repeat(len(prompts), 1)}

@@ -24,13 +24,13 @@ def forward(tokens: Tensor, weights: Tensor, grid: Grid, gate: str) -> Tensor:
     out = tokens.new_empty(batch, pixels, half * len(weights))
     if not out.numel():
         return out
-    inputs = _with_room(tokens, sides)
+    inputs = _allocate_stages(tokens, sides)
     with torch.cuda.device_of(tokens):
         for i, side in enumerate(sides):
             mixed = tokens.new_empty(batch, side[0] * side[1], half) if i else out
-            _over_tiles(
+            _launch_over_tiles(
                 kernels.conv_gate, weights[i], side, half,
-                inputs[i], weights[i], mixed, inputs[i + 1], _scale(channels, gate), *side,
+                inputs[i], weights[i], mixed, inputs[i + 1], _get_scale(channels, gate), *side,
                 OUT_STRIDE=mixed.shape[-1], SIGMOID=gate == "sigmoid",
                 POOL=inputs[i + 1] is not None,
             )  # fmt: skip
@@ -56,14 +56,14 @@ def backward(
     sides = pooled_sides(grid, len(weights))
     if not tokens.numel():
         return torch.empty_like(tokens), torch.zeros_like(weights[: None if weight_grad else 0])
-    inputs, before = _with_room(tokens, sides), []
+    inputs, before = _allocate_stages(tokens, sides), []
     flows: list[Any] = [*map(torch.empty_like, inputs[:-1]), None]
     with torch.cuda.device_of(tokens):
         for i, side in enumerate(sides):
-            given = grad if i == 0 else _upsample_grad(grad, inputs[i], side, grid, i)
-            before.append(_gate_grad(given, inputs[i], inputs[i + 1], weights[i], side, gate))
+            own = grad if i == 0 else _upsample_grad(grad, inputs[i], side, grid, i)
+            before.append(_compute_gate_grad(own, inputs[i], inputs[i + 1], weights[i], side, gate))
         for i in reversed(range(len(sides))):
-            _over_tiles(
+            _launch_over_tiles(
                 kernels.conv_input_grad, weights[i], sides[i], tokens.shape[-1],
                 before[i], weights[i], flows[i + 1], flows[i], *sides[i],
                 COARSE=flows[i + 1] is not None,
@@ -71,27 +71,27 @@ def backward(
         if not weight_grad:
             return flows[0], weights.new_empty(0)
         parts = zip(inputs[:-1], before, sides, strict=True)
-        grads = [_weight_grad(x, given, weights, side) for x, given, side in parts]
+        grads = [_compute_weight_grad(x, flow, weights, side) for x, flow, side in parts]
     return flows[0], torch.stack(grads)
 
 
-def _gate_grad(
+def _compute_gate_grad(
     grad: Tensor, x: Tensor, coarser: Tensor | None, weights: Tensor, side: Grid, gate: str
 ) -> Tensor:
     """Gradient before the gate of one stage [B, N_i, C']; fills `coarser` on the way."""
     out = torch.empty_like(x)
-    _over_tiles(
+    _launch_over_tiles(
         kernels.conv_gate_grad, weights, side, x.shape[-1] // 2,
-        x, weights, grad, out, coarser, _scale(x.shape[-1], gate), *side,
+        x, weights, grad, out, coarser, _get_scale(x.shape[-1], gate), *side,
         GRAD_STRIDE=grad.shape[-1], SIGMOID=gate == "sigmoid", POOL=coarser is not None,
     )  # fmt: skip
     return out
 
 
-def _weight_grad(x: Tensor, grad: Tensor, weights: Tensor, side: Grid) -> Tensor:
+def _compute_weight_grad(x: Tensor, grad: Tensor, weights: Tensor, side: Grid) -> Tensor:
     """Gradient of one stage's weights [K·K, C'], its partial sums added in a fixed order."""
     batch, _, channels = x.shape
-    kernel = _side_of(weights[0])
+    kernel = _get_kernel_side(weights[0])
     tile = choose_tile(kernel, channels)
     groups, blocks = batch * triton.cdiv(side[0], tile.rows), triton.cdiv(channels, tile.channels)
     chunks, each = choose_chunks(groups, kernel, blocks)
@@ -103,11 +103,11 @@ def _weight_grad(x: Tensor, grad: Tensor, weights: Tensor, side: Grid) -> Tensor
     return partial.sum(0).to(weights.dtype)
 
 
-def _over_tiles(
+def _launch_over_tiles(
     kernel: Any, weights: Tensor, side: Grid, channels: int, *args: Any, **constants: Any
 ) -> None:
     """Launch a convolution with a program for every tile of a map and block of `channels`."""
-    size, (batch, _, stride) = _side_of(weights), args[0].shape
+    size, (batch, _, stride) = _get_kernel_side(weights), args[0].shape
     tile = choose_tile(size, channels)
     tiles = batch * triton.cdiv(side[0], tile.rows) * triton.cdiv(side[1], tile.cols)
     kernel[(tiles, triton.cdiv(channels, tile.channels))](
@@ -144,17 +144,17 @@ def _upsample_grad(grad: Tensor, x: Tensor, side: Grid, grid: Grid, stage: int) 
     return small
 
 
-def _with_room(tokens: Tensor, sides: list[Grid]) -> list[Any]:
+def _allocate_stages(tokens: Tensor, sides: list[Grid]) -> list[Any]:
     """The input of every stage, [B, N_i, C'], still empty but for the first; and None."""
     batch, _, channels = tokens.shape
     rooms = [tokens.new_empty(batch, height * width, channels) for height, width in sides[1:]]
     return [tokens, *rooms, None]
 
 
-def _side_of(weights: Tensor) -> int:
+def _get_kernel_side(weights: Tensor) -> int:
     """K of weights [K·K, C']."""
     return round(len(weights) ** 0.5)
 
 
-def _scale(channels: int, gate: str) -> float:
+def _get_scale(channels: int, gate: str) -> float:
     return 1.0 if gate == "sigmoid" else gate_scale(channels, gate)

@@ -27,7 +27,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = "3.3"  # Triton: the oldest that kernels were compiled with
 
 
-def _available() -> bool:
+def _is_available() -> bool:
     """Whether a Triton that compiles the kernels is installed; it is not imported yet."""
     try:
         installed = version("triton")
@@ -36,7 +36,7 @@ def _available() -> bool:
     return TorchVersion(installed) >= OLDEST
 
 
-AVAILABLE = _available()
+AVAILABLE = _is_available()
 WANTED = os.environ.get("CONVFUSION_KERNELS") == "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
