@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
 from convfusion.errors import UnsupportedModelError
 from convfusion.families.carrier import Carrier
@@ -71,6 +71,7 @@ class Family(ABC):
         call_options: what its pipelines are called with unless the caller says otherwise.
         released_gate: the gate of the blocks that the paper's authors released for it; None if
             there are none.
+        attention_classes: what its self-attentions are; a subclass of these is refused.
     """
 
     name: ClassVar[str]
@@ -84,6 +85,7 @@ class Family(ABC):
     prompt_argument: ClassVar[str] = "prompt"
     call_options: ClassVar[Mapping[str, Any]] = {}
     released_gate: ClassVar[Gate | None] = None
+    attention_classes: ClassVar[tuple[type[nn.Module], ...]] = (Attention,)
 
     @abstractmethod
     def list_sites(self, model: Denoiser) -> list[Site]:
