@@ -248,9 +248,9 @@ def print_plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None) -
     from rich.table import Table
 
     from convfusion import surgery
-    from convfusion.distill.plan import plan
+    from convfusion.distill.estimate import estimate_run
 
-    found = plan(pipe, config, size)
+    found = estimate_run(pipe, config, size)
     typer.echo(str(surgery.status(pipe)))
     total = timedelta(seconds=round(found.seconds_per_step * found.steps))
     peak = "" if found.peak_bytes is None else f"{found.peak_bytes / 2**30:.2f} GiB"

@@ -33,7 +33,6 @@ from convfusion.surgery.layers import (
     projections,
     unwrapped,
 )
-from convfusion.surgery.lora import check_forward, watch_plugins
 from convfusion.surgery.mixed import (
     PROJECTIONS,
     DroppedAttention,
@@ -42,6 +41,7 @@ from convfusion.surgery.mixed import (
     mixed_class,
     resting_mixer,
 )
+from convfusion.surgery.plugins import check_forward, watch_plugins
 from convfusion.surgery.record import TrainingRecord, least_trained, record_of
 
 LOST_WITHOUT_ATTENTION = (
