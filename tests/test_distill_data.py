@@ -9,7 +9,7 @@ import convfusion
 from convfusion import ConvFusionError
 from convfusion.data import LatentDataset, build_cache, hold_out, prepare_data
 from convfusion.distill import DistillConfig, distill
-from convfusion.distill.draws import Batches
+from convfusion.distill.batches import BatchIndices
 from convfusion.distill.losses import feature_losses, min_snr_weight, weighted_mse
 from convfusion.families import encode_conditioning
 from convfusion.families.dit import DIT
@@ -50,21 +50,21 @@ def test_velocity_and_learned_variance_become_epsilon():
 
 
 def test_batches_depend_on_seed_and_step_alone():
-    batches = Batches([range(10)], 5, seed=0)
+    batches = BatchIndices([range(10)], 5, seed=0)
     straight = [batches[step] for step in range(8)]
-    assert [Batches([range(10)], 5, seed=0)[step] for step in (7, 0, 3)] == [
+    assert [BatchIndices([range(10)], 5, seed=0)[step] for step in (7, 0, 3)] == [
         straight[step] for step in (7, 0, 3)
     ]
     for epoch in range(4):
         drawn = straight[2 * epoch] + straight[2 * epoch + 1]
         assert sorted(drawn) == [*range(10)]
-    other = Batches([range(10)], 5, seed=1)
+    other = BatchIndices([range(10)], 5, seed=1)
     assert [other[step] for step in range(8)] != straight
 
 
 def test_a_batch_comes_from_one_group():
     groups = [[0, 2, 4, 6, 8], [1, 3], []]
-    batches = Batches(groups, 4, seed=0)
+    batches = BatchIndices(groups, 4, seed=0)
     assert batches.per_epoch == 3
     epoch = [batches[step] for step in range(3)]
     assert {i for batch in epoch for i in batch} == {0, 1, 2, 3, 4, 6, 8}

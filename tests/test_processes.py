@@ -11,7 +11,7 @@ import torch
 
 from convfusion import ConvFusionError, files
 from convfusion.distill import DistillConfig
-from convfusion.distill.draws import Draws
+from convfusion.distill.batches import StepBatches
 
 pytestmark = pytest.mark.libraries
 
@@ -43,4 +43,4 @@ def test_two_processes_step_as_one(tmp_path):
 
 def test_a_batch_that_processes_cannot_share_is_refused():
     with pytest.raises(ConvFusionError, match="4 is not a multiple of 3 processes × 1 parts"):
-        Draws(SimpleNamespace(groups=[range(4)]), DistillConfig(batch_size=4), 1000, (0, 3))
+        StepBatches(SimpleNamespace(groups=[range(4)]), DistillConfig(batch_size=4), 1000, (0, 3))

@@ -11,7 +11,7 @@ import convfusion
 from convfusion import CheckpointError, DeltaConv, Removed, mini, uniform
 from convfusion.data import LatentDataset
 from convfusion.distill import DistillConfig, distill, start_from_attention
-from convfusion.distill.plan import plan
+from convfusion.distill.estimate import estimate_run
 from convfusion.surgery.record import TrainingRecord
 
 pytestmark = pytest.mark.libraries
@@ -80,7 +80,7 @@ def test_training_that_goes_on_keeps_what_was_learnt(pipe, data, tmp_path):
 
 
 def test_a_dry_run_trains_nothing(pipe):
-    plan(pipe, TRAINING)
+    estimate_run(pipe, TRAINING)
     assert convfusion.status(pipe).record == TrainingRecord("converted")
 
 

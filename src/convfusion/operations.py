@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -96,7 +95,7 @@ def site_operations(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tupl
             1, height * width, site.channels, device="meta", dtype=mixed.to_q.weight.dtype
         )
         block = mixer_operations(mixed.mixer, tokens, (height, width))
-        mixed.__class__ = Attention
+        mixed.__class__ = mixed.stock
         counts[site.path] = (count(mixed, tokens), block)
     if not counts:
         raise ConvFusionError("this model is not converted: there is nothing to compare")

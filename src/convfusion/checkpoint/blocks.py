@@ -40,7 +40,13 @@ from convfusion.mixers import Mixer, mixer_from_dict, mixer_to_dict
 from convfusion.mixers.base import TokenMixer
 from convfusion.surgery import Status, build_mixers, drop_attention, install, mixers_of, status
 from convfusion.surgery.config import ConvertConfig
-from convfusion.surgery.layers import check_blocks, check_floats, check_untied, separate
+from convfusion.surgery.layers import (
+    check_blocks,
+    check_floats,
+    check_untied,
+    projections,
+    separate,
+)
 from convfusion.surgery.record import TrainingRecord, joint_record, set_record
 
 # Settings and values by site, and what they have been through.
@@ -188,11 +194,15 @@ def load(
         set_record(mixer, record)
     if not present:
         for path, mixer in mixers.items():  # of a base that is frozen, they are as well
-            mixer.requires_grad_(model.get_submodule(path).to_v.weight.requires_grad)
+            mixer.requires_grad_(_trains_values(model.get_submodule(path)))
         install(model, mixers, keep_attention=keep_attention)
     elif not keep_attention:
         drop_attention(model)
     return status(model)
+
+
+def _trains_values(attention: Any) -> bool:
+    return projections(attention)[2].weight.requires_grad
 
 
 def fill(mixer: TokenMixer, state: dict[str, Tensor]) -> None:

@@ -314,10 +314,10 @@ def print_plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None) -
     from rich.table import Table
 
     from convfusion import surgery
-    from convfusion.distill.plan import plan
+    from convfusion.distill.estimate import estimate_run
 
     with announced("Trying three steps on noise …", True):
-        planned = plan(pipe, config, size)
+        planned = estimate_run(pipe, config, size)
     typer.echo(str(surgery.status(pipe)))
     table = Table(title="Nothing was trained or written", show_header=False)
     for name, value in planned.describe().items():

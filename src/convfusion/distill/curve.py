@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from convfusion.data.latents import LatentDataset, TrainingData
-from convfusion.distill.partial import OnProgress, Ranking, SiteCosts, ready_to_judge, subset_errors
+from convfusion.distill.partial import (
+    OnProgress,
+    Point,
+    Ranking,
+    SiteCosts,
+    ready_to_judge,
+    subset_errors,
+)
 from convfusion.distill.task import DistillTask
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of
@@ -21,21 +28,6 @@ from convfusion.surgery import mixers_of
 from convfusion.surgery.config import ConvertConfig, select_sites
 
 CSV_COLUMNS = ("order", "sites", "site", "imitation_error", "epsilon_error", "flops_gone")
-
-
-@dataclass(frozen=True)
-class Point:
-    """The model with a site and all before it replaced.
-
-    Attributes:
-        site: the one that was replaced last.
-        epsilon_error: mean ‖ε̂ − ε̃‖²/‖ε̃‖².
-        flops_gone: operations saved over those of all attentions that the config would convert.
-    """
-
-    site: str
-    epsilon_error: float
-    flops_gone: float
 
 
 @dataclass(frozen=True)
@@ -100,14 +92,15 @@ class ReplacementCurve:
         Returns:
             The config files.
         """
-        from convfusion.distill.plots import figure
+        from convfusion.distill.plots import draw_curve
         from convfusion.report import render_figure
 
         folder, counts = Path(folder), chosen_counts(len(self.costs.sites), counts)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "curve.json", json.dumps(self.to_dict(), indent=2) + "\n")
         write_csv(folder / "curve.csv", CSV_COLUMNS, self._rows())
-        write_picture(folder / "curve.png", render_figure(figure(self)), optimize=True)
+        figure = draw_curve(self.costs, self.orders)
+        write_picture(folder / "curve.png", render_figure(figure), optimize=True)
         files = [folder / f"cheapest-{k:02d}.json" for k in counts]
         for k, file in zip(counts, files, strict=True):
             self.cheapest_config(k, by).save(file)
@@ -152,8 +145,10 @@ def replacement_curve(
     prefixes = [frozenset(order[: k + 1]) for order in orders for k in range(len(order))]
     subsets = list(dict.fromkeys(prefixes))
     size, seed = costs.training.batch_size, costs.training.seed
-    found = subset_errors(task, apart, subsets, batch_size=size, seed=seed, on_progress=on_progress)
-    errors = dict(zip(subsets, found, strict=True))
+    measured = subset_errors(
+        task, apart, subsets, batch_size=size, seed=seed, on_progress=on_progress
+    )
+    errors = dict(zip(subsets, measured, strict=True))
     height, width = apart.take(apart.groups[0][:1], [False])[0].shape[-2:]
     flops = site_operations(model, (height, width))
     whole = sum(attention for attention, _ in flops.values())

@@ -75,6 +75,21 @@ class SiteCosts:
         )
 
 
+@dataclass(frozen=True)
+class Point:
+    """The model with a site and all before it replaced.
+
+    Attributes:
+        site: the one that was replaced last.
+        epsilon_error: mean ‖ε̂ − ε̃‖²/‖ε̃‖².
+        flops_gone: operations saved over those of all attentions that the config would convert.
+    """
+
+    site: str
+    epsilon_error: float
+    flops_gone: float
+
+
 def check_ranking(by: str) -> Ranking:
     """What sites rank by; a ConvFusionError for anything else."""
     for ranking in get_args(Ranking):

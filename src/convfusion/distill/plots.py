@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from convfusion.distill.curve import ReplacementCurve
+from convfusion.distill.partial import Point, SiteCosts
 from convfusion.families import shorten_path
 from convfusion.report import BLUE, FAINT, GREEN, INK, ORANGE
 
 NAMED = 16  # sites; the names of more would cover each other
 
 
-def figure(curve: ReplacementCurve) -> Figure:
-    """ε-error over the number of sites and over the operations gone; one error over the other."""
+def draw_curve(costs: SiteCosts, orders: Mapping[str, Sequence[Point]]) -> Figure:
+    """ε-error over the number of sites and over the operations gone; one error over the other.
+
+    Args:
+        costs: of every site.
+        orders: the points of a replacement curve, by the name of each order.
+    """
     drawn = Figure(figsize=(11, 3.8), layout="constrained")
     by_number, by_flops, by_site = drawn.subplots(1, 3)
     for points, name, color, style in (
-        (curve.by_imitation, "least imitation error first", BLUE, "o-"),
-        (curve.dearest, "most imitation error first", ORANGE, "s--"),
-        (curve.by_epsilon, "least ε-error alone first", GREEN, "^:"),
+        (orders["by_imitation"], "least imitation error first", BLUE, "o-"),
+        (orders["dearest"], "most imitation error first", ORANGE, "s--"),
+        (orders["by_epsilon"], "least ε-error alone first", GREEN, "^:"),
     ):
         errors = [point.epsilon_error for point in points]
         gone = [point.flops_gone for point in points]
@@ -33,7 +40,7 @@ def figure(curve: ReplacementCurve) -> Figure:
     for axes in (by_number, by_flops):
         axes.set_ylabel("ε-error")
         axes.legend(frameon=False, fontsize=9)
-    sites = curve.costs.sites
+    sites = costs.sites
     for site in sites:
         place = (site.imitation_error, site.epsilon_error)
         by_site.plot(*place, "o", color=INK, markersize=4)

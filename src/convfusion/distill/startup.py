@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from convfusion.analysis.streaming import Measure, OffsetMeans, mean_offsets, offset_means
 from convfusion.data.latents import LatentDataset, TrainingData, prepare_data
-from convfusion.distill.draws import Batches
+from convfusion.distill.batches import BatchIndices
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, Site, denoiser_of
 from convfusion.families.conditioning import place_conditioning
@@ -88,7 +88,7 @@ def start_from_attention(
             measured[site.path].append(means)
 
     ready = prepare_data(pipe, data)
-    batches = Batches(ready.groups, min(batch_size, pictures), seed)
+    batches = BatchIndices(ready.groups, min(batch_size, pictures), seed)
     generator = torch.Generator().manual_seed(seed)
     schedule, _ = noise_schedule(pipe.scheduler)
     with watch_attention(teacher, see):

@@ -19,8 +19,8 @@ from convfusion import checkpoint
 from convfusion.data.latents import LatentDataset, TrainingData, hold_out, prepare_data
 from convfusion.data.workers import ignore_interrupts
 from convfusion.distill import state as saved_state
+from convfusion.distill.batches import BatchPart, StepBatches
 from convfusion.distill.config import DistillConfig
-from convfusion.distill.draws import Draw, Draws
 from convfusion.distill.environment import (
     decoded_as_it_is,
     make_accelerator,
@@ -65,18 +65,18 @@ class Trainer:
         self.data, self.held_out = hold_out(ready, config.held_out, config.seed)
         process = (self.accelerator.process_index, self.accelerator.num_processes)
         count = len(self.task.alphas_cumprod)
-        self.draws = Draws(self.data, config, count, process)
+        self.batches = StepBatches(self.data, config, count, process)
         self.rests_on = saved_state.rests_on(pipe, data) if out is not None else {}
         self.state = saved_state.RunState()
         self.skipped_in_a_row = 0
         self.error: float | None = None  # of the blocks at the end, on the samples held out
 
-    def begin(self, found: Path | None) -> None:
+    def begin(self, last: Path | None) -> None:
         """Make ready for the first step, or for the next one after a checkpoint."""
         config = self.config
-        if found is not None:
-            self.state = saved_state.read_run(found, self.named, config.to_dict(), self.rests_on)
-            checkpoint.load(self.student, found)
+        if last is not None:
+            self.state = saved_state.read_run(last, self.named, config.to_dict(), self.rests_on)
+            checkpoint.load(self.student, last)
         elif config.start == "attention":
             start_from_attention(self.pipe, self.data, only=blocks_to_start(self.student))
         optimizer = make_optimizer(self.named.values(), config)
@@ -88,7 +88,7 @@ class Trainer:
         if self.state.scaler:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         self.owed = Owed(False, False)
-        if found is not None and self.out is not None and self.is_due(self.state.step):
+        if last is not None and self.out is not None and self.is_due(self.state.step):
             self.owed = owed(
                 self.out, self.state.step, held_out=any(map(len, self.held_out.groups))
             )
@@ -119,13 +119,13 @@ class Trainer:
         terms: dict[str, float] = {}
         try:
             self.catch_up(validate)
-            for parts in self.steps():
+            for parts in self.load_steps():
                 terms = self.take_step(parts)
                 state.step += 1
                 if on_step is not None:
                     on_step(state.step, terms)
                 ended = state.step == config.steps
-                last = self.anyone(bool(interrupted)) or ended
+                last = self.any_process_asked(bool(interrupted)) or ended
                 if last or state.step % config.save_every == 0:
                     self.save()
                 if self.is_due(state.step):
@@ -140,11 +140,11 @@ class Trainer:
             self.log.close()
         return terms
 
-    def steps(self) -> Iterator[list[Draw]]:
-        """The draws of every step that is left."""
+    def load_steps(self) -> Iterator[list[BatchPart]]:
+        """The parts of the batch of every step that is left."""
         # A generator of its own: the loader would draw a seed from the global one.
         yield from DataLoader(
-            self.draws,
+            self.batches,
             sampler=range(self.state.step, self.config.steps),
             batch_size=None,
             num_workers=self.config.workers,
@@ -152,7 +152,7 @@ class Trainer:
             generator=torch.Generator(),
         )
 
-    def take_step(self, parts: list[Draw]) -> dict[str, float]:
+    def take_step(self, parts: list[BatchPart]) -> dict[str, float]:
         """One optimiser step, unless something is not finite.
 
         Args:
@@ -166,16 +166,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         alone = self.state.step < config.imitation_steps
-        found = []
+        measured = []
         for part in parts:
             with accelerator.accumulate(self.model):
-                losses = self.model(*self.placed(part), alone=alone)
+                losses = self.model(*self.place_part(part), alone=alone)
                 accelerator.backward(torch.stack(list(losses.terms.values())).sum())
-                found.append(losses)
+                measured.append(losses)
         accelerator.unscale_gradients()
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
         norm = get_total_norm(gradients)
-        terms, sites = self.means(found)
+        terms, sites = self.mean_losses(measured)
         finite = all(map(math.isfinite, (norm.item(), *terms.values())))
         if finite:
             clip_grads_with_norm_(self.named.values(), config.clip_norm, norm)
@@ -203,26 +203,26 @@ class Trainer:
         for parameter in self.named.values():
             parameter.grad = None
 
-    def means(self, found: list[Losses]) -> tuple[dict[str, float], dict[str, float]]:
+    def mean_losses(self, parts: list[Losses]) -> tuple[dict[str, float], dict[str, float]]:
         """Terms and site errors over the parts of all processes."""
-        rows = [torch.stack([*each.terms.values(), *each.sites.values()]) for each in found]
+        rows = [torch.stack([*part.terms.values(), *part.sites.values()]) for part in parts]
         mean = torch.stack(rows).detach().float().mean(dim=0)
         values = self.accelerator.reduce(mean, reduction="mean").tolist()
-        terms, sites = found[0]
+        terms, sites = parts[0]
         count = len(terms)
         return (
             dict(zip(terms, values[:count], strict=True)),
             dict(zip(sites, values[count:], strict=True)),
         )
 
-    def anyone(self, asked: bool) -> bool:
+    def any_process_asked(self, asked: bool) -> bool:
         """Whether any process was asked to stop."""
         if self.accelerator.num_processes == 1:
             return asked
         wish = torch.tensor([float(asked)], device=self.student.device)
         return bool(self.accelerator.reduce(wish, reduction="sum").item())
 
-    def skip(self, parts: list[Draw]) -> None:
+    def skip(self, parts: list[BatchPart]) -> None:
         """Count a step that is skipped.
 
         Raises:
@@ -236,7 +236,7 @@ class Trainer:
             return
         with self.accelerator.autocast():
             alone = self.state.step < self.config.imitation_steps
-            placed_parts = [self.placed(part) for part in parts]
+            placed_parts = [self.place_part(part) for part in parts]
             where = what_fails(self.task, placed_parts, alone=alone)
         raise self.not_finite(
             f"a loss or gradient was not finite in {most} steps in a row, up to step "
@@ -250,8 +250,8 @@ class Trainer:
         left = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
         return ConvFusionError(f"{what}. Try a lower learning rate or another autocast; {left}")
 
-    def placed(self, part: Draw) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        """A draw on the student's device, as the denoiser takes it."""
+    def place_part(self, part: BatchPart) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """A part of a batch on the student's device, as the denoiser takes it."""
         device = self.student.device
         latents, noise, timesteps = (tensor.to(device) for tensor in part[:3])
         return latents, noise, timesteps, place_conditioning(part.conditioning, self.student)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from convfusion.data.latents import TrainingData
-from convfusion.distill.draws import noise_like
+from convfusion.distill.batches import noise_like
 from convfusion.distill.task import DistillTask, collected
 from convfusion.evaluate import TIMESTEPS, epsilon_errors
 from convfusion.families import denoiser_of

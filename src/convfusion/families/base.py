@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
 from convfusion.errors import UnsupportedModelError
 from convfusion.families.carrier import Carrier
@@ -77,6 +77,7 @@ class Family(ABC):
             there are none.
         input_docs: what arguments of the denoiser are, in words, by dotted name; an exported file
             says so.
+        attention_classes: what its self-attentions are; a subclass of these is refused.
     """
 
     name: ClassVar[str]
@@ -91,6 +92,7 @@ class Family(ABC):
     call_options: ClassVar[Mapping[str, Any]] = {}
     released_gate: ClassVar[Gate | None] = None
     input_docs: ClassVar[Mapping[str, str]] = {}
+    attention_classes: ClassVar[tuple[type[nn.Module], ...]] = (Attention,)
 
     @abstractmethod
     def list_sites(self, model: Denoiser) -> list[Site]:

@@ -7,7 +7,7 @@ only it can read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,16 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # that l
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
 
-def projections(attention: Any) -> Iterator[nn.Module]:
-    """The linear layers of an attention as they are now, wrapped by a LoRA or not."""
-    yield from (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+def projections(attention: Any) -> tuple[Any, Any, Any, Any]:
+    """The layers for queries, keys, values and output as they are now, wrapped by a LoRA or not.
+
+    Norms of queries and keys and rotary embeddings are none of them.
+    """
+    if hasattr(attention, "to_query"):  # as in Kandinsky 5
+        names = ("to_query", "to_key", "to_value", "out_layer")
+        query, key, value, out = (getattr(attention, name) for name in names)
+        return query, key, value, out
+    return attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
 
 
 def unwrapped(layer: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
-"""What stands at a converted site, and how every way into a diffusers `Attention` comes to it.
+"""What stands at a converted site, and how every way into a diffusers attention comes to it.
 
-A converted self-attention is its own `Attention` with another class. There are two ways into an
+A converted self-attention is the module that it was, with another class: a subclass of its own,
+made once for each attention class (`Attention`, `WanAttention`, …). There are two ways into an
 attention, and both lead to the mixer: `forward`, and the `processor` that diffusers' own `forward`
 calls. The second one matters where another library holds on to the `forward` that it found, as
 accelerate's and diffusers' hooks do: what they call, before or after a conversion or its undoing,
@@ -10,17 +11,21 @@ is what stands at the site then.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
 from convfusion.mixers.base import TokenMixer
 
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out", "to_qkv", "to_kv")
+# What the layers that hold an attention's weights are called, in any class of them.
+PROJECTIONS = (
+    *("to_q", "to_k", "to_v", "to_out", "to_qkv", "to_kv"),
+    *("to_query", "to_key", "to_value", "out_layer"),
+)
 
 # Processors that compute an attention as it is, each in a way of its own: a mixer replaces that.
 _PLAIN = frozenset(
@@ -42,9 +47,11 @@ def let_stand(paths: Iterable[str]) -> str:
     return f"let the attention stand: with convfusion.surgery.attention_back(pipe, [{listed}])"
 
 
-def is_foreign(processor: Any) -> bool:
-    """Whether a processor does more than compute an attention."""
-    return type(processor).__name__ not in _PLAIN
+def is_foreign(attention: Any, processor: Any) -> bool:
+    """Whether a processor does more than compute an attention of this class."""
+    own = getattr(attention, "_default_processor_cls", None)
+    plain = (type(None), *([own] if own else []), *getattr(attention, "_available_processors", ()))
+    return type(processor).__name__ not in _PLAIN and type(processor) not in plain
 
 
 def check_processor(site: str, processor: Any) -> None:
@@ -69,10 +76,13 @@ class ConvFusionProcessor:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        *rotary: Any,
         grid: Tensor | None = None,
         **others: Any,
     ) -> Tensor:
-        """Mix tokens [B, N, C] on the grid that `grid` [H, W, 0] has as its shape.
+        """Mix tokens [B, N, C] on the grid that `grid`, [H, W, 0] or [T, H, W, 0], has as shape.
+
+        A rotary embedding is of the attention: a mixer has no use for one.
 
         Raises:
             ConvFusionError: there is no grid, it has not N places, or there are further tokens to
@@ -92,18 +102,19 @@ class ConvFusionProcessor:
                 "to, as in reference-only or shared attention, and a mixer knows its own alone: "
                 + let_stand([attention.site])
             )
-        height, width = grid.shape[0], grid.shape[1]
-        if hidden_states.shape[1] != height * width:
+        sides = tuple(grid.shape[:-1])
+        if hidden_states.shape[1] != math.prod(sides):
+            named = "×".join(map(str, sides))
             raise ConvFusionError(
                 f"the converted self-attention {attention.site} was given "
-                f"N = {hidden_states.shape[1]} tokens, but the grid {height}×{width} has "
-                f"{height * width}: take off what merges or adds tokens (such as tomesd), or "
+                f"N = {hidden_states.shape[1]} tokens, but the grid {named} has "
+                f"{math.prod(sides)}: take off what merges or adds tokens (such as tomesd), or "
                 + let_stand([attention.site])
             )
         processor = attention.get_processor()
-        if is_foreign(processor):
+        if is_foreign(attention, processor):
             self.show(processor, attention, hidden_states, others)
-        return attention.mixer(hidden_states, (height, width))
+        return attention.mixer(hidden_states, sides)
 
     def show(self, processor: Any, attention: Any, tokens: Tensor, others: dict[str, Any]) -> None:
         """Call another library's processor for what it records; what it returns is not used.
@@ -132,14 +143,18 @@ def _is_itself(given: Tensor | None, tokens: Tensor) -> bool:
 _PROCESSOR = ConvFusionProcessor()
 
 
-class MixedAttention(Attention):
+class MixedAttention(nn.Module):
     """A self-attention whose forward is its child `mixer`; its weights wait for `revert`.
 
+    What stands at a site is of a class of `mixed_class`, which is of the attention's class too.
+
     Attributes:
+        stock: the class of the attention, which `revert` gives back.
         mixer: what is computed.
         site: the path of this attention.
     """
 
+    stock: ClassVar[type[nn.Module]]
     mixer: TokenMixer
     site: str
 
@@ -182,7 +197,19 @@ class DroppedAttention(MixedAttention):
         return super().__getattr__(name)
 
 
+_classes: dict[tuple[type[nn.Module], bool], Any] = {}
+
+
+def mixed_class(stock: type[nn.Module], *, dropped: bool = False) -> Any:
+    """The class of a converted attention of some class, with its weights or without."""
+    if (stock, dropped) not in _classes:
+        base, word = (DroppedAttention, "Dropped") if dropped else (MixedAttention, "Mixed")
+        made = type(f"{word}{stock.__name__}", (base, stock), {"stock": stock})
+        _classes[stock, dropped] = made
+    return _classes[stock, dropped]
+
+
 def resting_mixer(attention: nn.Module) -> TokenMixer | None:
     """The mixer of an attention that stands in for it, or that it stands in for."""
-    mixer = attention._modules.get("mixer") if isinstance(attention, Attention) else None
+    mixer = attention._modules.get("mixer") if "site" in vars(attention) else None
     return mixer if isinstance(mixer, TokenMixer) else None

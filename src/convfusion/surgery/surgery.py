@@ -1,7 +1,7 @@
 """Replace self-attention in place, and put it back.
 
-A site's `Attention` becomes a `MixedAttention`, a subclass of itself with the mixer as its child
-`mixer`. So the module tree, every stock name and every stock weight stay where they were, and
+A site's attention becomes a `MixedAttention`, of a subclass of its own class, with the mixer as its
+child `mixer`. So the module tree, every stock name and every stock weight stay where they were, and
 reverting is a change of class. No diffusers forward code is copied: the grid of the tokens comes
 with the cross-attention keywords, put there by a hook of the module that knows it.
 """
@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention
-from torch import nn
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families import Denoiser, Site, denoiser_of, family_of, list_sites
@@ -32,16 +30,18 @@ from convfusion.surgery.layers import (
     check_projections,
     check_unhooked,
     compute_dtype,
+    projections,
     unwrapped,
 )
-from convfusion.surgery.lora import check_forward, watch_plugins
 from convfusion.surgery.mixed import (
     PROJECTIONS,
     DroppedAttention,
     MixedAttention,
     check_processor,
+    mixed_class,
     resting_mixer,
 )
+from convfusion.surgery.plugins import check_forward, watch_plugins
 from convfusion.surgery.record import TrainingRecord, least_trained, record_of
 
 LOST_WITHOUT_ATTENTION = (
@@ -161,9 +161,11 @@ def build_mixers(
             if site.path not in chosen:
                 continue
             attention = _plain_attention(model, site)
-            weight, dtype = attention.to_v.weight, compute_dtype(model, unwrapped(attention.to_v))
+            value: Any = unwrapped(projections(attention)[2])
+            weight, dtype = value.weight, compute_dtype(model, value)
             with torch.device("meta" if weight.is_meta else "cpu"):
                 mixer = chosen[site.path].build(site.channels, site.heads)
+            check_rank(site, mixer)
             mixer = mixer.to(weight.device)
             if not weight.is_meta:
                 mixer.init_from(attention)
@@ -171,12 +173,28 @@ def build_mixers(
     return built
 
 
+def check_rank(site: Site, mixer: TokenMixer) -> None:
+    """Refuse a mixer that does not work on grids of a site's rank.
+
+    Raises:
+        ConvFusionError: it works on grids of other ranks.
+    """
+    if site.rank in mixer.ranks:
+        return
+    grids = {2: "(height, width)", 3: "(frames, height, width)"}
+    known = " or ".join(grids.get(rank, str(rank)) for rank in mixer.ranks)
+    raise ConvFusionError(
+        f"{site.path} has tokens on a grid of {grids.get(site.rank, site.rank)}, and "
+        f"{type(mixer.config).__name__} mixes on {known}: choose another mixer for this site"
+    )
+
+
 def install(model: Denoiser, mixers: dict[str, TokenMixer], *, keep_attention: bool) -> None:
     """Put ready mixers, by site path, into an unconverted denoiser."""
     for site in list_sites(model):
         if site.path in mixers:
             attention = model.get_submodule(site.path)
-            attention.__class__ = MixedAttention
+            attention.__class__ = mixed_class(type(attention))
             attention.mixer = mixers[site.path].train(attention.training)
             attention.site = site.path
             if not keep_attention:
@@ -218,7 +236,8 @@ def revert(pipe_or_model: Any) -> Status:
     _disconnect(model)
     for attention in mixed:
         del attention.mixer, attention.site
-        attention.__class__ = Attention
+        if isinstance(attention, MixedAttention):  # not, while `attention_back` lets it stand
+            attention.__class__ = attention.stock  # type: ignore[assignment]
     return status(model)
 
 
@@ -274,7 +293,7 @@ def attention_back(pipe_or_model: Any, paths: Iterable[str]) -> Iterator[None]:
     hooks = []
     try:
         for attention in resting:
-            attention.__class__ = Attention
+            attention.__class__ = attention.stock
             hooks.append(attention.register_forward_pre_hook(drop_grid, with_kwargs=True))
         yield
     finally:
@@ -282,30 +301,33 @@ def attention_back(pipe_or_model: Any, paths: Iterable[str]) -> Iterator[None]:
             hook.remove()
         for attention in resting:
             if resting_mixer(attention) is not None:  # it was not reverted inside
-                attention.__class__ = MixedAttention
+                attention.__class__ = mixed_class(type(attention))
 
 
 def _is_converted(model: Denoiser, site: Site) -> bool:
     return isinstance(model.get_submodule(site.path), MixedAttention)
 
 
-def _plain_attention(model: Denoiser, site: Site) -> Attention:
-    attention = model.get_submodule(site.path)
-    if type(attention) is not Attention or attention.residual_connection:
+def _plain_attention(model: Denoiser, site: Site) -> Any:
+    attention: Any = model.get_submodule(site.path)
+    plain = family_of(model).attention_classes
+    if type(attention) not in plain or getattr(attention, "residual_connection", False):
+        names = " or ".join(kind.__name__ for kind in plain)
         raise UnsupportedModelError(
-            f"{site.path} is a {type(attention).__name__}, not a plain diffusers Attention"
+            f"{site.path} is a {type(attention).__name__}, not a plain diffusers {names}"
         )
     check_projections(site.path, attention)
     check_forward(site.path, attention)
-    check_processor(site.path, attention.processor)
+    check_processor(site.path, getattr(attention, "processor", None))
     return attention
 
 
-def _drop(attention: nn.Module) -> None:
+def _drop(attention: Any) -> None:
     for name in PROJECTIONS:
         if hasattr(attention, name):
             delattr(attention, name)
-    attention.__class__ = DroppedAttention
+    if not isinstance(attention, DroppedAttention):
+        attention.__class__ = mixed_class(attention.stock, dropped=True)
 
 
 def _hooked(model: Denoiser) -> Iterator[tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""What each step of a distillation draws: a function of seed and step alone."""
+"""The batch of each step, with its noise and timesteps: a function of seed and step alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from convfusion.distill.config import DistillConfig
 from convfusion.errors import ConvFusionError
 
 
-class Draw(NamedTuple):
+class BatchPart(NamedTuple):
     """A part of a batch; the conditioning is named as by `flatten_conditioning`."""
 
     latents: Tensor
@@ -23,7 +23,7 @@ class Draw(NamedTuple):
     conditioning: dict[str, Tensor | None]
 
 
-class Batches:
+class BatchIndices:
     """The indices of each step's batch, by step.
 
     Every batch comes from one group. In an epoch each sample is drawn once, but that the last batch
@@ -55,7 +55,7 @@ class Batches:
         return [batches[place] for place in shuffled]
 
 
-class Draws(Dataset):
+class StepBatches(Dataset):
     """By step, the parts of one process's share of the batch.
 
     Noise, timesteps and dropped captions are drawn for the whole batch, so that the share of a
@@ -83,7 +83,7 @@ class Draws(Dataset):
                 f"{config.accumulation} parts"
             )
         self.data, self.config, self.count = data, config, count
-        self.batches = Batches(data.groups, config.batch_size, config.seed)
+        self.batches = BatchIndices(data.groups, config.batch_size, config.seed)
         size = config.batch_size // pieces
         first = rank * config.accumulation
         self.parts = [
@@ -91,19 +91,19 @@ class Draws(Dataset):
             for piece in range(first, first + config.accumulation)
         ]
 
-    def __getitem__(self, step: int) -> list[Draw]:
+    def __getitem__(self, step: int) -> list[BatchPart]:
         config, indices = self.config, self.batches[step]
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) % 2**63)
         seeds = torch.randint(0, 2**62, (len(indices),), generator=generator).tolist()
         timesteps = torch.randint(0, self.count, (len(indices),), generator=generator)
         chance = torch.rand(len(indices), generator=generator)
         dropped = (chance < config.caption_drop).tolist()
-        draws = []
+        parts = []
         for part in self.parts:
             latents, conditioning = self.data.take(indices[part], dropped[part])
             noise = torch.stack([noise_like(latents[0], seed) for seed in seeds[part]])
-            draws.append(Draw(latents, noise, timesteps[part], conditioning))
-        return draws
+            parts.append(BatchPart(latents, noise, timesteps[part], conditioning))
+        return parts
 
 
 def noise_like(latents: Tensor, seed: int) -> Tensor:

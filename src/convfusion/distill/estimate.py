@@ -22,7 +22,7 @@ TRIED = 3  # steps, of which the first is not timed
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunEstimate:
     """What a run would do.
 
     Attributes:
@@ -61,12 +61,14 @@ class Plan:
         return lines
 
 
-def plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None = None) -> Plan:
+def estimate_run(
+    pipe: Any, config: DistillConfig, size: tuple[int, int] | None = None
+) -> RunEstimate:
     """Try a few steps on noise, put the blocks back, and tell what they took.
 
     Args:
         pipe: as for `distill`.
-        config: of the run that is planned.
+        config: of the run.
         size: (height, width) of the training pictures, by default the pipeline's own.
 
     Raises:
@@ -111,7 +113,7 @@ def plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None = None) 
     kept = sum(p.numel() * state_per_number(p, config.optimizer) for p in blocks)
     every = sum(p.numel() for p in student.parameters())
     frozen_bytes = (every - trained) * student.dtype.itemsize
-    return Plan(
+    return RunEstimate(
         sites=len(status(student).sites),
         converted=len(mixers),
         trained=trained,

@@ -48,7 +48,7 @@ def watch_plugins(model: Denoiser, args: tuple, kwargs: dict) -> None:
                 adapters[name].append(path)
         processor = attention.get_processor()
         kind = type(processor).__name__
-        if is_foreign(processor) and kind not in _READERS and _is_news(attention, kind):
+        if is_foreign(attention, processor) and kind not in _READERS and _is_news(attention, kind):
             processors.setdefault(kind, []).append(path)
     _tell(adapters, processors)
 
@@ -119,7 +119,7 @@ def _check_guidance(path: str, attention: Any) -> None:
     """Refuse diffusers' guiders that perturb the scores or the queries of a self-attention."""
     hooks = list(diffusers_hooks(attention).values())
     if not isinstance(attention, DroppedAttention):
-        hooks += diffusers_hooks(attention.to_q).values()
+        hooks += diffusers_hooks(next(iter(projections(attention)))).values()
     for hook in hooks:
         name = type(hook).__name__
         skips_scores = name == "AttentionProcessorSkipHook" and hook.skip_attention_scores
