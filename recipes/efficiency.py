@@ -22,7 +22,7 @@ from torch import Tensor
 
 from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
 from convfusion.data import LatentDataset
-from convfusion.demo import spread
+from convfusion.demo import configure_distillation, spread
 from convfusion.distill import DistillConfig, distill
 from convfusion.evaluate import epsilon_error
 from convfusion.families import Denoiser, denoiser_of
