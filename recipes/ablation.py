@@ -18,7 +18,7 @@ from torch import Tensor
 
 from convfusion import ConvertConfig, DeltaConv, convert, mini, status, uniform
 from convfusion.analysis import AnalysisConfig, analyze, recommend
-from convfusion.demo import distillation, error, spread
+from convfusion.demo import configure_distillation, measure_error, spread
 from convfusion.distill import distill
 from convfusion.mixers import MIXERS
 from convfusion.mixers.delta_conv import DeltaConvBlock, Init
@@ -70,11 +70,11 @@ def variants(steps: int, seed: int) -> dict[tuple[str, str], Recipe]:
         return recipe(uniform(DeltaConv(init=init)), steps, seed, **changed)
 
     def losses(**changed: float) -> Recipe:
-        return trained(losses=replace(distillation(steps).losses, **changed))
+        return trained(losses=replace(configure_distillation(steps).losses, **changed))
 
     def wide(feature: float = 1e-2, **changed: Any) -> Recipe:
         """Wide blocks, step by step towards the settings of `mini/student.py`."""
-        losses = replace(distillation(steps).losses, feature=feature)
+        losses = replace(configure_distillation(steps).losses, feature=feature)
         blocks = uniform(DeltaConv(kernel_size=5, stages=3, ratio=2.0, gate="sigmoid"))
         return recipe(blocks, steps, seed, losses=losses, **changed)
 
@@ -168,11 +168,11 @@ def errors_along(how: Recipe, marks: set[int]) -> dict[int, float]:
     """The ε-error at the start of a distillation and after the marked steps."""
     pipe, held_out = mini.load_teacher(), spread(mini.held_out_data("choice"), JUDGED)
     convert(pipe, how.blocks)
-    found = {0: error(pipe, held_out)}
+    found = {0: measure_error(pipe, held_out)}
 
     def mark(step: int, terms: dict[str, float]) -> None:
         if step in marks:
-            found[step] = error(pipe, held_out)
+            found[step] = measure_error(pipe, held_out)
 
     distill(pipe, mini.training_data(), how.settings, on_step=mark)
     return found

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from convfusion import ConvertConfig, convert, load, mini, uniform
 from convfusion.data import LatentDataset
-from convfusion.demo import distillation, error
+from convfusion.demo import configure_distillation, measure_error
 from convfusion.distill import distill
 from convfusion.evaluate import epsilon_error
 from convfusion.families import denoiser_of, encode_conditioning
@@ -88,11 +88,11 @@ def measured(variant: str, design: str, tuning: int, steps: int) -> Row:
         load(base, mini.STUDENT)
     if steps:
         fresh = variant.startswith("fresh")
-        config = distillation(steps)
+        config = configure_distillation(steps)
         if not fresh:  # they imitate well already
             config = replace(config, start="converted", imitation_steps=0, learning_rate=5e-3)
         distill(base, of_design(mini.training_data(), design), config)
-    return {"epsilon_error": f"{error(base, held_out):.4e}"}
+    return {"epsilon_error": f"{measure_error(base, held_out):.4e}"}
 
 
 def made(variant: str) -> str:

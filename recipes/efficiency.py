@@ -22,7 +22,7 @@ from torch import Tensor
 
 from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
 from convfusion.data import LatentDataset
-from convfusion.demo import distillation, spread
+from convfusion.demo import configure_distillation, spread
 from convfusion.distill import DistillConfig, distill
 from convfusion.evaluate import epsilon_error
 from convfusion.families import Denoiser, denoiser_of
@@ -125,7 +125,7 @@ def run(name: str, recipe: str, seed: int, steps: int, length: int, enough: floa
         pipe = TEACHERS[name].load()
         every = max(1, steps // 50)
         marks = [*range(every, length, every), length] if length == steps else [length]
-        chosen = RECIPES.get(recipe, Recipe(MEAN, distillation))
+        chosen = RECIPES.get(recipe, Recipe(MEAN, configure_distillation))
         found = curve(pipe, chosen, length, seed, marks, enough)
         there = [
             {**key, "step": str(s), "seconds": f"{t:.1f}", "epsilon_error": f"{e:.4e}"} | weights

@@ -20,7 +20,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from convfusion import ConvertConfig, DeltaConv, convert, load, mini, save, status
 from convfusion.data import LatentDataset
-from convfusion.demo import distillation, error, spread
+from convfusion.demo import configure_distillation, measure_error, spread
 from convfusion.distill import DistillConfig, distill
 from convfusion.families import denoiser_of
 from convfusion.fingerprint import fingerprint
@@ -88,7 +88,7 @@ def recipe(blocks: ConvertConfig, steps: int, seed: int = 0, **settings: Any) ->
     """
     starts = all(isinstance(mixer, DeltaConv) for mixer in blocks.sites.values())
     chosen = {"start": "attention" if starts else "converted", "autocast": "bf16", **settings}
-    config = DistillConfig(**{**vars(distillation(steps, seed)), **chosen})
+    config = DistillConfig(**{**vars(configure_distillation(steps, seed)), **chosen})
     return Recipe(ConvertConfig(blocks.sites, seed=seed), config)
 
 
@@ -128,7 +128,7 @@ def judged(teacher: str, made_by: Recipe, part: HeldOut = "choice") -> dict[str,
     costs = site_operations(pipe, TEACHERS[teacher].latents).values()
     held_out = spread(TEACHERS[teacher].held_out_data(part), JUDGED)
     return {
-        "epsilon_error": f"{error(pipe, held_out):.4e}",
+        "epsilon_error": f"{measure_error(pipe, held_out):.4e}",
         "parameters": sum(site.mixer_parameters for site in status(pipe).sites),
         "operations": sum(own for _, own in costs),
         "attention_operations": sum(attention for attention, _ in costs),

@@ -21,7 +21,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from convfusion import DeltaConv, report, uniform
-from convfusion.demo import error, spread
+from convfusion.demo import measure_error, spread
 from convfusion.evaluate import neighbourhoods
 from convfusion.evaluate.real import decoded
 from convfusion.fingerprint import fingerprint
@@ -91,7 +91,7 @@ def errors(how: Recipe | None) -> dict[str, str]:
     if how is None:
         return {"epsilon_error": ""}
     held_out = spread(FASHION.held_out_data("results"), JUDGED)
-    return {"epsilon_error": f"{error(trained(how), held_out):.4e}"}
+    return {"epsilon_error": f"{measure_error(trained(how), held_out):.4e}"}
 
 
 def trained(how: Recipe) -> Any:

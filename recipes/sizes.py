@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from convfusion import DeltaConv, mini, uniform
 from convfusion.data import LatentDataset
 from convfusion.data.pictures import encode_pictures
-from convfusion.demo import error, spread
+from convfusion.demo import measure_error, spread
 from convfusion.evaluate import TIMESTEPS, predictions, relative_error
 from convfusion.evaluate.real import decoded
 from convfusion.families import Denoiser, denoiser_of, encode_conditioning
@@ -78,7 +78,7 @@ def measured(maker: Callable[[], Any], made: str, drawn: Drawn, model: str) -> d
         kids = distances(extract_features(maker, made, drawn), reference, whole)
     return {
         "noise_error": f"{own:.4e}",
-        "epsilon_error": f"{error(pipe, data):.4e}" if converted else "",
+        "epsilon_error": f"{measure_error(pipe, data):.4e}" if converted else "",
         **kids,
     }
 

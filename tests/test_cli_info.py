@@ -47,13 +47,19 @@ def test_no_weights_are_needed(run, model):
 
 
 @pytest.mark.parametrize(
-    ("trained", "said"), [(None, "unknown"), (True, "yes"), (False, "no. These blocks are untr")]
+    ("trained", "said"),
+    [
+        ({}, "unknown"),
+        ({"trained": {"steps": 1200}}, "yes, for 1,200 steps"),
+        ({"trained": False}, "no. These blocks are untr"),
+    ],
 )
 def test_blocks_say_whether_they_are_trained(run, tmp_path, trained, said):
     checkpoint.save(mini.load_student(), tmp_path / "blocks")
     file = tmp_path / "blocks" / "convfusion.json"
-    manifest = json.loads(file.read_text()) | {"trained": trained}
-    file.write_text(json.dumps(manifest))
+    manifest = json.loads(file.read_text())
+    manifest.pop("trained", None)
+    file.write_text(json.dumps(manifest | trained))
     code, out, _ = run("info", tmp_path / "blocks")
     assert code == 0 and f"Trained: {said}" in out and "7 sites (7 × delta_conv)" in out
     assert "Parameters: 0.64M" in out

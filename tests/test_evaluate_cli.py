@@ -13,8 +13,12 @@ from transformers import Dinov2Config, Dinov2Model
 import convfusion
 from convfusion import evaluate as api
 from convfusion import mini
-from convfusion.cli.evaluate import print_evaluation, prompts_of, real_pictures
-from convfusion.cli.models import public_name
+from convfusion.cli.evaluate import (
+    choose_prompts,
+    open_real_pictures,
+    print_evaluation,
+)
+from convfusion.cli.models import name_pipeline
 from convfusion.evaluate import drawing, plan_evaluation
 from convfusion.evaluate.real import open_real
 from convfusion.files import write_tensors
@@ -70,9 +74,9 @@ def test_evaluate(run, places, tmp_path):
 def test_the_embedded_model_brings_prompts_and_pictures_of_its_own():
     """Those that neither teacher nor student has seen."""
     held = mini.held_out_data("results")
-    assert prompts_of("mini", None) == list(held.captions)
+    assert choose_prompts("mini", None) == list(held.captions)
     pipe = mini.load_teacher()
-    real = real_pictures(pipe, "mini", None, None, plan_evaluation(["a", "b"], None, 0))
+    real = open_real_pictures(pipe, "mini", None, None, plan_evaluation(["a", "b"], None, 0))
     assert real is not None and real.size == (64, 64)
     first = next(iter(real))
     assert first.size == (64, 64)
@@ -82,13 +86,14 @@ def test_the_embedded_model_brings_prompts_and_pictures_of_its_own():
     pixel = torch.tensor(first.getpixel((32, 32))) / 127.5 - 1
     torch.testing.assert_close(pixel, expected.clamp(-1, 1), rtol=0, atol=0.01)
     assert (
-        real_pictures(pipe, "mini", None, "own.txt", plan_evaluation(["a", "b"], None, 0)) is None
+        open_real_pictures(pipe, "mini", None, "own.txt", plan_evaluation(["a", "b"], None, 0))
+        is None
     )
 
 
 def test_larger_pictures_of_the_embedded_model_go_without_real_ones(capsys):
     large = plan_evaluation(["a", "b"], None, 0, size=(64, 128))
-    assert real_pictures(mini.load_teacher(), "mini", None, None, large) is None
+    assert open_real_pictures(mini.load_teacher(), "mini", None, None, large) is None
     assert "those at hand are 64×64, smaller than 128×64" in capsys.readouterr().out
 
 
@@ -129,8 +134,8 @@ def test_ctrl_c_says_what_goes_on(run, places, tmp_path, monkeypatch):
 
 
 def test_a_report_names_no_folder_of_this_machine(tmp_path):
-    assert public_name("mini") == "mini" and public_name("org/name") == "org/name"
-    assert public_name(str(tmp_path), tmp_path / "x") == f"{tmp_path.name} with the blocks of x"
+    assert name_pipeline("mini") == "mini" and name_pipeline("org/name") == "org/name"
+    assert name_pipeline(str(tmp_path), tmp_path / "x") == f"{tmp_path.name} with the blocks of x"
 
 
 MISTAKES = {

@@ -148,7 +148,7 @@ def test_a_cached_name_loads_offline_at_its_revision(cached):
 
 def test_a_revision_of_something_local_is_an_error(tmp_path):
     for model in ("mini", str(tmp_path)):
-        with pytest.raises(ConvFusionError, match="--revision is of a name on the Hub"):
+        with pytest.raises(ConvFusionError, match="--revision needs a name on the Hub"):
             open_pipeline(model, "float32", "cpu", revision="v1")
 
 

@@ -215,10 +215,10 @@ def test_the_shipped_student_is_as_close_as_the_readme_says():
     ratio = committed["removed"]["epsilon_error"] / committed["shipped"]["epsilon_error"]
     data = demo.spread(mini.held_out_data("results"), 8)
     student = mini.load_student()
-    shipped = demo.error(student, data)
+    shipped = demo.measure_error(student, data)
     convfusion.revert(student)
     convfusion.convert(student, convfusion.uniform(convfusion.Removed()))
-    assert shipped < demo.error(student, data) / (ratio * 2 / 3)
+    assert shipped < demo.measure_error(student, data) / (ratio * 2 / 3)
 
 
 @pytest.mark.parametrize("module", ["convfusion", "convfusion.cli"])

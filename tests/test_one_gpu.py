@@ -76,7 +76,7 @@ def test_the_page(place, monkeypatch, capsys, fresh_accelerate):
     assert (place / "evaluation" / "report.html").is_file()
     status = convfusion.status(convfusion.load_pipeline(place / "my-finetune-conv"))
     assert status.converted == 16 and not any(row.attention_kept for row in status.sites)
-    assert len(list((place / "pictures").glob("*.png"))) == 2
+    assert len(list((place / "convfusion-pictures").glob("*.png"))) == 2
 
 
 def test_the_run_file_is_for_the_real_model():

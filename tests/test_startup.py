@@ -184,10 +184,10 @@ def test_every_family_starts_from_its_attention(kind):
 def test_it_starts_closer_to_the_teacher():
     """On the embedded model, where attention matters: the mean map is better than uniform."""
     from convfusion import mini
-    from convfusion.demo import error, spread
+    from convfusion.demo import measure_error, spread
 
     pipe, held_out = mini.load_teacher(), spread(mini.held_out_data("choice"), 4)
     convfusion.convert(pipe, uniform(DeltaConv(7, ratio=2.0, init="mean_zero")))
-    before = error(pipe, held_out)
+    before = measure_error(pipe, held_out)
     start_from_attention(pipe, mini.training_data(), pictures=8)
-    assert error(pipe, held_out) < 0.9 * before
+    assert measure_error(pipe, held_out) < 0.9 * before

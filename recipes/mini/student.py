@@ -20,7 +20,7 @@ from teacher import encode
 import convfusion
 from convfusion import DeltaConv, mini, uniform
 from convfusion.data import LatentDataset
-from convfusion.demo import distillation
+from convfusion.demo import configure_distillation
 from convfusion.distill import DistillConfig, distill
 
 # Wider than the live demo's blocks: there is time to train them.
@@ -29,7 +29,7 @@ SHIPPED = uniform(DeltaConv(kernel_size=5, stages=3, ratio=2.0, gate="sigmoid"))
 
 def settings(steps: int) -> DistillConfig:
     """The demo's recipe with Muon, and more weight on the features."""
-    base = distillation(steps)
+    base = configure_distillation(steps)
     return replace(
         base,
         optimizer="muon",

@@ -38,7 +38,7 @@ ROWS = {
 }
 
 
-def distillation(steps: int, seed: int = 0) -> DistillConfig:
+def configure_distillation(steps: int, seed: int = 0) -> DistillConfig:
     """How the embedded model is distilled, live in the demo and for longer in its recipe.
 
     Small batches at a high rate go furthest in a given time here. The true noise is left out of
@@ -61,7 +61,7 @@ def distillation(steps: int, seed: int = 0) -> DistillConfig:
 
 def run_demo(
     out: str | Path,
-    config: DistillConfig = distillation(steps=DEMO_STEPS),
+    config: DistillConfig = configure_distillation(steps=DEMO_STEPS),
     *,
     say: Callable[[str], None] = print,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -85,7 +85,7 @@ def run_demo(
         pictures[name] = draw(pipe, prompts)
         psnr = mean_psnr(pictures[name], pictures["teacher"], prompts)
         results[name] = {
-            "epsilon_error": error(pipe, held_out),
+            "epsilon_error": measure_error(pipe, held_out),
             "image_psnr": psnr.value,
             "image_psnr_error": psnr.error,
         }
@@ -100,9 +100,9 @@ def run_demo(
 
     say(f"3/4  ΔConvBlocks take its place and are distilled for {config.steps} steps.")
     student = mini.load_teacher()
-    before = parameters(student)
+    before = count_parameters(student)
     sites = convert(student, presets.get_preset("default")).converted
-    initial = error(student, held_out)
+    initial = measure_error(student, held_out)
     run, losses = distil_live(student, config, on_step)
     judge("distilled", student)
     results["distilled"] |= {
@@ -116,19 +116,19 @@ def run_demo(
     judge("shipped", shipped)
     results["shipped"]["flops_ratio"] = operations_ratio(shipped, LATENTS)
 
-    results |= {"sites": sites} | facts(student, before)
+    results |= {"sites": sites} | measure_savings(student, before)
     shown = {ROWS[name]: images[:SHOWN] for name, images in pictures.items()}
     write_results(folder, results, report.draw_grid(shown, prompts[:SHOWN]), losses)
     return results
 
 
-def facts(student: Any, before: int) -> dict[str, Any]:
+def measure_savings(student: Any, before: int) -> dict[str, Any]:
     """What the live student saves, and what the results rest on. Its attention is dropped."""
     ratio = operations_ratio(student, LATENTS)
     drop_attention(student)
     return {
         "flops_ratio": ratio,
-        "parameters": {"before": before, "after": parameters(student)},
+        "parameters": {"before": before, "after": count_parameters(student)},
         "guidance": mini.GUIDANCE,
         "image_steps": IMAGE_STEPS,
         "teacher_sha256": mini.teacher_hash(),
@@ -141,7 +141,7 @@ def write_results(
 ) -> None:
     """Write `grid.png`, `report.html` and `demo.json`."""
     write_picture(folder / "grid.png", grid)
-    write_text(folder / "report.html", demo_page(results, grid, losses))
+    write_text(folder / "report.html", render_page(results, grid, losses))
     write_text(folder / "demo.json", json.dumps(results, indent=2) + "\n")
 
 
@@ -175,19 +175,21 @@ def draw(pipe: Any, prompts: list[str]) -> list[Image.Image]:
     )
 
 
-def error(pipe: Any, data: LatentDataset) -> float:
+def measure_error(pipe: Any, data: LatentDataset) -> float:
     """ε-error of a converted pipeline against its own attention, on held-out latents."""
     teacher = attention_teacher(denoiser_of(pipe))
     return epsilon_error(pipe, teacher, data.latents, data.captions)
 
 
-def parameters(pipe: Any) -> int:
+def count_parameters(pipe: Any) -> int:
     """Parameters of a pipeline's denoiser."""
     model: torch.nn.Module = denoiser_of(pipe)
     return sum(p.numel() for p in model.parameters())
 
 
-def demo_page(results: Mapping[str, Any], grid: Image.Image, losses: list[dict[str, float]]) -> str:
+def render_page(
+    results: Mapping[str, Any], grid: Image.Image, losses: list[dict[str, float]]
+) -> str:
     """The demo's results as a page that needs no other file."""
     distilled = results["distilled"]
     body = f"""<h1>A diffusion model without self-attention</h1>

@@ -13,10 +13,10 @@ from convfusion import text
 from convfusion.cli.console import console, print_ending
 from convfusion.cli.models import (
     check_loading,
-    guidance_for,
+    check_matplotlib,
+    choose_guidance,
     is_embedded,
-    needs_matplotlib,
-    stock_pipeline,
+    open_stock_pipeline,
 )
 from convfusion.cli.options import Device, Model, Precision, Revision, Size, check_new, parse_size
 from convfusion.errors import ConvFusionError
@@ -69,7 +69,7 @@ def analyze(
     Tells how local the attention of each layer is, and which kernel size would replace it. Writes
     report.html, analysis.json, figures, and kernels.json for `convert --config`.
     """
-    needs_matplotlib("take convfusion.analysis.analyze in Python for the numbers alone")
+    check_matplotlib("take convfusion.analysis.analyze in Python for the numbers alone")
     check_loading(precision, device)
     from convfusion.analysis import AnalysisConfig, HighPass, Measure, build_untrained
     from convfusion.analysis import analyze as run
@@ -82,16 +82,16 @@ def analyze(
     config = AnalysisConfig(
         steps=steps,
         timesteps=parse_timesteps(timesteps),
-        guidance=guidance_for(model) if guidance is None else guidance,
+        guidance=choose_guidance(model) if guidance is None else guidance,
         size=parse_size(size) if size else None,
         share=share,
         measure=Measure(HighPass(cutoff, order), queries, memory),
         batch_size=batch_size,
     )
     drawn = read_prompts(model, prompts)
-    pipe = stock_pipeline(model, precision, device, revision)
+    pipe = open_stock_pipeline(model, precision, device, revision)
     if guidance is None:
-        config = replace(config, guidance=guidance_for(model, pipe))
+        config = replace(config, guidance=choose_guidance(model, pipe))
     calls = len(sampling_timesteps(pipe, steps)) * math.ceil(len(drawn) / batch_size)
     with Progress(True) as progress:
         bar = progress.add("analysing", total=calls)
@@ -147,7 +147,7 @@ def ablate(
     drawn = read_prompts(model, prompts, mini_prompts=9)
     tried = list_variants(window or [13, 7, 3], sites=site)
     looked_at, wanted = parse_timesteps(timesteps), parse_size(size) if size else None
-    pipe = stock_pipeline(model, precision, device, revision)
+    pipe = open_stock_pipeline(model, precision, device, revision)
     calls = len(sampling_timesteps(pipe, steps)) * math.ceil(len(drawn) / batch_size)
     calls *= 1 + len(tried)
     with Progress(True) as progress:
@@ -158,7 +158,7 @@ def ablate(
             tried,
             steps=steps,
             timesteps=looked_at,
-            guidance=guidance_for(model, pipe) if guidance is None else guidance,
+            guidance=choose_guidance(model, pipe) if guidance is None else guidance,
             size=wanted,
             batch_size=batch_size,
             on_call=bar.advance,

@@ -56,15 +56,17 @@ def flops(
     from convfusion.bench.models import bench_model, model_names
 
     check_file(out)
-    kinds = rivals(mixers)
-    found = [bench_model(name) for name in models or model_names()]
-    compared = {model.name: list_contenders(model, kinds, ratio or (0.5,)) for model in found}
+    kinds = parse_mixers(mixers)
+    measured_models = [bench_model(name) for name in models or model_names()]
+    compared = {
+        model.name: list_contenders(model, kinds, ratio or (0.5,)) for model in measured_models
+    }
     sizes = [parse_size(text) for text in size] if size else SIZES
-    for model in found:
-        for each in sizes:
-            model.latents(each)
+    for model in measured_models:
+        for pixels in sizes:
+            model.latents(pixels)
     costs: list[Cost] = []
-    for model in found:
+    for model in measured_models:
         costs += operation_table(model, sizes, compared[model.name])
         print_totals([cost for cost in add_totals(costs) if cost.model == model.name])
     for line in COUNTED:
@@ -74,7 +76,7 @@ def flops(
         print_ending(out)
 
 
-def rivals(mixers: str | None) -> Sequence[str]:
+def parse_mixers(mixers: str | None) -> Sequence[str]:
     """The kinds that --mixers names, or those that are compared by default."""
     from convfusion.bench.counts import RIVALS
 
@@ -97,12 +99,12 @@ def print_totals(costs: list[Cost]) -> None:
     parameters: dict[str, str] = {}
     for cost, ratio in zip(costs, compare_with_attention(costs), strict=True):
         lines = [
-            scaled(cost.operations, 1000, DECIMAL),
+            format_number(cost.operations, 1000, DECIMAL),
             "–" if ratio is None else f"{ratio:,.1f}×" if ratio < 100 else f"{ratio:,.0f}×",
-            scaled(cost.activation_bytes, 1024, BINARY),
+            format_number(cost.activation_bytes, 1024, BINARY),
         ]
         rows.setdefault(f"{cost.width}×{cost.height}", []).append("\n".join(lines))
-        parameters[cost.mixer] = scaled(cost.parameters, 1000, DECIMAL)
+        parameters[cost.mixer] = format_number(cost.parameters, 1000, DECIMAL)
     for name in parameters:
         table.add_column(name.replace(" ", "\n"), justify="right", overflow="fold")
     for name, cells in rows.items():
@@ -111,8 +113,8 @@ def print_totals(costs: list[Cost]) -> None:
     console().print(table)
 
 
-def scaled(number: float, step: int, units: tuple[str, ...]) -> str:
-    """Three digits and a unit: `scaled(1234, 1000, ("", "k"))` is 1.23 k."""
+def format_number(number: float, step: int, units: tuple[str, ...]) -> str:
+    """Three digits and a unit: `format_number(1234, 1000, ("", "k"))` is 1.23 k."""
     power = 0
     while number >= 999.5 and power < len(units) - 1:
         number, power = number / step, power + 1

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.console import console, print_ending
-from convfusion.cli.models import check_loading, guidance_for, open_pipeline
+from convfusion.cli.models import check_loading, choose_guidance, open_pipeline
 from convfusion.cli.options import (
     Device,
     Model,
@@ -77,13 +77,13 @@ def cache(
 
     check_folder(out)
     check_loading(precision, device)
-    chosen = guidance_for(model) if guidance is None else guidance
+    chosen = choose_guidance(model) if guidance is None else guidance
     drawing = Drawing(per_prompt, seed, steps, chosen)
     wanted = parse_size(size) if size else None
     source = open_source(data, image=image, caption=caption, split=split, drawing=drawing)
     pipe = open_pipeline(model, precision, device, revision)
     if guidance is None:
-        source = guided_as_it_can(source, model, pipe)
+        source = fit_guidance(source, model, pipe)
     encode(
         pipe,
         source,
@@ -100,13 +100,13 @@ def cache(
     )
 
 
-def guided_as_it_can(source: Any, model: str, pipe: Any) -> Any:
+def fit_guidance(source: Any, model: str, pipe: Any) -> Any:
     """Prompts that are drawn with the default guidance of a pipeline; other sources as they are."""
     from convfusion.data.sources import Prompts
 
     if not isinstance(source, Prompts):
         return source
-    return replace(source, drawing=replace(source.drawing, guidance=guidance_for(model, pipe)))
+    return replace(source, drawing=replace(source.drawing, guidance=choose_guidance(model, pipe)))
 
 
 def encode(pipe: Any, source: Any, out: Path, **options: Any) -> Any:
@@ -136,6 +136,6 @@ def print_cache(built: Any) -> None:
         table = Table(title="Skipped")
         for column in ("reason", "samples", "the first of them"):
             table.add_column(column, justify="right" if column == "samples" else "left")
-        for reason, found in built.skipped.items():
-            table.add_row(reason, str(found["count"]), ", ".join(found["names"][:3]))
+        for reason, entry in built.skipped.items():
+            table.add_row(reason, str(entry["count"]), ", ".join(entry["names"][:3]))
         console().print(table)

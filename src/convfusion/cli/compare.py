@@ -9,7 +9,7 @@ import typer
 
 from convfusion.cli.console import console, print_ending
 from convfusion.cli.generate import Prompt, gather_prompts
-from convfusion.cli.models import check_loading, guidance_for, is_embedded, open_pipeline
+from convfusion.cli.models import check_loading, choose_guidance, is_embedded, open_pipeline
 from convfusion.cli.options import (
     Device,
     Model,
@@ -93,7 +93,7 @@ def compare(
         seeds,
         progress=True,
         steps=steps,
-        guidance=guidance_for(model, pipe) if guidance is None else guidance,
+        guidance=choose_guidance(model, pipe) if guidance is None else guidance,
         size=wanted,
         batch_size=batch_size,
         **options,

@@ -47,12 +47,12 @@ def print_ending(*paths: str | Path, verdict: str = "", next_command: Sequence[A
     if verdict:
         print(verdict)
     for path in paths:
-        print(f"Written: {path} ({format_bytes(size_on_disk(Path(path)))})")
+        print(f"Written: {path} ({format_bytes(measure_size(Path(path)))})")
     if next_command:
         print(f"Next: {shlex.join(map(str, next_command))}")
 
 
-def size_on_disk(path: Path) -> int:
+def measure_size(path: Path) -> int:
     """Bytes of a file, or of all files within a folder."""
     files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
     return sum(file.stat().st_size for file in files)
@@ -68,7 +68,7 @@ def format_bytes(count: float) -> str:
     return f"{count:.{digits}f} {unit}"
 
 
-def describe(terms: dict[str, float]) -> str:
+def format_terms(terms: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.2e}" for name, value in terms.items())
 
 

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.console import console, describe, print_ending
-from convfusion.cli.distill import source_of
+from convfusion.cli.console import console, format_terms, print_ending
+from convfusion.cli.distill import prepare_source
 from convfusion.cli.models import (
     check_loading,
+    check_matplotlib,
     equip,
     is_embedded,
-    needs_matplotlib,
-    stock_pipeline,
+    open_stock_pipeline,
 )
 from convfusion.cli.options import Config, Data, Device, Model, Precision, Revision, Size, check_new
 from convfusion.progress import Bar, Progress
@@ -67,7 +67,7 @@ def curve(
 
     Writes curve.json, curve.csv, curve.png, and configs for `convert` and `distill`.
     """
-    needs_matplotlib("take convfusion.distill.curve.replacement_curve in Python for the numbers")
+    check_matplotlib("take convfusion.distill.curve.replacement_curve in Python for the numbers")
     check_loading(precision, device)
     from convfusion.distill.curve import chosen_counts
     from convfusion.distill.partial import check_ranking
@@ -90,11 +90,11 @@ def curve(
     }
     named = {"model": model, "data": data or "", "size": size or "", "distill": settings}
     run = RunSettings.from_dict(named)
-    source = source_of(run)
-    pipe = stock_pipeline(model, precision, device, revision)
+    source = prepare_source(run)
+    pipe = open_stock_pipeline(model, precision, device, revision)
     counts = chosen_counts(equip(pipe, None, config).converted, sites)
     with locked(out):
-        measured = measure_curve(pipe, run, *in_two(pipe, run, source(pipe, out), held_out))
+        measured = measure_curve(pipe, run, *split_data(pipe, run, source(pipe, out), held_out))
         configs = measured.save(out, counts, ranking)
     print_curve(measured, ranking)
     next_command = ("convfusion", "distill", model, "--config", configs[0]) if configs else ()
@@ -115,7 +115,9 @@ def measure_curve(pipe: Any, run: Any, train: Any, apart: Any) -> Any:
 
         def on_step(step: int, terms: dict[str, float]) -> None:
             training.update(
-                step, total=run.distill.steps, name=f"training each block alone  {describe(terms)}"
+                step,
+                total=run.distill.steps,
+                name=f"training each block alone  {format_terms(terms)}",
             )
 
         def advance(bar: Bar) -> Callable[[int, int], None]:
@@ -127,7 +129,7 @@ def measure_curve(pipe: Any, run: Any, train: Any, apart: Any) -> Any:
         return replacement_curve(pipe, apart, costs, on_progress=advance(curve))
 
 
-def in_two(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:
+def split_data(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:
     """What to train on and what to judge by; the embedded model has held-out names of its own."""
     from convfusion import mini
     from convfusion.data.latents import hold_out, prepare_data
@@ -139,15 +141,15 @@ def in_two(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:
     return hold_out(data, count, run.distill.seed)
 
 
-def print_curve(found: Any, ranking: str) -> None:
+def print_curve(measured: Any, ranking: str) -> None:
     """The sites in the chosen order, what other orders leave, and how two ways to rank agree."""
     from rich.table import Table
 
     from convfusion.families import shorten_path
 
-    costs = {site.path: site for site in found.costs.sites}
+    costs = {site.path: site for site in measured.costs.sites}
     table = Table(
-        title=f"Sites that are cheapest to replace, {found.costs.samples} samples held out"
+        title=f"Sites that are cheapest to replace, {measured.costs.samples} samples held out"
     )
     names = {
         "by_epsilon": "least ε\nfirst",
@@ -159,7 +161,7 @@ def print_curve(found: Any, ranking: str) -> None:
     heads = ("", "site", "imit.\nerror", "ε-error\nalone", "FLOPs\ngone", "ε-error\nso far")
     for head in (*heads, *(names[name] for name in others)):
         table.add_column(head, justify="left" if head == "site" else "right")
-    rows = zip(*(found.orders[name] for name in (own, *others)), strict=True)
+    rows = zip(*(measured.orders[name] for name in (own, *others)), strict=True)
     for k, (point, *rivals) in enumerate(rows, 1):
         cost = costs[point.site]
         alone = [f"{error:.2e}" for error in (cost.imitation_error, cost.epsilon_error)]
@@ -167,6 +169,6 @@ def print_curve(found: Any, ranking: str) -> None:
         gone = f"{point.flops_gone:.0%}"
         table.add_row(str(k), shorten_path(point.site), *alone, gone, *so_far)
     console().print(table)
-    agreement = found.costs.rank_correlation
+    agreement = measured.costs.rank_correlation
     if agreement is not None:
         typer.echo(f"Rank correlation of imitation error and ε-error alone: {agreement:.2f}")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.console import describe, hide_loading_bars, print_ending, print_results
+from convfusion.cli.console import format_terms, hide_loading_bars, print_ending, print_results
 from convfusion.cli.options import check_folder
 from convfusion.progress import Progress
 
@@ -20,7 +20,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the distillation.")] = 0,
 ) -> None:
     """Remove the self-attention of a small model and train its replacement, in a few minutes."""
-    from convfusion.demo import distillation, run_demo
+    from convfusion.demo import configure_distillation, run_demo
 
     check_folder(out)
     hide_loading_bars()
@@ -29,9 +29,11 @@ def demo(
 
         def on_step(step: int, terms: dict[str, float]) -> None:
             shown = {name: value for name, value in terms.items() if name != "noise"}
-            bar.update(step, name=f"distilling  {describe(shown)}")
+            bar.update(step, name=f"distilling  {format_terms(shown)}")
 
-        results = run_demo(out, distillation(steps, seed), say=progress.say, on_step=on_step)
+        results = run_demo(
+            out, configure_distillation(steps, seed), say=progress.say, on_step=on_step
+        )
     print_results(results)
     print_ending(
         *(out / "grid.png", out / "report.html", out / "demo.json"),

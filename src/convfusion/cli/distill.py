@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convfusion.cli.cache import encode, guided_as_it_can
-from convfusion.cli.console import console, describe, print_ending
+from convfusion.cli.cache import encode, fit_guidance
+from convfusion.cli.console import console, format_terms, print_ending
 from convfusion.cli.fields import with_fields
 from convfusion.cli.models import (
     check_loading,
     check_revision,
+    choose_guidance,
     equip,
-    guidance_for,
     is_embedded,
     is_first_process,
     open_pipeline,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 @with_fields(DistillConfig)
 def distill(
-    given: dict[str, Any],
+    training: dict[str, Any],
     model: Annotated[
         str | None,
         typer.Argument(
@@ -104,12 +104,12 @@ def distill(
     named: dict[str, Any] = {"model": model, "data": data, "size": size, "buckets": buckets}
     named |= {"revision": revision, "config": config, "every": every, "first": first}
     named |= {"recipe": recipe, "precision": precision}
-    run = gather_settings(settings, {**named, "distill": given}, out, resume=resume)
+    run = gather_settings(settings, {**named, "distill": training}, out, resume=resume)
     check_run(run, None if dry_run else out, dry_run=dry_run, resume=resume)
     check_loading(run.precision, device)
     check_libraries(run.distill)
     check_revision(run.model, run.revision or None)
-    ready = source_of(run) if run.data or not dry_run else None
+    ready = prepare_source(run) if run.data or not dry_run else None
     main = is_first_process()
     if main:
         typer.echo(as_toml(run))
@@ -120,7 +120,7 @@ def distill(
         typer.echo(f"{run.model} is converted again: the blocks that it has are set aside.\n")
     equip(pipe, None, run.config or None, None if every_one else run.every, run.first)
     if dry_run or ready is None or out is None:
-        return print_plan(pipe, run.distill, planned_size(run))
+        return print_plan(pipe, run.distill, choose_plan_size(run))
     check_possible(denoiser_of(pipe), run.distill)
     done = find_progress(out, run.distill, show=main) if resume else 0
     train(pipe, ready(pipe, out), run, out, prompts=prompt, resume=resume, done=done, show=main)
@@ -199,14 +199,14 @@ def train(
     from convfusion.files import write_text
 
     drawn = prompts or list(dict.fromkeys(data.captions))[:4]
-    scale = guidance_for(run.model, pipe)
+    scale = choose_guidance(run.model, pipe)
     with Progress(show) as progress:
         bar = progress.add("distilling", total=run.distill.steps, done=done)
 
         def on_step(step: int, terms: dict[str, float]) -> None:
             if show and bar.done == done:  # not before it is known that the run can start
                 write_text(run_settings(out), as_toml(run))
-            bar.update(step, name=f"distilling  {describe(terms)}")
+            bar.update(step, name=f"distilling  {format_terms(terms)}")
             if step == run.distill.steps:
                 progress.say("Training is done. Measuring and saving …")
 
@@ -256,7 +256,7 @@ def describe_error(error: float, count: int) -> str:
     )
 
 
-def source_of(run: RunSettings) -> Callable[[Any, Path], Any]:
+def prepare_source(run: RunSettings) -> Callable[[Any, Path], Any]:
     """What makes the training data of a run, once there is a pipeline.
 
     What the user named is looked at before the pipeline is loaded.
@@ -273,7 +273,7 @@ def source_of(run: RunSettings) -> Callable[[Any, Path], Any]:
         return lambda pipe, out: mini.training_data()
     if (Path(run.data) / "cache.json").is_file():
         return lambda pipe, out: open_cached(pipe, run, size)
-    source = open_source(run.data, drawing=Drawing(guidance=guidance_for(run.model)))
+    source = open_source(run.data, drawing=Drawing(guidance=choose_guidance(run.model)))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConvFusionError(
             "several processes would each encode the data: run `convfusion cache` first, and give "
@@ -282,7 +282,7 @@ def source_of(run: RunSettings) -> Callable[[Any, Path], Any]:
 
     options = {"size": size, "buckets": run.buckets, "num_workers": run.distill.workers}
     return lambda pipe, out: encode(
-        pipe, guided_as_it_can(source, run.model, pipe), out / "cache", **options
+        pipe, fit_guidance(source, run.model, pipe), out / "cache", **options
     )
 
 
@@ -298,7 +298,7 @@ def open_cached(pipe: Any, run: RunSettings, size: tuple[int, int] | None) -> An
     return cache
 
 
-def planned_size(run: RunSettings) -> tuple[int, int] | None:
+def choose_plan_size(run: RunSettings) -> tuple[int, int] | None:
     """(height, width) that a dry run tries: as asked for, or the largest that a cache has."""
     from convfusion.data.store import LatentCache
 

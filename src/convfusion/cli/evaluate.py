@@ -12,11 +12,11 @@ from convfusion.cli.analyze import read_prompts
 from convfusion.cli.console import INTERRUPTED, console, fail, print_ending
 from convfusion.cli.models import (
     check_loading,
+    choose_guidance,
     equip,
-    guidance_for,
     is_embedded,
+    name_pipeline,
     open_pipeline,
-    public_name,
 )
 from convfusion.cli.options import Blocks, Device, Model, Precision, Size, check_folder, parse_size
 
@@ -93,7 +93,7 @@ def evaluate(
     check_folder(out)
     check_loading(precision, device)
     check_real(real)
-    wanted = prompts_of(model, prompts)
+    wanted = choose_prompts(model, prompts)
     if samples is None and prompts is None:
         samples = MINI_SAMPLES
     settings = plan_evaluation(
@@ -101,30 +101,30 @@ def evaluate(
         samples,
         seed,
         steps=steps,
-        guidance=guidance_for(model) if guidance is None else guidance,
+        guidance=choose_guidance(model) if guidance is None else guidance,
         size=parse_size(size) if size else None,
         batch_size=batch_size,
     )
-    pipe, other = pipelines(model, blocks, teacher, precision, device)
+    pipe, other = open_pipelines(model, blocks, teacher, precision, device)
     if guidance is None:
-        settings = replace(settings, guidance=guidance_for(model, pipe))
-    found = run(
+        settings = replace(settings, guidance=choose_guidance(model, pipe))
+    evaluation = run(
         pipe,
         settings,
         out,
         extractor=open_extractor(extractor, pipe.device),
         teacher=other,
-        real=real_pictures(pipe, model, real, prompts, settings),
+        real=open_real_pictures(pipe, model, real, prompts, settings),
         clip=open_clip(clip, pipe.device) if clip else None,
         names=(
-            public_name(model, blocks),
-            public_name(teacher) if teacher else "its own attention",
+            name_pipeline(model, blocks),
+            name_pipeline(teacher) if teacher else "its own attention",
         ),
     )
-    if found is not None:
-        print_evaluation(found)
+    if evaluation is not None:
+        print_evaluation(evaluation)
         names = ("report.html", "evaluation.json", "evaluation.csv", "samples.csv")
-        print_ending(*(out / name for name in names), verdict=give_verdict(found))
+        print_ending(*(out / name for name in names), verdict=give_verdict(evaluation))
 
 
 def run(pipe: Any, settings: Any, out: Path, **options: Any) -> Any:
@@ -146,7 +146,7 @@ def run(pipe: Any, settings: Any, out: Path, **options: Any) -> Any:
         fail("stopped: the same command continues from here", INTERRUPTED)
 
 
-def prompts_of(model: str, file: Path | None) -> list[str]:
+def choose_prompts(model: str, file: Path | None) -> list[str]:
     """The prompts of a file; of the embedded model, its list for results."""
     from convfusion import mini
 
@@ -155,7 +155,7 @@ def prompts_of(model: str, file: Path | None) -> list[str]:
     return read_prompts(model, file)
 
 
-def pipelines(
+def open_pipelines(
     model: str, blocks: Path | None, teacher: str | None, precision: str, device: str | None
 ) -> tuple[Any, Any]:
     """The student, and its teacher if that is another pipeline."""
@@ -165,7 +165,7 @@ def pipelines(
     return pipe, open_pipeline(teacher, precision, device) if teacher else None
 
 
-def real_pictures(
+def open_real_pictures(
     pipe: Any, model: str, spec: str | None, prompts: Path | None, settings: Any
 ) -> Any:
     """Real pictures to compare with; the embedded model has some for its own prompts."""
@@ -200,7 +200,7 @@ def check_real(spec: str | None) -> None:
         open_real(spec, (1, 1))
 
 
-def print_evaluation(found: Any) -> None:
+def print_evaluation(evaluation: Any) -> None:
     """Each number of the student beside the teacher's own, from equal noises and from others."""
     from rich.table import Table
     from rich.text import Text
@@ -210,13 +210,13 @@ def print_evaluation(found: Any) -> None:
     from convfusion.evaluate.results import list_metrics
 
     groups: dict[str, dict[str, dict[str, str]]] = {}
-    for row in list_metrics(found):
+    for row in list_metrics(evaluation):
         error = row["standard_error"]
         cell = f"{row['value']:.3g}" + ("" if error is None else f" ± {error:.1g}")
         rows = groups.setdefault(row["reference"], {}).setdefault(row["metric"], {})
         rows[row["pictures"]] = cell
-    title = f"{found.student} and its teacher, {len(found.samples)} samples"
-    table = Table(title=f"{title}, features of {found.extractor['name']}")
+    title = f"{evaluation.student} and its teacher, {len(evaluation.samples)} samples"
+    table = Table(title=f"{title}, features of {evaluation.extractor['name']}")
     table.add_column("")
     sides = (STUDENT, TEACHER, OTHER)
     for side in sides:

@@ -11,10 +11,10 @@ import typer
 from convfusion.cli.console import print_ending
 from convfusion.cli.models import (
     check_loading,
-    guidance_for,
+    choose_guidance,
+    choose_strength,
+    name_pipeline,
     open_pipeline,
-    public_name,
-    strength_for,
     warn_if_untrained,
 )
 from convfusion.cli.options import (
@@ -119,7 +119,7 @@ def generate(
     check_numbers(seeds, steps, 0 if guidance is None else guidance, 1)
     ladder = Ladder(
         factor=factor,
-        strength=strength_for(model) if strength is None else strength,
+        strength=choose_strength(model) if strength is None else strength,
         keep=keep,
         guidance=rung_guidance,
         memory=memory,
@@ -128,13 +128,13 @@ def generate(
     wanted = parse_size(size) if size else None
     options = {"negative_prompt": negative_prompt} if negative_prompt else {}
     pipe = _open(model, blocks, precision, device, revision, texts, wanted, options)
-    scale = guidance_for(model, pipe) if guidance is None else guidance
+    scale = choose_guidance(model, pipe) if guidance is None else guidance
     if negative_prompt and scale <= 1:
         raise ConvFusionError("--negative-prompt needs a guidance scale above 1")
     settings = {"seeds": seeds, "steps": steps, "guidance": scale, **options}
-    with with_cheaper_attention(pipe, wanted) if hybrid else nullcontext():
+    with keep_cheaper_attention(pipe, wanted) if hybrid else nullcontext():
         images = _draw(pipe, texts, wanted, ladder, settings)
-    paths = [out] if is_file else numbered(out, seeds)
+    paths = [out] if is_file else number_pictures(out, seeds)
     for path, image, text, own in zip(paths, images, texts, seeds, strict=True):
         record = describe_picture(
             pipe,
@@ -143,7 +143,7 @@ def generate(
             steps=steps,
             guidance=scale,
             negative_prompt=negative_prompt,
-            model=public_name(model),
+            model=name_pipeline(model),
             blocks=blocks.resolve().name if blocks else "",
         )
         write_picture(path, image, record)
@@ -194,7 +194,7 @@ def check_pictures(out: Path, count: int) -> bool:
     return True
 
 
-def numbered(folder: Path, seeds: list[int]) -> list[Path]:
+def number_pictures(folder: Path, seeds: list[int]) -> list[Path]:
     """Names of new pictures, counted on from those that the folder has."""
     folder.mkdir(parents=True, exist_ok=True)
     there = [path.name[:5] for path in folder.glob("?????-seed*.png")]
@@ -202,7 +202,7 @@ def numbered(folder: Path, seeds: list[int]) -> list[Path]:
     return [folder / f"{first + i:05d}-seed{seed}.png" for i, seed in enumerate(seeds)]
 
 
-def with_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractContextManager[None]:
+def keep_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractContextManager[None]:
     """Let the attention stand in at the sites where it is the faster one at a size in pixels."""
     from convfusion.bench.speed_plan import find_cheaper_attention
     from convfusion.families import latent_scale, native_size

@@ -162,10 +162,13 @@ def describe_sites(manifest: Mapping[str, Any], sites: int | None = None) -> str
 
 def describe_training(manifest: Mapping[str, Any]) -> str:
     """Whether blocks were trained, as their manifest says."""
-    trained = manifest.get("trained")
-    if trained is None:
+    if "trained" not in manifest:
         return "Trained: unknown, since the manifest does not say."
-    return "Trained: yes." if trained else f"Trained: no. {UNTRAINED}"
+    trained = manifest["trained"]
+    if not trained:
+        return f"Trained: no. {UNTRAINED}"
+    steps = trained.get("steps") if isinstance(trained, dict) else None
+    return f"Trained: yes, for {steps:,} steps." if steps else "Trained: yes."
 
 
 def describe_run(folder: Path) -> Description:

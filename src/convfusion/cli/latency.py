@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convfusion.cli.bench import rivals
+from convfusion.cli.bench import parse_mixers
 from convfusion.cli.console import console, print_ending
-from convfusion.cli.models import needs_matplotlib, torch_device, torch_dtype
+from convfusion.cli.models import check_matplotlib, parse_device, parse_precision
 from convfusion.cli.options import Batch, Device, Precision, Ratio, Rivals, check_file, parse_size
 from convfusion.progress import Progress
 
@@ -75,24 +75,24 @@ def latency(
     check_file(out)
     check_file(plot)
     if plot is not None:
-        needs_matplotlib("give --out for the numbers alone")
+        check_matplotlib("give --out for the numbers alone")
     before = read_rows(out) if out is not None and out.exists() else []
-    found = bench_model(model)
-    configs = list_contenders(found, rivals(mixers), ratio or (0.5,))
+    bench_case = bench_model(model)
+    configs = list_contenders(bench_case, parse_mixers(mixers), ratio or (0.5,))
     variants = {name: Variant(config) for name, config in configs.items()}
     variants = with_compiled(variants) if compiled else variants
     sizes = sorted(map(parse_size, size), key=math.prod)
-    for each in sizes:
-        found.latents(each)
-    place, dtype = torch_device(device), torch_dtype(precision)
+    for pixels in sizes:
+        bench_case.latents(pixels)
+    place, dtype = parse_device(device), parse_precision(precision)
     under = Conditions(place, dtype, batch, backward, rounds, warm_up, limit)
     measure = denoiser_rows if whole else site_rows
-    cases = shown(lambda say: measure(found, variants, sizes, under, say))
-    print_rows(kept(cases, before, out, plot))
+    cases = show_cases(lambda say: measure(bench_case, variants, sizes, under, say))
+    print_rows(collect_rows(cases, before, out, plot))
     print_ending(*(file for file in (out, plot) if file is not None))
 
 
-def kept(
+def collect_rows(
     cases: Iterable[list[Row]], before: list[Row], out: Path | None, plot: Path | None
 ) -> list[Row]:
     """The rows of all cases; the table is written after each of them, the picture at the end."""
@@ -110,7 +110,7 @@ def kept(
     return rows
 
 
-def shown(measure: Any) -> Any:
+def show_cases(measure: Any) -> Any:
     """What a benchmark yields, while the terminal shows which case it measures."""
     with Progress(True) as progress:
         bar = progress.add("measuring")
@@ -132,7 +132,7 @@ def print_rows(rows: Sequence[Row]) -> None:
         table.add_column(name, justify="left" if name in ("site", "variant") else "right")
     for before, row in zip([None, *rows], rows, strict=False):
         new = before is None or before.case != row.case
-        where = (short_site(row), f"{row.tokens:,}") if new else ("", "")
+        where = (shorten_site(row), f"{row.tokens:,}") if new else ("", "")
         if new and before is not None and before.series != row.series:
             table.add_section()
         if row.median_ms is None:
@@ -159,7 +159,7 @@ def print_rows(rows: Sequence[Row]) -> None:
         typer.echo(f"{names[each.series]}, {each.variant}: {said}")
 
 
-def short_site(row: Row) -> str:
+def shorten_site(row: Row) -> str:
     from convfusion.families import shorten_path
 
     if not row.site:

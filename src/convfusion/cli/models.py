@@ -39,10 +39,10 @@ def open_pipeline(
 
     Raises:
         ConvFusionError: there is none of that name, a file of it is damaged, or it is of a kind
-            that cannot be converted, which is told before its weights are read or fetched.
+            that cannot be converted, which is found before its weights are read or fetched.
     """
     check_revision(model, revision)
-    dtype, place = torch_dtype(precision), torch_device(device)
+    dtype, place = parse_precision(precision), parse_device(device)
     with announced(f"Loading {one_line(model)} …", is_first_process()):
         hide_loading_bars()
         return _read_model(model, dtype, revision).to(place)
@@ -57,9 +57,9 @@ def _read_model(model: str, dtype: Any, revision: str | None) -> Any:
         pipe = mini.load_student() if model == "mini" else mini.load_teacher()
         pipe.to(dtype)
     elif path.is_dir():
-        pipe = _folder(path, dtype)
+        pipe = _read_folder(path, dtype)
     elif path.suffix == ".safetensors":
-        pipe = _single_file(path, dtype)
+        pipe = _read_single_file(path, dtype)
     elif path.exists():
         raise ConvFusionError(
             f"{model} is no pipeline: a single file must be a .safetensors, since others can run "
@@ -97,13 +97,13 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def public_name(model: str, blocks: Path | None = None) -> str:
+def name_pipeline(model: str, blocks: Path | None = None) -> str:
     """What reports and pictures call a pipeline: no path of this machine."""
     name = Path(model).resolve().name if Path(model).exists() else model
     return name if blocks is None else f"{name} with the blocks of {blocks.name}"
 
 
-def _folder(path: Path, dtype: Any) -> Any:
+def _read_folder(path: Path, dtype: Any) -> Any:
     """A pipeline on disk, converted or not."""
     from convfusion import checkpoint
     from convfusion.checkpoint import loading, pipelines
@@ -118,7 +118,7 @@ def _folder(path: Path, dtype: Any) -> Any:
     return loading.read_pipeline(path, **loading.in_dtype(dtype))
 
 
-def torch_dtype(precision: str) -> Any:
+def parse_precision(precision: str) -> Any:
     """The dtype of that name."""
     import torch
 
@@ -129,7 +129,7 @@ def torch_dtype(precision: str) -> Any:
     return getattr(torch, precision)
 
 
-def torch_device(device: str | None) -> Any:
+def parse_device(device: str | None) -> Any:
     """The device of that name, tried; without one the GPU if there is one, else the CPU."""
     import torch
 
@@ -142,7 +142,7 @@ def torch_device(device: str | None) -> Any:
         raise ConvFusionError(f"the device {device!r} cannot be used: {error}") from None
 
 
-def _single_file(path: Path, dtype: Any) -> Any:
+def _read_single_file(path: Path, dtype: Any) -> Any:
     """A pipeline of SD1.x, SD2.x or SDXL whose weights are one file in its makers' layout."""
     import diffusers
     import torch
@@ -172,7 +172,7 @@ def _single_file(path: Path, dtype: Any) -> Any:
     return pipe
 
 
-def stock_pipeline(
+def open_stock_pipeline(
     model: str, precision: str, device: str | None, revision: str | None = None
 ) -> Any:
     """A pipeline with its self-attention in place: a converted one is reverted."""
@@ -192,11 +192,11 @@ def check_revision(model: str, revision: str | None) -> None:
 
 def check_loading(precision: str, device: str | None) -> None:
     """Raise a ConvFusionError for a precision or device that there is not, before any work."""
-    torch_dtype(precision)
-    torch_device(device)
+    parse_precision(precision)
+    parse_device(device)
 
 
-def needs_matplotlib(otherwise: str) -> None:
+def check_matplotlib(otherwise: str) -> None:
     """Raise a ConvFusionError unless figures can be drawn."""
     from convfusion.imports import check_installed
 
@@ -210,7 +210,7 @@ def is_embedded(model: str) -> bool:
     return model in mini.NAMES
 
 
-def guidance_for(model: str, pipe: Any = None) -> float:
+def choose_guidance(model: str, pipe: Any = None) -> float:
     """The guidance that a model draws with by default; 1 where its pipeline has no other."""
     from convfusion import mini
     from convfusion.generate import can_guide
@@ -220,8 +220,8 @@ def guidance_for(model: str, pipe: Any = None) -> float:
     return mini.GUIDANCE if is_embedded(model) else 5.0
 
 
-def strength_for(model: str) -> float:
-    """The strength of a rung that a model climbs with unless told otherwise."""
+def choose_strength(model: str) -> float:
+    """The strength of a rung that a model climbs with by default."""
     from convfusion import mini
     from convfusion.highres import Ladder
 
@@ -261,14 +261,14 @@ def equip(
         surgery.revert(pipe)
     if blocks is not None:
         return checkpoint.load(pipe, blocks, average=average)
-    chosen = conversion_for(denoiser_of(pipe), config)
+    chosen = choose_conversion(denoiser_of(pipe), config)
     if every is not None:
         paths = [row.site.path for row in surgery.status(pipe).sites]
         chosen = surgery.select_every(chosen, paths, every, first)
     return surgery.convert(pipe, chosen)
 
 
-def conversion_for(denoiser: Any, config: str | None) -> Any:
+def choose_conversion(denoiser: Any, config: str | None) -> Any:
     """The conversion of that name or in that file; without one the preset of the layout."""
     from convfusion.surgery import presets
     from convfusion.surgery.config import ConvertConfig

@@ -9,10 +9,10 @@ import typer
 from convfusion.cli.console import console, print_ending
 from convfusion.cli.models import (
     check_loading,
-    conversion_for,
-    stock_pipeline,
-    torch_device,
-    torch_dtype,
+    choose_conversion,
+    open_stock_pipeline,
+    parse_device,
+    parse_precision,
 )
 from convfusion.cli.options import Batch, Config, Device, Precision, Revision, parse_size
 from convfusion.errors import ConvFusionError
@@ -51,13 +51,13 @@ def plan(
             raise ConvFusionError(f"--revision needs a name on the Hub, and {model} is none")
         named = bench_model(model)
         scale, latents = PIXELS_PER_LATENT, named.latents(wanted)
-        pipe = with_random_weights(named.denoiser, torch_device(device), torch_dtype(precision))
+        pipe = with_random_weights(named.denoiser, parse_device(device), parse_precision(precision))
     else:
-        pipe = stock_pipeline(model, precision, device, revision)
+        pipe = open_stock_pipeline(model, precision, device, revision)
         check_size(pipe, wanted)
         scale = latent_scale(pipe)
         latents = wanted[0] // scale, wanted[1] // scale
-    chosen = conversion_for(denoiser_of(pipe), config)
+    chosen = choose_conversion(denoiser_of(pipe), config)
     with Progress(True) as progress:
         bar = progress.add("measuring")
 
@@ -87,21 +87,29 @@ def print_plan(speed: SpeedPlan, scale: int, unit: int) -> None:
             f"{shorten_path(site.paths[0])}, C {site.channels}",
             str(len(site.paths)),
             f"{site.tokens:,}",
-            seconds(attention),
-            seconds(block),
+            format_seconds(attention),
+            format_seconds(block),
             f"{attention / block:.2f}×",
             "measured" if site.measured else "from the fit",
         )
     table.add_section()
-    table.add_row("the rest", "", "", seconds(speed.rest), seconds(speed.rest), "", "")
+    table.add_row(
+        "the rest", "", "", format_seconds(speed.rest), format_seconds(speed.rest), "", ""
+    )
     speedup = speed.attention / speed.converted
     table.add_row(
-        "all", "", "", seconds(speed.attention), seconds(speed.converted), f"{speedup:.2f}×", ""
+        "all",
+        "",
+        "",
+        format_seconds(speed.attention),
+        format_seconds(speed.converted),
+        f"{speedup:.2f}×",
+        "",
     )
     console().print(table)
     for line in describe_plan(speed, scale, unit):
         typer.echo(line)
 
 
-def seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.2f} ms"
