@@ -126,9 +126,10 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_picture(path: Path, image: Image.Image, *, optimize: bool = False) -> None:
-    """As `write_tensors`, for a PNG in RGB; `optimize` takes longer and less room."""
+    """As `write_tensors`, for a PNG, in RGB or with a palette; `optimize` makes it smaller."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG", optimize=optimize)
+    picture = image if image.mode == "P" else image.convert("RGB")
+    picture.save(buffer, "PNG", optimize=optimize)
     write_bytes(path, buffer.getvalue())
 
 

@@ -29,6 +29,9 @@ from convfusion.families.lookup import (
     site_grid,
 )
 
+for _family in (unet.UNET, pixart.PIXART, dit.DIT):
+    register(_family)
+
 __all__ = [
     "FAMILIES",
     "Carrier",

@@ -16,7 +16,6 @@ from convfusion.families.base import (
     Size,
     Values,
     list_plain_sites,
-    register,
 )
 from convfusion.families.carrier import KeywordCarrier
 
@@ -86,4 +85,4 @@ class DiT(Family):
             )
 
 
-DIT = register(DiT())
+DIT = DiT()

@@ -17,7 +17,6 @@ from convfusion.families.base import (
     Size,
     Values,
     list_plain_sites,
-    register,
 )
 from convfusion.families.carrier import KeywordCarrier
 
@@ -91,4 +90,4 @@ class PixArt(Family):
         }
 
 
-PIXART = register(PixArt())
+PIXART = PixArt()

@@ -21,7 +21,6 @@ from convfusion.families.base import (
     Size,
     Values,
     is_self_attention,
-    register,
     transformer_blocks,
 )
 from convfusion.families.carrier import KeywordCarrier
@@ -296,4 +295,4 @@ def level_of(path: str, levels: int) -> int:
     return {"down_blocks": index, "mid_block": levels - 1, "up_blocks": levels - 1 - index}[kind]
 
 
-UNET = register(UNet())
+UNET = UNet()
