@@ -84,11 +84,8 @@ def run_demo(
     def judge(name: str, pipe: Any) -> None:
         pictures[name] = draw(pipe, prompts)
         psnr = mean_psnr(pictures[name], pictures["teacher"], prompts)
-        results[name] = {
-            "epsilon_error": measure_error(pipe, held_out),
-            "image_psnr": psnr.value,
-            "image_psnr_error": psnr.error,
-        }
+        results[name] = {"epsilon_error": measure_error(pipe, held_out)}
+        results[name] |= {"image_psnr": psnr.value, "image_psnr_error": psnr.error}
 
     say("1/4  The pretrained teacher draws the held-out prompts.")
     pictures["teacher"] = draw(mini.load_teacher(), prompts)

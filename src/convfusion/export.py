@@ -17,10 +17,10 @@ from convfusion import __version__
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, denoiser_of, example_inputs, family_of, native_latents
 from convfusion.families.conditioning import flatten_conditioning, nest_conditioning
+from convfusion.families.patches import copied_without_patches
 from convfusion.folders import made_folder, scratch_folder
 from convfusion.imports import check_installed
 from convfusion.mixers.delta_conv import DeltaConv
-from convfusion.patches import copied_without_patches
 from convfusion.surgery import drop_attention, mixers_of
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")

@@ -16,7 +16,7 @@ from convfusion import files
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, denoiser_of, family_of, native_size, pixel_unit
 from convfusion.families.calls import check_call, cut_options
-from convfusion.patches import copied_without_patches, replaced_attributes, wrapped_method
+from convfusion.families.patches import copied_without_patches, replaced_attributes, wrapped_method
 from convfusion.progress import Bar, Progress
 from convfusion.text import check_prompts, one_line
 
@@ -57,17 +57,9 @@ def generate(
             text, a number is out of range, or the pipeline draws from more than it is given.
             Nothing is drawn.
     """
-    check_call(pipe, prompts, size, options)
     seeds = list(range(len(prompts))) if seeds is None else seeds
-    if len(seeds) != len(prompts):
-        raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
-    check_prompts(prompts)
-    check_numbers(seeds, steps, guidance, batch_size)
-    check_steps(pipe, steps)
+    check_drawing(pipe, prompts, seeds, steps, guidance, size, batch_size, options)
     family = family_of(denoiser_of(pipe))
-    if size is not None:
-        check_size(pipe, size)
-    check_guidance(pipe, guidance)
     sides = {}
     if size is not None and not family.fixed_size:
         sides = {"height": size[0], "width": size[1]}
@@ -77,11 +69,8 @@ def generate(
     with shown_steps(pipe, batches, progress), silent(pipe):
         for start in range(0, len(prompts), batch_size):
             stop = start + batch_size
-            part: Any = prompts[start:stop]
-            if options.get("prompt_embeds") is not None:
-                part = None
-            else:
-                part = family.call_prompts(pipe, part)
+            embedded = options.get("prompt_embeds") is not None
+            part = None if embedded else family.call_prompts(pipe, prompts[start:stop])
             drawn = pipe(
                 **{family.prompt_argument: part},
                 num_inference_steps=steps,
@@ -92,6 +81,28 @@ def generate(
             ).images
             images.extend(drawn)  # `+=` would add an array of numpy, which old diffusers give
     return images
+
+
+def check_drawing(
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    steps: int,
+    guidance: float,
+    size: tuple[int, int] | None,
+    batch_size: int,
+    options: Mapping[str, Any],
+) -> None:
+    """Raise a ConvFusionError unless a pipeline can draw this; see `generate`."""
+    check_call(pipe, prompts, size, options)
+    if len(seeds) != len(prompts):
+        raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
+    check_prompts(prompts)
+    check_numbers(seeds, steps, guidance, batch_size)
+    check_steps(pipe, steps)
+    if size is not None:
+        check_size(pipe, size)
+    check_guidance(pipe, guidance)
 
 
 def check_numbers(seeds: Iterable[int], steps: int, guidance: float, batch_size: int) -> None:

@@ -24,8 +24,8 @@ from convfusion.data.workers import ignore_interrupts
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, encode_conditioning, family_of
 from convfusion.families.conditioning import flatten_conditioning
+from convfusion.families.patches import replaced_attributes
 from convfusion.generate import generate
-from convfusion.patches import replaced_attributes
 
 
 @dataclass(frozen=True)

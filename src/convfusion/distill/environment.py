@@ -18,7 +18,7 @@ from convfusion.distill.logs import tracker_name
 from convfusion.distill.optimizers import check_optimizer
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser
-from convfusion.patches import wrapped_method
+from convfusion.families.patches import wrapped_method
 from convfusion.surgery import mixers_of
 
 

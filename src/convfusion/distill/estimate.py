@@ -75,13 +75,7 @@ def estimate_run(
         ConvFusionError: the size cannot be drawn; and as `distill`.
     """
     student = denoiser_of(pipe)
-    scale = latent_scale(pipe)
-    height, width = size or native_size(pipe)
-    check_size(pipe, (height, width))
-    count = config.batch_size
-    shape = (count, student.config.in_channels, height // scale, width // scale)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed))
-    data = LatentDataset(noise, [""] * count)
+    data = _make_noise(pipe, config, size)
     mixers = mixers_of(student)
     before = {path: {k: v.clone() for k, v in m.state_dict().items()} for path, m in mixers.items()}
     records = {path: record_of(mixer) for path, mixer in mixers.items()}
@@ -123,3 +117,14 @@ def estimate_run(
         seconds_per_step=(times[-1] - times[0]) / (TRIED - 1),
         steps=config.steps,
     )
+
+
+def _make_noise(pipe: Any, config: DistillConfig, size: tuple[int, int] | None) -> LatentDataset:
+    """A batch of noise in place of latents, for pictures of a size that can be drawn."""
+    scale = latent_scale(pipe)
+    height, width = size or native_size(pipe)
+    check_size(pipe, (height, width))
+    channels = denoiser_of(pipe).config.in_channels
+    shape = (config.batch_size, channels, height // scale, width // scale)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed))
+    return LatentDataset(noise, [""] * config.batch_size)

@@ -20,7 +20,7 @@ which is 0 where the window reaches across the grid from every token.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from convfusion.analysis.streaming import Measure, OffsetMeans, mean_offsets, of
 from convfusion.data.latents import LatentDataset, TrainingData, prepare_data
 from convfusion.distill.batches import BatchIndices
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, Site, denoiser_of
+from convfusion.families import Denoiser, Site, denoiser_of, family_of
 from convfusion.families.conditioning import place_conditioning
 from convfusion.families.watch import project, watch_attention
 from convfusion.mixers.base import Grid
@@ -77,6 +77,30 @@ def start_from_attention(
         if not blocks:
             return
     teacher = attention_teacher(student)
+    batches = draw_noised_batches(pipe, data, pictures, batch_size, seed)
+    for path, means in measure_offsets(teacher, blocks, batches, settings).items():
+        if not means.kernels.isfinite().all():
+            raise ConvFusionError(
+                f"the mean attention of {path} is not finite: look at the data, or the frozen model"
+            )
+        set_to_mean_attention(blocks[path], teacher.get_submodule(path), means)
+        set_record(blocks[path], TrainingRecord("attention"))
+
+
+def measure_offsets(
+    teacher: Denoiser,
+    blocks: Mapping[str, DeltaConvBlock],
+    calls: Iterable[Mapping[str, Any]],
+    settings: Measure,
+) -> dict[str, OffsetMeans]:
+    """The mean attention of sites at each offset within the kernel of their block.
+
+    Args:
+        teacher: with the attention in place.
+        blocks: by path of the site.
+        calls: keyword arguments of the denoiser, a batch each.
+        settings: queries and memory of the measurement.
+    """
     measured: dict[str, list[OffsetMeans]] = {path: [] for path in blocks}
 
     def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
@@ -87,33 +111,32 @@ def start_from_attention(
             means = offset_means(query, key, attention.scale, grid, radius, settings)
             measured[site.path].append(means)
 
-    ready = prepare_data(pipe, data)
+    with watch_attention(teacher, see):
+        for call in calls:
+            teacher(**call)
+    return {path: mean_offsets(means) for path, means in measured.items()}
+
+
+def draw_noised_batches(
+    pipe: Any, data: LatentDataset | TrainingData, pictures: int, batch_size: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Calls of a denoiser on noised latents at random timesteps, as keyword arguments."""
+    denoiser, ready = denoiser_of(pipe), prepare_data(pipe, data)
     batches = BatchIndices(ready.groups, min(batch_size, pictures), seed)
     generator = torch.Generator().manual_seed(seed)
     schedule, _ = noise_schedule(pipe.scheduler)
-    with watch_attention(teacher, see):
-        for number in range(-(-pictures // batch_size)):
-            part = batches[number]
-            clean, conditioning = ready.take(part, [False] * len(part))
-            noise = torch.randn(clean.shape, generator=generator)
-            timesteps = torch.randint(0, len(schedule), (len(part),), generator=generator)
-            noisy = add_noise(clean, noise, timesteps, schedule)
-            noisy = noisy.to(student.device, student.dtype)
-            steps = timesteps.to(student.device)
-            teacher(
-                noisy,
-                timestep=steps,
-                return_dict=False,
-                **place_conditioning(conditioning, student),
-            )
-    for path, block in blocks.items():
-        means = mean_offsets(measured[path])
-        if not means.kernels.isfinite().all():
-            raise ConvFusionError(
-                f"the mean attention of {path} is not finite: look at the data, or the frozen model"
-            )
-        set_to_mean_attention(block, teacher.get_submodule(path), means)
-        set_record(block, TrainingRecord("attention"))
+    for number in range(-(-pictures // batch_size)):
+        part = batches[number]
+        clean, conditioning = ready.take(part, [False] * len(part))
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(0, len(schedule), (len(part),), generator=generator)
+        noisy = add_noise(clean, noise, timesteps, schedule)
+        yield {
+            family_of(denoiser).latents: noisy.to(denoiser.device, denoiser.dtype),
+            "timestep": timesteps.to(denoiser.device),
+            "return_dict": False,
+            **place_conditioning(conditioning, denoiser),
+        }
 
 
 def blocks_to_start(student: Denoiser) -> set[str]:

@@ -32,11 +32,11 @@ from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.evaluate.epsilon import epsilon_errors, relative_error
 from convfusion.evaluate.settings import EvaluationSettings
 from convfusion.families import Denoiser, denoiser_of, encode_conditioning, latent_scale
+from convfusion.families.patches import wrapped_method
 from convfusion.files import file_digest, read_json, write_picture, write_text
 from convfusion.fingerprint import shown
 from convfusion.folders import LOCK, remove_remains
 from convfusion.generate import generate, swapped_denoiser
-from convfusion.patches import wrapped_method
 from convfusion.schedule import noise_schedule
 
 TEACHER, STUDENT, OTHER = "teacher", "student", "teacher-other-seed"

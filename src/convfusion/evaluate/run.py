@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -62,30 +62,21 @@ def evaluate(
         real: pictures to compare with as well.
         clip: for the CLIP score.
         names: of student and teacher, in the report.
-        on_progress: called with the stage of the work and the number of samples done.
+        on_progress: called with the stage of the work and the samples done.
 
     Returns:
         What was found, also written to `out`; None in every process of a launcher but the first.
 
     Raises:
-        ConvFusionError: something does not fit, or another process writes into the folder.
-            Nothing is drawn then.
+        ConvFusionError: something does not fit, or another process writes there. Nothing is drawn.
     """
-    folder = Path(out)
-    check_installed("torchmetrics", "matplotlib", extra="eval")
-    reference = teacher_denoiser(pipe, teacher)
-    check_settings(pipe, settings)
-    identity = identify_pictures(pipe, reference, settings)
-    check_place(folder, identity)
-    if real is not None:
-        check_real(real)
+    folder, reference = Path(out), teacher_denoiser(pipe, teacher)
+    identity = _check_possible(pipe, reference, settings, folder, real)
     main = read_rank()[0] == 0  # of the processes of a launcher, which share the folder
-    with locked(folder) if main else nullcontext():
-        if main:
-            remove_remains(folder, *(folder / name for name in (*SIDES, RECORDS)))
+    with _writing_alone(folder) if main else nullcontext():
         texts = clip.embed_texts(list(settings.prompts)) if clip and main else None
-        on_drawn = partial(on_progress, "drawing")
-        records = draw_pictures(pipe, reference, settings, folder, identity, on_progress=on_drawn)
+        count = partial(on_progress, "drawing")
+        records = draw_pictures(pipe, reference, settings, folder, identity, on_progress=count)
         if records is None:
             return None
         on_progress("measuring", len(settings))
@@ -95,19 +86,43 @@ def evaluate(
         clips = {}
         if clip is not None and texts is not None:
             clips = measure.score_with_clip(clip, folder, settings, texts)
-        about = {
-            "student": names[0],
-            "teacher": names[1],
+        network = _describe_network(extractor)
+        about: dict[str, Any] = {"student": names[0], "teacher": names[1]}
+        about |= {
             "settings": _describe_settings(pipe, settings),
             "model": {key: value for key, value in identity.items() if key != "settings"},
-            "extractor": _describe_network(extractor)
-            | {"features": seen[STUDENT].features.shape[1]},
+            "extractor": network | {"features": seen[STUDENT].features.shape[1]},
             "clip": _describe_network(clip.images) if clip else None,
             "real": _describe_real(real, seen[REAL]) if real else None,
         }
         evaluation = _sum_up(about, settings, folder, records, seen, clips)
         write_results(evaluation, folder)
-        return evaluation
+    return evaluation
+
+
+@contextmanager
+def _writing_alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, without what killed runs left in it."""
+    with locked(folder):
+        remove_remains(folder, *(folder / name for name in (*SIDES, RECORDS)))
+        yield
+
+
+def _check_possible(
+    pipe: Any,
+    reference: Any,
+    settings: EvaluationSettings,
+    folder: Path,
+    real: RealPictures | None,
+) -> dict[str, Any]:
+    """Everything that can be known before a picture is drawn; what the pictures rest on."""
+    check_installed("torchmetrics", "matplotlib", extra="eval")
+    check_settings(pipe, settings)
+    identity = identify_pictures(pipe, reference, settings)
+    check_place(folder, identity)
+    if real is not None:
+        check_real(real)
+    return identity
 
 
 def _sum_up(

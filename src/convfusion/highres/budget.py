@@ -22,9 +22,9 @@ from convfusion.families import (
     site_grid,
 )
 from convfusion.families.carrier import GRID
+from convfusion.families.patches import replaced_attributes, wrapped_method
 from convfusion.highres.peaks import GIB, estimate_decoder_peak, estimate_denoiser_peak
 from convfusion.highres.vae_tiles import VaeTiles
-from convfusion.patches import replaced_attributes, wrapped_method
 
 Size = tuple[int, int]
 

@@ -26,6 +26,7 @@ from convfusion.data.pictures import encode_pictures, upcast_vae
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, family_of, latent_scale, native_size, pixel_unit
 from convfusion.families.calls import check_call, cut_options
+from convfusion.families.patches import kept_values, wrapped_method
 from convfusion.generate import check_size, generate
 from convfusion.highres.budget import (
     MemorySavings,
@@ -34,7 +35,6 @@ from convfusion.highres.budget import (
     run_one_at_a_time,
 )
 from convfusion.highres.vae_tiles import check_tileable, tile_vae
-from convfusion.patches import kept_values, wrapped_method
 from convfusion.settings import check_fields
 from convfusion.text import check_prompts
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, example_inputs, family_of
+from convfusion.families.patches import copied_without_patches
 from convfusion.operations import peak_bytes
-from convfusion.patches import copied_without_patches
 
 GIB = 2**30
 

@@ -22,7 +22,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.patches import wrapped_method
+from convfusion.families.patches import wrapped_method
 from convfusion.settings import check_fields
 
 

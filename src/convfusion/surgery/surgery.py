@@ -19,9 +19,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families import Denoiser, Site, denoiser_of, family_of, list_sites
 from convfusion.families.carrier import drop_grid
+from convfusion.families.patches import copied_without_patches
 from convfusion.mixers import Mixer
 from convfusion.mixers.base import TokenMixer
-from convfusion.patches import copied_without_patches
 from convfusion.surgery import presets
 from convfusion.surgery.config import ConvertConfig, checked_config
 from convfusion.surgery.guard import guard, unguard
