@@ -168,9 +168,9 @@ def test_the_default_recipe_learns_from_twenty_pictures_in_forty_steps():
     pipe = mini.load_teacher()
     convfusion.convert(pipe)
     held_out = demo.spread(mini.held_out_data("choice"), 16)
-    before = demo.error(pipe, held_out)
+    before = demo.measure_error(pipe, held_out)
     distill(pipe, demo.spread(mini.training_data(), 20), DistillConfig(steps=40))
-    assert demo.error(pipe, held_out) < before / 2
+    assert demo.measure_error(pipe, held_out) < before / 2
 
 
 @pytest.mark.parametrize("table", ["initialisation.csv", "kernels.csv"])

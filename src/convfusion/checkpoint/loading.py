@@ -230,9 +230,10 @@ def _check_supported(index: dict[str, Any], components: dict[str, Any], where: s
     names = component_names()
     name = next((name for name in names if name in components), None)
     known = ", ".join(supported_classes())
+    wanted = " or ".join(f"`{each}`" for each in names)
     if name is None:
         raise UnsupportedModelError(
-            f"{where}: {index['_class_name']} has no {' or '.join(names)}; denoisers that can be "
+            f"{where}: {index['_class_name']} has no {wanted}; denoisers that can be "
             f"converted are {known}"
         )
     kind = components[name]

@@ -116,12 +116,12 @@ class DistillConfig:
         for name in ("weight_decay", "held_out", "workers", "validate_every"):
             if getattr(self, name) < 0:
                 raise ConvFusionError(f"{name} must not be negative")
-        self._check_warmup()
         if not 0 <= self.imitation_steps <= self.steps:
             raise ConvFusionError(
                 f"imitation_steps must lie between 0 and steps: it is {self.imitation_steps}, and "
                 f"there are {self.steps} steps: lower it too"
             )
+        self._check_warmup()
         if self.batch_size % self.accumulation:
             raise ConvFusionError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation "
