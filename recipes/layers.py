@@ -14,7 +14,7 @@ from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
 from convfusion.demo import spread
 from convfusion.distill.partial import site_costs
 from convfusion.families import denoiser_of, list_sites
-from convfusion.surgery.surgery import select_every, select_sites
+from convfusion.surgery import select_every, select_sites
 from experiment import JUDGED, Table, judged, recipe
 
 TABLE = Table("layers.csv", ["order", "sites", "seed", "steps", "made"], "results")

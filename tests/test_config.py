@@ -73,7 +73,7 @@ NEAREST = {
     "a size": (lambda: with_kernel_sizes({"*": "7"}), "kernel_size must be int, not '7'"),
     "base": (lambda: with_kernel_sizes(7, base=DeltaConv), r"must be settings, DeltaConv\(…\)"),
     "no file": (lambda: ConvertConfig.load("missing.json"), r"missing\.json cannot be read: No"),
-    "a folder": (lambda: ConvertConfig.load("."), "cannot be read: Is a directory"),
+    "a folder": (lambda: ConvertConfig.load("."), "cannot be read: it is no plain file"),
 }
 
 

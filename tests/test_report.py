@@ -44,7 +44,9 @@ def test_cells_of_numbers_do_not_break():
 
 
 def test_the_demo_says_first_what_it_shows():
-    page = demo.render_page(RESULTS, Image.new("RGB", (900, 300)), [{"output": 1.0}, {"output": 0.1}])
+    page = demo.render_page(
+        RESULTS, Image.new("RGB", (900, 300)), [{"output": 1.0}, {"output": 0.1}]
+    )
     verdict = page.index("Rows 1, 3 and 4 should look alike")
     assert page.index("<h1>") < verdict < page.index("<img")
     assert "distilled just now are 20× nearer" in demo.give_verdict(RESULTS)
