@@ -20,30 +20,35 @@ from convfusion.cli.options import (
     check_new,
 )
 
+Converted = Annotated[Path, typer.Option(help="New folder for the converted pipeline or blocks.")]
+DropAttention = Annotated[
+    bool,
+    typer.Option(
+        "--drop-attention",
+        help="Leave out the weights of the replaced attention. Training is not possible then.",
+    ),
+]
+BlocksOnly = Annotated[
+    bool, typer.Option("--blocks-only", help="Write the blocks alone, without the model.")
+]
+Average = Annotated[
+    bool,
+    typer.Option(
+        help="Of a released file that holds both, take the moving average of the weights."
+    ),
+]
+
 
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Option(help="New folder for the converted pipeline or blocks.")],
+    out: Converted,
     config: Config = None,
     blocks: Blocks = None,
     every: Every = None,
     first: First = 0,
-    drop_attention: Annotated[
-        bool,
-        typer.Option(
-            "--drop-attention",
-            help="Leave out the weights of the replaced attention. Training is not possible then.",
-        ),
-    ] = False,
-    blocks_only: Annotated[
-        bool, typer.Option("--blocks-only", help="Write the blocks alone, without the model.")
-    ] = False,
-    average: Annotated[
-        bool,
-        typer.Option(
-            help="Of a released file that holds both, take the moving average of the weights."
-        ),
-    ] = True,
+    drop_attention: DropAttention = False,
+    blocks_only: BlocksOnly = False,
+    average: Average = True,
     revision: Revision = None,
     precision: Precision = "float32",
 ) -> None:

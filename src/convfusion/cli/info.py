@@ -15,6 +15,15 @@ from convfusion.cli.console import print_ending
 from convfusion.cli.models import SINGLE_FILES, UNTRAINED, is_embedded
 from convfusion.errors import ConvFusionError
 
+Place = Annotated[
+    str,
+    typer.Argument(
+        metavar="FOLDER_OR_MODEL",
+        help="A model, trained blocks, a cache, a distillation run, an evaluation, a "
+        ".safetensors file; or `mini`.",
+    ),
+]
+
 # What other commands write, by the file that tells it, and how it is looked at.
 REPORTS = {
     "analysis.json": ("An analysis of self-attention, by `convfusion analyze`.", "report.html"),
@@ -37,16 +46,7 @@ class Description:
     next_command: Sequence[Any] = ()
 
 
-def info(
-    place: Annotated[
-        str,
-        typer.Argument(
-            metavar="FOLDER_OR_MODEL",
-            help="A model, trained blocks, a cache, a distillation run, an evaluation, a "
-            ".safetensors file; or `mini`.",
-        ),
-    ],
-) -> None:
+def info(place: Place) -> None:
     """Say what a folder or file is, how far it got, and what to do with it. Loads no weights."""
     description = describe_place(place)
     for line in description.lines:
