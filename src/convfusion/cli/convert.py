@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from convfusion.cli.console import print_ending
-from convfusion.cli.models import UNTRAINED, check_loading, equip, is_untrained, open_pipeline
+from convfusion.cli.models import check_loading, equip, open_pipeline, warn_of
 from convfusion.cli.options import (
     Blocks,
     Config,
@@ -71,13 +71,13 @@ def convert(
     else:
         pipelines.save_pipeline(pipe, out)
     typer.echo(str(status))
-    untrained = blocks is None and is_untrained(pipe)
+    warning = warn_of(status.record)
     next_command = ["convfusion", "generate", out, "--prompt", "a red apple"]
-    if untrained and blocks_only:
+    if warning and blocks_only:
         next_command = []
-    elif untrained and not drop_attention:
+    elif warning and not drop_attention:
         next_command = ["convfusion", "distill", out, "--data", "DATA"]
         next_command += ["--out", "convfusion-blocks"]
     elif blocks_only:
         next_command = ["convfusion", "generate", model, "--blocks", out, "--prompt", "a red apple"]
-    print_ending(out, verdict=UNTRAINED if untrained else "", next_command=next_command)
+    print_ending(out, verdict=warning, next_command=next_command)
