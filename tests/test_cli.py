@@ -204,7 +204,7 @@ MISTAKES = {
     "unknown model": (["generate", "no/such", "--prompt", "x"], "no/such"),
     "unknown preset": (
         ["convert", "MODEL", "--out", "OUT", "--config", "sd3"],
-        "no preset 'sd3'; there are",
+        "no preset 'sd3'; there are default, sd15, sd21, sdxl, pixart, dit",
     ),
     "no config": (["convert", "MODEL", "--out", "OUT", "--config", "x.json"], "x.json"),
     "bad size": (["generate", "MODEL", "--prompt", "x", "--size", "12"], "512x768"),
@@ -222,7 +222,7 @@ MISTAKES = {
     ),
     "huge seed": (["distill", "mini", "--out", "OUT", "--seed", str(2**63)], "2^63"),
     "imitation for longer": (
-        ["distill", "--settings", "MINI", "--out", "OUT", "--steps", "4"],
+        ["distill", "--settings", "MINI", "--out", "OUT", "--steps", "4", "--warmup", "2"],
         "convfusion: imitation_steps must lie between 0 and steps: it is 50",
     ),
     "bad batch": (

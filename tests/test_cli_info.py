@@ -11,6 +11,8 @@ from PIL import Image
 import convfusion
 from convfusion import checkpoint, mini
 from convfusion.files import write_tensors
+from convfusion.mixers import Removed
+from convfusion.surgery import uniform
 
 
 def test_the_version_and_short_help(run):
@@ -32,7 +34,7 @@ def test_a_pipeline_before_and_after(run, model, tmp_path):
     assert f"Next: convfusion convert {model}" in out
     run("convert", model, "--out", tmp_path / "new", "--every", 2, "--config", "default")
     code, out, _ = run("info", tmp_path / "new")
-    assert "4 of 7 sites (4 × delta_conv)" in out and "Trained: " in out
+    assert "4 of 7 sites (4 × delta_conv)" in out and "These blocks are untrained" in out
     run("convert", model, "--out", tmp_path / "small", "--drop-attention")
     code, out, _ = run("info", tmp_path / "small")
     assert code == 0 and "attention of these sites was dropped" in out
@@ -47,22 +49,48 @@ def test_no_weights_are_needed(run, model):
 
 
 @pytest.mark.parametrize(
-    ("trained", "said"),
+    ("trained", "origin", "said"),
     [
-        ({}, "unknown"),
-        ({"trained": {"steps": 1200}}, "yes, for 1,200 steps"),
-        ({"trained": False}, "no. These blocks are untr"),
+        (None, "attention", "Whether these blocks are trained is unknown"),
+        ({"steps": 0}, "unknown", "Whether these blocks are trained is unknown"),
+        ({"steps": 1200}, "attention", "These blocks are trained for 1,200 steps.\n"),
+        ({"steps": 1200}, "unknown", "These blocks are trained for 1,200 steps.\n"),
+        ({"steps": 0}, "released", "These blocks are trained by others.\n"),
+        ({"steps": 9}, "released", "These blocks are trained by others, then for 9 steps.\n"),
+        (False, "converted", "These blocks are untrained: pictures will"),
+        (False, "attention", "These blocks are untrained, started from the attention: pictures"),
     ],
 )
-def test_blocks_say_whether_they_are_trained(run, tmp_path, trained, said):
+def test_blocks_say_whether_they_are_trained(run, tmp_path, trained, origin, said):
+    checkpoint.save(mini.load_student(), tmp_path / "blocks")
+    file = tmp_path / "blocks" / "convfusion.json"
+    manifest = json.loads(file.read_text()) | {"trained": trained, "started_from": origin}
+    if trained is None:
+        del manifest["trained"]
+    file.write_text(json.dumps(manifest))
+    code, out, _ = run("info", tmp_path / "blocks")
+    assert code == 0 and said in out and "7 sites (7 × delta_conv)" in out
+    assert "Parameters: 0.64M" in out
+
+
+def test_what_a_manifest_says_of_training_is_read_with_care(run, tmp_path):
     checkpoint.save(mini.load_student(), tmp_path / "blocks")
     file = tmp_path / "blocks" / "convfusion.json"
     manifest = json.loads(file.read_text())
-    manifest.pop("trained", None)
-    file.write_text(json.dumps(manifest | trained))
-    code, out, _ = run("info", tmp_path / "blocks")
-    assert code == 0 and f"Trained: {said}" in out and "7 sites (7 × delta_conv)" in out
-    assert "Parameters: 0.64M" in out
+    for wrong in ({"trained": True}, {"trained": {"steps": -1}}, {"started_from": "luck"}):
+        file.write_text(json.dumps(manifest | wrong))
+        code, _, err = run("info", tmp_path / "blocks")
+        assert code == 2 and f"{file} is damaged" in err and err.count("\n") == 1
+
+
+def test_mixers_with_nothing_to_train(run, model, tmp_path):
+    uniform(Removed()).save(tmp_path / "removed.json")
+    options = ("--config", tmp_path / "removed.json", "--out", tmp_path / "removed")
+    code, out, err = run("convert", model, *options)
+    assert code == 0 and "untrained" not in out, err
+    code, out, _ = run("info", tmp_path / "removed")
+    assert code == 0 and "These blocks have nothing to train." in out
+    assert f"Next: convfusion generate {tmp_path / 'removed'}" in out
 
 
 def test_a_run_that_was_stopped_and_is_resumed_from_its_folder(run, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 from PIL import Image
-from tiny_pipelines import dit_pipeline
+from tiny_pipelines import dit_pipeline, stable_diffusion
 
 import convfusion
 from convfusion import mini
@@ -10,6 +10,9 @@ from convfusion.cli.compare import name_rows
 from convfusion.cli.generate import pair_prompts
 from convfusion.evaluate.comparison import compare_blocks
 from convfusion.generate import describe_picture, generate, write_picture
+from convfusion.mixers import GeneralisedLinear
+from convfusion.surgery import mixers_of, uniform
+from convfusion.surgery.record import TrainingRecord, set_record
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,28 @@ def test_untrained_blocks_say_so(run, model, tmp_path):
     assert code == 0 and "These blocks are untrained" in err
     code, _, err = run("generate", "mini", *options)
     assert code == 0 and "untrained" not in err
+
+
+def test_untrained_blocks_of_any_kind_say_so_and_trained_ones_do_not(run, model, tmp_path):
+    """Told by their record and not by their values: a start is no training, and zeros may be."""
+    options = ("--prompt", "x", "--steps", 1, "--out", tmp_path / "drawn")
+    pipe = stable_diffusion()
+    convfusion.convert(pipe, uniform(GeneralisedLinear()))
+    for record, said in (
+        (TrainingRecord("converted"), "These blocks are untrained: pictures will be poor"),
+        (TrainingRecord("attention"), "These blocks are untrained, started from the attention:"),
+        (TrainingRecord("attention", 3), ""),
+        (TrainingRecord("released"), ""),
+    ):
+        for mixer in mixers_of(pipe).values():
+            set_record(mixer, record)
+        blocks = tmp_path / f"{record.origin}-{record.steps}"
+        convfusion.save(pipe, blocks)
+        code, _, err = run("generate", model, "--blocks", blocks, *options)
+        assert code == 0 and (said in err if said else "blocks are untrained" not in err)
+        written = ("--out", tmp_path / f"{blocks.name}-converted")
+        code, out, err = run("convert", model, "--blocks", blocks, *written)
+        assert code == 0 and (said in out if said else "blocks are untrained" not in out)
 
 
 def test_compare_draws_teacher_and_every_student(run, student, tmp_path):

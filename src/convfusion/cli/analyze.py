@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,45 +18,66 @@ from convfusion.cli.models import (
     is_embedded,
     open_stock_pipeline,
 )
-from convfusion.cli.options import Device, Model, Precision, Revision, Size, check_new, parse_size
+from convfusion.cli.options import (
+    BatchSize,
+    Device,
+    Guidance,
+    Model,
+    OwnPromptFile,
+    Precision,
+    Revision,
+    Size,
+    Steps,
+    check_new,
+    parse_size,
+)
 from convfusion.errors import ConvFusionError
 from convfusion.progress import Progress
 
-Prompts = Annotated[
-    Path | None,
-    typer.Option(help="Text file with one prompt per line. `mini` has prompts of its own."),
-]
-Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
+if TYPE_CHECKING:
+    from convfusion.analysis import Analysis, AnalysisConfig
+
+Report = Annotated[Path, typer.Option(help="Folder for the report.")]
 Timesteps = Annotated[
     str | None,
     typer.Option(help="Timesteps to look at, such as 881,481,81. Default: five of them."),
 ]
-Guidance = Annotated[
-    float | None, typer.Option(help="Classifier-free guidance scale. Default: 5, and 3 for `mini`.")
+Queries = Annotated[int, typer.Option(help="Queries measured per attention map.")]
+Memory = Annotated[int, typer.Option(help="MiB of memory for attention maps.")]
+Cutoff = Annotated[
+    float, typer.Option(help="Cut-off of the high-pass filter, in cycles per side of the grid.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")]
+Order = Annotated[int, typer.Option(help="Order of that Butterworth filter.")]
+Share = Annotated[
+    float,
+    typer.Option(help="Share of the attention that counts as the effective receptive field."),
+]
+Control = Annotated[
+    bool, typer.Option("--control", help="Analyse an untrained model too, for comparison.")
+]
+Ablation = Annotated[Path, typer.Option(help="Folder for ablation.png and ablation.json.")]
+Window = Annotated[
+    list[int] | None, typer.Option(help="Size K of a K×K attention window. Repeat for more.")
+]
+Restricted = Annotated[
+    list[str] | None,
+    typer.Option(help="Restrict only these sites (self-attention layers), such as 'up_blocks.*'."),
+]
 MINI_PROMPTS = 15  # odd, so that both designs occur
 
 
 def analyze(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for the report.")],
-    prompts: Prompts = None,
+    out: Report,
+    prompts: OwnPromptFile = None,
     steps: Steps = 25,
     timesteps: Timesteps = None,
-    queries: Annotated[int, typer.Option(help="Queries measured per attention map.")] = 256,
-    memory: Annotated[int, typer.Option(help="MiB of memory for attention maps.")] = 256,
-    cutoff: Annotated[
-        float, typer.Option(help="Cut-off of the high-pass filter, in cycles per side of the grid.")
-    ] = 1.0,
-    order: Annotated[int, typer.Option(help="Order of that Butterworth filter.")] = 2,
-    share: Annotated[
-        float,
-        typer.Option(help="Share of the attention that counts as the effective receptive field."),
-    ] = 0.8,
-    control: Annotated[
-        bool, typer.Option("--control", help="Analyse an untrained model too, for comparison.")
-    ] = False,
+    queries: Queries = 256,
+    memory: Memory = 256,
+    cutoff: Cutoff = 1.0,
+    order: Order = 2,
+    share: Share = 0.8,
+    control: Control = False,
     size: Size = None,
     guidance: Guidance = None,
     batch_size: BatchSize = 4,
@@ -71,12 +92,9 @@ def analyze(
     """
     check_matplotlib("take convfusion.analysis.analyze in Python for the numbers alone")
     check_loading(precision, device)
-    from convfusion.analysis import AnalysisConfig, HighPass, Measure, build_untrained
-    from convfusion.analysis import analyze as run
-    from convfusion.analysis.capture import sampling_timesteps
+    from convfusion.analysis import AnalysisConfig, HighPass, Measure
     from convfusion.analysis.page import write_report
     from convfusion.analysis.verdict import check_claims, give_verdict
-    from convfusion.generate import swapped_denoiser
 
     check_new(out)
     config = AnalysisConfig(
@@ -92,15 +110,7 @@ def analyze(
     pipe = open_stock_pipeline(model, precision, device, revision)
     if guidance is None:
         config = replace(config, guidance=choose_guidance(model, pipe))
-    calls = len(sampling_timesteps(pipe, steps)) * math.ceil(len(drawn) / batch_size)
-    with Progress(True) as progress:
-        bar = progress.add("analysing", total=calls)
-        analysis = run(pipe, drawn, config, on_call=bar.advance)
-        other = None
-        if control:
-            second_bar = progress.add("analysing an untrained model", total=calls)
-            with swapped_denoiser(pipe, build_untrained(pipe)):
-                other = run(pipe, drawn, config, on_call=second_bar.advance)
+    analysis, other = run_analysis(pipe, drawn, config, control=control)
     write_report(analysis, out, other)
     print_claims(check_claims(analysis), check_claims(other) if other else None)
     kernels = out / "kernels.json"
@@ -111,19 +121,37 @@ def analyze(
     )
 
 
+def run_analysis(
+    pipe: Any, prompts: list[str], config: AnalysisConfig, *, control: bool
+) -> tuple[Analysis, Analysis | None]:
+    """The analysis of a pipeline and, as a control, of an untrained model, with progress bars."""
+    from convfusion.analysis import analyze, build_untrained
+    from convfusion.generate import swapped_denoiser
+
+    calls = count_calls(pipe, len(prompts), config.steps, config.batch_size)
+    with Progress(True) as progress:
+        bar = progress.add("analysing", total=calls)
+        analysis = analyze(pipe, prompts, config, on_call=bar.advance)
+        if not control:
+            return analysis, None
+        bar = progress.add("analysing an untrained model", total=calls)
+        with swapped_denoiser(pipe, build_untrained(pipe)):
+            return analysis, analyze(pipe, prompts, config, on_call=bar.advance)
+
+
+def count_calls(pipe: Any, prompts: int, steps: int, batch_size: int) -> int:
+    """How often the denoiser is called to draw every prompt once."""
+    from convfusion.analysis.capture import sampling_timesteps
+
+    return len(sampling_timesteps(pipe, steps)) * math.ceil(prompts / batch_size)
+
+
 def ablate(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for ablation.png and ablation.json.")],
-    prompts: Prompts = None,
-    window: Annotated[
-        list[int] | None, typer.Option(help="Size K of a K×K attention window. Repeat for more.")
-    ] = None,
-    site: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Restrict only these sites (self-attention layers), such as 'up_blocks.*'."
-        ),
-    ] = None,
+    out: Ablation,
+    prompts: OwnPromptFile = None,
+    window: Window = None,
+    site: Restricted = None,
     steps: Steps = 25,
     timesteps: Timesteps = None,
     size: Size = None,
@@ -140,7 +168,6 @@ def ablate(
     """
     from convfusion.analysis import ablate as run
     from convfusion.analysis import list_variants, save_ablation
-    from convfusion.analysis.capture import sampling_timesteps
 
     check_new(out)
     check_loading(precision, device)
@@ -148,8 +175,7 @@ def ablate(
     tried = list_variants(window or [13, 7, 3], sites=site)
     looked_at, wanted = parse_timesteps(timesteps), parse_size(size) if size else None
     pipe = open_stock_pipeline(model, precision, device, revision)
-    calls = len(sampling_timesteps(pipe, steps)) * math.ceil(len(drawn) / batch_size)
-    calls *= 1 + len(tried)
+    calls = count_calls(pipe, len(drawn), steps, batch_size) * (1 + len(tried))
     with Progress(True) as progress:
         bar = progress.add("drawing", total=calls)
         rows = run(

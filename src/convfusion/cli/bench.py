@@ -14,6 +14,21 @@ from convfusion.cli.options import Ratio, Rivals, check_file, parse_size
 if TYPE_CHECKING:
     from convfusion.bench.counts import Cost
 
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL]...",
+        help="sd15, sd21, sdxl, pixart, dit, mini or the folder of a pipeline. Default: all.",
+    ),
+]
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option(help="WIDTHxHEIGHT in pixels. Repeat for more. Default: nine sizes."),
+]
+Csv = Annotated[
+    Path | None,
+    typer.Option(help="CSV file for the cost at every site (self-attention layer) and the totals."),
+]
 DECIMAL = ("", "k", "M", "G", "T", "P")
 BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -24,25 +39,11 @@ bench = typer.Typer(
 
 @bench.command()
 def flops(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[MODEL]...",
-            help="sd15, sd21, sdxl, pixart, dit, mini or the folder of a pipeline. Default: all.",
-        ),
-    ] = None,
-    size: Annotated[
-        list[str] | None,
-        typer.Option(help="WIDTHxHEIGHT in pixels. Repeat for more. Default: nine sizes."),
-    ] = None,
+    models: Names = None,
+    size: Sizes = None,
     mixers: Rivals = None,
     ratio: Ratio = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="CSV file for the cost at every site (self-attention layer) and the totals."
-        ),
-    ] = None,
+    out: Csv = None,
 ) -> None:
     """Count operations, parameters and memory from shapes alone: no weights, no GPU."""
     from convfusion.bench.counts import (

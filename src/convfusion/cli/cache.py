@@ -21,50 +21,62 @@ from convfusion.cli.options import (
 )
 from convfusion.progress import Progress
 
+Pictures = Annotated[
+    str,
+    typer.Option(
+        help="Pictures with captions: a folder, a table, tar shards or hf:NAME. Or a .txt file "
+        "of prompts, which the model then draws itself."
+    ),
+]
+Continued = Annotated[
+    Path, typer.Option(help="Folder for the cache. An unfinished cache is continued.")
+]
+Buckets = Annotated[
+    bool,
+    typer.Option(
+        "--buckets/--no-buckets",
+        help="Group pictures by their ratio of sides instead of cropping them to one size.",
+    ),
+]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]
+Encoded = Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")]
+Half = Annotated[bool, typer.Option("--half", help="Store float16, which takes half the space.")]
+ImageColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the pictures in a table, or their extension in shards."),
+]
+CaptionColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the captions, or their extension or JSON field in shards."),
+]
+Split = Annotated[str | None, typer.Option(help="Split of a data set, such as train.")]
+PerPrompt = Annotated[int, typer.Option(min=1, help="Pictures drawn of each prompt.")]
+FirstSeed = Annotated[
+    int, typer.Option(help="Seed of the first picture drawn; the following count up from it.")
+]
+DrawingSteps = Annotated[int, typer.Option(min=1, help="Sampling steps of pictures drawn.")]
+DrawingGuidance = Annotated[
+    float | None,
+    typer.Option(help="Guidance scale of pictures drawn. Default: 5, and 3 for `mini`."),
+]
+
 
 def cache(
     model: Model,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Pictures with captions: a folder, a table, tar shards or hf:NAME. Or a .txt file "
-            "of prompts, which the model then draws itself."
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option(help="Folder for the cache. An unfinished cache is continued.")
-    ],
+    data: Pictures,
+    out: Continued,
     size: Size = None,
-    buckets: Annotated[
-        bool,
-        typer.Option(
-            "--buckets/--no-buckets",
-            help="Group pictures by their ratio of sides instead of cropping them to one size.",
-        ),
-    ] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 4,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 8,
-    half: Annotated[
-        bool, typer.Option("--half", help="Store float16, which takes half the space.")
-    ] = False,
-    image: Annotated[
-        str | None,
-        typer.Option(help="Column of the pictures in a table, or their extension in shards."),
-    ] = None,
-    caption: Annotated[
-        str | None,
-        typer.Option(help="Column of the captions, or their extension or JSON field in shards."),
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a data set, such as train.")] = None,
-    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures drawn of each prompt.")] = 1,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the first picture drawn; the following count up from it.")
-    ] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps of pictures drawn.")] = 25,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Guidance scale of pictures drawn. Default: 5, and 3 for `mini`."),
-    ] = None,
+    buckets: Buckets = False,
+    workers: Workers = 4,
+    batch_size: Encoded = 8,
+    half: Half = False,
+    image: ImageColumn = None,
+    caption: CaptionColumn = None,
+    split: Split = None,
+    per_prompt: PerPrompt = 1,
+    seed: FirstSeed = 0,
+    steps: DrawingSteps = 25,
+    guidance: DrawingGuidance = None,
     revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from convfusion.cli.console import console, print_ending
-from convfusion.cli.generate import Prompt, gather_prompts
+from convfusion.cli.generate import gather_prompts
 from convfusion.cli.models import check_loading, choose_guidance, is_embedded, open_pipeline
 from convfusion.cli.options import (
+    BatchSize,
     Device,
+    Guidance,
     Model,
     NegativePrompt,
     Precision,
+    Prompt,
     PromptFile,
     Revision,
     Size,
+    Steps,
     check_file,
     parse_size,
 )
@@ -27,33 +31,33 @@ from convfusion.text import check_prompts
 if TYPE_CHECKING:
     from convfusion.evaluate.comparison import Comparison
 
+Rows = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Trained blocks: a folder that `distill` wrote, or a released .safetensors file. "
+        "Repeat the option for more rows."
+    ),
+]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option(help="Every prompt is drawn from this seed. Repeat for more. Default: 0."),
+]
+Grid = Annotated[Path, typer.Option(help="PNG file for the grid.")]
 MINI_PROMPTS = 6
 
 
 def compare(
     model: Model,
-    blocks: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Trained blocks: a folder that `distill` wrote, or a released .safetensors file. "
-            "Repeat the option for more rows."
-        ),
-    ] = None,
+    blocks: Rows = None,
     prompt: Prompt = None,
     prompts: PromptFile = None,
     negative_prompt: NegativePrompt = "",
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(help="Every prompt is drawn from this seed. Repeat for more. Default: 0."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="PNG file for the grid.")] = Path("comparison.png"),
+    seed: Seeds = None,
+    out: Grid = Path("comparison.png"),
     size: Size = None,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Classifier-free guidance scale. Default: 5, and 3 for `mini`."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
+    steps: Steps = 25,
+    guidance: Guidance = None,
+    batch_size: BatchSize = 4,
     revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,
@@ -67,7 +71,6 @@ def compare(
     from convfusion.evaluate.comparison import compare_blocks
     from convfusion.families.calls import check_call
     from convfusion.generate import check_numbers, check_size
-    from convfusion.surgery import mixers_of
 
     texts, seeds = choose_prompts(model, prompt, prompts), seed or [0]
     check_prompts([negative_prompt])
@@ -81,11 +84,7 @@ def compare(
     check_call(pipe, texts, wanted, options)
     if wanted:
         check_size(pipe, wanted)
-    if not students and not mixers_of(pipe):
-        raise ConvFusionError(
-            f"{model} has no trained blocks to compare: add --blocks with a folder that `distill` "
-            "wrote"
-        )
+    check_rows(model, pipe, students)
     compared = compare_blocks(
         pipe,
         students,
@@ -138,6 +137,17 @@ def name_rows(blocks: list[Path]) -> dict[str, Path]:
         str(path) if names.count(path.name) > 1 or not path.name else path.name: path
         for path in blocks
     }
+
+
+def check_rows(model: str, pipe: Any, students: dict[str, Path]) -> None:
+    """Raise a ConvFusionError where the teacher's row would be the only one."""
+    from convfusion.surgery import mixers_of
+
+    if not students and not mixers_of(pipe):
+        raise ConvFusionError(
+            f"{model} has no trained blocks to compare: add --blocks with a folder that `distill` "
+            "wrote"
+        )
 
 
 def print_comparison(compared: Comparison) -> None:

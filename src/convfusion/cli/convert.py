@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from convfusion.cli.console import print_ending
-from convfusion.cli.models import UNTRAINED, check_loading, equip, is_untrained, open_pipeline
+from convfusion.cli.models import check_loading, equip, open_pipeline, warn_of
 from convfusion.cli.options import (
     Blocks,
     Config,
@@ -20,30 +20,35 @@ from convfusion.cli.options import (
     check_new,
 )
 
+Converted = Annotated[Path, typer.Option(help="New folder for the converted pipeline or blocks.")]
+DropAttention = Annotated[
+    bool,
+    typer.Option(
+        "--drop-attention",
+        help="Leave out the weights of the replaced attention. Training is not possible then.",
+    ),
+]
+BlocksOnly = Annotated[
+    bool, typer.Option("--blocks-only", help="Write the blocks alone, without the model.")
+]
+Average = Annotated[
+    bool,
+    typer.Option(
+        help="Of a released file that holds both, take the moving average of the weights."
+    ),
+]
+
 
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Option(help="New folder for the converted pipeline or blocks.")],
+    out: Converted,
     config: Config = None,
     blocks: Blocks = None,
     every: Every = None,
     first: First = 0,
-    drop_attention: Annotated[
-        bool,
-        typer.Option(
-            "--drop-attention",
-            help="Leave out the weights of the replaced attention. Training is not possible then.",
-        ),
-    ] = False,
-    blocks_only: Annotated[
-        bool, typer.Option("--blocks-only", help="Write the blocks alone, without the model.")
-    ] = False,
-    average: Annotated[
-        bool,
-        typer.Option(
-            help="Of a released file that holds both, take the moving average of the weights."
-        ),
-    ] = True,
+    drop_attention: DropAttention = False,
+    blocks_only: BlocksOnly = False,
+    average: Average = True,
     revision: Revision = None,
     precision: Precision = "float32",
 ) -> None:
@@ -66,13 +71,13 @@ def convert(
     else:
         pipelines.save_pipeline(pipe, out)
     typer.echo(str(status))
-    untrained = blocks is None and is_untrained(pipe)
+    warning = warn_of(status.record)
     next_command = ["convfusion", "generate", out, "--prompt", "a red apple"]
-    if untrained and blocks_only:
+    if warning and blocks_only:
         next_command = []
-    elif untrained and not drop_attention:
+    elif warning and not drop_attention:
         next_command = ["convfusion", "distill", out, "--data", "DATA"]
         next_command += ["--out", "convfusion-blocks"]
     elif blocks_only:
         next_command = ["convfusion", "generate", model, "--blocks", out, "--prompt", "a red apple"]
-    print_ending(out, verdict=UNTRAINED if untrained else "", next_command=next_command)
+    print_ending(out, verdict=warning, next_command=next_command)

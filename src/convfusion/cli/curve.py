@@ -20,43 +20,47 @@ from convfusion.cli.models import (
 from convfusion.cli.options import Config, Data, Device, Model, Precision, Revision, Size, check_new
 from convfusion.progress import Bar, Progress
 
+Curve = Annotated[Path, typer.Option(help="Folder for the curve and the configs.")]
+TrainingSteps = Annotated[
+    int, typer.Option(min=1, help="Training steps, in which each block learns alone.")
+]
+Samples = Annotated[int, typer.Option(min=1, help="Samples per step.")]
+LearningRate = Annotated[float | None, typer.Option(help="Default: 5e-4, and 2e-2 for `mini`.")]
+Warmup = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Steps over which the learning rate rises first. Default: 20, or all steps.",
+    ),
+]
+Autocast = Annotated[str, typer.Option(help="Mixed precision in training: no, bf16 or fp16.")]
+HeldOut = Annotated[
+    int, typer.Option(min=1, help="Samples that are not trained on, to measure with.")
+]
+Counts = Annotated[
+    list[int] | None,
+    typer.Option(help="Write a config with this many sites. Repeat for more."),
+]
+Ranking = Annotated[str, typer.Option(help="What ranks the sites: epsilon or imitation.")]
+TrainingSeed = Annotated[int, typer.Option(help="Seed of the training.")]
 RATES = {True: 2e-2, False: 5e-4}  # the demo's on the embedded model; Grafting's for any other
 
 
 def curve(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for the curve and the configs.")],
+    out: Curve,
     data: Data = None,
     config: Config = None,
     size: Size = None,
-    steps: Annotated[
-        int, typer.Option(min=1, help="Training steps, in which each block learns alone.")
-    ] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 16,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Default: 5e-4, and 2e-2 for `mini`.")
-    ] = None,
-    warmup: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Steps over which the learning rate rises first. Default: 20, or all steps.",
-        ),
-    ] = None,
-    autocast: Annotated[
-        str, typer.Option(help="Mixed precision in training: no, bf16 or fp16.")
-    ] = "no",
-    held_out: Annotated[
-        int, typer.Option(min=1, help="Samples that are not trained on, to measure with.")
-    ] = 64,
-    sites: Annotated[
-        list[int] | None,
-        typer.Option(help="Write a config with this many sites. Repeat for more."),
-    ] = None,
-    by: Annotated[
-        str, typer.Option(help="What ranks the sites: epsilon or imitation.")
-    ] = "epsilon",
-    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+    steps: TrainingSteps = 100,
+    batch_size: Samples = 16,
+    learning_rate: LearningRate = None,
+    warmup: Warmup = None,
+    autocast: Autocast = "no",
+    held_out: HeldOut = 64,
+    sites: Counts = None,
+    by: Ranking = "epsilon",
+    seed: TrainingSeed = 0,
     revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,
@@ -97,11 +101,7 @@ def curve(
         measured = measure_curve(pipe, run, *split_data(pipe, run, source(pipe, out), held_out))
         configs = measured.save(out, counts, ranking)
     print_curve(measured, ranking)
-    next_command = ("convfusion", "distill", model, "--config", configs[0]) if configs else ()
-    print_ending(
-        *(out / "curve.png", out / "curve.json", out / "curve.csv", *configs),
-        next_command=(*next_command, "--out", "convfusion-blocks") if configs else (),
-    )
+    print_written(model, out, configs)
 
 
 def measure_curve(pipe: Any, run: Any, train: Any, apart: Any) -> Any:
@@ -139,6 +139,16 @@ def split_data(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:
         own = mini.held_out_data("choice")  # sites are chosen on them
         return data, prepare_data(pipe, spread(own, min(count, len(own))))
     return hold_out(data, count, run.distill.seed)
+
+
+def print_written(model: str, out: Path, configs: list[Path]) -> None:
+    """The files, and the command that trains by the first of the configs, if there is one."""
+    next_command: tuple[Any, ...] = ()
+    if configs:
+        next_command = ("convfusion", "distill", model, "--config", configs[0])
+        next_command += ("--out", "convfusion-blocks")
+    files = (out / "curve.png", out / "curve.json", out / "curve.csv", *configs)
+    print_ending(*files, next_command=next_command)
 
 
 def print_curve(measured: Any, ranking: str) -> None:

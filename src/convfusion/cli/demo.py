@@ -11,13 +11,15 @@ from convfusion.cli.console import format_terms, hide_loading_bars, print_ending
 from convfusion.cli.options import check_folder
 from convfusion.progress import Progress
 
+Results = Annotated[Path, typer.Option(help="Folder for demo.json, grid.png, report.html.")]
+TrainingSteps = Annotated[int, typer.Option(help="Distillation steps.", min=1)]
+TrainingSeed = Annotated[int, typer.Option(help="Seed of the distillation.")]
+
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for demo.json, grid.png, report.html.")] = Path(
-        "convfusion-demo"
-    ),
-    steps: Annotated[int, typer.Option(help="Distillation steps.", min=1)] = 400,
-    seed: Annotated[int, typer.Option(help="Seed of the distillation.")] = 0,
+    out: Results = Path("convfusion-demo"),
+    steps: TrainingSteps = 400,
+    seed: TrainingSeed = 0,
 ) -> None:
     """Remove the self-attention of a small model and train its replacement, in a few minutes."""
     from convfusion.demo import configure_distillation, run_demo

@@ -43,52 +43,59 @@ if TYPE_CHECKING:
     from convfusion.distill import DistillResult
     from convfusion.distill.settings import RunSettings
 
+NamedModel = Annotated[
+    str | None,
+    typer.Argument(
+        help="A diffusers pipeline: a folder, a name on the Hub or a .safetensors file; or "
+        "`mini`, `mini-teacher`."
+    ),
+]
+Buckets = Annotated[
+    bool | None,
+    typer.Option("--buckets/--no-buckets", help="Group pictures by their ratio of sides."),
+]
+NamedFirst = Annotated[
+    int | None,
+    typer.Option(min=0, help="With --every: which site is the first, counted from 0."),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(help="convfusion or paper: what training options that are not given are."),
+]
+ValidationPrompt = Annotated[
+    list[str] | None,
+    typer.Option(help="Prompt of a validation picture. Default: the first four captions."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue from the last checkpoint in --out.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print what would be trained, its memory and time, and stop."),
+]
+NamedPrecision = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32.")
+]
+
 
 @with_fields(DistillConfig)
 def distill(
     training: dict[str, Any],
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A diffusers pipeline: a folder, a name on the Hub or a .safetensors file; or "
-            "`mini`, `mini-teacher`."
-        ),
-    ] = None,
+    model: NamedModel = None,
     out: Out = None,
     settings: SettingsFile = None,
     data: Data = None,
     size: Size = None,
-    buckets: Annotated[
-        bool | None,
-        typer.Option("--buckets/--no-buckets", help="Group pictures by their ratio of sides."),
-    ] = None,
+    buckets: Buckets = None,
     config: Config = None,
     every: Every = None,
-    first: Annotated[
-        int | None,
-        typer.Option(min=0, help="With --every: which site is the first, counted from 0."),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="convfusion or paper: what training options that are not given are."),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="Prompt of a validation picture. Default: the first four captions."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the last checkpoint in --out.")
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print what would be trained, its memory and time, and stop."
-        ),
-    ] = False,
+    first: NamedFirst = None,
+    recipe: Recipe = None,
+    prompt: ValidationPrompt = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
     revision: Revision = None,
-    precision: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32.")
-    ] = None,
+    precision: NamedPrecision = None,
     device: Device = None,
 ) -> None:
     """Train the blocks of a pipeline to do what its own attention did.

@@ -18,22 +18,35 @@ from convfusion.cli.models import (
     name_pipeline,
     open_pipeline,
 )
-from convfusion.cli.options import Blocks, Device, Model, Precision, Size, check_folder, parse_size
+from convfusion.cli.options import (
+    BatchSize,
+    Blocks,
+    Device,
+    Guidance,
+    Model,
+    OwnPromptFile,
+    Precision,
+    Size,
+    Steps,
+    check_folder,
+    parse_size,
+)
 
 MINI_SAMPLES = 64
 
-
+Continued = Annotated[
+    Path, typer.Option(help="Folder for pictures and report. An unfinished one is continued.")
+]
 Teacher = Annotated[
     str | None,
     typer.Option(help="Pipeline to compare with. Default: the model's own attention."),
 ]
-Prompts = Annotated[
-    Path | None,
-    typer.Option(help="Text file with one prompt per line. `mini` has prompts of its own."),
-]
 Samples = Annotated[
     int | None,
     typer.Option(min=2, help="Number of pictures. Default: one per prompt, and 64 for `mini`."),
+]
+FirstSeed = Annotated[
+    int, typer.Option(min=0, help="Seed of the first picture; the following count up from it.")
 ]
 Real = Annotated[
     str | None,
@@ -53,26 +66,19 @@ ClipModel = Annotated[
 
 def evaluate(
     model: Model,
-    out: Annotated[
-        Path, typer.Option(help="Folder for pictures and report. An unfinished one is continued.")
-    ],
+    out: Continued,
     blocks: Blocks = None,
     teacher: Teacher = None,
-    prompts: Prompts = None,
+    prompts: OwnPromptFile = None,
     samples: Samples = None,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Classifier-free guidance scale. Default: 5, and 3 for `mini`."),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the first picture; the following count up from it.")
-    ] = 0,
+    steps: Steps = 25,
+    guidance: Guidance = None,
+    seed: FirstSeed = 0,
     size: Size = None,
     real: Real = None,
     extractor: Network = "efficientnet-lite0",
     clip: ClipModel = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
+    batch_size: BatchSize = 8,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
@@ -82,14 +88,10 @@ def evaluate(
     launcher such as torchrun, processes share the drawing.
     """
     from convfusion.evaluate import open_clip, open_extractor, plan_evaluation
-    from convfusion.evaluate.extractors import check_extractor
-    from convfusion.evaluate.verdict import give_verdict
     from convfusion.imports import check_installed
 
     check_installed("torchmetrics", "matplotlib", extra="eval")
-    for network in (extractor, clip):
-        if network is not None:
-            check_extractor(network)
+    check_networks(extractor, clip)
     check_folder(out)
     check_loading(precision, device)
     check_real(real)
@@ -116,15 +118,10 @@ def evaluate(
         teacher=other,
         real=open_real_pictures(pipe, model, real, prompts, settings),
         clip=open_clip(clip, pipe.device) if clip else None,
-        names=(
-            name_pipeline(model, blocks),
-            name_pipeline(teacher) if teacher else "its own attention",
-        ),
+        names=name_sides(model, blocks, teacher),
     )
     if evaluation is not None:
-        print_evaluation(evaluation)
-        names = ("report.html", "evaluation.json", "evaluation.csv", "samples.csv")
-        print_ending(*(out / name for name in names), verdict=give_verdict(evaluation))
+        print_outcome(evaluation, out)
 
 
 def run(pipe: Any, settings: Any, out: Path, **options: Any) -> Any:
@@ -165,6 +162,14 @@ def open_pipelines(
     return pipe, open_pipeline(teacher, precision, device) if teacher else None
 
 
+def name_sides(model: str, blocks: Path | None, teacher: str | None) -> tuple[str, str]:
+    """What the report calls the student and its teacher."""
+    return (
+        name_pipeline(model, blocks),
+        name_pipeline(teacher) if teacher else "its own attention",
+    )
+
+
 def open_real_pictures(
     pipe: Any, model: str, spec: str | None, prompts: Path | None, settings: Any
 ) -> Any:
@@ -192,12 +197,30 @@ def open_real_pictures(
     return decoded(pipe, held, "held-out pictures, as the VAE decodes them", size)
 
 
+def check_networks(*names: str | None) -> None:
+    """Raise a ConvFusionError for a network that is named and is not there."""
+    from convfusion.evaluate.extractors import check_extractor
+
+    for name in names:
+        if name is not None:
+            check_extractor(name)
+
+
 def check_real(spec: str | None) -> None:
     """Raise a ConvFusionError unless there are real pictures where they are said to be."""
     from convfusion.evaluate.real import open_real
 
     if spec is not None:
         open_real(spec, (1, 1))
+
+
+def print_outcome(evaluation: Any, out: Path) -> None:
+    """The numbers, what was written, and the verdict."""
+    from convfusion.evaluate.verdict import give_verdict
+
+    print_evaluation(evaluation)
+    names = ("report.html", "evaluation.json", "evaluation.csv", "samples.csv")
+    print_ending(*(out / name for name in names), verdict=give_verdict(evaluation))
 
 
 def print_evaluation(evaluation: Any) -> None:

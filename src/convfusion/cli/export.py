@@ -12,10 +12,12 @@ from convfusion.cli.models import open_pipeline
 from convfusion.cli.options import Blocks, Model
 from convfusion.progress import announced
 
+Onnx = Annotated[Path, typer.Option(help="File to write, ending in .onnx.")]
+
 
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option(help="File to write, ending in .onnx.")],
+    out: Onnx,
     blocks: Blocks = None,
 ) -> None:
     """Write a converted denoiser as ONNX, for pictures of any size, and compare it with PyTorch."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,12 +21,15 @@ from convfusion.cli.models import (
 from convfusion.cli.options import (
     Blocks,
     Device,
+    Guidance,
     Model,
     NegativePrompt,
     Precision,
+    Prompt,
     PromptFile,
     Revision,
     Size,
+    Steps,
     check_file,
     check_folder,
     parse_size,
@@ -33,8 +37,12 @@ from convfusion.cli.options import (
 from convfusion.errors import ConvFusionError
 from convfusion.text import check_prompts, read_prompts
 
-Prompt = Annotated[
-    list[str] | None, typer.Option(help="What to draw. Repeat the option for more pictures.")
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Pictures = Annotated[
+    Path,
+    typer.Option(help="Folder for the pictures, or the name of one picture, such as x.png."),
 ]
 Direct = Annotated[
     bool, typer.Option("--direct", help="Draw a large size in one pass, without the ladder.")
@@ -59,6 +67,13 @@ RungGuidance = Annotated[
 Memory = Annotated[
     float, typer.Option(help="GiB of memory that activations may take; 0 is no limit.")
 ]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Seed of the first picture; the following pictures count up from it. Repeat the "
+        "option to draw every prompt with every seed. Default: 0."
+    ),
+]
 Hybrid = Annotated[
     bool,
     typer.Option(
@@ -74,10 +89,7 @@ def generate(
     prompts: PromptFile = None,
     negative_prompt: NegativePrompt = "",
     blocks: Blocks = None,
-    out: Annotated[
-        Path,
-        typer.Option(help="Folder for the pictures, or the name of one picture, such as x.png."),
-    ] = Path("convfusion-pictures"),
+    out: Pictures = Path("convfusion-pictures"),
     size: Size = None,
     direct: Direct = False,
     strength: Strength = None,
@@ -85,18 +97,9 @@ def generate(
     factor: Factor = 2.0,
     rung_guidance: RungGuidance = 1.0,
     memory: Memory = 0.0,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Classifier-free guidance scale. Default: 5, and 3 for `mini`."),
-    ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Seed of the first picture; the following pictures count up from it. Repeat the "
-            "option to draw every prompt with every seed. Default: 0."
-        ),
-    ] = None,
+    steps: Steps = 25,
+    guidance: Guidance = None,
+    seed: Seeds = None,
     hybrid: Hybrid = False,
     revision: Revision = None,
     precision: Precision = "float32",
@@ -109,7 +112,7 @@ def generate(
 
     Every PNG stores its prompt, seed and settings as text.
     """
-    from convfusion.generate import check_numbers, describe_picture, write_picture
+    from convfusion.generate import check_numbers
     from convfusion.highres import Ladder
 
     texts, seeds = pair_prompts(gather_prompts(prompt, prompts), seed)
@@ -129,24 +132,13 @@ def generate(
     options = {"negative_prompt": negative_prompt} if negative_prompt else {}
     pipe = _open(model, blocks, precision, device, revision, texts, wanted, options)
     scale = choose_guidance(model, pipe) if guidance is None else guidance
-    if negative_prompt and scale <= 1:
-        raise ConvFusionError("--negative-prompt needs a guidance scale above 1")
-    settings = {"seeds": seeds, "steps": steps, "guidance": scale, **options}
+    check_negative_prompt(negative_prompt, scale)
+    settings = {"steps": steps, "guidance": scale, **options}
     with keep_cheaper_attention(pipe, wanted) if hybrid else nullcontext():
-        images = _draw(pipe, texts, wanted, ladder, settings)
+        images = _draw(pipe, texts, wanted, ladder, {"seeds": seeds, **settings})
     paths = [out] if is_file else number_pictures(out, seeds)
-    for path, image, text, own in zip(paths, images, texts, seeds, strict=True):
-        record = describe_picture(
-            pipe,
-            text,
-            seed=own,
-            steps=steps,
-            guidance=scale,
-            negative_prompt=negative_prompt,
-            model=name_pipeline(model),
-            blocks=blocks.resolve().name if blocks else "",
-        )
-        write_picture(path, image, record)
+    names = {"model": name_pipeline(model), "blocks": blocks.resolve().name if blocks else ""}
+    write_pictures(pipe, zip(paths, images, texts, seeds, strict=True), **settings, **names)
     print_ending(*paths)
 
 
@@ -171,6 +163,12 @@ def pair_prompts(prompts: list[str], seeds: list[int] | None) -> tuple[list[str]
         first = seeds[0] if seeds else 0
         return prompts, [first + i for i in range(len(prompts))]
     return [text for text in prompts for _ in seeds], seeds * len(prompts)
+
+
+def check_negative_prompt(text: str, guidance: float) -> None:
+    """Raise a ConvFusionError for a negative prompt that would change nothing."""
+    if text and guidance <= 1:
+        raise ConvFusionError("--negative-prompt needs a guidance scale above 1")
 
 
 def check_pictures(out: Path, count: int) -> bool:
@@ -200,6 +198,16 @@ def number_pictures(folder: Path, seeds: list[int]) -> list[Path]:
     there = [path.name[:5] for path in folder.glob("?????-seed*.png")]
     first = max((int(number) + 1 for number in there if number.isdecimal()), default=0)
     return [folder / f"{first + i:05d}-seed{seed}.png" for i, seed in enumerate(seeds)]
+
+
+def write_pictures(
+    pipe: Any, drawn: Iterable[tuple[Path, Image, str, int]], **settings: Any
+) -> None:
+    """Write files, pictures, prompts and seeds, with what they were drawn with as text in them."""
+    from convfusion.generate import describe_picture, write_picture
+
+    for path, image, prompt, seed in drawn:
+        write_picture(path, image, describe_picture(pipe, prompt, seed=seed, **settings))
 
 
 def keep_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractContextManager[None]:

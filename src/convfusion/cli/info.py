@@ -7,13 +7,25 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from convfusion.cli.console import print_ending
-from convfusion.cli.models import SINGLE_FILES, UNTRAINED, is_embedded
-from convfusion.errors import ConvFusionError
+from convfusion.cli.models import SINGLE_FILES, is_embedded, warn_of
+from convfusion.errors import CheckpointError, ConvFusionError
+
+if TYPE_CHECKING:
+    from convfusion.surgery.record import TrainingRecord
+
+Place = Annotated[
+    str,
+    typer.Argument(
+        metavar="FOLDER_OR_MODEL",
+        help="A model, trained blocks, a cache, a distillation run, an evaluation, a "
+        ".safetensors file; or `mini`.",
+    ),
+]
 
 # What other commands write, by the file that tells it, and how it is looked at.
 REPORTS = {
@@ -37,16 +49,7 @@ class Description:
     next_command: Sequence[Any] = ()
 
 
-def info(
-    place: Annotated[
-        str,
-        typer.Argument(
-            metavar="FOLDER_OR_MODEL",
-            help="A model, trained blocks, a cache, a distillation run, an evaluation, a "
-            ".safetensors file; or `mini`.",
-        ),
-    ],
-) -> None:
+def info(place: Place) -> None:
     """Say what a folder or file is, how far it got, and what to do with it. Loads no weights."""
     description = describe_place(place)
     for line in description.lines:
@@ -125,10 +128,11 @@ def describe_pipeline(folder: Path) -> Description:
         return Description(lines, ("convfusion", "convert", folder, "--out", "converted"))
     manifest = _read_object(inner)
     lines.append(f"Converted: {describe_sites(manifest, sites)}.")
-    lines.append(describe_training(manifest))
+    record = read_record(inner.parent)
+    lines.append(describe_training(record))
     if next(folder.glob(f"*/{pipelines.BARE}"), None) is not None:
         lines.append("The attention of these sites was dropped, so that it cannot be trained on.")
-    elif manifest.get("trained") is False:
+    elif record is not None and not record.is_trained:
         data = ("--data", "DATA", "--out", "convfusion-blocks")
         return Description(lines, ("convfusion", "distill", folder, *data))
     return Description(lines, ("convfusion", "generate", folder, "--prompt", "a red apple"))
@@ -146,7 +150,7 @@ def describe_blocks(folder: Path) -> Description:
         f"Blocks for a model of the family {manifest.get('family')}; base model: {base}.",
         f"They replace attention at {describe_sites(manifest)}.",
         f"Parameters: {count / 1e6:.2f}M. Written by ConvFusion {manifest.get('version')}.",
-        describe_training(manifest),
+        describe_training(read_record(folder)),
     ]
     model = base if "/" in base or Path(base).exists() else "MODEL"  # a Hub name, or a folder
     command = ("convfusion", "generate", model, "--blocks", folder, "--prompt", "a red apple")
@@ -160,15 +164,36 @@ def describe_sites(manifest: Mapping[str, Any], sites: int | None = None) -> str
     return f"{len(mixers)}{f' of {sites}' if sites else ''} sites ({kinds})"
 
 
-def describe_training(manifest: Mapping[str, Any]) -> str:
-    """Whether blocks were trained, as their manifest says."""
-    if "trained" not in manifest:
-        return "Trained: unknown, since the manifest does not say."
-    trained = manifest["trained"]
-    if not trained:
-        return f"Trained: no. {UNTRAINED}"
-    steps = trained.get("steps") if isinstance(trained, dict) else None
-    return f"Trained: yes, for {steps:,} steps." if steps else "Trained: yes."
+def read_record(folder: Path) -> TrainingRecord | None:
+    """What the blocks in a folder have been through; None where they have nothing to train.
+
+    Raises:
+        CheckpointError: it is told in a way that nothing writes.
+    """
+    from convfusion.files import read_header
+    from convfusion.surgery.record import TrainingRecord
+
+    file = folder / "convfusion.json"
+    try:
+        record = TrainingRecord.from_dict(_read_object(file))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is damaged: {error} does not say whether the blocks are trained"
+        ) from None
+    return record if read_header(folder / "blocks.safetensors") else None
+
+
+def describe_training(record: TrainingRecord | None) -> str:
+    """Whether blocks were trained, for how long, and what to expect of those that were not."""
+    if record is None:
+        return "These blocks have nothing to train."
+    if not record.is_trained:
+        return warn_of(record)
+    if record.origin == "released":
+        return f"These blocks are {record}."
+    if record.steps:
+        return f"These blocks are trained for {record.steps:,} steps."
+    return "Whether these blocks are trained is unknown, since their manifest does not say."
 
 
 def describe_run(folder: Path) -> Description:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convfusion.cli.console import hide_loading_bars
 from convfusion.errors import CheckpointError, ConvFusionError, first_line
 from convfusion.progress import announced
 from convfusion.text import one_line
 
-UNTRAINED = (
-    "These blocks are untrained: pictures will be noise-like until `convfusion distill` has "
-    "trained them."
-)
+if TYPE_CHECKING:
+    from convfusion.surgery.record import TrainingRecord
+
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 # What tells the pipelines of single files apart: the first tensor whose name begins so.
@@ -73,22 +72,22 @@ def _read_model(model: str, dtype: Any, revision: str | None) -> Any:
 
 
 def warn_if_untrained(pipe: Any) -> None:
-    """Say that pictures will be noise where the blocks of a pipeline were never trained."""
-    if is_untrained(pipe) and is_first_process():
-        print(UNTRAINED, file=sys.stderr)
+    """Say that pictures will be poor where blocks of a pipeline were never trained."""
+    from convfusion.surgery import status
+
+    warning = warn_of(status(pipe).record)
+    if warning and is_first_process():
+        print(warning, file=sys.stderr)
 
 
-def is_untrained(pipe: Any) -> bool:
-    """Whether a pipeline has ΔConvBlocks, all of which are still as `convert` made them.
-
-    Their output has a bias that starts at zero and does not stay there in training.
-    """
-    from convfusion.mixers import DeltaConvBlock
-    from convfusion.surgery import mixers_of
-
-    blocks = [m for m in mixers_of(pipe).values() if isinstance(m, DeltaConvBlock)]
-    return bool(blocks) and not any(
-        block.config.init == "random" or block.proj_out.bias.any() for block in blocks
+def warn_of(record: TrainingRecord | None) -> str:
+    """What to expect of blocks that were never trained; empty for others, and where none can be."""
+    if record is None or record.is_trained:
+        return ""
+    state = "untrained, started from the attention" if record.is_started else "untrained"
+    return (
+        f"These blocks are {state}: pictures will be poor, or noise, until `convfusion distill` "
+        "has trained them."
     )
 
 

@@ -36,9 +36,23 @@ Config = Annotated[
 PromptFile = Annotated[
     Path | None, typer.Option("--prompts", help="Text file with one prompt per line.")
 ]
+OwnPromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts", help="Text file with one prompt per line. `mini` has prompts of its own."
+    ),
+]
+Prompt = Annotated[
+    list[str] | None, typer.Option(help="What to draw. Repeat the option for more pictures.")
+]
 NegativePrompt = Annotated[
     str, typer.Option(help="What the pictures should not show.", show_default=False)
 ]
+Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.")]
+Guidance = Annotated[
+    float | None, typer.Option(help="Classifier-free guidance scale. Default: 5, and 3 for `mini`.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")]
 Every = Annotated[
     int | None, typer.Option(min=1, help="Convert only every N-th site (self-attention layer).")
 ]

@@ -21,16 +21,19 @@ from convfusion.progress import Progress
 if TYPE_CHECKING:
     from convfusion.bench.speed_plan import SpeedPlan
 
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="A diffusers pipeline: a folder, a name on the Hub or `mini`. Or sd15, sd21, "
+        "sdxl, pixart or dit, for a model of that kind with random weights."
+    ),
+]
+WantedSize = Annotated[str, typer.Option(help="WIDTHxHEIGHT of the pictures, in pixels.")]
+
 
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A diffusers pipeline: a folder, a name on the Hub or `mini`. Or sd15, sd21, "
-            "sdxl, pixart or dit, for a model of that kind with random weights."
-        ),
-    ],
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT of the pictures, in pixels.")],
+    model: Name,
+    size: WantedSize,
     config: Config = None,
     batch: Batch = 2,
     precision: Precision = "float32",
