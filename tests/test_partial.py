@@ -22,9 +22,8 @@ from convfusion.distill.partial import imitation_errors, site_costs, spearman, s
 from convfusion.distill.validation import held_out_error, noised
 from convfusion.families import denoiser_of, list_sites, shorten_path
 from convfusion.mixers import Neighbourhood
-from convfusion.surgery import attention_back, install, mixers_of
+from convfusion.surgery import attention_back, install, mixers_of, select_every, select_sites
 from convfusion.surgery.config import with_kernel_sizes
-from convfusion.surgery.surgery import select_every, select_sites
 
 both = pytest.mark.parametrize("make", [stable_diffusion, pixart_sigma])
 TRAINING = DistillConfig(

@@ -12,7 +12,8 @@ from tiny_pipelines import PIPELINES, stable_diffusion
 
 import convfusion
 from convfusion import CheckpointError, ConvFusionError, DeltaConv, checkpoint, uniform
-from convfusion.checkpoint import BLOCKS, MANIFEST
+from convfusion.checkpoint import BLOCKS, MANIFEST, blocks
+from convfusion.families import denoiser_of
 from convfusion.files import read_tensors, write_tensors
 from convfusion.surgery import mixers_of
 
@@ -85,7 +86,7 @@ def test_what_could_not_be_read_back_is_refused_by_name(name, tmp_path):
 def test_a_converted_denoiser_refuses_save_pretrained_until_it_is_reverted(family, tmp_path):
     pipe = PIPELINES[family]()
     convfusion.convert(pipe)
-    model = checkpoint.denoiser_of(pipe)
+    model = denoiser_of(pipe)
     for each in (pipe, model, copy.deepcopy(model)):
         with pytest.raises(ConvFusionError, match=r"convfusion\.save_pipeline"):
             each.save_pretrained(tmp_path / "X")
@@ -156,7 +157,7 @@ def test_blocks_with_a_lora_in_them_are_not_saved(tmp_path):
     model = sd15()
     convfusion.convert(model)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=r".*mixer\.proj_in"), model)
-    with pytest.raises(ConvFusionError, match=r"proj_in\.base_layer.*a LoRA"):
+    with pytest.raises(ConvFusionError, match=r"proj_in has a LoRA"):
         convfusion.save(model, tmp_path / "X")
 
 
@@ -164,7 +165,7 @@ def test_blocks_in_a_dtype_that_is_not_read_are_not_saved(tmp_path):
     model = sd15()
     convfusion.convert(model)
     mixers_of(model)[SITE].to(torch.float8_e4m3fn)
-    with pytest.raises(ConvFusionError, match="float8_e4m3fn: convert the model to float32"):
+    with pytest.raises(ConvFusionError, match="stored as float8_e4m3fn: save blocks before"):
         convfusion.save(model, tmp_path / "X")
 
 
@@ -176,7 +177,7 @@ def test_new_tensors_under_an_old_manifest_are_refused(tmp_path):
     convfusion.convert(model, uniform(DeltaConv(kernel_size=3, gate="sigmoid"), seed=1))
     child = os.fork()
     if child == 0:
-        checkpoint.write_text = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+        blocks.write_text = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
         convfusion.save(model, tmp_path)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     with pytest.raises(CheckpointError, match="the writing of it was cut short"):
