@@ -219,7 +219,7 @@ def test_no_device_is_replaced_by_a_file(tmp_path):
 def test_a_pipeline_is_not_written_where_nothing_can_be(pipe, tmp_path, monkeypatch, run):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     code, _, err = run("convert", "no/such/model", "--out", tmp_path / "X")
-    assert code == 2 and f"nothing may be written in {tmp_path}" in err
+    assert code == 2 and f"you have no right to write in {tmp_path}" in err
 
 
 def test_what_an_unfinished_save_left_does_not_make_a_folder_used(tmp_path, run):

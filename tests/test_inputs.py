@@ -195,4 +195,4 @@ def test_a_refiner_is_encoded_with_its_one_text_encoder_and_five_numbers():
     assert found["added_cond_kwargs"]["time_ids"].tolist() == [[16, 24, 0, 0, 6]] * 2
     noise = torch.randn(2, 4, 8, 12)
     assert pipe.unet(noise, 5, **found).sample.shape == noise.shape
-    assert {"vae", "text encoder 2"} <= cache._rests_on(pipe).keys()
+    assert {"vae", "text encoder 2"} <= cache._identify_parts(pipe).keys()
