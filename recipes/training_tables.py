@@ -13,7 +13,6 @@ def training_cost() -> str:
     samples = int(row["steps"]) * int(row["batch_size"])
     trained, frozen = (int(row[f"{kind}_parameters"]) / 1e6 for kind in ("trained", "frozen"))
     operations = float(row["operations_per_sample"]) / 1e12
-    seconds, threads = float(row["seconds_per_sample"]), int(row["threads"])
     lines = [
         ["parameters trained", f"{trained:.1f}M, with {frozen:,.0f}M frozen"],
         ["operations of a training step, per sample", f"{operations:.2f}·10¹²"],
@@ -22,17 +21,13 @@ def training_cost() -> str:
             f"{samples:,}: {int(row['steps']):,} steps of {row['batch_size']}",
         ],
         ["hours at 10¹⁴ operations a second, worked out", f"**{float(row['hours_at_1e14']):.1f}**"],
-        [
-            f"seconds per sample on {threads} CPU thread{'s' * (threads > 1)}, measured",
-            f"{seconds:.0f}",
-        ],
     ]
     return f"""{table([f"training SD1.5 at {row['size'].replace('x', '×')}", ""], lines)}
 
 A training step works on cached latents. Nothing was trained on a GPU: one that reaches 10¹⁴
 operations a second in half precision would take the hours above, one that reaches half as many
-twice as long. From [results/training_cost.csv](results/training_cost.csv), which
-`python recipes/training_cost.py` writes."""
+twice as long. `convfusion distill --dry-run` measures a step on your machine. From
+[results/training_cost.csv](results/training_cost.csv), which `python recipes/training_cost.py` writes."""
 
 
 TABLES: dict[str, Callable[[], str]] = {"training cost": training_cost}
