@@ -27,7 +27,7 @@ def training_cost() -> str:
 A training step works on cached latents. Nothing was trained on a GPU: one that reaches 10¹⁴
 operations a second in half precision would take the hours above, one that reaches half as many
 twice as long. `convfusion distill --dry-run` measures a step on your machine. From
-[results/training_cost.csv](results/training_cost.csv), which `python recipes/training_cost.py` writes."""
+[results/training_cost.csv](results/training_cost.csv), by `python recipes/training_cost.py`."""
 
 
 TABLES: dict[str, Callable[[], str]] = {"training cost": training_cost}
