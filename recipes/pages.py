@@ -82,7 +82,7 @@ def one(found: list[dict[str, str]], *columns: str) -> list[str]:
 
 HELD_OUT = {
     "first": "Older figures, on pictures of the 382 first held out, of which training saw 12; "
-    "where blocks start from the attention, the mean branch got too little",
+    "and blocks that start from the attention had an older start",
     "choice": "On pictures of the list `choice`",
     "results": "On pictures of the list `results`",
 }

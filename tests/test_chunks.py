@@ -38,7 +38,7 @@ def test_what_cannot_be_used_is_skipped_and_told(pipe, tmp_path):
     assert built.skipped == {
         "unreadable picture": {"count": 1, "names": ["0000.png"]},
         "no caption": {"count": 2, "names": ["0001.png", "0002.png"]},
-        "picture smaller than its size": {"count": 30, "names": small},
+        "picture smaller than the size asked for": {"count": 30, "names": small},
     }
     assert json.loads((tmp_path / "cache/cache.json").read_text())["skipped"] == built.skipped
 
@@ -63,7 +63,7 @@ def test_half_an_emoji_does_not_end_the_work(pipe, tmp_path):
 
 def test_nothing_that_can_be_used_is_an_error(pipe, tmp_path):
     data = write_pictures(tmp_path / "data", 3, [(8, 8)])
-    with pytest.raises(ConvFusionError, match="can be used: 3× picture smaller than its size"):
+    with pytest.raises(ConvFusionError, match="can be used: 3× picture smaller than the size"):
         build_cache(pipe, open_source(str(data)), tmp_path / "cache")
     empty = shard(tmp_path / "x.tar", {})
     with pytest.raises(ConvFusionError, match=r"x\.tar can be used: it is empty"):

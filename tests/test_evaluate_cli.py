@@ -153,7 +153,7 @@ MISTAKES = {
     "no real": (["mini", "--real", "empty"], "has no pictures"),
     "no such real": (["mini", "--real", "gone"], "does not exist"),
     "prompts as real": (["mini", "--real", "prompts.txt"], "real pictures are asked for"),
-    "small real": (["mini", "--real", "real"], "3× picture smaller than its size"),
+    "small real": (["mini", "--real", "real"], "3× picture smaller than the size asked for"),
     "full folder": (["mini", "--out", "full"], "no evaluation: choose another folder"),
     "odd size": (["mini", "--size", "33x32"], "multiples of 8"),
     "many steps": (["mini", "--steps", 1001], "the noise schedule has 1000 timesteps"),

@@ -80,7 +80,10 @@ def test_every_number_is_there_and_holds_together(finished):
         "features": 48,
     }
     assert told["real"]["samples"] == 7
-    assert told["real"]["skipped"] == {"unreadable picture": 1, "picture smaller than its size": 1}
+    assert told["real"]["skipped"] == {
+        "unreadable picture": 1,
+        "picture smaller than the size asked for": 1,
+    }
     pairs = [(row["pictures"], row["reference"]) for row in told["distributions"]]
     other = "teacher-other-seed"
     assert pairs[:2] == [("student", other), ("teacher", other)]

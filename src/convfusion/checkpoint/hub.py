@@ -93,8 +93,8 @@ def fetch_pipeline(repo_id: str, revision: str | None) -> Path:
     wanted = f" (revision {revision})" if revision else ""
     if not NAME.fullmatch(repo_id):
         raise CheckpointError(
-            f"{repo_id} is no pipeline: no folder of that name is here, and it is no name on the "
-            "Hub, user/name"
+            f"{repo_id} is no pipeline: there is no such folder or file here, and names on the Hub "
+            "look like user/name"
         )
     try:
         check_index(DiffusionPipeline.load_config(repo_id, revision=revision), repo_id)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from convfusion.cli.console import print_ending
-from convfusion.cli.models import open_pipeline
+from convfusion.cli.models import equip, open_pipeline
 from convfusion.cli.options import Blocks, Model
 from convfusion.progress import announced
 
@@ -21,13 +21,12 @@ def export(
     blocks: Blocks = None,
 ) -> None:
     """Write a converted denoiser as ONNX, for pictures of any size, and compare it with PyTorch."""
-    from convfusion import checkpoint
     from convfusion.export import check_target, export_onnx
 
     check_target(out)
     pipe = open_pipeline(model, "float32", "cpu")
     if blocks is not None:
-        checkpoint.load(pipe, blocks)
+        equip(pipe, blocks, None)
     with announced("Tracing, writing and comparing with PyTorch …", True):
         written = export_onnx(pipe, out)
     for (batch, height, width), error in written.errors.items():

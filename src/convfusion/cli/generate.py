@@ -14,6 +14,7 @@ from convfusion.cli.models import (
     check_loading,
     choose_guidance,
     choose_strength,
+    equip,
     name_pipeline,
     open_pipeline,
     warn_if_untrained,
@@ -236,14 +237,13 @@ def _open(
     options: dict[str, str],
 ) -> Any:
     """The pipeline with its blocks, which can draw what is asked for."""
-    from convfusion import checkpoint
     from convfusion.families.calls import check_call
     from convfusion.generate import check_size
 
     pipe = open_pipeline(model, precision, device, revision)
     check_call(pipe, prompts, size, options)
     if blocks is not None:
-        checkpoint.load(pipe, blocks)
+        equip(pipe, blocks, None)
     if size:
         check_size(pipe, size)
     warn_if_untrained(pipe)

@@ -131,7 +131,9 @@ def describe_pipeline(folder: Path) -> Description:
     record = read_record(inner.parent)
     lines.append(describe_training(record))
     if next(folder.glob(f"*/{pipelines.BARE}"), None) is not None:
-        lines.append("The attention of these sites was dropped, so that it cannot be trained on.")
+        lines.append(
+            "The attention of these sites was dropped, so they cannot be trained any further."
+        )
     elif record is not None and not record.is_trained:
         data = ("--data", "DATA", "--out", "convfusion-blocks")
         return Description(lines, ("convfusion", "distill", folder, *data))

@@ -116,7 +116,7 @@ def crop_to_cover(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """
     height, width = size
     if picture.height < height or picture.width < width:
-        raise UnusableError("picture smaller than its size")
+        raise UnusableError("picture smaller than the size asked for")
     scale = max(height / picture.height, width / picture.width)
     around = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
     picture = picture.resize(around, Image.Resampling.LANCZOS)

@@ -19,7 +19,7 @@ from convfusion.distill.optimizers import check_optimizer
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser
 from convfusion.families.patches import wrapped_method
-from convfusion.surgery import mixers_of
+from convfusion.surgery import check_teachable, mixers_of
 
 
 def check_autocast(model: Denoiser, autocast: str) -> None:
@@ -38,7 +38,9 @@ def check_autocast(model: Denoiser, autocast: str) -> None:
 
 
 def check_possible(model: Denoiser, config: DistillConfig) -> None:
-    """Raise a ConvFusionError for what this machine cannot do, before any work is done for it."""
+    """Raise a ConvFusionError for what cannot be trained here, before any work is done for it."""
+    if mixers_of(model):  # or it is converted first
+        check_teachable(model)
     check_autocast(model, config.autocast)
     check_libraries(config)
 

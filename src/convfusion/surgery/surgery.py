@@ -363,6 +363,18 @@ def _disconnect(model: Denoiser) -> None:
         del model._convfusion_hooks, model._convfusion_sites
 
 
+def check_teachable(student: Denoiser) -> None:
+    """Raise a ConvFusionError unless a converted model still has the attention to learn from."""
+    if not mixers_of(student):
+        raise ConvFusionError("this model is not converted: convert it before distilling")
+    if not all(site.attention_kept for site in status(student).sites):
+        raise ConvFusionError(
+            "the attention of this model was dropped, so there is nothing to learn from: distil "
+            "the model that it was converted from"
+        )
+    check_unhooked(student)
+
+
 def attention_teacher(student: Denoiser) -> Denoiser:
     """The model as it was before its conversion, sharing every weight with the student.
 
@@ -374,14 +386,7 @@ def attention_teacher(student: Denoiser) -> Denoiser:
         ConvFusionError: the student is not converted, its attention was dropped, or its weights
             need a hook to be computed with.
     """
-    if not mixers_of(student):
-        raise ConvFusionError("this model is not converted: convert it before distilling")
-    if not all(site.attention_kept for site in status(student).sites):
-        raise ConvFusionError(
-            "the attention of this model was dropped, and it is the teacher: "
-            "convert with keep_attention=True"
-        )
-    check_unhooked(student)
+    check_teachable(student)
     shared = {id(t): t for t in (*student.parameters(), *student.buffers())}
     teacher = copied_without_patches(student, shared)
     revert(teacher)
