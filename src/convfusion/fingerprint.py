@@ -54,21 +54,21 @@ def identity(pipe: Any) -> dict[str, Any]:
         By part, such as `vae` or `text encoder 2`, its weights and settings; None for a part that
         pipelines of this class have and this one was loaded without.
     """
-    found: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     for name in ("vae", "text_encoder", "text_encoder_2"):
         if hasattr(pipe, name):
-            found[name] = module_identity(getattr(pipe, name))
-    if found.get("vae"):
-        found["vae"].pop("sample_size", None)  # of its training: no number depends on it
+            parts[name] = module_identity(getattr(pipe, name))
+    if parts.get("vae"):
+        parts["vae"].pop("sample_size", None)  # of its training: no number depends on it
     for name in ("tokenizer", "tokenizer_2"):
         if hasattr(pipe, name):
-            found[name] = _tokenizer_identity(getattr(pipe, name))
+            parts[name] = _tokenizer_identity(getattr(pipe, name))
     if labels := getattr(pipe, "labels", None):  # the class names of a DiT
-        found["class_names"] = {"digest": digest_of_json(labels)}
+        parts["class_names"] = {"digest": digest_of_json(labels)}
     if "force_zeros_for_empty_prompt" in pipe.config:  # SDXL
         zeros = pipe.config["force_zeros_for_empty_prompt"]
-        found["empty_prompt"] = {"force_zeros": bool(zeros)}
-    return {name.replace("_", " "): part for name, part in found.items()}
+        parts["empty_prompt"] = {"force_zeros": bool(zeros)}
+    return {name.replace("_", " "): part for name, part in parts.items()}
 
 
 def module_identity(module: nn.Module | None) -> dict[str, Any] | None:
@@ -82,10 +82,10 @@ def module_settings(module: nn.Module) -> dict[str, Any]:
     """What a model computes with beside its weights: class, config and adapters that are on."""
     config: Any = getattr(module, "config", {})
     told = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    found: dict[str, Any] = {"class": type(module).__name__}
+    facts: dict[str, Any] = {"class": type(module).__name__}
     if adapters := _adapters(module):
-        found["adapters"] = digest_of_json(adapters)
-    return found | _plain({k: v for k, v in told.items() if k[0] != "_" and k not in IDLE})
+        facts["adapters"] = digest_of_json(adapters)
+    return facts | _plain({k: v for k, v in told.items() if k[0] != "_" and k not in IDLE})
 
 
 def scheduler_identity(scheduler: Any) -> dict[str, Any]:

@@ -352,12 +352,12 @@ def _read_folder(folder: Path, model: Denoiser) -> Blocks:
     if extra := header.keys() - expected.keys():
         raise CheckpointError(f"{path} has tensors of no site in its manifest: {few(extra)}")
     for key, (_, _, shape) in expected.items():
-        found = header[key]
-        if found.shape != shape or found.dtype not in FLOATS:
+        info = header[key]
+        if info.shape != shape or info.dtype not in FLOATS:
             raise CheckpointError(
-                f"{path}: {key} has shape {found.shape}, expected {shape}"
-                if found.shape != shape
-                else f"{path}: {key} is {found.dtype}, expected one of {', '.join(sorted(FLOATS))}"
+                f"{path}: {key} has shape {info.shape}, expected {shape}"
+                if info.shape != shape
+                else f"{path}: {key} is {info.dtype}, expected one of {', '.join(sorted(FLOATS))}"
             )
     _check_digest(folder, manifest)
     tensors = read_tensors(path)

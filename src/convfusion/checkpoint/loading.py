@@ -92,12 +92,12 @@ def read_part(folder: Path, kind: Any, dtype: torch.dtype, variant: str | None =
         options |= in_dtype(dtype) if ours else {"dtype": dtype}
         options |= {"use_safetensors": True, "variant": variant, "output_loading_info": True}
     try:
-        found = kind.from_pretrained(folder, **options)
+        loaded = kind.from_pretrained(folder, **options)
     except Exception as error:
         raise _damaged(_config_of(folder), error) from error
     if weights is None:
-        return found
-    part, told = found
+        return loaded
+    part, told = loaded
     _check_filled(weights, told)
     return part
 
@@ -119,16 +119,16 @@ def find_variant(folder: Path, stem: str, wanted: str | None = None) -> str | No
         rf"{stem}(?:\.(?P<one>\w+?))?{shard}\.safetensors"
         rf"|{stem}\.safetensors\.index(?:\.(?P<many>\w+))?\.json"
     )
-    found = {match["one"] or match["many"] for name in names if (match := pattern.fullmatch(name))}
-    if wanted in found:
+    stored = {match["one"] or match["many"] for name in names if (match := pattern.fullmatch(name))}
+    if wanted in stored:
         return wanted
-    if None in found:
+    if None in stored:
         return None
-    if len(found) == 1:
-        return found.pop()
-    if found:
+    if len(stored) == 1:
+        return stored.pop()
+    if stored:
         raise CheckpointError(
-            f"{folder} has its weights in the variants {few(found)} and not in plain form: leave "
+            f"{folder} has its weights in the variants {few(stored)} and not in plain form: leave "
             "the files of one variant there"
         )
     if pickles := sorted(name for name in names if Path(name).suffix in PICKLES):

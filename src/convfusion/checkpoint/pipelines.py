@@ -162,7 +162,7 @@ def _write_labels(pipe: Any, index: Path) -> None:
     for name, label in getattr(pipe, "labels", {}).items():
         names.setdefault(label, []).append(name)
     if names:
-        told = {str(label): ", ".join(found) for label, found in sorted(names.items())}
+        told = {str(label): ", ".join(synonyms) for label, synonyms in sorted(names.items())}
         write_text(index, json.dumps(read_json(index) | {"id2label": told}, indent=2) + "\n")
 
 

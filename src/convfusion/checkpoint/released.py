@@ -69,18 +69,18 @@ def read_layout(path: Path, model: Denoiser, *, average: bool = True) -> Layout:
     gate = _gate(model)
     header = read_header(path)
     sites = {site.block: site for site in list_sites(model)}
-    found = _blocks(path, header, average)
-    if foreign := found.keys() - sites.keys():
+    held = _blocks(path, header, average)
+    if foreign := held.keys() - sites.keys():
         raise CheckpointError(f"{path} has blocks that this model lacks: {few(foreign)}")
-    if missing := sites.keys() - found.keys():
+    if missing := sites.keys() - held.keys():
         raise CheckpointError(f"{path} lacks the blocks of {few(missing)}")
     layout = Layout({}, {})
     for block, site in sites.items():
-        tensors = {name: header[full] for name, full in found[block].items()}
+        tensors = {name: header[full] for name, full in held[block].items()}
         where = f"{path}: {block}.conv1"
         settings = _settings(where, tensors, site, gate)
         layout.mixers[site.path] = settings
-        layout.names[site.path] = {_own_name(name): full for name, full in found[block].items()}
+        layout.names[site.path] = {_own_name(name): full for name, full in held[block].items()}
     return layout
 
 
@@ -169,10 +169,10 @@ def _settings(where: str, tensors: Mapping[str, TensorInfo], site: Site, gate: G
     if extra := tensors.keys() - expected.keys():
         raise CheckpointError(f"{where} has tensors that no block has: {few(extra)}")
     for name, shape in expected.items():
-        found = tensors[name]
-        if found.shape != shape or found.dtype not in FLOATS:
+        info = tensors[name]
+        if info.shape != shape or info.dtype not in FLOATS:
             raise CheckpointError(
-                f"{where}.{name} is {found.dtype} of shape {found.shape}, expected floats of "
+                f"{where}.{name} is {info.dtype} of shape {info.shape}, expected floats of "
                 f"shape {shape}: it is damaged or for another model"
             )
     if inner < 2 or inner % 2 or side % 2 == 0:

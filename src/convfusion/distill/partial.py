@@ -134,8 +134,8 @@ def site_costs(
     errors = subset_errors(
         task, apart, alone, batch_size=config.batch_size, seed=config.seed, on_progress=on_progress
     )
-    found = zip(imitation.items(), errors, strict=True)
-    sites = tuple(SiteCost(path, imitated, error) for (path, imitated), error in found)
+    pairs = zip(imitation.items(), errors, strict=True)
+    sites = tuple(SiteCost(path, imitated, error) for (path, imitated), error in pairs)
     return SiteCosts(sites, training, sum(map(len, apart.groups)))
 
 
@@ -188,15 +188,15 @@ def subset_errors(
     for latents, noises, conditioning in noised(held_out, batch_size, seed):
         told = place_conditioning(conditioning, task.student)
         taught = predictions(task.teacher, schedule, latents, noises, told)
-        for subset, found in zip(subsets, errors, strict=True):
+        for subset, batch_errors in zip(subsets, errors, strict=True):
             with attention_back(task.student, paths - subset):
                 learned = predictions(task.student, schedule, latents, noises, told)
             pairs = zip(learned, taught, strict=True)
-            found.append(torch.stack([relative_error(*pair) for pair in pairs]).flatten())
+            batch_errors.append(torch.stack([relative_error(*pair) for pair in pairs]).flatten())
             done += 1
             if on_progress is not None:
                 on_progress(done, total)
-    means = [torch.cat(found).mean().item() for found in errors]
+    means = [torch.cat(batch_errors).mean().item() for batch_errors in errors]
     for subset, mean in zip(subsets, means, strict=True):
         check_finite(mean, f"the ε-error with {few(subset)} replaced")
     return means

@@ -78,8 +78,8 @@ def step_of(folder: Path) -> int:
 
 def checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = (out / "checkpoints").glob("step-*")
-    return sorted((each for each in found if step_of(each) >= 0), key=step_of)
+    folders = (out / "checkpoints").glob("step-*")
+    return sorted((each for each in folders if step_of(each) >= 0), key=step_of)
 
 
 def last_checkpoint(out: Path) -> Path | None:

@@ -39,11 +39,11 @@ def collected(
 
     What is replayed later (gradient checkpointing, in backward) is not collected again.
     """
-    found: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, output: Tensor | None = None) -> None:
-            found[name] = args[0] if output is None else output
+            inputs[name] = args[0] if output is None else output
 
         return hook
 
@@ -54,7 +54,7 @@ def collected(
         for name, module in modules.items()
     ]
     try:
-        yield found
+        yield inputs
     finally:
         for handle in handles:
             handle.remove()

@@ -48,8 +48,8 @@ def held_out_error(
     errors = []
     for clean, noises, conditioning in noised(data, batch_size, seed):
         told = place_conditioning(conditioning, task.student)
-        found = epsilon_errors(task.student, task.teacher, schedule, clean, noises, told)
-        errors.append(found.flatten())
+        batch_errors = epsilon_errors(task.student, task.teacher, schedule, clean, noises, told)
+        errors.append(batch_errors.flatten())
     return torch.cat(errors).mean().item() if errors else None
 
 

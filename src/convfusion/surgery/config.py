@@ -58,8 +58,8 @@ class ConvertConfig:
                     f"the pattern {pattern!r} matches no self-attention site; "
                     f"there are {len(paths)}, such as {paths[0]!r}"
                 )
-        found = {path: self.mixer_for(path) for path in paths}
-        return {path: mixer for path, mixer in found.items() if mixer is not None}
+        chosen = {path: self.mixer_for(path) for path in paths}
+        return {path: mixer for path, mixer in chosen.items() if mixer is not None}
 
     def mixer_for(self, path: str) -> Mixer | None:
         """The mixer of one site, or None if it keeps its attention."""

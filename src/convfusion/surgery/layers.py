@@ -179,13 +179,13 @@ def check_untied(mixers: Mapping[str, nn.Module]) -> None:
 
 def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, contiguous, each in memory of its own, as safetensors wants them."""
-    found, taken = {}, set()
+    separated, taken = {}, set()
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
         alone = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in taken
         taken.add(storage.data_ptr())
-        found[name] = tensor.contiguous() if alone else tensor.detach().clone().contiguous()
-    return found
+        separated[name] = tensor.contiguous() if alone else tensor.detach().clone().contiguous()
+    return separated
 
 
 def _is_away(layer: nn.Module) -> bool:
