@@ -243,5 +243,5 @@ def test_what_is_no_pipeline_says_what_it_is(tmp_path):
     convfusion.save(pipe, tmp_path)
     with pytest.raises(ConvFusionError, match="holds trained blocks and no pipeline"):
         by_name(tmp_path)
-    with pytest.raises(CheckpointError, match="no folder of that name is here, and it is no name"):
+    with pytest.raises(CheckpointError, match="there is no such folder or file here"):
         by_name("not-there")
