@@ -97,7 +97,7 @@ def test_workers_leave_interrupts_to_the_main_process(tmp_path):
         (tmp_path / f"{i:03d}.txt").write_text("red apple")
     source = open_source(str(tmp_path))
     events = read_events(Reader(source, [(16, 16)], [(unit, 0) for unit in range(source.units)]), 2)
-    found = [next(events)]
+    found = [next(events), next(events)]  # one of each worker: both are at work
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGINT)
     found += events

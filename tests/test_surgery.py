@@ -250,7 +250,7 @@ def test_patterns_choose_sites():
         ),
         (lambda: UNet2DModel(block_out_channels=(8,) * 4, norm_num_groups=8), "UNet2DModel is not"),
         (lambda: nn.Linear(2, 2), "Linear is not supported"),
-        (lambda: "a path", "str has no `transformer` or `unet`"),
+        (lambda: "a path", "str has no `unet` or `transformer`"),
         (
             lambda: UNet2DConditionModel(
                 block_out_channels=(8, 8),
