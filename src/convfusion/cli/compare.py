@@ -156,7 +156,9 @@ def print_comparison(compared: Comparison) -> None:
 
     from convfusion.report import format_psnr
 
-    table = Table(title=f"Distance to the teacher, {len(compared.captions)} pictures each")
+    count = len(compared.captions)
+    pictures = "1 picture" if count == 1 else f"{count} pictures each"
+    table = Table(title=f"Closeness to the teacher's pictures, {pictures}")
     table.add_column("blocks")
     table.add_column("PSNR, higher is closer", justify="right")
     for name, psnr in compared.psnr.items():

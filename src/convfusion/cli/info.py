@@ -95,9 +95,12 @@ def describe_embedded(name: str) -> Description:
     from convfusion import mini
 
     lines = ["The small model that comes with ConvFusion, which draws emoji at 64×64 pixels."]
-    lines += describe_pipeline(mini.TEACHER).lines
+    teacher = describe_pipeline(mini.TEACHER).lines
     if name == "mini":
-        lines += ["Its trained blocks:", *describe_blocks(mini.STUDENT).lines]
+        lines += [line for line in teacher if not line.startswith("Converted:")]
+        lines += ["Converted: yes, with these blocks.", *describe_blocks(mini.STUDENT).lines]
+    else:
+        lines += teacher
     return Description(lines, ("convfusion", "generate", name, "--prompt", "red apple, noto"))
 
 
