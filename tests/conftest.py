@@ -59,3 +59,11 @@ def model(tmp_path):
     """The folder of a small Stable Diffusion."""
     stable_diffusion().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The package datasets, with its cache out of the way."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub-cache")
+    return datasets

@@ -37,14 +37,6 @@ def everything(source):
     return [sample for unit in range(source.units) for sample in source.read(unit)]
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The package datasets, with its cache out of the way."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub-cache")
-    return datasets
-
-
 def test_folder(tmp_path):
     (tmp_path / "more").mkdir()
     for name in ("b.jpg", "a.PNG", "more/c.webp", "d.jpeg", "e.png"):

@@ -3,7 +3,7 @@
 import struct
 
 import pytest
-from test_sources import everything, hub, png  # noqa: F401 (a fixture)
+from test_sources import everything, png
 
 from convfusion import ConvFusionError
 from convfusion.data import open_source
@@ -44,7 +44,7 @@ def told(path, **options):
 
 
 @pytest.fixture(autouse=True)
-def cache(hub):  # noqa: F811
+def cache(hub):
     return hub
 
 

@@ -50,7 +50,7 @@ def decode_picture(data: bytes | Path) -> Image.Image:
         with io.BytesIO(data) if isinstance(data, bytes) else open_plain(data) as file:
             try:
                 return _decode(file)
-            except Exception:
+            except Exception:  # a PNG is tried again without the texts and profiles in it
                 file.seek(0)
                 if file.read(len(PNG)) != PNG:
                     raise
