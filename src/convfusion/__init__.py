@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from convfusion.checkpoint import load, save
     from convfusion.checkpoint.pipelines import load_pipeline, save_pipeline
     from convfusion.errors import CheckpointError, ConvFusionError, UnsupportedModelError
-    from convfusion.mixers import DeltaConv, DeltaConvBlock, MeanOnly, Removed
-    from convfusion.surgery import convert, drop_attention, revert, status
+    from convfusion.mixers import DeltaConv, DeltaConvBlock, Halo, MeanOnly, Removed
+    from convfusion.surgery import convert, drop_attention, revert, start_from_attention, status
     from convfusion.surgery.config import ConvertConfig, uniform, with_kernel_sizes
 
 # Loaded at first use, so that `convfusion --help` does not wait for torch and diffusers.
 _HOME = {
     "DeltaConv": "mixers",
     "DeltaConvBlock": "mixers",
+    "Halo": "mixers",
     "load": "checkpoint",
     "load_pipeline": "checkpoint",
     "save": "checkpoint",
@@ -42,6 +43,7 @@ _HOME = {
     "convert": "surgery",
     "drop_attention": "surgery",
     "revert": "surgery",
+    "start_from_attention": "surgery",
     "status": "surgery",
 }
 _MODULES = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -81,6 +82,56 @@ def generate(
             ).images
             images.extend(drawn)  # `+=` would add an array of numpy, which old diffusers give
     return images
+
+
+@torch.no_grad()
+def record_calls(
+    pipe: Any,
+    prompts: list[str],
+    *,
+    looks: int = 8,
+    batch_size: int = 8,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Draw prompts, and keep what the denoiser was called with at some of the steps.
+
+    Args:
+        pipe: a pipeline whose self-attention stands.
+        prompts: what to draw; the pictures are thrown away.
+        looks: calls that are kept of every batch, evenly spread over its steps.
+        batch_size: prompts drawn at once.
+        settings: as for `generate`, except `batch_size`.
+
+    Returns:
+        Keyword arguments of the denoiser, call by call, such as
+        `convfusion.start_from_attention` takes.
+
+    Raises:
+        ConvFusionError: as `generate` does, or `looks` is less than 1.
+    """
+    if looks < 1:
+        raise ConvFusionError(f"looks must be at least 1, not {looks}")
+    model = denoiser_of(pipe)
+    signature = inspect.signature(type(model).forward)
+    calls: list[dict[str, Any]] = []
+
+    def keep(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        bound = signature.bind(module, *args, **kwargs).arguments
+        calls.append({**dict(list(bound.items())[1:]), "return_dict": False})
+
+    kept: list[dict[str, Any]] = []
+    seeds = settings.pop("seeds", None) or list(range(len(prompts)))
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            calls.clear()
+            generate(pipe, prompts[part], seeds=seeds[part], batch_size=batch_size, **settings)
+            count = min(looks, len(calls))
+            kept += [calls[(2 * i + 1) * len(calls) // (2 * count)] for i in range(count)]
+    finally:
+        handle.remove()
+    return kept
 
 
 def check_drawing(

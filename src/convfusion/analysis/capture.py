@@ -15,8 +15,8 @@ from convfusion.analysis.streaming import AttentionSums, Measure, measure_attent
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, Site, denoiser_of
 from convfusion.families.carrier import argument_position
-from convfusion.families.watch import project, watch_attention
-from convfusion.mixers.base import Grid
+from convfusion.families.watch import watch_attention
+from convfusion.mixers.base import Grid, project_heads
 from convfusion.surgery import mixers_of
 
 
@@ -53,7 +53,8 @@ class Captured:
         """
         if grid != self.grid:
             raise ConvFusionError("analyse pictures of one size at a time")
-        for query, key in zip(*project(attention, tokens), strict=True):
+        queries, keys, _ = project_heads(attention, tokens)
+        for query, key in zip(queries, keys, strict=True):
             sums = measure_attention(query, key, attention.scale, grid, settings, self.mean_map)
             before = self.by_timestep.get(timestep)
             self.by_timestep[timestep] = sums if before is None else before + sums

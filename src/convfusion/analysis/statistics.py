@@ -111,26 +111,6 @@ def windows(grid: Grid) -> list[int]:
     return [2 * d + 1 for d in range(rings(grid))]
 
 
-def ring_sums(maps: Tensor, distances: Tensor, count: int) -> Tensor:
-    """Σ over queries and the keys at distance d from them; [M, Q, N] → float64 [M, D].
-
-    Args:
-        maps: M maps.
-        distances: [Q, N], as from `chebyshev`.
-        count: D.
-    """
-    offsets = torch.arange(len(maps), device=maps.device)[:, None] * count
-    bins = (offsets + distances.flatten()[None]).flatten()
-    kind = precise(maps.device)
-    sums = torch.zeros(len(maps) * count, dtype=kind, device=maps.device)
-    return sums.index_add_(0, bins, maps.to(kind).flatten()).view(len(maps), count)
-
-
-def precise(device: torch.device) -> torch.dtype:
-    """The dtype that sums are taken in: float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def attention_score_mass(ring_sums: Tensor) -> Tensor:
     """ASM(K) = Σ_{d < K/2} ring(d) / Σ_d ring(d), at K = 1, 3, 5, …; [..., D] → [..., D].
 

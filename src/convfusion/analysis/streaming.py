@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +19,13 @@ from convfusion.analysis.statistics import (
     fit_decay,
     growth_exponent,
     high_pass,
-    precise,
     receptive_field,
-    ring_sums,
     rings,
     sink_tokens,
 )
 from convfusion.errors import ConvFusionError
 from convfusion.mixers.base import Grid
+from convfusion.mixers.offsets import precise, ring_sums
 
 COPIES = 14  # live values per value of a map while a chunk is worked on, in units of float32
 SHOWN = ((0.5, 0.5), (0.2, 0.2), (0.2, 0.75), (0.75, 0.35))  # of height and width
@@ -158,72 +157,6 @@ def measure_attention(
         totals.add(maps, part)
         done += len(part)
     return totals.finish()
-
-
-class OffsetMeans(NamedTuple):
-    """What queries give to the key at each offset (Δrow, Δcolumn), the offset (0, 0) in the middle.
-
-    Attributes:
-        kernels: a_h(Δ) [h, 2R + 1, 2R + 1], the mean attention of the queries that have that key.
-        share: [2R + 1, 2R + 1], the share of all queries of the grid that have it; at a border
-            some keys are missing.
-    """
-
-    kernels: Tensor
-    share: Tensor
-
-    def outside(self) -> Tensor:
-        """Attention of each head beyond the window, [h] from 0 to 1: the mean over all queries."""
-        return (1 - (self.kernels * self.share).sum((1, 2))).clamp(0, 1)
-
-
-@torch.no_grad()
-def offset_means(
-    query: Tensor, key: Tensor, scale: float, grid: Grid, radius: int, settings: Measure
-) -> OffsetMeans:
-    """Mean attention of each head to the key at each offset (Δrow, Δcolumn) from the query.
-
-    Of the chosen queries, those count that have a key at that offset. Offsets that none has get 0.
-
-    Args:
-        query, key, scale, grid: as in `measure_attention`.
-        radius: R, the largest offset along either side.
-
-    Returns:
-        The means and how many queries have each key, in float64.
-    """
-    height, width = grid
-    chosen = settings.chosen_queries(grid).to(query.device)
-    key = key.float().transpose(1, 2)
-    side, heads = 2 * radius + 1, len(query)
-    kind = precise(query.device)
-    sums = torch.zeros(heads, side**2 + 1, dtype=kind, device=query.device)
-    counts = torch.zeros(side**2 + 1, dtype=kind, device=query.device)
-    keys = torch.arange(height * width, device=query.device)
-    for part in chosen.split(settings.chunk(heads, height * width)):
-        rows = keys[None] // width - part[:, None] // width + radius
-        columns = keys[None] % width - part[:, None] % width + radius
-        inside = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
-        bins = torch.where(inside, rows * side + columns, side**2)  # the last one is thrown away
-        maps = torch.softmax(query[:, part].float() @ key * scale, dim=-1)
-        sums += ring_sums(maps, bins, side**2 + 1)
-        counts += torch.bincount(bins.flatten(), minlength=side**2 + 1)
-    kernels = (sums / counts.clamp(min=1))[:, :-1].unflatten(1, (side, side))
-    away = torch.arange(-radius, radius + 1, dtype=kind, device=query.device).abs()
-    rows, columns = ((1 - away / length).clamp(min=0) for length in grid)
-    return OffsetMeans(kernels, rows[:, None] * columns)
-
-
-def mean_offsets(parts: list[OffsetMeans]) -> OffsetMeans:
-    """The means over several pictures, whose grids may differ; every picture counts alike.
-
-    The kernels are means over the queries that have each key, whatever their picture: a small grid
-    says nothing of the offsets that reach beyond it. `outside` is the mean of the pictures' own.
-    """
-    shares = torch.stack([means.share for means in parts])
-    sums = torch.stack([means.kernels * means.share for means in parts]).sum(0)
-    total = shares.sum(0)
-    return OffsetMeans(torch.where(total > 0, sums / total, 0.0), total / len(parts))
 
 
 @torch.no_grad()

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.console import print_ending
-from convfusion.cli.models import check_loading, equip, open_pipeline, warn_of
+from convfusion.cli.console import console, print_ending
+from convfusion.cli.models import (
+    check_loading,
+    choose_guidance,
+    equip,
+    open_pipeline,
+    open_stock_pipeline,
+    warn_of,
+)
 from convfusion.cli.options import (
     Blocks,
     Config,
+    Device,
     Every,
     First,
     Model,
@@ -19,6 +27,8 @@ from convfusion.cli.options import (
     Revision,
     check_new,
 )
+from convfusion.errors import ConvFusionError
+from convfusion.text import read_prompts
 
 Converted = Annotated[Path, typer.Option(help="New folder for the converted pipeline or blocks.")]
 DropAttention = Annotated[
@@ -30,6 +40,21 @@ DropAttention = Annotated[
 ]
 BlocksOnly = Annotated[
     bool, typer.Option("--blocks-only", help="Write the blocks alone, without the model.")
+]
+Mixer = Annotated[
+    str | None,
+    typer.Option(
+        help="What replaces every self-attention: delta_conv, halo, … Default: the ΔConvBlocks of "
+        "the preset."
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--measure",
+        help="Text file with one prompt per line, eight or so. They are drawn with the attention, "
+        "and the blocks are set by what it does: no training, no data.",
+    ),
 ]
 Average = Annotated[
     bool,
@@ -43,6 +68,8 @@ def convert(
     model: Model,
     out: Converted,
     config: Config = None,
+    mixer: Mixer = None,
+    measure: Prompts = None,
     blocks: Blocks = None,
     every: Every = None,
     first: First = 0,
@@ -51,19 +78,32 @@ def convert(
     average: Average = True,
     revision: Revision = None,
     precision: Precision = "float32",
+    device: Device = None,
 ) -> None:
-    """Replace self-attention by ΔConvBlocks and write the pipeline to a folder.
+    """Replace self-attention by ΔConvBlocks or other mixers, and write the pipeline to a folder.
 
-    Without --blocks they are untrained: train them with `convfusion distill`. With a file of
-    released weights as --blocks, they are written in ConvFusion's own format.
+    Without --blocks and --measure they are untrained: train them with `convfusion distill`. With
+    --measure they start from the attention, which is enough for halo blocks to draw as before, and
+    brings ΔConvBlocks nearer. With a file of released weights as --blocks, they are written in
+    ConvFusion's own format.
     """
     from convfusion import checkpoint, surgery
     from convfusion.checkpoint import pipelines
 
     check_new(out)
-    check_loading(precision, None)
-    pipe = open_pipeline(model, precision, "cpu", revision)
-    status = equip(pipe, blocks, config, every, first, average)
+    check_loading(precision, device)
+    prompts = read_prompts(measure) if measure is not None else []
+    if prompts and blocks is not None:
+        raise ConvFusionError("trained blocks need no start: give --blocks or --measure")
+    if prompts:
+        pipe = open_stock_pipeline(model, precision, device, revision)
+        calls = draw_calls(model, pipe, prompts)
+    else:
+        pipe = open_pipeline(model, precision, device or "cpu", revision)
+    status = equip(pipe, blocks, config, every, first, average, mixer)
+    if prompts:
+        print_errors(surgery.start_from_attention(pipe, calls))
+        status = surgery.status(pipe)
     if drop_attention:
         status = surgery.drop_attention(pipe)
     if blocks_only:
@@ -81,3 +121,24 @@ def convert(
     elif blocks_only:
         next_command = ["convfusion", "generate", model, "--blocks", out, "--prompt", "a red apple"]
     print_ending(out, verdict=warning, next_command=next_command)
+
+
+def draw_calls(model: str, pipe: Any, prompts: list[str]) -> list[dict[str, Any]]:
+    """Calls of the denoiser from drawing prompts with its attention."""
+    from convfusion.generate import record_calls
+
+    return record_calls(pipe, prompts, guidance=choose_guidance(model, pipe), progress=True)
+
+
+def print_errors(errors: dict[str, float]) -> None:
+    """How near each mixer starts to its attention."""
+    from rich.table import Table
+
+    from convfusion.families import shorten_path
+
+    table = Table(title="Expected error of each site, of the attention's variance")
+    table.add_column("site")
+    table.add_column("error", justify="right")
+    for path, error in errors.items():
+        table.add_row(shorten_path(path), f"{error:.2e}")
+    console().print(table)

@@ -234,6 +234,7 @@ def equip(
     every: int | None = None,
     first: int = 0,
     average: bool = True,
+    mixer: str | None = None,
 ) -> Any:
     """Convert a pipeline by preset or config file, or with trained blocks.
 
@@ -244,34 +245,48 @@ def equip(
         every: convert only every so many-th of the sites, with new blocks.
         first: of them, from 0.
         average: of a released file of blocks, take the moving average.
+        mixer: the kind that stands at every site.
     """
     from convfusion import checkpoint, surgery
     from convfusion.families import denoiser_of
 
-    if blocks is not None and (config is not None or every is not None):
+    if blocks is not None and (config, every, mixer) != (None, None, None):
         raise ConvFusionError(
-            "trained blocks bring their own config: give --blocks, or --config and --every"
+            "trained blocks bring their own config: give --blocks, or --config, --mixer and --every"
         )
     if first and every is None:
         raise ConvFusionError("--first goes with --every")
     if surgery.status(pipe).converted:
-        if blocks is None and config is None and every is None:
+        if (blocks, config, every, mixer) == (None, None, None, None):
             return surgery.status(pipe)
         surgery.revert(pipe)
     if blocks is not None:
         return checkpoint.load(pipe, blocks, average=average)
-    chosen = choose_conversion(denoiser_of(pipe), config)
+    chosen = choose_conversion(denoiser_of(pipe), config, mixer)
     if every is not None:
         paths = [row.site.path for row in surgery.status(pipe).sites]
         chosen = surgery.select_every(chosen, paths, every, first)
     return surgery.convert(pipe, chosen)
 
 
-def choose_conversion(denoiser: Any, config: str | None) -> Any:
-    """The conversion of that name or in that file; without one the preset of the layout."""
-    from convfusion.surgery import presets
-    from convfusion.surgery.config import ConvertConfig
+def choose_conversion(denoiser: Any, config: str | None, mixer: str | None = None) -> Any:
+    """The conversion of that name or in that file; without one the preset of the layout.
 
+    Args:
+        denoiser: whose layout decides.
+        config: name of a preset, or path of a JSON file.
+        mixer: the kind that stands at every site, in place of a config.
+    """
+    from convfusion.mixers import MIXERS
+    from convfusion.surgery import presets
+    from convfusion.surgery.config import ConvertConfig, uniform
+
+    if mixer is not None:
+        if config is not None:
+            raise ConvFusionError("--config says which mixers to use: leave --mixer out")
+        if mixer not in MIXERS:
+            raise ConvFusionError(f"--mixer must be one of {', '.join(MIXERS)}, not {mixer!r}")
+        return uniform(MIXERS[mixer]())
     if (
         config is not None
         and config not in presets.preset_names()

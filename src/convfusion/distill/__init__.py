@@ -9,14 +9,12 @@ from convfusion.imports import lazy
 if TYPE_CHECKING:
     from convfusion.distill.config import DistillConfig, LossWeights
     from convfusion.distill.run import DistillResult, distill
-    from convfusion.distill.startup import start_from_attention
     from convfusion.distill.task import DistillTask
 
 # Loaded at first use: the command line reads the settings, and must not wait for torch.
 _HOME = {
     "DistillConfig": "config",
     "LossWeights": "config",
-    "start_from_attention": "startup",
     "DistillTask": "task",
     "DistillResult": "run",
     "distill": "run",

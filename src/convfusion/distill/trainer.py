@@ -27,13 +27,13 @@ from convfusion.distill.environment import (
 )
 from convfusion.distill.logs import HELD_OUT, Owed, RunLog, owed
 from convfusion.distill.optimizers import make_optimizer
-from convfusion.distill.startup import blocks_to_start, start_from_attention
+from convfusion.distill.startup import blocks_to_start, draw_noised_batches
 from convfusion.distill.task import DistillTask, Losses
 from convfusion.distill.validation import held_out_error, what_fails
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of
 from convfusion.families.conditioning import place_conditioning
-from convfusion.surgery import mixers_of
+from convfusion.surgery import mixers_of, start_from_attention
 from convfusion.surgery.record import count_steps
 
 OnStep = Callable[[int, dict[str, float]], None]
@@ -78,7 +78,8 @@ class Trainer:
             self.state = saved_state.read_run(last, self.named, config.to_dict(), self.rests_on)
             checkpoint.load(self.student, last)
         elif config.start == "attention":
-            start_from_attention(self.pipe, self.data, only=blocks_to_start(self.student))
+            calls = draw_noised_batches(self.pipe, self.data)
+            start_from_attention(self.pipe, calls, only=blocks_to_start(self.student))
         optimizer = make_optimizer(self.named.values(), config)
         saved_state.restore_optimizer(optimizer, self.named, self.state.optimizer)
         self.average = self.make_average()

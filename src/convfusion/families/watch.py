@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from convfusion.families.base import Denoiser, Site, family_of
 from convfusion.families.lookup import list_sites
 from convfusion.mixers import Grid
+from convfusion.mixers.base import TokenSample
 
 
 @contextmanager
@@ -52,11 +54,41 @@ def watch_attention(
             handle.remove()
 
 
-def project(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys of a diffusers `Attention` for tokens [B, N, C], each [B, h, N, C/h]."""
-    parts = []
-    for layer, norm in ((attention.to_q, "norm_q"), (attention.to_k, "norm_k")):
-        heads = layer(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-        normalise = getattr(attention, norm, None)
-        parts.append(heads if normalise is None else normalise(heads))
-    return parts[0], parts[1]
+@contextmanager
+def sample_attention(
+    model: Denoiser, paths: Collection[str], memory: float, seed: int = 0
+) -> Iterator[dict[str, list[TokenSample]]]:
+    """Keep some of what every self-attention is given, while a denoiser is called.
+
+    Whole pictures are kept, each as [1, N, C] with its grid: all of them where they fit, else a
+    random choice among all that were seen, in which every picture has the same chance.
+
+    Args:
+        model: not converted.
+        paths: of the sites.
+        memory: GiB on the CPU for all sites; of each site, two pictures are kept in any case.
+        seed: of the choice.
+
+    Yields:
+        What was kept, by path; it fills while the model is called.
+    """
+    kept: dict[str, list[TokenSample]] = {path: [] for path in paths}
+    seen = dict.fromkeys(paths, 0)
+    generator = torch.Generator().manual_seed(seed)
+    room = memory * 2**30 / max(1, len(kept))  # bytes of a site
+
+    def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
+        if site.path not in kept:
+            return
+        own = kept[site.path]
+        most = max(2, int(room // (tokens[0].numel() * tokens.element_size())))
+        for picture in tokens.detach():
+            seen[site.path] += 1
+            place = int(torch.randint(seen[site.path], (), generator=generator))
+            if len(own) < most:
+                own.append((picture[None].cpu().clone(), grid))
+            elif place < len(own):
+                own[place] = (picture[None].cpu().clone(), grid)
+
+    with watch_attention(model, see):
+        yield kept

@@ -13,6 +13,7 @@ from typing import Any
 from convfusion.errors import ConvFusionError
 from convfusion.mixers.base import Grid, Mixer, TokenMixer, check_grid
 from convfusion.mixers.delta_conv import DeltaConv, DeltaConvBlock, Gate
+from convfusion.mixers.halo import Halo, HaloMixer
 from convfusion.mixers.linear import GeneralisedLinear
 from convfusion.mixers.local import Circular, Neighbourhood
 from convfusion.mixers.plain import Depthwise, MeanOnly, Removed
@@ -28,6 +29,8 @@ __all__ = [
     "Gate",
     "GeneralisedLinear",
     "Grid",
+    "Halo",
+    "HaloMixer",
     "MeanOnly",
     "Mixer",
     "Neighbourhood",
@@ -42,6 +45,7 @@ __all__ = [
 
 MIXERS: dict[str, type] = {
     "delta_conv": DeltaConv,
+    "halo": Halo,
     "removed": Removed,
     "mean_only": MeanOnly,
     "neighbourhood": Neighbourhood,

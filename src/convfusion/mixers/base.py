@@ -6,14 +6,19 @@ attention heads, which returns a `TokenMixer`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
 
 Grid = tuple[int, ...]  # (H, W), or (T, H, W) of a video
+TokenSample = tuple[
+    Tensor, Grid
+]  # tokens [B, N, C] that an attention was seen with, and their grid
 
 
 class TokenMixer(nn.Module):
@@ -22,10 +27,12 @@ class TokenMixer(nn.Module):
     Attributes:
         config: the settings that it was built from.
         ranks: of the grids that it works on: 2 for (H, W), 3 for (T, H, W).
+        has_measured_start: whether `start_from` sets it.
     """
 
     config: Any
-    ranks: ClassVar[tuple[int, ...]] = (2,)
+    ranks: tuple[int, ...] = (2,)
+    has_measured_start: ClassVar[bool] = False
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Mix tokens [B, N, C] that lie row by row on a grid; same shape and dtype out."""
@@ -33,6 +40,15 @@ class TokenMixer(nn.Module):
 
     def init_from(self, attention: Any) -> None:
         """Start from the diffusers `Attention` that is replaced; by default, do nothing."""
+
+    def start_from(self, attention: Any, sample: Sequence[TokenSample]) -> None:
+        """Start from the attention that is replaced, and from tokens that it was seen with.
+
+        Args:
+            attention: as for `init_from`.
+            sample: some of its tokens, in whole grids.
+        """
+        raise TypeError(f"{type(self).__name__} has no measured start")
 
 
 class Mixer(Protocol):
@@ -83,12 +99,8 @@ class ProjectedMixer(TokenMixer):
         """Take over the projections of a diffusers `Attention`; a missing bias is zero."""
         if attention.heads != self.heads:
             raise ConvFusionError("the attention's heads are not the site's")
-        for mine, stock in (
-            (self.to_q, attention.to_q),
-            (self.to_k, attention.to_k),
-            (self.to_v, attention.to_v),
-            (self.to_out, attention.to_out[0]),
-        ):
+        own = (self.to_q, self.to_k, self.to_v, self.to_out)
+        for mine, stock in zip(own, projections(attention), strict=True):
             take_over(mine, stock)
 
 
@@ -101,6 +113,40 @@ def take_over(mine: nn.Linear, stock: nn.Linear) -> None:
     mine.bias.zero_()
     if stock.bias is not None:
         mine.bias.copy_(stock.bias)
+
+
+def projections(attention: Any) -> tuple[Any, Any, Any, Any]:
+    """The layers for queries, keys, values and output as they are now, wrapped by a LoRA or not.
+
+    Norms of queries and keys and rotary embeddings are none of them.
+    """
+    if hasattr(attention, "to_query"):  # as in Kandinsky 5
+        names = ("to_query", "to_key", "to_value", "out_layer")
+        query, key, value, out = (getattr(attention, name) for name in names)
+        return query, key, value, out
+    return attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
+
+
+def project_heads(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of an attention in float32: [B, N, C] → three of [B, h, N, d].
+
+    Norms of queries and keys are applied, rotary embeddings are not.
+    """
+    found = []
+    layers = zip(projections(attention)[:3], ("norm_q", "norm_k", ""), strict=True)
+    for layer, norm in layers:
+        bias = None if layer.bias is None else layer.bias.float()
+        mapped = F.linear(tokens.to(layer.weight.device, torch.float32), layer.weight.float(), bias)
+        heads = mapped.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        normalise = getattr(attention, norm, None) if norm else None
+        found.append(heads if normalise is None else normalise(heads))
+    return found[0], found[1], found[2]
+
+
+def output_heads(attention: Any) -> Tensor:
+    """W_o of each head in float32: [h, C, d]."""
+    weight = projections(attention)[3].weight.float()
+    return weight.unflatten(1, (attention.heads, -1)).transpose(0, 1)
 
 
 def check_grid(tokens: Tensor, grid: Grid) -> Grid:

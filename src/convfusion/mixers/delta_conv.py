@@ -10,6 +10,7 @@ Self-Attention into Convolutions", ICCV 2025. For tokens x of a grid H×W:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.mixers.base import Grid, TokenMixer, check_grid
+from convfusion.mixers import delta_conv_start
+from convfusion.mixers.base import Grid, TokenMixer, TokenSample, check_grid, projections
 from convfusion.ops import library, reference
 from convfusion.settings import check_fields
 
@@ -84,6 +86,8 @@ class DeltaConvBlock(TokenMixer):
         ConvFusionError: C·ratio is not an even integer.
     """
 
+    has_measured_start = True
+
     def __init__(self, channels: int, config: DeltaConv = DeltaConv()) -> None:
         super().__init__()
         inner = round(channels * config.ratio)
@@ -149,6 +153,10 @@ class DeltaConvBlock(TokenMixer):
         self.proj_out.weight.mul_(scale)
         self.proj_out.bias.zero_()
 
+    def start_from(self, attention: Any, sample: Sequence[TokenSample]) -> None:
+        """Start from the mean of the attention over a sample; see `delta_conv_start`."""
+        delta_conv_start.set_from_sample(self, attention, sample)
+
     def extra_repr(self) -> str:
         return f"kernel_size={self.config.kernel_size}, gate={self.config.gate}"
 
@@ -161,9 +169,9 @@ def set_to_uniform_attention(linear: nn.Linear, attention: Any) -> None:
 
     Args:
         linear: the layer to set, with a bias.
-        attention: a diffusers `Attention` with `to_v` and `to_out[0]`.
+        attention: a diffusers attention.
     """
-    value, out = attention.to_v, attention.to_out[0]
+    _, _, value, out = projections(attention)
     weight = out.weight.float()
     linear.weight.copy_(weight @ value.weight.float())
     linear.bias.zero_()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.mixers.base import Grid, TokenMixer, check_grid, take_over
+from convfusion.mixers.base import Grid, TokenMixer, check_grid, projections, take_over
 from convfusion.mixers.delta_conv import set_to_uniform_attention
 from convfusion.settings import check_fields
 
@@ -103,6 +103,7 @@ class DepthwiseMixer(TokenMixer):
     @torch.no_grad()
     def init_from(self, attention: Any) -> None:
         """Take over its value and output projections; the kernel is a mean."""
-        take_over(self.to_v, attention.to_v)
-        take_over(self.to_out, attention.to_out[0])
+        _, _, value, out = projections(attention)
+        take_over(self.to_v, value)
+        take_over(self.to_out, out)
         self.conv.weight.fill_(1 / self.config.kernel_size**2)

@@ -7,6 +7,7 @@ from convfusion.surgery.config import (
     uniform,
     with_kernel_sizes,
 )
+from convfusion.surgery.start import start_from_attention
 from convfusion.surgery.surgery import (
     LOST_WITHOUT_ATTENTION,
     DroppedAttention,
@@ -43,6 +44,7 @@ __all__ = [
     "revert",
     "select_every",
     "select_sites",
+    "start_from_attention",
     "status",
     "uniform",
     "with_kernel_sizes",

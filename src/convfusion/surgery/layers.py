@@ -14,21 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
+from convfusion.mixers.base import projections
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # that layers compute in
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
-
-
-def projections(attention: Any) -> tuple[Any, Any, Any, Any]:
-    """The layers for queries, keys, values and output as they are now, wrapped by a LoRA or not.
-
-    Norms of queries and keys and rotary embeddings are none of them.
-    """
-    if hasattr(attention, "to_query"):  # as in Kandinsky 5
-        names = ("to_query", "to_key", "to_value", "out_layer")
-        query, key, value, out = (getattr(attention, name) for name in names)
-        return query, key, value, out
-    return attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
 
 
 def unwrapped(layer: nn.Module) -> nn.Module:

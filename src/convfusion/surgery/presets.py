@@ -1,15 +1,16 @@
-"""Kernel sizes that are known to work, by name: each family says those of its models."""
+"""Conversions by name: kernel sizes that each family says of its models, and halo blocks."""
 
 from __future__ import annotations
 
 from convfusion.errors import ConvFusionError
 from convfusion.families import FAMILIES, Denoiser, family_of
-from convfusion.surgery.config import ConvertConfig, with_kernel_sizes
+from convfusion.mixers import Halo
+from convfusion.surgery.config import ConvertConfig, uniform, with_kernel_sizes
 
 
 def preset_names() -> list[str]:
-    """The names of all presets, in the order of their families."""
-    return [name for family in FAMILIES.values() for name in family.presets]
+    """The names of all presets: `halo`, then those of the families in their order."""
+    return ["halo", *(name for family in FAMILIES.values() for name in family.presets)]
 
 
 def get_preset(name: str) -> ConvertConfig:
@@ -18,6 +19,8 @@ def get_preset(name: str) -> ConvertConfig:
     Raises:
         ConvFusionError: there is none.
     """
+    if name == "halo":
+        return uniform(Halo())
     for family in FAMILIES.values():
         if name in family.presets:
             return with_kernel_sizes(family.presets[name])

@@ -21,7 +21,7 @@ from convfusion.families import Denoiser, Site, denoiser_of, family_of, list_sit
 from convfusion.families.carrier import drop_grid
 from convfusion.families.patches import copied_without_patches
 from convfusion.mixers import Mixer
-from convfusion.mixers.base import TokenMixer
+from convfusion.mixers.base import TokenMixer, projections
 from convfusion.surgery import presets
 from convfusion.surgery.config import ConvertConfig, checked_config
 from convfusion.surgery.guard import guard, unguard
@@ -30,7 +30,6 @@ from convfusion.surgery.layers import (
     check_projections,
     check_unhooked,
     compute_dtype,
-    projections,
     unwrapped,
 )
 from convfusion.surgery.mixed import (

@@ -1,0 +1,272 @@
+"""The halo block: attention of low rank within a window, and to a few pooled tokens beyond it.
+
+Queries are worked in blocks of b tokens a side. All queries of a block share a window of w keys a
+side, which moves inwards at the border. The grid is parted into M = cells² cells; each cell is one
+more key, that of its mean token, weighted by how many of its tokens lie outside of the window:
+
+    q = W_q·x  [h·r]      (k, v) = W_kv·x  [h·(r + n)]      (k̄_c, v̄_c) = means over the cell c
+    s_ij = q_i·k_j + ρ_h(j − i)             for j in the window of i's block
+    s_ic = q_i·k̄_c + log n_ic + λ_h         n_ic: tokens of the cell c outside of that window
+    out_i = W_o·concat_h [softmax(s_i)·(v ; v̄)] + b_o
+
+with r = key_ratio·d and n = value_ratio·d for heads of d = C/h channels. With r = n = d and a
+window over the whole grid it is the attention that it replaces. The cost is linear in the tokens:
+2·2·C·h·(r + n) for the projections of a token, and 2·(w² + M)·h·(r + n) for what it attends to.
+
+Known parts: blocks of queries with a halo of keys (Vaswani et al., "Scaling Local Self-Attention
+for Parameter Efficient Visual Backbones", arXiv 2103.12731); keys of a window and pooled keys in
+one softmax (Yang et al., "Focal Self-Attention", arXiv 2107.00641); the logarithm of a count as a
+bias (Bolya et al., "Token Merging", arXiv 2210.09461).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from convfusion.errors import ConvFusionError
+from convfusion.mixers import halo_start
+from convfusion.mixers.base import Grid, TokenMixer, TokenSample, check_grid
+from convfusion.mixers.halo_grid import (
+    Chunk,
+    GridLine,
+    Rows,
+    count_outside,
+    cut_into_chunks,
+    pool_cells,
+)
+from convfusion.settings import check_fields
+
+MAX_SIDE = 64  # of blocks, windows and cells: beyond it the attention itself is cheaper
+CHUNK = 512  # tokens worked at a time on a CPU, whose caches hold what they need
+NEVER = -1e4  # a score that no softmax sees, in float16 too
+RECOMPUTED = 8192  # tokens of a call from which on training recomputes every chunk
+
+Sides = int | tuple[int, ...]  # one number for every axis of the grid, or one for each
+
+
+@dataclass(frozen=True)
+class Halo:
+    """Settings of a halo block; see the module's equations.
+
+    For videos, whose grids are (T, H, W), give at least one of the first three as three numbers.
+
+    Attributes:
+        block: side b of a block of queries, in tokens.
+        window: side w of the window of keys that a block shares, in tokens; at least `block`.
+        cells: cells a side that the grid is parted into; 0 for none, so that nothing beyond the
+            window is seen.
+        key_ratio: r/d, the rank of the scores of a head over its channels; above 0, at most 1.
+        value_ratio: n/d, the rank of its values.
+    """
+
+    block: Sides = 4
+    window: Sides = 8
+    cells: Sides = 4
+    key_ratio: float = 0.25
+    value_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("block", "window", "cells"):
+            value = getattr(self, name)
+            if isinstance(value, list):  # as JSON has it
+                object.__setattr__(self, name, tuple(value))
+        check_fields(self)
+        for name, least in (("block", 1), ("window", 1), ("cells", 0)):
+            _check_sides(name, getattr(self, name), least)
+        lengths = {len(s) for s in (self.block, self.window, self.cells) if isinstance(s, tuple)}
+        if len(lengths) > 1:
+            raise ConvFusionError("block, window and cells must have a number for each axis alike")
+        for block, window in zip(self.sides("block"), self.sides("window"), strict=True):
+            if window < block:
+                raise ConvFusionError(f"window must be at least block: {window} is below {block}")
+        for name in ("key_ratio", "value_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConvFusionError(
+                    f"{name} must lie above 0 and be at most 1, not {getattr(self, name)}"
+                )
+
+    @property
+    def rank(self) -> int:
+        """Of the grids that it is for: 2, or 3 where sides are given as three numbers."""
+        given = (self.block, self.window, self.cells)
+        return max((len(sides) for sides in given if isinstance(sides, tuple)), default=2)
+
+    def sides(self, name: str) -> tuple[int, ...]:
+        """`block`, `window` or `cells` along each axis of the grid."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * self.rank
+
+    def build(self, channels: int, heads: int = 1) -> HaloMixer:
+        return HaloMixer(channels, heads, self)
+
+
+def _check_sides(name: str, value: Any, least: int) -> None:
+    sides = value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple) and len(value) not in (2, 3):
+        raise ConvFusionError(f"{name} must be one number, or 2 or 3 of them, not {value!r}")
+    if any(type(side) is not int or not least <= side <= MAX_SIDE for side in sides):
+        raise ConvFusionError(
+            f"{name} must be whole numbers from {least} to {MAX_SIDE}, not {value!r}"
+        )
+
+
+class HaloMixer(TokenMixer):
+    """A token mixer of low-rank attention; see the module's equations.
+
+    Attributes:
+        to_q: C → h·r.
+        to_kv: C → h·(r + n); head by head its key, then its value.
+        to_out: h·n → C.
+        relative: ρ, [h, 2w − 1 along each axis], by the offset of a key from its query.
+        far: λ, [h].
+
+    Raises:
+        ConvFusionError: the heads do not divide the channels.
+    """
+
+    has_measured_start = True
+
+    def __init__(self, channels: int, heads: int, config: Halo) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ConvFusionError(f"{heads} heads do not divide {channels} channels")
+        size = channels // heads
+        self.config, self.heads = config, heads
+        self.ranks = (config.rank,)
+        self.key_rank = max(1, round(size * config.key_ratio))
+        self.value_rank = max(1, round(size * config.value_ratio))
+        self.to_q = nn.Linear(channels, heads * self.key_rank)
+        self.to_kv = nn.Linear(channels, heads * (self.key_rank + self.value_rank))
+        self.to_out = nn.Linear(heads * self.value_rank, channels)
+        reach = [2 * window - 1 for window in config.sides("window")]
+        self.relative = nn.Parameter(torch.zeros(heads, *reach))
+        self.far = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Mix tokens [B, N, C] that lie row by row on a grid; same shape and dtype out."""
+        lines = self._lay_out(check_grid(tokens, grid))
+        chunked = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        call = _Call(self, lines, CHUNK if chunked else None, _is_recomputed(tokens))
+        at_once = max(1, CHUNK // tokens.shape[1]) if chunked else tokens.shape[0]
+        mixed = [self._mix(part, call) for part in tokens.split(at_once)]
+        return self.to_out(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
+
+    def _lay_out(self, grid: Grid) -> list[GridLine]:
+        """Blocks, windows and cells along each axis; no cells where the window holds everything."""
+        blocks, windows, cells = (self.config.sides(n) for n in ("block", "window", "cells"))
+        if not torch.compiler.is_exporting():
+            beyond = any(side > window for side, window in zip(grid, windows, strict=True))
+            cells = tuple(min(own, side) * beyond for own, side in zip(cells, grid, strict=True))
+        return [GridLine(*each) for each in zip(grid, blocks, windows, cells, strict=True)]
+
+    def _mix(self, tokens: Tensor, call: _Call) -> Tensor:
+        """What each head of some pictures [B, N, C] gathers, side by side: [B, N, h·n]."""
+        cells = self.to_kv(pool_cells(tokens, call.lines))  # the mean of keys is the mean's key
+        row = tokens.shape[1] // call.lines[0].side  # its tokens
+        mixed, held, low, high = [], cells[:, :0], 0, 0  # the keys of the rows low … high − 1
+        for chunk in call.chunks:
+            known = held[:, (chunk.start - low) * row :]
+            fresh = self.to_kv(tokens[:, max(chunk.start, high) * row : chunk.stop * row])
+            keys = torch.cat([known, fresh, cells], dim=1)
+            low, high = chunk.start, chunk.stop
+            held = keys[:, : (high - low) * row]
+            queries = tokens[:, chunk.top * row : chunk.end * row]
+            rows = call.find_rows(chunk, tokens.shape[0], cells.shape[1])
+            inputs = (queries, keys, call.add_bias(chunk), rows)
+            if call.recompute:
+                mixed.append(
+                    checkpoint(self._attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+                )
+            else:
+                mixed.append(self._attend(*inputs))
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
+
+    def _attend(self, tokens: Tensor, keys: Tensor, bias: Tensor, rows: Rows) -> Tensor:
+        """What the heads of a chunk gather: [B, ·, h·n].
+
+        Args:
+            tokens: of the chunk, [B, ·, C].
+            keys: keys and values of the rows that it sees, then of the cells, [B, ·, h·(r + n)].
+            bias: of the scores, [blocks, h, b², w² + M].
+            rows: what each block takes.
+        """
+        r, n, pictures = self.key_rank, self.value_rank, tokens.shape[0]
+        query = self.to_q(tokens).reshape(-1, r).index_select(0, rows.queries)
+        query = query.unflatten(0, (-1, bias.shape[2]))  # [B·blocks·h, b², r]
+        both = keys.reshape(-1, r + n).index_select(0, rows.keys).unflatten(0, (-1, bias.shape[3]))
+        key, value = both.split((r, n), dim=2)
+        bias = bias.expand(pictures, -1, -1, -1, -1).flatten(0, 2).to(query.dtype)
+        weights = torch.baddbmm(bias, query, key.transpose(1, 2)).softmax(2).to(value.dtype)
+        mixed = torch.bmm(value.transpose(1, 2), weights.transpose(1, 2))  # faster than A·V on CPUs
+        mixed = mixed.transpose(1, 2).reshape(-1, n).index_select(0, rows.results)
+        return mixed.view(pictures, tokens.shape[1], -1)
+
+    def init_from(self, attention: Any) -> None:
+        """Start from the weights of the attention alone, as if its tokens were white noise."""
+        halo_start.set_from_weights(self, attention)
+
+    def start_from(self, attention: Any, sample: Sequence[TokenSample]) -> None:
+        """Start from the attention and what it was seen with; see `halo_start`."""
+        halo_start.set_from_sample(self, attention, sample)
+
+    def extra_repr(self) -> str:
+        return f"block={self.config.block}, window={self.config.window}, cells={self.config.cells}"
+
+
+def _is_recomputed(tokens: Tensor) -> bool:
+    """Whether training computes every chunk again in the backward pass, which bounds its memory."""
+    large = tokens.shape[1] > CHUNK and tokens.shape[0] * tokens.shape[1] > RECOMPUTED
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and large
+
+
+class _Call:
+    """What all pictures of one call of a mixer share: chunks, their indices and their biases.
+
+    Args:
+        mixer: that is called.
+        lines: of the grid.
+        tokens: of a chunk; None works all of them at once.
+        recompute: whether chunks are computed again in the backward pass.
+    """
+
+    def __init__(
+        self, mixer: HaloMixer, lines: Sequence[GridLine], tokens: int | None, recompute: bool
+    ) -> None:
+        self.mixer, self.lines, self.recompute = mixer, lines, recompute
+        self.chunks = list(cut_into_chunks(lines, tokens))
+        self.device = mixer.far.device
+        outside = count_outside(lines, self.device)
+        counted = outside.clamp(min=1).to(mixer.far.dtype).log()
+        self.far = torch.where(outside > 0, counted, NEVER)  # [blocks, M]
+        self.near: dict[Any, Tensor] = {}
+        self.rows: dict[Any, Rows] = {}
+
+    def find_rows(self, chunk: Chunk, pictures: int, cells: int) -> Rows:
+        """The indices of a chunk, made once for all of its kind."""
+        key = (chunk.kind, pictures)
+        if key not in self.rows:
+            self.rows[key] = chunk.list_rows(pictures, self.mixer.heads, cells, self.device)
+        return self.rows[key]
+
+    def add_bias(self, chunk: Chunk) -> Tensor:
+        """ρ beside log n + λ: [blocks, h, b², w² + M]."""
+        if chunk.kind not in self.near:
+            self.near[chunk.kind] = self._lay_out_relative(chunk)
+        near = self.near[chunk.kind]
+        each = self.far.shape[0] // self.lines[0].blocks  # blocks of a row of blocks
+        far = self.far[chunk.first * each : chunk.last * each, None, None]
+        far = far + self.mixer.far[:, None, None]
+        return torch.cat([near, far.expand(-1, -1, near.shape[2], -1)], dim=3)
+
+    def _lay_out_relative(self, chunk: Chunk) -> Tensor:
+        """ρ of every pair of query and key: [blocks, h, b², w²]."""
+        offsets, inside = chunk.list_offsets(self.device)
+        table = self.mixer.relative.flatten(1)
+        near = table.index_select(1, offsets.flatten()).unflatten(1, offsets.shape).transpose(0, 1)
+        return near if inside is None else near.masked_fill(~inside[:, None], NEVER)

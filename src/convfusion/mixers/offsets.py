@@ -1,0 +1,115 @@
+"""The mean of an attention at each offset of a key from its query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from convfusion.mixers.base import Grid
+
+WORKED = 2**24  # pairs of query and key, over all maps, that are worked on at once
+
+
+def choose_queries(tokens: int, count: int, seed: int = 0) -> Tensor:
+    """Token indices in ascending order: all, or so many at random, the same at every call."""
+    if tokens <= count:
+        return torch.arange(tokens)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(tokens, generator=generator)[:count].sort().values
+
+
+def split_queries(chosen: Tensor, maps: int, tokens: int) -> Sequence[Tensor]:
+    """Chosen queries in parts whose `maps` maps of N keys take little memory."""
+    return chosen.split(max(1, WORKED // (maps * tokens)))
+
+
+class OffsetMeans(NamedTuple):
+    """What queries give to the key at each offset (Δrow, Δcolumn), the offset (0, 0) in the middle.
+
+    Attributes:
+        kernels: a_h(Δ) [h, 2R + 1, 2R + 1], the mean attention of the queries that have that key.
+        share: [2R + 1, 2R + 1], the share of all queries of the grid that have it; at a border
+            some keys are missing.
+    """
+
+    kernels: Tensor
+    share: Tensor
+
+    def outside(self) -> Tensor:
+        """Attention of each head beyond the window, [h] from 0 to 1: the mean over all queries."""
+        return (1 - (self.kernels * self.share).sum((1, 2))).clamp(0, 1)
+
+
+@torch.no_grad()
+def offset_means(
+    query: Tensor, key: Tensor, scale: float, grid: Grid, radius: int, chosen: Tensor
+) -> OffsetMeans:
+    """Mean attention of each head to the key at each offset (Δrow, Δcolumn) from the query.
+
+    Of the chosen queries, those count that have a key at that offset. Offsets that none has get 0.
+
+    Args:
+        query: [h, N, d] of h heads; worked in float32 whatever its dtype.
+        key: [h, N, d].
+        scale: usually 1/√d.
+        grid: (H, W) with H·W = N.
+        radius: R, the largest offset along either side.
+        chosen: indices of queries.
+
+    Returns:
+        The means and how many queries have each key, in float64.
+    """
+    height, width = grid
+    key = key.float().transpose(1, 2)
+    side, heads = 2 * radius + 1, len(query)
+    kind = precise(query.device)
+    sums = torch.zeros(heads, side**2 + 1, dtype=kind, device=query.device)
+    counts = torch.zeros(side**2 + 1, dtype=kind, device=query.device)
+    keys = torch.arange(height * width, device=query.device)
+    for part in split_queries(chosen.to(query.device), heads, height * width):
+        rows = keys[None] // width - part[:, None] // width + radius
+        columns = keys[None] % width - part[:, None] % width + radius
+        inside = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
+        bins = torch.where(inside, rows * side + columns, side**2)  # the last one is thrown away
+        maps = torch.softmax(query[:, part].float() @ key * scale, dim=-1)
+        sums += ring_sums(maps, bins, side**2 + 1)
+        counts += torch.bincount(bins.flatten(), minlength=side**2 + 1)
+    kernels = (sums / counts.clamp(min=1))[:, :-1].unflatten(1, (side, side))
+    away = torch.arange(-radius, radius + 1, dtype=kind, device=query.device).abs()
+    rows, columns = ((1 - away / length).clamp(min=0) for length in grid)
+    return OffsetMeans(kernels, rows[:, None] * columns)
+
+
+def mean_offsets(parts: list[OffsetMeans]) -> OffsetMeans:
+    """The means over several pictures, whose grids may differ; every picture counts alike.
+
+    The kernels are means over the queries that have each key, whatever their picture: a small grid
+    says nothing of the offsets that reach beyond it. `outside` is the mean of the pictures' own.
+    """
+    shares = torch.stack([means.share for means in parts])
+    sums = torch.stack([means.kernels * means.share for means in parts]).sum(0)
+    total = shares.sum(0)
+    return OffsetMeans(torch.where(total > 0, sums / total, 0.0), total / len(parts))
+
+
+def ring_sums(maps: Tensor, distances: Tensor, count: int) -> Tensor:
+    """Σ over queries and the keys at distance d from them; [M, Q, N] → float64 [M, D].
+
+    Args:
+        maps: M maps.
+        distances: [Q, N], as from `chebyshev`.
+        count: D.
+    """
+    offsets = torch.arange(len(maps), device=maps.device)[:, None] * count
+    bins = (offsets + distances.flatten()[None]).flatten()
+    kind = precise(maps.device)
+    sums = torch.zeros(len(maps) * count, dtype=kind, device=maps.device)
+    return sums.index_add_(0, bins, maps.to(kind).flatten()).view(len(maps), count)
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """The dtype that sums are taken in: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
