@@ -170,7 +170,7 @@ def test_more_budget_never_predicts_worse():
     )
     chosen = [allocations.within(Budget(ratio)) for ratio in np.geomspace(60, 1.05, 80)]
     errors = [each.epsilon_error for each in chosen]
-    assert all(later <= earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(errors))
     assert all(each.saving >= each.budget.value * (1 - 1e-12) for each in chosen)
 
 

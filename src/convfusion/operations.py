@@ -110,7 +110,7 @@ def attention_operations(attention: Any, channels: int, grid: Grid) -> int:
     """
     plain: Any = copy.deepcopy(attention).to("meta")
     if isinstance(plain, MixedAttention):
-        plain.__class__ = plain.stock
+        plain.__class__ = plain.stock  # type: ignore[assignment]
     return count(plain, _meta_tokens(plain, channels, grid))
 
 

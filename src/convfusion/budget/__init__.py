@@ -3,7 +3,7 @@
 from convfusion.budget.allocation import Allocation, Budget, SiteChoice, parse_budget
 from convfusion.budget.choose import Allocations, choose_mixers, list_allocations
 from convfusion.budget.measure import measure_moments
-from convfusion.budget.moments import Moments, Reach, RatioError, ReachError, SiteMoments
+from convfusion.budget.moments import Moments, RatioError, Reach, ReachError, SiteMoments
 
 __all__ = [
     "Allocation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -198,7 +199,7 @@ def _describe(choice: SiteChoice) -> tuple[str, ...]:
     if isinstance(mixer, Halo):
         shape = Shape(site.channels, site.heads, choice.grid)
         counts = halo_channels(mixer, shape)
-        name, window, cells = "halo", str(mixer.window), str(mixer.cells**2)
+        name, window, cells = "halo", str(mixer.window), str(math.prod(mixer.sides("cells")))
         keys, values = (f"{count}/{site.channels}" for count in counts)
     elif isinstance(mixer, DeltaConv):
         name, window = "ΔConvBlock", str(mixer.kernel_size)

@@ -59,9 +59,7 @@ def list_candidates(moments: SiteMoments, grid: Grid) -> list[Candidate]:
         grid: (H, W) of the tokens to plan for.
     """
     halo = (
-        Candidate(
-            set_halo(reach, key.ratio, value.ratio), add_errors(key.error, value.error, seen)
-        )
+        Candidate(set_halo(reach, key.ratio, value.ratio), add_errors(key.error, value.error, seen))
         for reach, seen in distinct_reaches(moments, grid)
         for key in moments.scores
         for value in moments.values
@@ -108,7 +106,7 @@ def list_uniform() -> Iterator[Halo]:
 def count_operations(mixer: Mixer, shape: Shape) -> int:
     """Operations of a mixer for one sample, by the project's counter."""
     if not isinstance(mixer, Halo):
-        return _count(mixer, shape)
+        return _count(mixer, shape)  # type: ignore[arg-type]  # settings are frozen
     none, per_key, per_value = _halo_law(replace(mixer, key_ratio=1.0, value_ratio=1.0), shape)
     keys, values = halo_channels(mixer, shape)
     return none + per_key * keys + per_value * values

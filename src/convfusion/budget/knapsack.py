@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,7 +108,7 @@ def _greedy_path(options: Sequence[Options]) -> tuple[Numbers, Numbers, NDArray[
         corners = _list_corners(each)
         picks[item] = corners[0]
         cost, error = cost + each[corners[0]][0], error + each[corners[0]][1]
-        for before, after in zip(corners, corners[1:], strict=False):
+        for before, after in pairwise(corners):
             steps.append((_slope(each[before], each[after]), item, after))
     rows = [(cost, error, picks.copy())]
     for _, item, after in sorted(steps, key=lambda step: -step[0]):

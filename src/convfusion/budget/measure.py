@@ -29,6 +29,8 @@ from convfusion.surgery.start import MEMORY, measure_imitation, start_mixer
 RATIOS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 WINDOWS = ((4, 6), (4, 8), (4, 12), (8, 16))  # of blocks of queries, and of their windows
 CELLS = (1, 4, 8)
+PICTURES = 16  # of a site, that errors are measured on
+TOKENS = 2**13  # of those pictures, that are worked on at once
 CALLS = 8  # that sensitivities are measured with
 MIDDLE = set_halo(UNIFORM, 0.25, 0.5)  # that stands at a site while its sensitivity is measured
 SMALL = 1e-6  # an imitation error that is rounding, of which no sensitivity follows
@@ -104,20 +106,19 @@ def _measure_site(
     sample: Sequence[TokenSample],
     calls: Sequence[tuple[Mapping[str, Any], Tensor]],
 ) -> SiteMoments:
-    grid = sample[0][1]
+    grid, sample = sample[0][1], gather_pictures(sample)
 
     def error(mixer: Mixer) -> float:
         return _start(model, site, mixer, sample)[1]
 
     seen = {reach: error(set_halo(reach, 1.0, 1.0)) for reach in list_reaches(grid)}
-    base = covering(UNIFORM, seen, grid)
-    whole = seen[base]
+    farthest, least = list(seen.items())[-1]
 
     def more(key_ratio: float, value_ratio: float) -> float:
-        """What a cut adds to the error of a block with all channels."""
+        """What a cut adds to the error of a block that sees far, and has all channels."""
         if key_ratio == value_ratio == 1.0:
             return 0.0
-        return max(0.0, error(set_halo(base, key_ratio, value_ratio)) - whole)
+        return max(0.0, error(set_halo(farthest, key_ratio, value_ratio)) - least)
 
     block, middle = _start(model, site, MIDDLE, sample)
     changed = _output_error(model, site, block, calls)
@@ -135,8 +136,22 @@ def _measure_site(
     )
 
 
+def gather_pictures(sample: Sequence[TokenSample], most: int = PICTURES) -> list[TokenSample]:
+    """At most so many pictures of a sample, evenly spread over it, those of a grid in batches."""
+    count = min(most, len(sample))
+    batches: list[TokenSample] = []
+    for number in range(count):
+        tokens, grid = sample[number * len(sample) // count]
+        last = batches[-1] if batches else None
+        if last and last[1] == grid and last[0][..., 0].numel() + tokens.shape[1] <= TOKENS:
+            batches[-1] = (torch.cat([last[0], tokens]), grid)
+        else:
+            batches.append((tokens, grid))
+    return batches
+
+
 def list_reaches(grid: Grid) -> list[Reach]:
-    """The reaches to measure on a grid, the nearest first; the last may see all of it."""
+    """The reaches to measure on a grid, the nearest first; the last sees the farthest."""
     reaches = []
     for block, window in WINDOWS:
         for cells in CELLS:
@@ -144,11 +159,6 @@ def list_reaches(grid: Grid) -> list[Reach]:
             if covers(reaches[-1], grid):  # there is nothing beyond for cells to stand for
                 return reaches
     return reaches
-
-
-def covering(reach: Reach, measured: Mapping[Reach, float], grid: Grid) -> Reach:
-    """A reach that was measured; the one that sees the whole grid, if that is smaller."""
-    return reach if reach in measured else next(each for each in measured if covers(each, grid))
 
 
 def _start(

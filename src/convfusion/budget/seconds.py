@@ -73,7 +73,7 @@ def choose_timed(places: Sequence[Place], most: int = TIMED) -> list[Mixer]:
                 costs[candidate.mixer] = cost
                 errors.setdefault(candidate.mixer, []).append(candidate.error)
     means = [Candidate(mixer, sum(own) / len(own)) for mixer, own in errors.items()]
-    best = [each.mixer for each, _ in keep_undominated(means, [costs[c.mixer] for c in means])]
+    best = [each.mixer for each, _ in keep_undominated(means, list(costs.values()))]
     steps = max(1, min(most, len(best)) - 1)
     chosen = {round(i * (len(best) - 1) / steps) for i in range(steps + 1)} if best else set()
     return [mixer for place, mixer in enumerate(best) if place in chosen and mixer is not None]

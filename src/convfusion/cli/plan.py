@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convfusion.cli.budget import Keep, MomentsFile, Within, check_budget, choose_within
+from convfusion.cli.budget import (
+    Keep,
+    MomentsFile,
+    Within,
+    check_budget,
+    choose_within,
+    find_moments,
+)
 from convfusion.cli.console import console, print_ending
 from convfusion.cli.models import (
     check_loading,
@@ -63,7 +70,8 @@ def plan(
     )
     known = model in full_size_configs()
     if budget is not None:
-        typer.echo(str(choose_within(target, budget, moments, keep, latents, batch)))
+        found = find_moments(target, moments)
+        typer.echo(str(choose_within(target, budget, found, keep, latents, batch)))
         if not known:
             again: list[Any] = ["convfusion", "convert", model, "--budget", budget]
             again += ["--moments", moments] if moments else []
