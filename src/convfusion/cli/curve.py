@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from convfusion.cli.budget import MomentsFile, find_moments
 from convfusion.cli.console import console, format_terms, print_ending
 from convfusion.cli.distill import prepare_source
 from convfusion.cli.models import (
@@ -42,6 +43,14 @@ Counts = Annotated[
     typer.Option(help="Write a config with this many sites. Repeat for more."),
 ]
 Ranking = Annotated[str, typer.Option(help="What ranks the sites: epsilon or imitation.")]
+MeasureMoments = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="Draw quality against cost for --budget instead: measure moments on the pictures, "
+        "and write them to OUT/moments.json or the file of --moments.",
+    ),
+]
 TrainingSeed = Annotated[int, typer.Option(help="Seed of the training.")]
 RATES = {True: 2e-2, False: 5e-4}  # the demo's on the embedded model; Grafting's for any other
 
@@ -60,6 +69,8 @@ def curve(
     held_out: HeldOut = 64,
     sites: Counts = None,
     by: Ranking = "epsilon",
+    measure: MeasureMoments = False,
+    moments: MomentsFile = None,
     seed: TrainingSeed = 0,
     revision: Revision = None,
     precision: Precision = "float32",
@@ -69,7 +80,8 @@ def curve(
 
     The cost is the ε-error: the relative squared error of the noise that the model predicts.
 
-    Writes curve.json, curve.csv, curve.png, and configs for `convert` and `distill`.
+    Writes curve.json, curve.csv, curve.png, and configs for `convert` and `distill`. With --measure
+    or --moments, budget.csv and budget.png: the error within budgets of 1.5x to 12x, untrained.
     """
     check_matplotlib("take convfusion.distill.curve.replacement_curve in Python for the numbers")
     check_loading(precision, device)
@@ -96,6 +108,11 @@ def curve(
     run = RunSettings.from_dict(named)
     source = prepare_source(run)
     pipe = open_stock_pipeline(model, precision, device, revision)
+    if measure or moments is not None:
+        with locked(out):
+            data_and_judge = split_data(pipe, run, source(pipe, out), held_out)
+            draw_budget_curve(model, pipe, run, *data_and_judge, moments, out, measure)
+        return
     counts = chosen_counts(equip(pipe, None, config).converted, sites)
     with locked(out):
         measured = measure_curve(pipe, run, *split_data(pipe, run, source(pipe, out), held_out))
@@ -127,6 +144,57 @@ def measure_curve(pipe: Any, run: Any, train: Any, apart: Any) -> Any:
             pipe, train, apart, run.distill, on_step=on_step, on_progress=advance(alone)
         )
         return replacement_curve(pipe, apart, costs, on_progress=advance(curve))
+
+
+def draw_budget_curve(
+    model: str,
+    pipe: Any,
+    run: Any,
+    train: Any,
+    apart: Any,
+    file: Path | None,
+    out: Path,
+    fresh: bool,
+) -> None:
+    """Measure or read moments, then what each budget leaves; write it, and say what comes next."""
+    from convfusion.distill.budget_curve import budget_curve
+    from convfusion.distill.startup import draw_noised_batches
+
+    def calls() -> Any:
+        return draw_noised_batches(pipe, train, seed=run.distill.seed)
+
+    place = file or out / "moments.json"
+    found = find_moments(pipe, place, list(calls()) if fresh else ())
+    with Progress(True) as progress:
+        bar = progress.add("budgets")
+        measured = budget_curve(
+            pipe,
+            apart,
+            found,
+            calls,
+            batch_size=run.distill.batch_size,
+            seed=run.distill.seed,
+            on_progress=lambda done, total: bar.update(done, total=total),
+        )
+    files = measured.save(out)
+    print_budgets(measured)
+    command = ("convfusion", "convert", model, "--budget", "4x", "--moments", place)
+    print_ending(*files, place, next_command=(*command, "--out", "converted"))
+
+
+def print_budgets(measured: Any) -> None:
+    """Predicted and measured errors of each budget."""
+    from rich.table import Table
+
+    table = Table(title=f"Error within budgets, untrained, {measured.samples} samples held out")
+    for head in ("ranks", "budget", "fewer\noperations", "predicted", "measured"):
+        table.add_column(head, justify="left" if head == "ranks" else "right")
+    for point in measured.points:
+        predicted = "" if point.predicted is None else f"{point.predicted:.2e}"
+        name = "by moments" if point.choice == "moments" else "equal"
+        saving = f"{point.saving:.2f}×"
+        table.add_row(name, f"{point.budget:g}x", saving, predicted, f"{point.measured:.2e}")
+    console().print(table)
 
 
 def split_data(pipe: Any, run: Any, data: Any, count: int) -> tuple[Any, Any]:
