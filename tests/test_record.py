@@ -10,8 +10,9 @@ from tiny_pipelines import block_weights, stable_diffusion
 import convfusion
 from convfusion import CheckpointError, DeltaConv, Removed, mini, uniform
 from convfusion.data import LatentDataset
-from convfusion.distill import DistillConfig, distill, start_from_attention
+from convfusion.distill import DistillConfig, distill
 from convfusion.distill.estimate import estimate_run
+from convfusion.distill.startup import draw_noised_batches
 from convfusion.surgery.record import TrainingRecord
 
 pytestmark = pytest.mark.libraries
@@ -36,7 +37,7 @@ def test_the_record_goes_with_the_blocks(pipe, data, tmp_path):
     """Through a conversion, a start, training, a copy, a folder and a whole pipeline."""
     assert convfusion.status(pipe).record == TrainingRecord("converted")
     assert "blocks not trained" in str(convfusion.status(pipe))
-    start_from_attention(pipe, data)
+    convfusion.start_from_attention(pipe, draw_noised_batches(pipe, data))
     started = convfusion.status(pipe).record
     assert started == TrainingRecord("attention") and not started.is_trained
     convfusion.save(pipe, tmp_path / "started")
