@@ -28,12 +28,10 @@ SHIPPED = uniform(DeltaConv(kernel_size=5, stages=3, ratio=2.0, gate="sigmoid"))
 
 
 def settings(steps: int) -> DistillConfig:
-    """The demo's recipe with Muon, and more weight on the features."""
+    """The demo's recipe with more weight on the features."""
     base = configure_distillation(steps)
     return replace(
         base,
-        optimizer="muon",
-        learning_rate=1e-2,
         losses=replace(base.losses, feature=5e-2),
         autocast="bf16",
     )
