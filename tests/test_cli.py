@@ -224,7 +224,7 @@ MISTAKES = {
     "huge seed": (["distill", "mini", "--out", "OUT", "--seed", str(2**63)], "2^63"),
     "imitation for longer": (
         ["distill", "--settings", "MINI", "--out", "OUT", "--steps", "4", "--warmup", "2"],
-        "convfusion: imitation_steps must lie between 0 and steps: it is 50",
+        "convfusion: imitation_steps must lie between 0 and steps: it is 12",
     ),
     "bad batch": (
         ["distill", "MODEL", "--out", "OUT", "--batch-size", "3", "--accumulation", "2"],
