@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import convfusion
 from convfusion.families import example_inputs, list_sites
-from convfusion.highres.budget import chunk_feed_forward
 from convfusion.highres.peaks import GIB, estimate_denoiser_peak
+from convfusion.highres.savings import chunk_feed_forward
 from convfusion.operations import peak_bytes
 from convfusion.surgery import mixers_of, presets
 from pages import add, has

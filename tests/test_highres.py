@@ -29,7 +29,7 @@ from convfusion.bench.models import bench_model
 from convfusion.evaluate import psnr
 from convfusion.families import native_size
 from convfusion.generate import generate
-from convfusion.highres import Ladder, Start, budget, highres
+from convfusion.highres import Ladder, Start, highres, savings
 from convfusion.highres.ladder import keep_last_steps, list_rungs, plan_ladder
 from convfusion.highres.peaks import estimate_denoiser_peak
 from convfusion.highres.vae_tiles import (
@@ -257,12 +257,12 @@ def test_a_vae_that_overflows_in_float16_is_run_in_float32():
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=lambda case: case.name)
 @torch.no_grad()
 def test_savings_that_save_memory_change_nothing(case, monkeypatch):
-    monkeypatch.setattr(budget, "CHUNK", 7)
+    monkeypatch.setattr(savings, "CHUNK", 7)
     model = case.model()
     convfusion.convert(model, BLOCKS)
     height, width = case.sizes[0]
     expected = run(model, case, height, width)
-    with budget.chunk_feed_forward(model, (height, width)), budget.run_one_at_a_time(model):
+    with savings.chunk_feed_forward(model, (height, width)), savings.run_one_at_a_time(model):
         found = run(model, case, height, width)
     assert torch.allclose(found, expected, atol=1e-5)
     assert "forward" not in model.__dict__
@@ -297,7 +297,7 @@ def test_estimates_that_the_page_tells():
     convfusion.drop_attention(model)
     latents = (512, 512)
     assert round(estimate_denoiser_peak(model, latents, batch=1), 2) == 8.13
-    with budget.chunk_feed_forward(model, latents):
+    with savings.chunk_feed_forward(model, latents):
         assert round(estimate_denoiser_peak(model, latents, batch=1), 2) == 4.38
 
 

@@ -25,8 +25,8 @@ from convfusion.distill import DistillConfig, distill
 from convfusion.export import export_onnx
 from convfusion.families import encode_conditioning, example_inputs
 from convfusion.families.unet import count_time_ids
-from convfusion.highres.budget import choose_savings, run_one_at_a_time
 from convfusion.highres.peaks import estimate_denoiser_peak
+from convfusion.highres.savings import choose_savings, run_one_at_a_time
 
 TIME = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
 REFINER = {**TIME, "projection_class_embeddings_input_dim": 16 + 5 * 8}

@@ -17,7 +17,7 @@ from convfusion.distill.environment import decoded_as_it_is
 from convfusion.evaluate.drawing import recorded_latents
 from convfusion.families.patches import copied_without_patches, replaced_attributes, wrapped_method
 from convfusion.highres import Ladder, highres
-from convfusion.highres.budget import chunk_feed_forward, run_one_at_a_time
+from convfusion.highres.savings import chunk_feed_forward, run_one_at_a_time
 from convfusion.highres.vae_tiles import VaeTiles, decode_in_tiles, tile_vae
 
 

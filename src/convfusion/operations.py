@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import product
 from typing import Any
 
@@ -89,17 +90,34 @@ def site_operations(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tupl
             continue
         if not hasattr(attention, "to_q"):
             raise ConvFusionError("the attention was dropped: there is nothing to compare with")
-        height, width = site_grid(model, site, size)
-        mixed: Any = copy.deepcopy(attention).to("meta")
-        tokens = torch.empty(
-            1, height * width, site.channels, device="meta", dtype=mixed.to_q.weight.dtype
-        )
-        block = mixer_operations(mixed.mixer, tokens, (height, width))
-        mixed.__class__ = mixed.stock
-        counts[site.path] = (count(mixed, tokens), block)
+        grid = site_grid(model, site, size)
+        mixer: Any = copy.deepcopy(attention.mixer).to("meta")
+        tokens = _meta_tokens(attention, site.channels, grid)
+        block = mixer_operations(mixer, tokens, grid)
+        counts[site.path] = (attention_operations(attention, site.channels, grid), block)
     if not counts:
         raise ConvFusionError("this model is not converted: there is nothing to compare")
     return counts
+
+
+def attention_operations(attention: Any, channels: int, grid: Grid) -> int:
+    """Operations of a self-attention with its projections, for one sample on a grid.
+
+    Args:
+        attention: a diffusers `Attention` on any device, converted or not.
+        channels: C of its tokens.
+        grid: of the tokens.
+    """
+    plain: Any = copy.deepcopy(attention).to("meta")
+    if isinstance(plain, MixedAttention):
+        plain.__class__ = plain.stock  # type: ignore[assignment]
+    return count(plain, _meta_tokens(plain, channels, grid))
+
+
+def _meta_tokens(attention: Any, channels: int, grid: Grid) -> Tensor:
+    """Tokens [1, N, C] as a self-attention takes them, without values."""
+    dtype = attention.to_q.weight.dtype
+    return torch.empty(1, math.prod(grid), channels, device="meta", dtype=dtype)
 
 
 def operations_ratio(pipe_or_model: Any, size: tuple[int, int]) -> float:

@@ -7,6 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from convfusion.cli.budget import (
+    Keep,
+    MomentsFile,
+    Within,
+    check_budget,
+    choose_conversion_within,
+    latents_of,
+    print_expected,
+)
 from convfusion.cli.console import console, print_ending
 from convfusion.cli.models import (
     check_loading,
@@ -25,7 +34,9 @@ from convfusion.cli.options import (
     Model,
     Precision,
     Revision,
+    Size,
     check_new,
+    parse_size,
 )
 from convfusion.errors import ConvFusionError
 from convfusion.text import read_prompts
@@ -69,7 +80,11 @@ def convert(
     out: Converted,
     config: Config = None,
     mixer: Mixer = None,
+    budget: Within = None,
     measure: Prompts = None,
+    moments: MomentsFile = None,
+    keep: Keep = 0,
+    size: Size = None,
     blocks: Blocks = None,
     every: Every = None,
     first: First = 0,
@@ -86,6 +101,9 @@ def convert(
     --measure they start from the attention, which is enough for halo blocks to draw as before, and
     brings ΔConvBlocks nearer. With a file of released weights as --blocks, they are written in
     ConvFusion's own format.
+
+    With --budget, what stands at each site is chosen so that the error is least; --size is the one
+    that it is chosen for.
     """
     from convfusion import checkpoint, surgery
     from convfusion.checkpoint import pipelines
@@ -95,17 +113,29 @@ def convert(
     prompts = read_prompts(measure) if measure is not None else []
     if prompts and blocks is not None:
         raise ConvFusionError("trained blocks need no start: give --blocks or --measure")
-    if prompts:
-        pipe = open_stock_pipeline(model, precision, device, revision)
-        calls = draw_calls(model, pipe, prompts)
+    check_budget(budget, moments, keep, measured=bool(prompts))
+    if budget is not None and (config, mixer, blocks, every) != (None, None, None, None):
+        raise ConvFusionError(
+            "a budget chooses the conversion: leave --config, --mixer, --blocks and --every out"
+        )
+    if size is not None and budget is None and not prompts:
+        raise ConvFusionError("--size goes with --budget or --measure")
+    wanted = None if size is None else parse_size(size)
+    stock = bool(prompts) or budget is not None
+    place = device if prompts else device or "cpu"
+    pipe = (open_stock_pipeline if stock else open_pipeline)(model, precision, place, revision)
+    latents = latents_of(pipe, wanted)
+    calls = draw_calls(model, pipe, prompts, wanted) if prompts else []
+    chosen, found = choose_conversion_within(pipe, budget, moments, keep, latents, calls)
+    if chosen is None:
+        equip(pipe, blocks, config, every, first, average, mixer)
     else:
-        pipe = open_pipeline(model, precision, device or "cpu", revision)
-    status = equip(pipe, blocks, config, every, first, average, mixer)
+        surgery.convert(pipe, chosen.config())
     if prompts:
-        print_errors(surgery.start_from_attention(pipe, calls))
-        status = surgery.status(pipe)
-    if drop_attention:
-        status = surgery.drop_attention(pipe)
+        errors = surgery.start_from_attention(pipe, calls)
+        print_errors(errors)
+        print_expected(chosen, found, errors)
+    status = surgery.drop_attention(pipe) if drop_attention else surgery.status(pipe)
     if blocks_only:
         checkpoint.save(pipe, out)
     else:
@@ -123,11 +153,14 @@ def convert(
     print_ending(out, verdict=warning, next_command=next_command)
 
 
-def draw_calls(model: str, pipe: Any, prompts: list[str]) -> list[dict[str, Any]]:
+def draw_calls(
+    model: str, pipe: Any, prompts: list[str], size: tuple[int, int] | None
+) -> list[dict[str, Any]]:
     """Calls of the denoiser from drawing prompts with its attention."""
     from convfusion.generate import record_calls
 
-    return record_calls(pipe, prompts, guidance=choose_guidance(model, pipe), progress=True)
+    guidance = choose_guidance(model, pipe)
+    return record_calls(pipe, prompts, guidance=guidance, size=size, progress=True)
 
 
 def print_errors(errors: dict[str, float]) -> None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from convfusion.cli.budget import (
+    Keep,
+    MomentsFile,
+    Within,
+    check_budget,
+    choose_within,
+    find_moments,
+)
 from convfusion.cli.console import console, print_ending
 from convfusion.cli.models import (
     check_loading,
@@ -35,42 +43,83 @@ def plan(
     model: Name,
     size: WantedSize,
     config: Config = None,
+    budget: Within = None,
+    moments: MomentsFile = None,
+    keep: Keep = 0,
     batch: Batch = 2,
     precision: Precision = "float32",
     device: Device = None,
     revision: Revision = None,
 ) -> None:
-    """Measure whether a conversion will be faster on this device, and from which size on."""
-    from convfusion.bench.models import PIXELS_PER_LATENT, bench_model, full_size_configs
-    from convfusion.bench.runs import with_random_weights
-    from convfusion.bench.speed_plan import plan_speed
-    from convfusion.families import denoiser_of, latent_scale, pixel_unit_of
-    from convfusion.generate import check_size
+    """Measure whether a conversion will be faster on this device, and from which size on.
 
+    With --budget, tell which mixer would stand at which site instead; nothing is timed for a budget
+    of operations.
+    """
+    from convfusion.bench.models import full_size_configs
+    from convfusion.bench.speed_plan import plan_speed
+    from convfusion.families import denoiser_of, pixel_unit_of
+
+    check_budget(budget, moments, keep)
+    if budget is not None and config is not None:
+        raise ConvFusionError("a budget chooses the conversion: give --budget or --config")
     wanted = parse_size(size)
     check_loading(precision, device)
-    if model in full_size_configs():
-        if revision is not None:
-            raise ConvFusionError(f"--revision needs a name on the Hub, and {model} is none")
-        named = bench_model(model)
-        scale, latents = PIXELS_PER_LATENT, named.latents(wanted)
-        pipe = with_random_weights(named.denoiser, parse_device(device), parse_precision(precision))
-    else:
-        pipe = open_stock_pipeline(model, precision, device, revision)
-        check_size(pipe, wanted)
-        scale = latent_scale(pipe)
-        latents = wanted[0] // scale, wanted[1] // scale
-    chosen = choose_conversion(denoiser_of(pipe), config)
+    target, scale, latents = open_planned(
+        model, wanted, precision, device, revision, timed=budget is None
+    )
+    known = model in full_size_configs()
+    if budget is not None:
+        found = find_moments(target, moments)
+        typer.echo(str(choose_within(target, budget, found, keep, latents, batch)))
+        if not known:
+            again: list[Any] = ["convfusion", "convert", model, "--budget", budget]
+            again += ["--moments", moments] if moments else []
+            print_ending(next_command=(*again, "--size", size, "--out", "converted"))
+        return
+    chosen = choose_conversion(denoiser_of(target), config)
     with Progress(True) as progress:
         bar = progress.add("measuring")
 
         def show(case: str) -> None:
             bar.update(bar.done + 1, name=f"measuring: {case}")
 
-        speed = plan_speed(pipe, chosen, latents, batch=batch, on_case=show)
-    print_plan(speed, scale, pixel_unit_of(denoiser_of(pipe), scale))
-    if model not in full_size_configs():
+        speed = plan_speed(target, chosen, latents, batch=batch, on_case=show)
+    print_plan(speed, scale, pixel_unit_of(denoiser_of(target), scale))
+    if not known:
         print_ending(next_command=("convfusion", "convert", model, "--out", "converted"))
+
+
+def open_planned(
+    model: str,
+    size: tuple[int, int],
+    precision: str,
+    device: str | None,
+    revision: str | None,
+    *,
+    timed: bool,
+) -> tuple[Any, int, tuple[int, int]]:
+    """What is planned for, its pixels per latent, and the latents of pictures of a size.
+
+    A model that is known by name has random weights, or none where nothing is timed.
+    """
+    from convfusion.bench.models import PIXELS_PER_LATENT, bench_model, full_size_configs
+    from convfusion.bench.runs import with_random_weights
+    from convfusion.families import latent_scale
+    from convfusion.generate import check_size
+
+    if model not in full_size_configs():
+        pipe = open_stock_pipeline(model, precision, device, revision)
+        check_size(pipe, size)
+        scale = latent_scale(pipe)
+        return pipe, scale, (size[0] // scale, size[1] // scale)
+    if revision is not None:
+        raise ConvFusionError(f"--revision needs a name on the Hub, and {model} is none")
+    named = bench_model(model)
+    latents, target = named.latents(size), named.denoiser
+    if timed:
+        target = with_random_weights(target, parse_device(device), parse_precision(precision))
+    return target, PIXELS_PER_LATENT, latents
 
 
 def print_plan(speed: SpeedPlan, scale: int, unit: int) -> None:

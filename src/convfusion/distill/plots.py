@@ -1,8 +1,9 @@
-"""The figure of a replacement curve."""
+"""The figures of a replacement curve, and of quality against cost."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -11,6 +12,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 from convfusion.distill.partial import Point, SiteCosts
 from convfusion.families import shorten_path
 from convfusion.report import BLUE, FAINT, GREEN, INK, ORANGE
+
+if TYPE_CHECKING:
+    from convfusion.distill.budget_curve import BudgetPoint
 
 NAMED = 16  # sites; the names of more would cover each other
 
@@ -60,6 +64,33 @@ def draw_curve(costs: SiteCosts, orders: Mapping[str, Sequence[Point]]) -> Figur
     if all(site.imitation_error > 0 for site in sites):
         by_site.set_xscale("log")
         _ticks(by_site.xaxis)
+    return drawn
+
+
+def draw_budgets(points: Sequence[BudgetPoint]) -> Figure:
+    """ε-error over the operations saved: measured and predicted, and measured of equal ranks."""
+    drawn = Figure(figsize=(6, 4), layout="constrained")
+    axes = drawn.subplots()
+    for choice, what, name, color, style in (
+        ("moments", "measured", "chosen by moments", BLUE, "o-"),
+        ("moments", "predicted", "the same, as predicted", BLUE, "o:"),
+        ("uniform", "measured", "equal ranks everywhere", ORANGE, "s--"),
+    ):
+        own = [point for point in points if point.choice == choice]
+        errors = [getattr(point, what) for point in own]
+        savings = [point.saving for point in own]
+        axes.plot(savings, errors, style, color=color, label=name, markersize=5)
+    axes.set_xlabel("times fewer operations")
+    axes.set_ylabel("ε-error before training")
+    axes.set_xscale("log")
+    if all(point.measured > 0 and point.predicted != 0 for point in points):
+        axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        _ticks(axis)
+    axes.legend(frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=FAINT)
+    axes.tick_params(labelsize=8)
     return drawn
 
 

@@ -28,7 +28,7 @@ from convfusion.families import denoiser_of, family_of, latent_scale, native_siz
 from convfusion.families.calls import check_call, cut_options
 from convfusion.families.patches import kept_values, wrapped_method
 from convfusion.generate import check_size, generate
-from convfusion.highres.budget import (
+from convfusion.highres.savings import (
     MemorySavings,
     choose_savings,
     chunk_feed_forward,

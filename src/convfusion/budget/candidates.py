@@ -1,0 +1,153 @@
+"""What may stand at a site: what it costs, and how far it is expected to be from the attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from convfusion.budget.knapsack import list_undominated
+from convfusion.budget.moments import Reach, SiteMoments
+from convfusion.mixers import DeltaConv, Halo, MeanOnly, Mixer
+from convfusion.mixers.base import Grid
+from convfusion.operations import mixer_operations
+
+KERNEL = 7  # of the ΔConvBlocks
+UNIFORM = Reach(4, 8, 4)  # where nothing was measured
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the operations of a mixer depend on.
+
+    Attributes:
+        channels, heads: of the site.
+        grid: (H, W) of the tokens.
+    """
+
+    channels: int
+    heads: int
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that may stand at a site.
+
+    Attributes:
+        mixer: its settings; None for the attention itself.
+        error: the imitation error that is predicted, before any training.
+    """
+
+    mixer: Mixer | None
+    error: float
+
+
+def list_candidates(moments: SiteMoments, grid: Grid) -> list[Candidate]:
+    """All that may stand at a site, with predicted imitation errors.
+
+    A halo block loses something by its cut scores, by its cut values and by what it does not see.
+    Each was measured with the other two whole. If each leaves a share 1 − e of the attention
+    right, all three leave the product of these shares: 1 − Π(1 − e), which is nearly the sum where
+    errors are small. How they act on each other is left out: it is a prediction, and no bound.
+
+    Args:
+        moments: of the site.
+        grid: (H, W) of the tokens to plan for.
+    """
+    halo = (
+        Candidate(set_halo(reach, key.ratio, value.ratio), add_errors(key.error, value.error, seen))
+        for reach, seen in distinct_reaches(moments, grid)
+        for key in moments.scores
+        for value in moments.values
+    )
+    others = (
+        Candidate(None, 0.0),
+        Candidate(DeltaConv(kernel_size=KERNEL), moments.delta_conv),
+        Candidate(MeanOnly(), moments.mean_only),
+    )
+    return [*others, *halo]
+
+
+def add_errors(*errors: float) -> float:
+    """1 − Π(1 − e) of errors below 1; the largest, where one is not."""
+    most = max(errors)
+    return most if most >= 1 else 1 - math.prod(1 - error for error in errors)
+
+
+def distinct_reaches(moments: SiteMoments, grid: Grid) -> list[tuple[Reach, float]]:
+    """The measured reaches; of those that see all of a grid, which are one, the cheapest."""
+    chosen: dict[Reach | str, tuple[Reach, float]] = {}
+    for reach, error in sorted(moments.far, key=lambda row: row.reach):
+        chosen.setdefault("all" if covers(reach, grid) else reach, (reach, error))
+    return list(chosen.values())
+
+
+def covers(reach: Reach, grid: Grid) -> bool:
+    """Whether a window holds all tokens of a grid."""
+    return reach.window >= max(grid)
+
+
+@cache
+def set_halo(reach: Reach, key_ratio: float, value_ratio: float) -> Halo:
+    """Settings of a halo block."""
+    return Halo(reach.block, reach.window, reach.cells, key_ratio, value_ratio)
+
+
+def list_uniform() -> Iterator[Halo]:
+    """Halo blocks by rising cost: ranks in steps of a sixteenth, values a quarter above keys."""
+    for step in range(1, 17):
+        yield set_halo(UNIFORM, step / 16, min(1.0, step / 16 + 0.25))
+
+
+def count_operations(mixer: Mixer, shape: Shape) -> int:
+    """Operations of a mixer for one sample, by the project's counter."""
+    if not isinstance(mixer, Halo):
+        return _count(mixer, shape)  # type: ignore[arg-type]  # settings are frozen
+    none, per_key, per_value = _halo_law(replace(mixer, key_ratio=1.0, value_ratio=1.0), shape)
+    keys, values = halo_channels(mixer, shape)
+    return none + per_key * keys + per_value * values
+
+
+@cache
+def halo_channels(mixer: Halo, shape: Shape) -> tuple[int, int]:
+    """Channels of all keys and of all values of a halo block."""
+    with torch.device("meta"):
+        built = mixer.build(shape.channels, shape.heads)
+    return built.to_q.out_features, built.to_out.in_features
+
+
+@cache
+def _halo_law(whole: Halo, shape: Shape) -> tuple[int, int, int]:
+    """Operations without channels, for each channel of the keys, and for each of the values.
+
+    Every product of a halo block has either of them as one of its sides, so that three counts tell
+    the operations of all its ranks.
+    """
+    small = replace(whole, key_ratio=0.5, value_ratio=0.5)
+    (most, _), (half, half_values) = (halo_channels(each, shape) for each in (whole, small))
+    full = _count(whole, shape)
+    if half == most:  # a head of one channel has no other rank
+        return full, 0, 0
+    per_key = (full - _count(replace(whole, key_ratio=0.5), shape)) // (most - half)
+    per_value = (full - _count(replace(whole, value_ratio=0.5), shape)) // (most - half_values)
+    return full - per_key * most - per_value * most, per_key, per_value
+
+
+@cache
+def _count(mixer: Mixer, shape: Shape) -> int:
+    with torch.device("meta"):
+        built = mixer.build(shape.channels, shape.heads)
+        tokens = torch.empty(1, shape.grid[0] * shape.grid[1], shape.channels)
+    return mixer_operations(built, tokens, shape.grid)
+
+
+def keep_undominated(
+    candidates: Sequence[Candidate], costs: Sequence[float]
+) -> list[tuple[Candidate, float]]:
+    """The candidates that no other one beats in cost and error, the cheapest first."""
+    options = [(cost, each.error) for each, cost in zip(candidates, costs, strict=True)]
+    return [(candidates[i], costs[i]) for i in list_undominated(options)]

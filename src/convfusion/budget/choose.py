@@ -1,0 +1,282 @@
+"""Which mixer stands at which site, so that the sum of errors is least within a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from convfusion.budget.allocation import Allocation, Budget, SiteChoice, parse_budget
+from convfusion.budget.candidates import (
+    UNIFORM,
+    Candidate,
+    Shape,
+    count_operations,
+    keep_undominated,
+    list_candidates,
+    list_uniform,
+    set_halo,
+)
+from convfusion.budget.knapsack import Front, find_front
+from convfusion.budget.moments import Moments, SiteMoments
+from convfusion.budget.seconds import time_candidates
+from convfusion.errors import ConvFusionError
+from convfusion.families import Denoiser, Site, Size, denoiser_of, list_sites, native_latents
+from convfusion.families import site_grid as grid_of
+from convfusion.fingerprint import fingerprint
+from convfusion.operations import attention_operations
+from convfusion.surgery import mixers_of
+
+DEAREST = set_halo(UNIFORM, 0.25, 0.5)  # the block whose error says how dear a site is
+BY_MOMENTS = "predicted from the moments that were measured, before any training"
+BY_OPERATIONS = (
+    "nothing was measured, so that all sites have halo blocks of the same ranks, the largest "
+    "within the budget: --measure or --moments puts them where they matter"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site, and what may stand there.
+
+    Attributes:
+        site: of the model.
+        shape: of its tokens at the size that is planned for.
+        attention: operations of its attention.
+        options: (candidate, operations) that no other one beats, the cheapest first.
+        sensitivity: ε-error for each unit of imitation error.
+    """
+
+    site: Site
+    shape: Shape
+    attention: int
+    options: Sequence[tuple[Candidate, float]]
+    sensitivity: float
+
+
+def choose_mixers(
+    pipe_or_model: Any,
+    budget: str | Budget,
+    *,
+    moments: Moments | None = None,
+    size: Size | None = None,
+    keep: int = 0,
+    batch: int = 2,
+) -> Allocation:
+    """Choose what stands at each self-attention so that the sum of errors is least.
+
+    At every site the attention, a ΔConvBlock, the mean token, or a halo block of some window, cells
+    and ranks may stand. The error of the whole is taken as the sum over the sites of their
+    imitation error times their sensitivity, and the best choice by it is found by a knapsack.
+    Nothing is changed: `convert(model, allocation.config())` does what was chosen.
+
+    Args:
+        pipe_or_model: not converted; on the meta device too, for a budget of operations.
+        budget: `"4x"` for 4 times fewer operations of all self-attentions together; or `"0.8s"`
+            for so many seconds of all of them in one call of the denoiser, measured here.
+        moments: of this model. Without them all sites have halo blocks of the same ranks, the
+            largest whose operations are within the budget.
+        size: (height, width) of the latents that it is planned for; by default that of the
+            moments, or the model's own.
+        keep: keep the attention at so many of the sites, those that are dearest to replace.
+        batch: samples in a call of which seconds are measured.
+
+    Raises:
+        ConvFusionError: the model is converted, the budget cannot be reached, or the moments are
+            those of another model.
+    """
+    model = denoiser_of(pipe_or_model)
+    limit = parse_budget(budget) if isinstance(budget, str) else budget
+    if mixers_of(model):
+        raise ConvFusionError("this model is converted already: revert it before choosing mixers")
+    latents = size or (moments.latents if moments else native_latents(model))
+    if moments is None:
+        return _choose_uniform(model, limit, latents, keep)
+    return list_allocations(model, moments, latents, limit, keep, batch).within(limit)
+
+
+@dataclass(frozen=True)
+class Allocations:
+    """The best choices for every budget at once.
+
+    Attributes:
+        places: of the sites.
+        front: of the choices.
+        whole: cost of all attentions, in the budget's unit.
+        options: of each site, what the picks of the front name: (candidate, cost).
+        latents: (height, width) that it is planned for.
+    """
+
+    places: tuple[Place, ...]
+    front: Front
+    whole: float
+    options: tuple[Sequence[tuple[Candidate, float]], ...]
+    latents: Size
+
+    def within(self, budget: Budget) -> Allocation:
+        """The best choice within a budget.
+
+        Raises:
+            ConvFusionError: there is none.
+        """
+        row = self.front.within(budget.limit(self.whole))
+        if row is None:
+            least = budget.format(self.whole, float(self.front.costs[0]))
+            raise ConvFusionError(
+                f"a budget of {budget} cannot be reached here: {least} is the least that can be had"
+            )
+        timed = budget.unit == "s"
+        sites = []
+        for place, options, pick in zip(
+            self.places, self.options, self.front.picks[row], strict=True
+        ):
+            candidate, cost = options[pick]
+            sites.append(_choice(place, candidate, cost if timed else None))
+        whole = self.whole if timed else None
+        return Allocation(budget, self.latents, tuple(sites), BY_MOMENTS, whole)
+
+
+def list_allocations(
+    pipe_or_model: Any,
+    moments: Moments,
+    latents: Size,
+    budget: Budget,
+    keep: int = 0,
+    batch: int = 2,
+) -> Allocations:
+    """The best choices for every budget of the same unit; arguments as for `choose_mixers`."""
+    model = denoiser_of(pipe_or_model)
+    places = _find_places(model, _match_moments(model, moments), latents, keep)
+    if budget.unit == "x":
+        whole = float(sum(place.attention for place in places))
+        options: list[Sequence[tuple[Candidate, float]]] = [place.options for place in places]
+    else:
+        seconds = time_candidates(model, _group(places), batch)
+        whole = sum(seconds[place.shape][None] for place in places)
+        options = []
+        for place in places:
+            timed = [c for c, _ in place.options if c.mixer in seconds[place.shape]]
+            costs = [seconds[place.shape][each.mixer] for each in timed]
+            options.append(keep_undominated(timed, costs))
+    front = find_front(
+        [
+            [(cost, place.sensitivity * candidate.error) for candidate, cost in each]
+            for place, each in zip(places, options, strict=True)
+        ]
+    )
+    return Allocations(tuple(places), front, whole, tuple(options), latents)
+
+
+def _find_places(
+    model: Denoiser, measured: Mapping[str, SiteMoments], latents: Size, keep: int
+) -> list[Place]:
+    sites = list_sites(model)
+    kept = _find_dearest(list(measured.values()), keep)
+    attentions: dict[Shape, int] = {}
+    places = []
+    for site in sites:
+        moments, shape = measured[site.path], _shape(model, site, latents)
+        attention = _count_attention(model, site, shape, attentions)
+        candidates = [Candidate(None, 0.0)]
+        if site.path not in kept:
+            candidates = list_candidates(moments, shape.grid)
+        costs = [
+            float(attention if each.mixer is None else count_operations(each.mixer, shape))
+            for each in candidates
+        ]
+        options = keep_undominated(candidates, costs)
+        places.append(Place(site, shape, attention, options, moments.sensitivity))
+    return places
+
+
+def _find_dearest(measured: Sequence[SiteMoments], keep: int) -> set[str]:
+    """The paths of the sites whose replacement by a block of middle ranks costs most ε-error."""
+    if not 0 <= keep < len(measured):
+        raise ConvFusionError(
+            f"{keep} attentions cannot be kept of {len(measured)}: at least one must be replaced"
+        )
+
+    def cost(site: SiteMoments) -> float:
+        halos = [c for c in list_candidates(site, site.grid) if c.mixer == DEAREST]
+        least = min(c.error for c in list_candidates(site, site.grid) if c.mixer is not None)
+        return site.sensitivity * (halos[0].error if halos else least)
+
+    ranked = sorted(measured, key=cost, reverse=True)
+    return {site.path for site in ranked[:keep]}
+
+
+def _choose_uniform(model: Denoiser, budget: Budget, latents: Size, keep: int) -> Allocation:
+    if budget.unit == "s" or keep:
+        what = "seconds" if budget.unit == "s" else "keeping the dearest attentions"
+        raise ConvFusionError(f"{what} needs moments of this model: give them, or measure them")
+    attentions: dict[Shape, int] = {}
+    places = []
+    for site in list_sites(model):
+        shape = _shape(model, site, latents)
+        attention = _count_attention(model, site, shape, attentions)
+        places.append(Place(site, shape, attention, (), 0.0))
+    whole = sum(place.attention for place in places)
+    best, least = None, math.inf
+    for halo in list_uniform():
+        cost = sum(count_operations(halo, place.shape) for place in places)
+        least = min(least, cost)
+        if cost <= budget.limit(whole):
+            best = halo
+    if best is None:
+        raise ConvFusionError(
+            f"a budget of {budget} cannot be reached with halo blocks everywhere: "
+            f"{budget.format(whole, least)} is the least that can be had; moments let other "
+            "blocks stand in"
+        )
+    chosen = Candidate(best, math.nan)
+    sites = tuple(_choice(place, chosen, None) for place in places)
+    return Allocation(budget, latents, sites, BY_OPERATIONS)
+
+
+def _choice(place: Place, candidate: Candidate, seconds: float | None) -> SiteChoice:
+    mixer = candidate.mixer
+    known = not math.isnan(candidate.error)
+    return SiteChoice(
+        site=place.site,
+        grid=place.shape.grid,
+        mixer=mixer,
+        attention_operations=place.attention,
+        operations=place.attention if mixer is None else count_operations(mixer, place.shape),
+        imitation_error=candidate.error if known else None,
+        epsilon_error=place.sensitivity * candidate.error if known else None,
+        seconds=seconds,
+    )
+
+
+def _group(places: Sequence[Place]) -> dict[Shape, list[Place]]:
+    groups: dict[Shape, list[Place]] = {}
+    for place in places:
+        groups.setdefault(place.shape, []).append(place)
+    return groups
+
+
+def _shape(model: Denoiser, site: Site, latents: Size) -> Shape:
+    return Shape(site.channels, site.heads, grid_of(model, site, latents))
+
+
+def _count_attention(model: Denoiser, site: Site, shape: Shape, known: dict[Shape, int]) -> int:
+    """Operations of a site's attention; sites of the same shape are counted once."""
+    if shape not in known:
+        attention = model.get_submodule(site.path)
+        known[shape] = attention_operations(attention, site.channels, shape.grid)
+    return known[shape]
+
+
+def _match_moments(model: Denoiser, moments: Moments) -> dict[str, SiteMoments]:
+    """The moments by site of a model; a ConvFusionError if they are another one's."""
+    own = {site.path: (site.channels, site.heads) for site in list_sites(model)}
+    theirs = {site.path: (site.channels, site.heads) for site in moments.sites}
+    if own != theirs:
+        raise ConvFusionError("these moments are those of a model with other sites: measure this")
+    if model.device.type != "meta" and fingerprint(model) != moments.teacher:
+        raise ConvFusionError(
+            "these moments were measured with other weights, or in another precision: measure "
+            "this model"
+        )
+    return moments.by_path

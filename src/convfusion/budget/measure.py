@@ -1,0 +1,191 @@
+"""Measure what replacing each attention would cost: blocks that start from it, without training.
+
+One pass over the calls keeps some of the tokens of every site. From them halo blocks of several
+ranks and reaches are set, as `convert` with measured calls would, and compared with the attention.
+Then each site alone is replaced in the denoiser, which tells how much of an error at the site
+reaches its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convfusion.budget.candidates import KERNEL, UNIFORM, covers, set_halo
+from convfusion.budget.moments import Moments, RatioError, Reach, ReachError, SiteMoments
+from convfusion.errors import ConvFusionError
+from convfusion.evaluate.epsilon import relative_error
+from convfusion.families import Denoiser, Site, denoiser_of, list_sites, noisy_latents
+from convfusion.families.watch import sample_attention
+from convfusion.fingerprint import fingerprint
+from convfusion.mixers import DeltaConv, Grid, MeanOnly, Mixer
+from convfusion.mixers.base import TokenMixer, TokenSample
+from convfusion.surgery import build_mixers, install, mixers_of, revert, uniform
+from convfusion.surgery.start import MEMORY, measure_imitation, start_mixer
+
+RATIOS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+WINDOWS = ((4, 6), (4, 8), (4, 12), (8, 16))  # of blocks of queries, and of their windows
+CELLS = (1, 4, 8)
+PICTURES = 16  # of a site, that errors are measured on
+TOKENS = 2**13  # of those pictures, that are worked on at once
+CALLS = 8  # that sensitivities are measured with
+MIDDLE = set_halo(UNIFORM, 0.25, 0.5)  # that stands at a site while its sensitivity is measured
+SMALL = 1e-6  # an imitation error that is rounding, of which no sensitivity follows
+
+OnSite = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def measure_moments(
+    pipe_or_model: Any,
+    calls: Iterable[Mapping[str, Any]],
+    *,
+    memory: float = MEMORY,
+    seed: int = 0,
+    on_site: OnSite | None = None,
+) -> Moments:
+    """Measure what replacing each self-attention would cost in quality.
+
+    The model is left as it was.
+
+    Args:
+        pipe_or_model: a pipeline or denoiser that is not converted.
+        calls: keyword arguments of the denoiser, such as `generate.record_calls` gives; a few dozen
+            pictures over all timesteps are enough.
+        memory: GiB on the CPU for tokens, over all sites.
+        seed: of the choice of tokens, and of the calls for sensitivities.
+        on_site: called with the sites that are measured, and all.
+
+    Raises:
+        ConvFusionError: the model is converted, there are no calls, or a block cannot start from
+            its attention.
+    """
+    model = denoiser_of(pipe_or_model)
+    if mixers_of(model):
+        raise ConvFusionError("this model is converted: revert it before measuring")
+    sites = list_sites(model)
+    chosen = _Reservoir(CALLS, seed)
+    with sample_attention(model, [site.path for site in sites], memory, seed) as samples:
+        for call in calls:
+            chosen.add(call, model(**call))
+    if not chosen.kept:
+        raise ConvFusionError("no call of the model was given to measure with")
+    measured = []
+    for done, site in enumerate(sites, 1):
+        measured.append(_measure_site(model, site, samples.pop(site.path), chosen.kept))
+        if on_site is not None:
+            on_site(done, len(sites))
+    height, width = noisy_latents(model, (), chosen.kept[0][0]).shape[-2:]
+    return Moments(fingerprint(model), (height, width), tuple(measured))
+
+
+class _Reservoir:
+    """A few calls and their outputs, of which each that was seen has the same chance."""
+
+    def __init__(self, most: int, seed: int) -> None:
+        self.most, self.seen = most, 0
+        self.kept: list[tuple[Mapping[str, Any], Tensor]] = []
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def add(self, call: Mapping[str, Any], output: Any) -> None:
+        self.seen += 1
+        pair = (call, output[0])
+        place = int(torch.randint(self.seen, (), generator=self.generator))
+        if len(self.kept) < self.most:
+            self.kept.append(pair)
+        elif place < self.most:
+            self.kept[place] = pair
+
+
+def _measure_site(
+    model: Denoiser,
+    site: Site,
+    sample: Sequence[TokenSample],
+    calls: Sequence[tuple[Mapping[str, Any], Tensor]],
+) -> SiteMoments:
+    grid, sample = sample[0][1], gather_pictures(sample)
+
+    def error(mixer: Mixer) -> float:
+        return _start(model, site, mixer, sample)[1]
+
+    seen = {reach: error(set_halo(reach, 1.0, 1.0)) for reach in list_reaches(grid)}
+    farthest, least = list(seen.items())[-1]
+
+    def more(key_ratio: float, value_ratio: float) -> float:
+        """What a cut adds to the error of a block that sees far, and has all channels."""
+        if key_ratio == value_ratio == 1.0:
+            return 0.0
+        return max(0.0, error(set_halo(farthest, key_ratio, value_ratio)) - least)
+
+    block, middle = _start(model, site, MIDDLE, sample)
+    changed = _output_error(model, site, block, calls)
+    return SiteMoments(
+        path=site.path,
+        channels=site.channels,
+        heads=site.heads,
+        grid=(grid[0], grid[1]),
+        scores=tuple(RatioError(ratio, more(ratio, 1.0)) for ratio in RATIOS),
+        values=tuple(RatioError(ratio, more(1.0, ratio)) for ratio in RATIOS),
+        far=tuple(ReachError(reach, left) for reach, left in seen.items()),
+        delta_conv=error(DeltaConv(kernel_size=KERNEL)),
+        mean_only=error(MeanOnly()),
+        sensitivity=changed / middle if middle > SMALL else 0.0,
+    )
+
+
+def gather_pictures(sample: Sequence[TokenSample], most: int = PICTURES) -> list[TokenSample]:
+    """At most so many pictures of a sample, evenly spread over it, those of a grid in batches."""
+    count = min(most, len(sample))
+    batches: list[TokenSample] = []
+    for number in range(count):
+        tokens, grid = sample[number * len(sample) // count]
+        last = batches[-1] if batches else None
+        if last and last[1] == grid and last[0][..., 0].numel() + tokens.shape[1] <= TOKENS:
+            batches[-1] = (torch.cat([last[0], tokens]), grid)
+        else:
+            batches.append((tokens, grid))
+    return batches
+
+
+def list_reaches(grid: Grid) -> list[Reach]:
+    """The reaches to measure on a grid, the nearest first; the last sees the farthest."""
+    reaches = []
+    for block, window in WINDOWS:
+        for cells in CELLS:
+            reaches.append(Reach(block, window, cells))
+            if covers(reaches[-1], grid):  # there is nothing beyond for cells to stand for
+                return reaches
+    return reaches
+
+
+def _start(
+    model: Denoiser, site: Site, settings: Mixer, sample: Sequence[TokenSample]
+) -> tuple[TokenMixer, float]:
+    """A mixer that starts from a site's attention, and its imitation error."""
+    mixer = build_mixers(model, [site], uniform(settings))[site.path]
+    attention = model.get_submodule(site.path)
+    if mixer.has_measured_start:
+        return mixer, start_mixer(site.path, mixer, attention, sample)
+    return mixer, measure_imitation(mixer, attention, sample)
+
+
+def _output_error(
+    model: Denoiser,
+    site: Site,
+    mixer: TokenMixer,
+    calls: Sequence[tuple[Mapping[str, Any], Tensor]],
+) -> float:
+    """Mean relative squared error of what the denoiser predicts with one site replaced."""
+    install(model, {site.path: mixer}, keep_attention=True)
+    try:
+        errors = []
+        for call, taught in calls:
+            channels = noisy_latents(model, (), call).shape[1]  # more are a learned variance
+            learned = model(**call)[0]
+            errors.append(relative_error(learned[:, :channels], taught[:, :channels]))
+    finally:
+        revert(model)
+    return torch.cat(errors).mean().item()
