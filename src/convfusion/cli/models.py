@@ -85,9 +85,13 @@ def warn_of(record: TrainingRecord | None) -> str:
     """What to expect of blocks that were never trained; empty for others, and where none can be."""
     if record is None or record.is_trained:
         return ""
-    state = "untrained, started from the attention" if record.is_started else "untrained"
+    if record.is_started:
+        return (
+            "These blocks are untrained, started from the attention: halo blocks draw nearly as "
+            "before, ΔConvBlocks poorly. `convfusion distill` brings both nearer."
+        )
     return (
-        f"These blocks are {state}: pictures will be poor, or noise, until `convfusion distill` "
+        "These blocks are untrained: pictures will be poor, or noise, until `convfusion distill` "
         "has trained them."
     )
 
