@@ -1,10 +1,10 @@
 """Blocks of one base put into a fine-tune of it: do they fit there, and what does distilling bring?
 
 `python recipes/another_base.py` fine-tunes the embedded teacher on one of the two designs that it
-knows. The shipped blocks, which were distilled from the base, go into the fine-tune as they are,
-and are then distilled on; fresh blocks of the same kind are distilled for as long. ε-errors against
-the fine-tune itself, on held-out names of its design, go to `results/another_base.csv`, beside
-those of the shipped blocks in their own base, and the distance of the two bases.
+knows. The shipped ΔConvBlocks, which were distilled from the base, go into the fine-tune as they
+are, and are then distilled on; fresh blocks of the same kind are distilled for as long. ε-errors
+against the fine-tune itself, on held-out names of its design, go to `results/another_base.csv`,
+beside those of the shipped blocks in their own base, and the distance of the two bases.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from convfusion.surgery import mixers_of
 from experiment import KEPT, Table, digest, shipped, weights_of
 
 TABLE = Table("another_base.csv", ["variant", "design", "tuning_steps", "steps", "made"], "results")
+SHIPPED: mini.Student = "delta_conv"
 Row = dict[str, str]
 
 
@@ -85,7 +86,7 @@ def measured(variant: str, design: str, tuning: int, steps: int) -> Row:
     elif variant.startswith("fresh"):
         convert(base, shipped_kind())
     else:
-        load(base, mini.STUDENT)
+        load(base, mini.STUDENTS / SHIPPED)
     if steps:
         fresh = variant.startswith("fresh")
         config = configure_distillation(steps)
@@ -98,14 +99,14 @@ def measured(variant: str, design: str, tuning: int, steps: int) -> Row:
 def made(variant: str) -> str:
     """A hash of the teacher's weights, and of the shipped blocks or their kind where they count."""
     if variant.startswith("shipped"):
-        return shipped()[1]
+        return shipped(SHIPPED)[1]
     kind = shipped_kind().to_dict() if variant.startswith("fresh") else None
     return digest(weights_of("mini"), kind)
 
 
 def shipped_kind() -> ConvertConfig:
     """A conversion to blocks of the shipped student's kind."""
-    mixers = mixers_of(denoiser_of(mini.load_student()))
+    mixers = mixers_of(denoiser_of(mini.load_student(SHIPPED)))
     return ConvertConfig({path: mixer.config for path, mixer in mixers.items()})
 
 

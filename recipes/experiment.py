@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +110,10 @@ def student(teacher: str, made_by: Recipe) -> tuple[Any, float]:
     return pipe, seconds
 
 
-def shipped() -> tuple[Callable[[], Any], str]:
-    """The embedded model's own student, and what tells it from others."""
-    return mini.load_student, digest("shipped", fingerprint(denoiser_of(mini.load_student())))
+def shipped(name: mini.Student = "near") -> tuple[Callable[[], Any], str]:
+    """A student that the embedded model comes with, and what tells it from others."""
+    load_it = partial(mini.load_student, name)
+    return load_it, digest("shipped", fingerprint(denoiser_of(load_it())))
 
 
 def unfused(pipe: Any) -> None:

@@ -1,6 +1,6 @@
 """Does a student need another guidance scale, other steps or another solver than its teacher?
 
-`python recipes/guidance.py` draws with the embedded teacher and its shipped student and writes
+`python recipes/guidance.py` draws with the embedded teacher and its student `near`, and writes
 `results/guidance.csv`, the kernel distance of either to real pictures over guidance scales, and
 `results/solvers.csv`, the PSNR of the student's pictures to the teacher's at equal seeds over
 solvers and numbers of steps.

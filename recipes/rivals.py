@@ -106,7 +106,8 @@ def draw(teacher: str, chosen: dict[str, Recipe], samples: int) -> None:
     whole = extract_features(stock, weights_of(teacher), own)
     makers = {"the teacher": (stock, weights_of(teacher))}
     if teacher == "mini":
-        makers["ΔConvBlocks as they are shipped"] = shipped()
+        makers["ΔConvBlocks as they are shipped"] = shipped("delta_conv")
+        makers["halo blocks as they are shipped"] = shipped("near")
     for name, how in chosen.items():
         makers[name] = (lambda how=how: student(teacher, how)[0], how.made(teacher))
     for name, (maker, made) in makers.items():

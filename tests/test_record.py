@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from tiny_pipelines import block_weights, stable_diffusion
 import convfusion
 from convfusion import CheckpointError, DeltaConv, Removed, mini, uniform
 from convfusion.data import LatentDataset
-from convfusion.distill import DistillConfig, distill, start_from_attention
+from convfusion.distill import DistillConfig, distill
 from convfusion.distill.estimate import estimate_run
+from convfusion.distill.startup import draw_noised_batches
 from convfusion.surgery.record import TrainingRecord
 
 pytestmark = pytest.mark.libraries
@@ -36,7 +38,7 @@ def test_the_record_goes_with_the_blocks(pipe, data, tmp_path):
     """Through a conversion, a start, training, a copy, a folder and a whole pipeline."""
     assert convfusion.status(pipe).record == TrainingRecord("converted")
     assert "blocks not trained" in str(convfusion.status(pipe))
-    start_from_attention(pipe, data)
+    convfusion.start_from_attention(pipe, draw_noised_batches(pipe, data))
     started = convfusion.status(pipe).record
     assert started == TrainingRecord("attention") and not started.is_trained
     convfusion.save(pipe, tmp_path / "started")
@@ -89,8 +91,10 @@ def test_mixers_that_cannot_learn_have_no_record(pipe):
     assert convfusion.convert(pipe, uniform(Removed())).record is None
 
 
-def test_the_packaged_student_is_trained():
-    assert convfusion.status(mini.load_student()).record == TrainingRecord("attention", 6000)
+@pytest.mark.parametrize("name", get_args(mini.Student))
+def test_the_packaged_students_are_trained(name):
+    record = convfusion.status(mini.load_student(name)).record
+    assert record.is_trained and record.origin == "attention"
 
 
 @pytest.mark.parametrize(

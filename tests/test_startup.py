@@ -9,15 +9,12 @@ from tiny_pipelines import PIPELINES
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, MeanOnly, uniform
-from convfusion.analysis.streaming import Measure, OffsetMeans, mean_offsets, offset_means
 from convfusion.data import LatentDataset
-from convfusion.distill.startup import (
-    leading_directions,
-    set_to_mean_attention,
-    start_from_attention,
-)
+from convfusion.distill.startup import draw_noised_batches
 from convfusion.families import denoiser_of, list_sites
 from convfusion.mixers.delta_conv import Gate
+from convfusion.mixers.delta_conv_start import leading_directions, set_to_mean_attention
+from convfusion.mixers.offsets import OffsetMeans, choose_queries, mean_offsets, offset_means
 from convfusion.surgery import mixers_of
 
 
@@ -88,7 +85,7 @@ def test_offset_means_against_the_whole_map():
                 counts[i, j] += 1
             else:
                 beyond += maps[:, q, k] / 35
-    found = offset_means(query, key, 0.5, grid, radius, Measure(queries=64))
+    found = offset_means(query, key, 0.5, grid, radius, torch.arange(35))
     assert torch.allclose(found.kernels, sums / counts, atol=1e-6)
     assert torch.allclose(found.share, counts.double() / 35)
     assert torch.allclose(found.outside(), beyond, atol=1e-6)
@@ -102,7 +99,8 @@ def test_uniform_attention_leaves_the_mean_branch_what_no_window_holds(grid, sid
     places = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
     held = [max(abs(a - c), abs(b - d)) <= side // 2 for a, b in places for c, d in places]
     zeros = torch.zeros(2, len(places), 4)
-    means = offset_means(zeros, zeros, 1.0, grid, side // 2, Measure(queries=64))
+    chosen = choose_queries(len(places), 64)
+    means = offset_means(zeros, zeros, 1.0, grid, side // 2, chosen)
     expected = 1 - sum(held) / len(held)
     assert means.outside().tolist() == pytest.approx([expected] * 2, abs=1e-6)
     attention = attention_with_bias(8, 2)
@@ -125,8 +123,9 @@ def test_pictures_of_several_grids_count_alike():
     torch.manual_seed(2)
     found = []
     for grid in ((4, 4), (8, 8), (3, 9)):
-        query, key = torch.randn(2, 2, grid[0] * grid[1], 4)
-        found.append(offset_means(query, key, 0.5, grid, 3, Measure(queries=512)))
+        tokens = grid[0] * grid[1]
+        query, key = torch.randn(2, 2, tokens, 4)
+        found.append(offset_means(query, key, 0.5, grid, 3, torch.arange(tokens)))
     means = mean_offsets(found)
     beyond = torch.stack([each.outside() for each in found])
     assert beyond[0].abs().max() < 1e-6  # the window reaches across 4×4
@@ -150,7 +149,8 @@ def test_a_window_over_the_whole_grid_leaves_nothing_to_the_mean_branch():
 
     pipe = mini.load_teacher()
     convfusion.convert(pipe, uniform(DeltaConv(7)))
-    start_from_attention(pipe, mini.training_data(), pictures=2)
+    calls = draw_noised_batches(pipe, mini.training_data(), pictures=2)
+    convfusion.start_from_attention(pipe, calls)
     sizes = {p: m.mean_proj.weight.abs().max().item() for p, m in mixers_of(pipe).items()}
     (middle,) = [path for path in sizes if path.startswith("mid_block")]
     assert sizes.pop(middle) < 1e-5
@@ -170,7 +170,7 @@ def test_every_family_starts_from_its_attention(kind):
     before = {
         p: {k: v.clone() for k, v in m.state_dict().items()} for p, m in mixers_of(pipe).items()
     }
-    start_from_attention(pipe, data)
+    convfusion.start_from_attention(pipe, draw_noised_batches(pipe, data))
     for path, mixer in mixers_of(pipe).items():
         assert all(value.isfinite().all() for value in mixer.state_dict().values())
         same = all(torch.equal(v, before[path][k]) for k, v in mixer.state_dict().items())
@@ -178,7 +178,7 @@ def test_every_family_starts_from_its_attention(kind):
     assert not any(m._forward_pre_hooks for m in model.get_submodule(first).modules())
     convfusion.revert(pipe)
     with pytest.raises(ConvFusionError, match="not converted"):
-        start_from_attention(pipe, data)
+        convfusion.start_from_attention(pipe, draw_noised_batches(pipe, data))
 
 
 def test_it_starts_closer_to_the_teacher():
@@ -189,5 +189,6 @@ def test_it_starts_closer_to_the_teacher():
     pipe, held_out = mini.load_teacher(), spread(mini.held_out_data("choice"), 4)
     convfusion.convert(pipe, uniform(DeltaConv(7, ratio=2.0, init="mean_zero")))
     before = measure_error(pipe, held_out)
-    start_from_attention(pipe, mini.training_data(), pictures=8)
+    calls = draw_noised_batches(pipe, mini.training_data(), pictures=8)
+    convfusion.start_from_attention(pipe, calls)
     assert measure_error(pipe, held_out) < 0.9 * before

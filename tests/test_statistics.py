@@ -20,11 +20,11 @@ from convfusion.analysis.statistics import (
     high_pass,
     mass_within,
     receptive_field,
-    ring_sums,
     sink_tokens,
     windows,
 )
 from convfusion.analysis.streaming import Measure, measure_attention, measure_map, summarise
+from convfusion.mixers.offsets import ring_sums
 
 GRIDS = [(8, 8), (16, 16), (7, 12), (5, 5), (9, 4)]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[0]}x{g[1]}")

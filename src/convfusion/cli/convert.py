@@ -145,7 +145,7 @@ def convert(
     next_command = ["convfusion", "generate", out, "--prompt", "a red apple"]
     if warning and blocks_only:
         next_command = []
-    elif warning and not drop_attention:
+    elif warning and not drop_attention and not prompts:
         next_command = ["convfusion", "distill", out, "--data", "DATA"]
         next_command += ["--out", "convfusion-blocks"]
     elif blocks_only:
@@ -169,9 +169,10 @@ def print_errors(errors: dict[str, float]) -> None:
 
     from convfusion.families import shorten_path
 
-    table = Table(title="Expected error of each site, of the attention's variance")
+    table = Table()
     table.add_column("site")
-    table.add_column("error", justify="right")
+    table.add_column("expected error\nof its output", justify="right")
     for path, error in errors.items():
         table.add_row(shorten_path(path), f"{error:.2e}")
     console().print(table)
+    typer.echo("Errors are squared, and relative to the variance of the attention's output.")

@@ -53,7 +53,8 @@ def _read_model(model: str, dtype: Any, revision: str | None) -> Any:
 
     path = Path(model)
     if is_embedded(model):
-        pipe = mini.load_student() if model == "mini" else mini.load_teacher()
+        student = mini.NAMES[model]
+        pipe = mini.load_teacher() if student is None else mini.load_student(student)
         pipe.to(dtype)
     elif path.is_dir():
         pipe = _read_folder(path, dtype)
@@ -84,9 +85,13 @@ def warn_of(record: TrainingRecord | None) -> str:
     """What to expect of blocks that were never trained; empty for others, and where none can be."""
     if record is None or record.is_trained:
         return ""
-    state = "untrained, started from the attention" if record.is_started else "untrained"
+    if record.is_started:
+        return (
+            "These blocks are untrained, started from the attention: halo blocks draw nearly as "
+            "before, ΔConvBlocks poorly. `convfusion distill` brings both nearer."
+        )
     return (
-        f"These blocks are {state}: pictures will be poor, or noise, until `convfusion distill` "
+        "These blocks are untrained: pictures will be poor, or noise, until `convfusion distill` "
         "has trained them."
     )
 

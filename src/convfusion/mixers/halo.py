@@ -44,6 +44,7 @@ from convfusion.settings import check_fields
 
 MAX_SIDE = 64  # of blocks, windows and cells: beyond it the attention itself is cheaper
 CHUNK = 512  # tokens worked at a time on a CPU, whose caches hold what they need
+LARGE_CHUNK = 2**16  # elsewhere, which bounds the memory of large pictures
 NEVER = -1e4  # a score that no softmax sees, in float16 too
 RECOMPUTED = 8192  # tokens of a call from which on training recomputes every chunk
 
@@ -95,7 +96,7 @@ class Halo:
     def rank(self) -> int:
         """Of the grids that it is for: 2, or 3 where sides are given as three numbers."""
         given = (self.block, self.window, self.cells)
-        return max((len(sides) for sides in given if isinstance(sides, tuple)), default=2)
+        return max([2, *(len(sides) for sides in given if isinstance(sides, tuple))])
 
     def sides(self, name: str) -> tuple[int, ...]:
         """`block`, `window` or `cells` along each axis of the grid."""
@@ -139,6 +140,7 @@ class HaloMixer(TokenMixer):
         size = channels // heads
         self.config, self.heads = config, heads
         self.ranks = (config.rank,)
+        self.sides = tuple(config.sides(name) for name in ("block", "window", "cells"))
         self.key_rank = max(1, round(size * config.key_ratio))
         self.value_rank = max(1, round(size * config.value_ratio))
         self.to_q = nn.Linear(channels, heads * self.key_rank)
@@ -151,15 +153,17 @@ class HaloMixer(TokenMixer):
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Mix tokens [B, N, C] that lie row by row on a grid; same shape and dtype out."""
         lines = self._lay_out(check_grid(tokens, grid))
-        chunked = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-        call = _Call(self, lines, CHUNK if chunked else None, _is_recomputed(tokens))
-        at_once = max(1, CHUNK // tokens.shape[1]) if chunked else tokens.shape[0]
-        mixed = [self._mix(part, call) for part in tokens.split(at_once)]
+        if torch.compiler.is_compiling():  # one graph for all sizes
+            return self.to_out(self._mix(tokens, _Call(self, lines, None, False)))
+        chunk = CHUNK if tokens.device.type in ("cpu", "meta") else LARGE_CHUNK
+        call = _Call(self, lines, chunk, _is_recomputed(tokens))
+        parts = tokens.split(max(1, chunk // tokens.shape[1]))
+        mixed = [self._mix(part, call) for part in parts]
         return self.to_out(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
 
     def _lay_out(self, grid: Grid) -> list[GridLine]:
         """Blocks, windows and cells along each axis; no cells where the window holds everything."""
-        blocks, windows, cells = (self.config.sides(n) for n in ("block", "window", "cells"))
+        blocks, windows, cells = self.sides
         if not torch.compiler.is_exporting():
             beyond = any(side > window for side, window in zip(grid, windows, strict=True))
             cells = tuple(min(own, side) * beyond for own, side in zip(cells, grid, strict=True))
@@ -178,7 +182,7 @@ class HaloMixer(TokenMixer):
             held = keys[:, : (high - low) * row]
             queries = tokens[:, chunk.top * row : chunk.end * row]
             rows = call.find_rows(chunk, tokens.shape[0], cells.shape[1])
-            inputs = (queries, keys, call.add_bias(chunk), rows)
+            inputs = (queries, keys, call.find_near(chunk), call.find_far(chunk), rows)
             if call.recompute:
                 mixed.append(
                     checkpoint(self._attend, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -187,22 +191,27 @@ class HaloMixer(TokenMixer):
                 mixed.append(self._attend(*inputs))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
 
-    def _attend(self, tokens: Tensor, keys: Tensor, bias: Tensor, rows: Rows) -> Tensor:
+    def _attend(
+        self, tokens: Tensor, keys: Tensor, near: Tensor, far: Tensor, rows: Rows
+    ) -> Tensor:
         """What the heads of a chunk gather: [B, ·, h·n].
 
         Args:
             tokens: of the chunk, [B, ·, C].
             keys: keys and values of the rows that it sees, then of the cells, [B, ·, h·(r + n)].
-            bias: of the scores, [blocks, h, b², w² + M].
+            near: ρ of every pair of a block's queries and keys, [blocks, h, b², w²].
+            far: log n of every cell, [blocks, 1, 1, M].
             rows: what each block takes.
         """
         r, n, pictures = self.key_rank, self.value_rank, tokens.shape[0]
         query = self.to_q(tokens).reshape(-1, r).index_select(0, rows.queries)
-        query = query.unflatten(0, (-1, bias.shape[2]))  # [B·blocks·h, b², r]
-        both = keys.reshape(-1, r + n).index_select(0, rows.keys).unflatten(0, (-1, bias.shape[3]))
-        key, value = both.split((r, n), dim=2)
-        bias = bias.expand(pictures, -1, -1, -1, -1).flatten(0, 2).to(query.dtype)
-        weights = torch.baddbmm(bias, query, key.transpose(1, 2)).softmax(2).to(value.dtype)
+        query = query.unflatten(0, (-1, near.shape[2]))  # [B·blocks·h, b², r]
+        both = keys.reshape(-1, r + n).index_select(0, rows.keys)
+        key, value = both.unflatten(0, (query.shape[0], -1)).split((r, n), dim=2)
+        far = (far + self.far[:, None, None]).expand(-1, -1, near.shape[2], -1)
+        scores = torch.cat([near, far], dim=3).to(query.dtype)
+        scores = scores.expand(pictures, -1, -1, -1, -1).flatten(0, 2)
+        weights = scores.baddbmm_(query, key.transpose(1, 2)).softmax(2).to(value.dtype)
         mixed = torch.bmm(value.transpose(1, 2), weights.transpose(1, 2))  # faster than A·V on CPUs
         mixed = mixed.transpose(1, 2).reshape(-1, n).index_select(0, rows.results)
         return mixed.view(pictures, tokens.shape[1], -1)
@@ -222,7 +231,7 @@ class HaloMixer(TokenMixer):
 def _is_recomputed(tokens: Tensor) -> bool:
     """Whether training computes every chunk again in the backward pass, which bounds its memory."""
     large = tokens.shape[1] > CHUNK and tokens.shape[0] * tokens.shape[1] > RECOMPUTED
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and large
+    return torch.is_grad_enabled() and large
 
 
 class _Call:
@@ -242,7 +251,7 @@ class _Call:
         self.chunks = list(cut_into_chunks(lines, tokens))
         self.device = mixer.far.device
         outside = count_outside(lines, self.device)
-        counted = outside.clamp(min=1).to(mixer.far.dtype).log()
+        counted = outside.clamp(min=1).float().log().to(mixer.far.dtype)  # float16 ends at 65504
         self.far = torch.where(outside > 0, counted, NEVER)  # [blocks, M]
         self.near: dict[Any, Tensor] = {}
         self.rows: dict[Any, Rows] = {}
@@ -254,19 +263,18 @@ class _Call:
             self.rows[key] = chunk.list_rows(pictures, self.mixer.heads, cells, self.device)
         return self.rows[key]
 
-    def add_bias(self, chunk: Chunk) -> Tensor:
-        """ρ beside log n + λ: [blocks, h, b², w² + M]."""
+    def find_near(self, chunk: Chunk) -> Tensor:
+        """ρ of every pair of query and key, made once for all of its kind: [blocks, h, b², w²]."""
         if chunk.kind not in self.near:
-            self.near[chunk.kind] = self._lay_out_relative(chunk)
-        near = self.near[chunk.kind]
-        each = self.far.shape[0] // self.lines[0].blocks  # blocks of a row of blocks
-        far = self.far[chunk.first * each : chunk.last * each, None, None]
-        far = far + self.mixer.far[:, None, None]
-        return torch.cat([near, far.expand(-1, -1, near.shape[2], -1)], dim=3)
+            offsets, inside = chunk.list_offsets(self.device)
+            table = self.mixer.relative.flatten(1).index_select(1, offsets.flatten())
+            near = table.unflatten(1, offsets.shape).transpose(0, 1)
+            if inside is not None:
+                near = near.masked_fill(~inside[:, None], NEVER)
+            self.near[chunk.kind] = near
+        return self.near[chunk.kind]
 
-    def _lay_out_relative(self, chunk: Chunk) -> Tensor:
-        """ρ of every pair of query and key: [blocks, h, b², w²]."""
-        offsets, inside = chunk.list_offsets(self.device)
-        table = self.mixer.relative.flatten(1)
-        near = table.index_select(1, offsets.flatten()).unflatten(1, offsets.shape).transpose(0, 1)
-        return near if inside is None else near.masked_fill(~inside[:, None], NEVER)
+    def find_far(self, chunk: Chunk) -> Tensor:
+        """log n of every cell as a chunk's blocks see it: [blocks, 1, 1, M]."""
+        each = self.far.shape[0] // self.lines[0].blocks  # blocks of a row of blocks
+        return self.far[chunk.first * each : chunk.last * each, None, None]

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.mixers.base import Grid, TokenMixer, check_grid, projections, take_over
+from convfusion.mixers.base import (
+    Grid,
+    TokenMixer,
+    TokenSample,
+    check_grid,
+    projections,
+    take_over,
+)
 from convfusion.mixers.delta_conv import set_to_uniform_attention
+from convfusion.mixers.offsets import choose_queries
+from convfusion.mixers.sampling import attend_at
 from convfusion.settings import check_fields
+
+QUERIES = 256  # of a picture, whose outputs are looked at
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,8 @@ class RemovedMixer(TokenMixer):
 class MeanOnlyMixer(TokenMixer):
     """proj(mean over tokens), at every token."""
 
+    has_measured_start = True
+
     def __init__(self, channels: int, config: MeanOnly) -> None:
         super().__init__()
         self.config = config
@@ -81,6 +96,17 @@ class MeanOnlyMixer(TokenMixer):
     def init_from(self, attention: Any) -> None:
         """Exactly uniform attention: W_o·W_v and W_o·b_v + b_o."""
         set_to_uniform_attention(self.proj, attention)
+
+    @torch.no_grad()
+    def start_from(self, attention: Any, sample: Sequence[TokenSample]) -> None:
+        """Uniform attention, whose bias is such that the mean output is the attention's."""
+        self.init_from(attention)
+        missed = []
+        for tokens, _ in sample:
+            given = attend_at(attention, tokens, choose_queries(tokens.shape[1], QUERIES))
+            mean = tokens.to(given).mean(dim=1)
+            missed.append((given.mean(dim=1) - F.linear(mean, self.proj.weight.float())).mean(0))
+        self.proj.bias.copy_(torch.stack(missed).mean(0))
 
 
 class DepthwiseMixer(TokenMixer):

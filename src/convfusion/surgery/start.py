@@ -11,8 +11,9 @@ import torch
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of
 from convfusion.families.watch import sample_attention
-from convfusion.mixers.base import TokenMixer, TokenSample, output_heads, project_heads, projections
-from convfusion.mixers.offsets import choose_queries, split_queries
+from convfusion.mixers.base import TokenMixer, TokenSample
+from convfusion.mixers.offsets import choose_queries
+from convfusion.mixers.sampling import attend_at
 from convfusion.surgery.record import TrainingRecord, set_record
 from convfusion.surgery.surgery import attention_teacher, mixers_of
 
@@ -32,8 +33,8 @@ def start_from_attention(
 
     The attention runs, as `model(**call)` for each of the calls. A part of the tokens that each
     site is given is kept, and its mixer set from them: a halo block by two singular value
-    decompositions, a ΔConvBlock by the mean of its attention. Mixers of another kind are left
-    alone.
+    decompositions, a ΔConvBlock by the mean of its attention, the mean token alone by the mean
+    output. Mixers of another kind are left alone.
 
     Args:
         pipe_or_model: a converted pipeline or denoiser with its attention kept.
@@ -103,22 +104,16 @@ def measure_imitation(mixer: Any, attention: Any, sample: Sequence[TokenSample])
         attention: a diffusers attention.
         sample: tokens and their grids.
     """
-    weights = output_heads(attention)
-    device, bias = weights.device, projections(attention)[3].bias
     sums, count = torch.zeros(3, dtype=torch.float64), 0
-    dtype = next((p.dtype for p in mixer.parameters()), torch.float32)
+    own = next(iter(mixer.parameters()), None)
     for tokens, grid in sample:
-        query, key, value = project_heads(attention, tokens)
-        mixed = mixer(tokens.to(device, dtype), grid).float()
-        chosen = choose_queries(tokens.shape[1], QUERIES).to(device)
-        for part in split_queries(chosen, query.shape[0] * query.shape[1], tokens.shape[1]):
-            maps = (query[:, :, part] @ key.transpose(2, 3) * attention.scale).softmax(-1)
-            target = torch.einsum("bhnd,hcd->bnc", maps @ value, weights)
-            if bias is not None:
-                target = target + bias.float()
-            error = (mixed[:, part] - target).double().square().sum()
-            moments = [error, target.double().sum(), target.double().square().sum()]
-            sums += torch.stack(moments).cpu()
-            count += target.numel()
+        chosen = choose_queries(tokens.shape[1], QUERIES)
+        target = attend_at(attention, tokens, chosen)
+        placed = tokens.to(target.device, torch.float32 if own is None else own.dtype)
+        mixed = mixer(placed, grid)[:, chosen.to(target.device)].float()
+        error = (mixed - target).double().square().sum()
+        moments = [error, target.double().sum(), target.double().square().sum()]
+        sums += torch.stack(moments).cpu()
+        count += target.numel()
     error_mean, mean, square = (sums / count).tolist()
     return error_mean / max(square - mean**2, 1e-12)

@@ -1,0 +1,31 @@
+"""What an attention computes at a sample of its queries, without a map of N×N numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convfusion.mixers.base import output_heads, project_heads, projections
+from convfusion.mixers.offsets import split_queries
+
+
+@torch.no_grad()
+def attend_at(attention: Any, tokens: Tensor, chosen: Tensor) -> Tensor:
+    """The output of an attention at some queries, in float32: [B, N, C] → [B, Q, C].
+
+    Args:
+        attention: a diffusers attention.
+        tokens: all of them, of any device and dtype.
+        chosen: indices of Q queries.
+    """
+    query, key, value = project_heads(attention, tokens)
+    weights, bias = output_heads(attention), projections(attention)[3].bias
+    parts = []
+    maps_of_each = query.shape[0] * query.shape[1]
+    for part in split_queries(chosen.to(query.device), maps_of_each, query.shape[2]):
+        maps = (query[:, :, part] @ key.transpose(2, 3) * attention.scale).softmax(-1)
+        parts.append(torch.einsum("bhnd,hcd->bnc", maps @ value, weights))
+    output = torch.cat(parts, dim=1)
+    return output if bias is None else output + bias.float()
