@@ -8,6 +8,7 @@ fails if there is one.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import statistics
@@ -288,6 +289,18 @@ rank correlation of the two errors {found["rank_correlation"]:.2f}; teacher `{fo
     return f"{table(heads, lines)}\n\n{note}"
 
 
+def budget() -> str:
+    with open(ROOT / "docs" / "budget-mini" / "budget.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    lines = []
+    for row in found:
+        predicted = f"{float(row['predicted']):.2e}" if row["predicted"] else "–"
+        name = "chosen by moments" if row["choice"] == "moments" else "equal ranks"
+        numbers = [f"{float(row['saving']):.2f}×", predicted, f"{float(row['measured']):.2e}"]
+        lines.append([name, f"{float(row['budget']):g}x", *numbers])
+    return table(["", "budget", "fewer operations", "predicted ε-error", "measured ε-error"], lines)
+
+
 def short(path: str) -> str:
     """`up_blocks.1.0` for `up_blocks.1.attentions.0.transformer_blocks.0.attn1`."""
     shorter = path.removesuffix(".attn1").removesuffix(".transformer_blocks.0")
@@ -302,6 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "initialisation": initialisation,
     "ablation": partial(ablation, "ablation-mini"),
     "pixart ablation": partial(ablation, "ablation-pixart"),
+    "budget": budget,
     "curve": curve,
     "efficiency": efficiency,
     "memory": memory,

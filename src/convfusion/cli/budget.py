@@ -58,17 +58,10 @@ def check_budget(
         raise ConvFusionError("--moments and --keep go with --budget")
 
 
-def find_moments(
-    pipe: Any, file: Path | None, calls: Sequence[Mapping[str, Any]] = ()
-) -> Moments | None:
-    """Moments that are measured with calls of the denoiser and written to the file, or are read.
+def measure_and_save(pipe: Any, file: Path | None, calls: Sequence[Mapping[str, Any]]) -> Moments:
+    """Moments measured with calls of a pipeline's denoiser, and written if there is a file."""
+    from convfusion.budget import measure_moments
 
-    None where there are neither calls nor a file.
-    """
-    from convfusion.budget import Moments, measure_moments
-
-    if not calls:
-        return None if file is None else Moments.load(file)
     with Progress(True) as progress:
         bar = progress.add("measuring each site")
         found = measure_moments(
@@ -77,6 +70,13 @@ def find_moments(
     if file is not None:
         found.save(file)
     return found
+
+
+def read_moments(file: Path | None) -> Moments | None:
+    """The moments of a file, if there is one."""
+    from convfusion.budget import Moments
+
+    return None if file is None else Moments.load(file)
 
 
 def latents_of(pipe: Any, size: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -125,7 +125,7 @@ def choose_conversion_within(
     """
     found = None
     if budget is not None or file is not None:
-        found = find_moments(pipe, file, calls)
+        found = measure_and_save(pipe, file, calls) if calls else read_moments(file)
     if budget is None:
         return None, found
     chosen = choose_within(pipe, budget, found, keep, latents)

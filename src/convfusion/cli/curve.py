@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from convfusion.cli.budget import MomentsFile, find_moments
+from convfusion.cli.budget import MomentsFile, measure_and_save
 from convfusion.cli.console import console, format_terms, print_ending
 from convfusion.cli.distill import prepare_source
 from convfusion.cli.models import (
@@ -157,6 +157,7 @@ def draw_budget_curve(
     fresh: bool,
 ) -> None:
     """Measure or read moments, then what each budget leaves; write it, and say what comes next."""
+    from convfusion.budget import Moments
     from convfusion.distill.budget_curve import budget_curve
     from convfusion.distill.startup import draw_noised_batches
 
@@ -164,7 +165,7 @@ def draw_budget_curve(
         return draw_noised_batches(pipe, train, seed=run.distill.seed)
 
     place = file or out / "moments.json"
-    found = find_moments(pipe, place, list(calls()) if fresh else ())
+    found = measure_and_save(pipe, place, list(calls())) if fresh else Moments.load(place)
     with Progress(True) as progress:
         bar = progress.add("budgets")
         measured = budget_curve(

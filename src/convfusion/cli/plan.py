@@ -12,7 +12,7 @@ from convfusion.cli.budget import (
     Within,
     check_budget,
     choose_within,
-    find_moments,
+    read_moments,
 )
 from convfusion.cli.console import console, print_ending
 from convfusion.cli.models import (
@@ -70,11 +70,12 @@ def plan(
     )
     known = model in full_size_configs()
     if budget is not None:
-        found = find_moments(target, moments)
+        found = read_moments(moments)
         typer.echo(str(choose_within(target, budget, found, keep, latents, batch)))
         if not known:
             again: list[Any] = ["convfusion", "convert", model, "--budget", budget]
             again += ["--moments", moments] if moments else []
+            again += ["--keep", keep] if keep else []
             print_ending(next_command=(*again, "--size", size, "--out", "converted"))
         return
     chosen = choose_conversion(denoiser_of(target), config)

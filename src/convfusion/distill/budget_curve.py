@@ -7,14 +7,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from convfusion.budget import Allocation, Budget, Moments, choose_mixers, list_allocations
 from convfusion.data.latents import LatentDataset, TrainingData
 from convfusion.distill.partial import OnProgress, ready_to_judge
-from convfusion.distill.task import DistillTask
-from convfusion.distill.validation import held_out_error
+from convfusion.distill.validation import noised
 from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of
+from convfusion.evaluate import predictions, relative_error
+from convfusion.families import Denoiser, denoiser_of
+from convfusion.families.conditioning import place_conditioning
 from convfusion.files import write_csv, write_picture
+from convfusion.schedule import noise_schedule
 from convfusion.surgery import convert, mixers_of, revert, start_from_attention
 
 BUDGETS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
@@ -114,12 +119,13 @@ def budget_curve(
         "moments": best.within,
         "uniform": lambda budget: choose_mixers(model, budget, size=moments.latents),
     }
+    judge = _Judge(pipe, apart, batch_size, seed)
     points, total = [], len(ways) * len(budgets)
     for way, (name, choose) in enumerate(ways.items()):
         for number, ratio in enumerate(sorted(budgets)):
             allocation = _try(choose, Budget(ratio))
             if allocation is not None:
-                errors = _measure(pipe, allocation, moments, calls, apart, batch_size, seed)
+                errors = _measure(model, allocation, moments, calls, judge)
                 points.append(
                     BudgetPoint(
                         choice=name,
@@ -145,23 +151,37 @@ def _try(choose: Callable[[Budget], Allocation], budget: Budget) -> Allocation |
     return allocation
 
 
+class _Judge:
+    """The ε-error of a denoiser to what it predicted when this was made, on samples held out."""
+
+    def __init__(self, pipe: Any, apart: TrainingData, batch_size: int, seed: int) -> None:
+        self.model, self.schedule = denoiser_of(pipe), noise_schedule(pipe.scheduler)
+        self.batches = []
+        for latents, noises, conditioning in noised(apart, batch_size, seed):
+            told = place_conditioning(conditioning, self.model)
+            self.batches.append((latents, noises, told, self._predict(latents, noises, told)))
+
+    def _predict(
+        self, latents: Tensor, noises: Mapping[int, Tensor], told: dict[str, Any]
+    ) -> list[Tensor]:
+        return predictions(self.model, self.schedule, latents, noises, told)
+
+    def measure(self) -> float:
+        """Mean ‖ε̂ − ε̃‖²/‖ε̃‖² over samples and timesteps."""
+        errors = [
+            relative_error(*pair)
+            for latents, noises, told, taught in self.batches
+            for pair in zip(self._predict(latents, noises, told), taught, strict=True)
+        ]
+        return torch.cat(errors).mean().item()
+
+
 def _measure(
-    pipe: Any,
-    allocation: Allocation,
-    moments: Moments,
-    calls: Calls,
-    apart: TrainingData,
-    batch_size: int,
-    seed: int,
+    model: Denoiser, allocation: Allocation, moments: Moments, calls: Calls, judge: _Judge
 ) -> tuple[float, float]:
     """The ε-error that the imitation errors let expect, and that of the samples held out."""
-    model = denoiser_of(pipe)
     convert(model, allocation.config())
     try:
-        expected = allocation.expect(start_from_attention(model, calls()), moments)
-        task = DistillTask(model, pipe.scheduler)
-        measured = held_out_error(task, apart, batch_size=batch_size, seed=seed)
+        return allocation.expect(start_from_attention(model, calls()), moments), judge.measure()
     finally:
         revert(model)
-    assert measured is not None  # there are samples
-    return expected, measured
