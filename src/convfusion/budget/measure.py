@@ -26,8 +26,8 @@ from convfusion.mixers.base import TokenMixer, TokenSample
 from convfusion.surgery import build_mixers, install, mixers_of, revert, uniform
 from convfusion.surgery.start import MEMORY, measure_imitation, start_mixer
 
-RATIOS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
-WINDOWS = ((4, 6), (4, 8), (4, 12), (8, 16))  # of blocks of queries, and of their windows
+RATIOS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1.0)
+WINDOWS = ((4, 6), (4, 8), (4, 10), (4, 12), (8, 16))  # of blocks of queries, and of their windows
 CELLS = (1, 4, 8)
 PICTURES = 16  # of a site, that errors are measured on
 TOKENS = 2**13  # of those pictures, that are worked on at once

@@ -211,7 +211,7 @@ class HaloMixer(TokenMixer):
         far = (far + self.far[:, None, None]).expand(-1, -1, near.shape[2], -1)
         scores = torch.cat([near, far], dim=3).to(query.dtype)
         scores = scores.expand(pictures, -1, -1, -1, -1).flatten(0, 2)
-        weights = scores.baddbmm_(query, key.transpose(1, 2)).softmax(2).to(value.dtype)
+        weights = torch.baddbmm(scores, query, key.transpose(1, 2)).softmax(2).to(value.dtype)
         mixed = torch.bmm(value.transpose(1, 2), weights.transpose(1, 2))  # faster than A·V on CPUs
         mixed = mixed.transpose(1, 2).reshape(-1, n).index_select(0, rows.results)
         return mixed.view(pictures, tokens.shape[1], -1)
