@@ -63,7 +63,7 @@ def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     assert "http://" not in page and "https://" not in page
     assert len(said) == 5
     assert sum(drawn) == len(ROWS) * 3
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     print_results(results)
     shown = capsys.readouterr().out
     for line in list_results(results):

@@ -40,7 +40,7 @@ ROWS = {
     "teacher": "teacher, with self-attention",
     "removed": "self-attention removed",
     "converted": "halo blocks, not trained",
-    "distilled": "halo blocks, distilled just now",
+    "distilled": "halo blocks, distilled",
     "delta_conv": "ΔConvBlocks as shipped",
     "near": "halo blocks as shipped",
 }
@@ -197,7 +197,10 @@ class Judge:
 
     def draw_grid(self) -> Image.Image:
         """Some of the pictures, a row for each model."""
-        shown = {ROWS[name]: images[:SHOWN] for name, images in self.pictures.items()}
+        shown = {
+            ROWS[name].replace("Δ", "Delta"): images[:SHOWN]  # Pillow's own font has no Δ
+            for name, images in self.pictures.items()
+        }
         return report.draw_grid(shown, self.prompts[:SHOWN])
 
 
