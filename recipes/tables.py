@@ -13,6 +13,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -66,12 +67,13 @@ def quality() -> str:
         name: format_psnr(found[name]["image_psnr"], found[name]["image_psnr_error"])
         for name in ("removed", "converted", *SHIPPED)
     }
-    return f"""Beside the teacher's pictures from equal seeds, those of the model without
+    told = f"""Beside the teacher's pictures from equal seeds, those of the model without
 self-attention have {psnr["removed"]}, with halo blocks that were not trained
 {psnr["converted"]}, with the shipped ΔConvBlocks {psnr["delta_conv"]}
 and with the shipped halo blocks {psnr["near"]} (mean PSNR over {found["pictures"]} pictures,
 with its standard error). {tell_shares(found)}
 All on names that no training saw. From [results/demo.json](../results/demo.json)."""
+    return textwrap.fill(" ".join(told.split()), 110)
 
 
 def receptive_fields() -> str:

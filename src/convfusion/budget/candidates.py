@@ -105,18 +105,26 @@ def list_uniform() -> Iterator[Halo]:
 
 def count_operations(mixer: Mixer, shape: Shape) -> int:
     """Operations of a mixer for one sample, by the project's counter."""
-    if not isinstance(mixer, Halo):
-        return _count(mixer, shape)  # type: ignore[arg-type]  # settings are frozen
+    counted = _count_halo if isinstance(mixer, Halo) else _count
+    return counted(mixer, shape)  # type: ignore[arg-type]  # settings are frozen
+
+
+@cache
+def _count_halo(mixer: Halo, shape: Shape) -> int:
     none, per_key, per_value = _halo_law(replace(mixer, key_ratio=1.0, value_ratio=1.0), shape)
     keys, values = halo_channels(mixer, shape)
     return none + per_key * keys + per_value * values
 
 
-@cache
 def halo_channels(mixer: Halo, shape: Shape) -> tuple[int, int]:
     """Channels of all keys and of all values of a halo block."""
+    return _channels(mixer.key_ratio, mixer.value_ratio, shape.channels, shape.heads)
+
+
+@cache
+def _channels(key_ratio: float, value_ratio: float, channels: int, heads: int) -> tuple[int, int]:
     with torch.device("meta"):
-        built = mixer.build(shape.channels, shape.heads)
+        built = set_halo(UNIFORM, key_ratio, value_ratio).build(channels, heads)
     return built.to_q.out_features, built.to_out.in_features
 
 
