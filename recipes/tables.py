@@ -217,7 +217,7 @@ def pooling() -> str:
 {table(heads, lines)}
 
 Mean of ‖ε̂′ − ε̂‖²/‖ε̂‖² over {rows[0]["samples"]} held-out samples of the embedded model and ten
-timesteps; its blocks, `delta_conv`, were trained with `ceil`. From
+timesteps; its ΔConvBlocks were trained with `ceil`. From
 [results/pooling.csv](../results/pooling.csv), written by `python recipes/pooling.py`; teacher
 `{rows[0]["teacher_sha256"]}`."""
 
