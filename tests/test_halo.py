@@ -17,6 +17,7 @@ import convfusion
 from convfusion import ConvFusionError, Halo, uniform
 from convfusion.mixers import halo, mixer_from_dict, mixer_to_dict
 from convfusion.mixers.halo_grid import GridLine, count_outside, pool_cells
+from convfusion.mixers.halo_whole import mix_whole
 from convfusion.surgery import mixers_of
 
 CHANNELS, HEADS = 8, 2
@@ -288,21 +289,31 @@ def test_operations_are_those_of_the_formula(options, grid):
     assert counter.get_total_flops() == 3 * (each * math.prod(grid) + pooled)
 
 
-@pytest.mark.skip
-def test_it_compiles_whole_and_seldom_anew():
-    """One graph for each way that the window lies on the grid, whatever the size."""
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_it_compiles_whole_once_for_each_size(dynamic):
     torch._dynamo.reset()
-    mixer = build()
-    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for grid in ((12, 20), (9, 13), (16, 10), (30, 21), (11, 40)):
+    torch._dynamo.utils.counters.clear()
+    mixer, sizes = build(), [(12, 20), (9, 3)]
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for grid in sizes * 2:
         tokens = tokens_on(grid).requires_grad_()
         found, expected = compiled(tokens, grid), mixer(tokens, grid)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         pairs = zip(*(gradients_of(o, mixer, tokens) for o in (found, expected)), strict=True)
         for mine, theirs in pairs:
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(sizes)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, (2, 3, 11)])
+def test_in_one_piece_it_is_the_same(grid):
+    """What is compiled and exported."""
+    options = {"block": (1, 2, 3), "window": (3, 5, 4)} if len(grid) == 3 else {}
+    mixer, tokens = build(**options), tokens_on(grid)
+    with torch.no_grad():
+        whole = mixer.to_out(mix_whole(mixer, tokens, mixer._lay_out(grid)))
+        torch.testing.assert_close(whole, mixer(tokens, grid), rtol=1e-4, atol=1e-5)
 
 
 def test_checkpointing_with_two_shapes_in_flight():
