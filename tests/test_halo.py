@@ -10,11 +10,13 @@ import torch
 from diffusers.models.attention_processor import Attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CASES, randomise, run
+from tiny_models import CASES, pixart, randomise, run
 from torch.utils.flop_counter import FlopCounterMode
 
 import convfusion
 from convfusion import ConvFusionError, Halo, uniform
+from convfusion.export import export_onnx
+from convfusion.families import example_inputs
 from convfusion.mixers import halo, mixer_from_dict, mixer_to_dict
 from convfusion.mixers.halo_grid import GridLine, count_outside, pool_cells
 from convfusion.mixers.halo_whole import mix_whole
@@ -351,6 +353,26 @@ def test_every_family_converts_copies_saves_and_reverts(case, tmp_path):
     for each in (model, copied):
         found = [run(each, case, *size) for size in case.sizes]
         assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.libraries
+@torch.no_grad()
+def test_one_onnx_file_serves_every_batch_height_and_width(tmp_path):
+    """Odd grids, and those smaller than a window or with fewer tokens than cells, among them."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = pixart(num_layers=1).eval()
+    convfusion.convert(model, "halo")
+    randomise(mixers_of(model), 0.3)
+    written = export_onnx(model, tmp_path / "model.onnx")
+    assert max(written.errors.values()) < 1e-4
+    session = onnxruntime.InferenceSession(written.path, providers=["CPUExecutionProvider"])
+    for batch, height, width in ((1, 1, 1), (1, 1, 9), (4, 7, 9), (2, 13, 20), (5, 3, 33)):
+        inputs = example_inputs(model, (2 * height, 2 * width), batch=batch, words=5)
+        found = session.run(None, {name: inputs[name].numpy() for name in written.inputs})[0]
+        torch.testing.assert_close(
+            torch.from_numpy(found), model(**inputs)[0], rtol=1e-3, atol=1e-4
+        )
 
 
 def test_on_the_meta_device_it_costs_nothing():

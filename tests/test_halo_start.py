@@ -1,4 +1,4 @@
-"""Halo blocks that start from the attention they replace, and the tokens that this is measured on."""
+"""Halo blocks that start from the attention they replace, and the tokens it is measured on."""
 
 import itertools
 import math
