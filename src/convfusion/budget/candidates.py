@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -13,6 +13,7 @@ from convfusion.budget.knapsack import list_undominated
 from convfusion.budget.moments import Reach, SiteMoments
 from convfusion.mixers import DeltaConv, Halo, MeanOnly, Mixer
 from convfusion.mixers.base import Grid
+from convfusion.mixers.halo import Sides
 from convfusion.operations import mixer_operations
 
 KERNEL = 7  # of the ΔConvBlocks
@@ -111,7 +112,7 @@ def count_operations(mixer: Mixer, shape: Shape) -> int:
 
 @cache
 def _count_halo(mixer: Halo, shape: Shape) -> int:
-    none, per_key, per_value = _halo_law(replace(mixer, key_ratio=1.0, value_ratio=1.0), shape)
+    none, per_key, per_value = _halo_law(mixer.block, mixer.window, mixer.cells, shape)
     keys, values = halo_channels(mixer, shape)
     return none + per_key * keys + per_value * values
 
@@ -129,20 +130,22 @@ def _channels(key_ratio: float, value_ratio: float, channels: int, heads: int) -
 
 
 @cache
-def _halo_law(whole: Halo, shape: Shape) -> tuple[int, int, int]:
+def _halo_law(block: Sides, window: Sides, cells: Sides, shape: Shape) -> tuple[int, int, int]:
     """Operations without channels, for each channel of the keys, and for each of the values.
 
     Every product of a halo block has either of them as one of its sides, so that three counts tell
     the operations of all its ranks.
     """
-    small = replace(whole, key_ratio=0.5, value_ratio=0.5)
-    (most, _), (half, half_values) = (halo_channels(each, shape) for each in (whole, small))
+    whole, fewer_keys, fewer_values = (
+        Halo(block, window, cells, *ratios) for ratios in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5))
+    )
+    most, half = halo_channels(whole, shape)[0], halo_channels(fewer_keys, shape)[0]
     full = _count(whole, shape)
     if half == most:  # a head of one channel has no other rank
         return full, 0, 0
-    per_key = (full - _count(replace(whole, key_ratio=0.5), shape)) // (most - half)
-    per_value = (full - _count(replace(whole, value_ratio=0.5), shape)) // (most - half_values)
-    return full - per_key * most - per_value * most, per_key, per_value
+    per_key = (full - _count(fewer_keys, shape)) // (most - half)
+    per_value = (full - _count(fewer_values, shape)) // (most - half)
+    return full - (per_key + per_value) * most, per_key, per_value
 
 
 @cache

@@ -197,9 +197,13 @@ def _find_dearest(measured: Sequence[SiteMoments], keep: int) -> set[str]:
             f"{keep} attentions cannot be kept of {len(measured)}: at least one must be replaced"
         )
 
+    if keep == 0:
+        return set()
+
     def cost(site: SiteMoments) -> float:
-        halos = [c for c in list_candidates(site, site.grid) if c.mixer == DEAREST]
-        least = min(c.error for c in list_candidates(site, site.grid) if c.mixer is not None)
+        candidates = list_candidates(site, site.grid)
+        halos = [c for c in candidates if c.mixer == DEAREST]
+        least = min(c.error for c in candidates if c.mixer is not None)
         return site.sensitivity * (halos[0].error if halos else least)
 
     ranked = sorted(measured, key=cost, reverse=True)
