@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import highres_tables
+import picture_tables
 import quality_tables
 import speed_tables
 import training_tables
@@ -322,6 +323,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **speed_tables.TABLES,
     **training_tables.TABLES,
     **quality_tables.TABLES,
+    **picture_tables.TABLES,
 }
 
 
