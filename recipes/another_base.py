@@ -27,7 +27,7 @@ from convfusion.evaluate import epsilon_error
 from convfusion.families import encode_conditioning
 from convfusion.schedule import add_noise, noise_schedule
 from experiment import KEPT, Recipe, Table, digest, student_folder, weights_of
-from rivals import HALO, OURS, blocks_of, rates_of, rival
+from rivals import HALO, OURS, blocks_of, rate_of, rival
 
 KEYS = ("variant", "blocks", "design", "tuning_steps", "steps", "made")
 TABLE = Table("another_base.csv", KEYS, "results")
@@ -89,7 +89,7 @@ def measured(variant: str, blocks: str, design: str, tuning: int, steps: int) ->
     else:
         load(base, student_folder("mini", how(blocks)))
     if steps:
-        config = replace(configure_distillation(steps), learning_rate=rates_of("mini", blocks)[0])
+        config = replace(configure_distillation(steps), learning_rate=rate_of("mini", blocks))
         if variant == ON:  # they imitate well already
             rate = config.learning_rate / 4
             config = replace(config, start="converted", imitation_steps=0, learning_rate=rate)
@@ -99,7 +99,7 @@ def measured(variant: str, blocks: str, design: str, tuning: int, steps: int) ->
 
 def how(blocks: str) -> Recipe:
     """How the blocks were distilled in their own base."""
-    return rival("mini", blocks, rates_of("mini", blocks)[0], 0, TRAINED)
+    return rival("mini", blocks, 0, TRAINED)
 
 
 def main() -> None:

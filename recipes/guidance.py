@@ -22,7 +22,7 @@ from convfusion.evaluate import mean_psnr
 from convfusion.generate import generate
 from experiment import SHIPPED, Table, shipped, student, weights_of
 from pictures import BATCH, Drawn, distances, extract_features, real_pictures
-from rivals import HALO, OURS, rates_of, rival
+from rivals import HALO, OURS, rival
 
 SCALES = Table("guidance.csv", ["pipeline", "guidance", "samples", "made"], "results")
 KEYS = ("pipeline", "solver", "steps", "guidance", "samples", "made")
@@ -63,7 +63,7 @@ def students(with_shipped: bool) -> dict[str, Made]:
     """Pipelines by what a table calls them."""
     found: dict[str, Made] = {}
     for name in (HALO, OURS):
-        how = rival("mini", name, rates_of("mini", name)[0], 0, 100)
+        how = rival("mini", name, 0, 100)
         found[f"{name}, 100 steps"] = (lambda how=how: student("mini", how)[0], how.made("mini"))
     if with_shipped:
         found |= {f"shipped, {name}": shipped(name) for name in SHIPPED}

@@ -18,7 +18,7 @@ from convfusion.distill.partial import Ranking, SiteCosts, site_costs
 from convfusion.families import denoiser_of, list_sites
 from convfusion.surgery import select_every, select_sites
 from experiment import JUDGED, Table, judged, recipe
-from rivals import HALO, OURS, blocks_of, rates_of
+from rivals import HALO, OURS, blocks_of, rate_of
 
 KEYS = ("blocks", "order", "sites", "seed", "steps", "made")
 TABLE = Table("layers.csv", KEYS, "results")
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", choices=(OURS, HALO), default=(OURS, HALO))
     args = parser.parse_args()
     for name in args.blocks:
-        rate = rates_of("mini", name)[0]
+        rate = rate_of("mini", name)
         whole = recipe(blocks_of("mini", name), args.steps, args.seed, learning_rate=rate)
         for order, blocks in choices(whole.blocks, whole.settings, args.orders, args.counts):
             how = recipe(blocks, args.steps, args.seed, learning_rate=rate)

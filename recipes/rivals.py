@@ -2,11 +2,10 @@
 
 `python recipes/rivals.py` converts each mini model with every token mixer in turn, distils it like
 the demo does, and measures the ε-error on names that no training saw (`results/rivals.csv`). Each
-mixer starts from the attention it replaces as far as its kind allows. Where several learning rates
-are named, the one with the least error on the list `choice` is its own; the error on the other
-list is what is shown. With `--steps 0` nothing is trained: the mixers as they start. Some draw
-(`--samples`): `results/rivals_pictures.csv` has the distances of their pictures to real ones and to
-the teacher's from other seeds, beside those of the teacher itself.
+mixer starts from the attention it replaces as far as its kind allows. With `--steps 0` nothing is
+trained: the mixers as they start. Some draw (`--samples`): `results/rivals_pictures.csv` has the
+distances of their pictures to real ones and to the teacher's from other seeds, beside those of the
+teacher itself.
 
 `python recipes/rivals.py --seconds` does nothing but time them, in turn, on a machine that has
 nothing else to do (`results/rivals_seconds.csv`).
@@ -17,14 +16,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from convfusion import ConvertConfig, DeltaConv, convert, mini, uniform
 from convfusion.bench.timing import describe_machine, time_interleaved
 from convfusion.generate import generate
-from convfusion.mini import HeldOut
 from convfusion.mixers import (
     Circular,
     Depthwise,
@@ -75,26 +73,27 @@ NAMES = (*RIVALS, BY_KERNEL)
 SEEDED = (OURS, HALO, WINDOW)  # run with two further seeds
 UNTRAINED = (OURS, HALO, "halo, r 1/2, n 1/2", WINDOW, "nothing")  # measured as they start, too
 DRAWN = (OURS, HALO, WINDOW, "LinFusion's linear attention", "nothing")  # their pictures, too
-KEYS = ("model", "mixer", "learning_rate", "seed", "steps", "made")
-TRAINED = {part: Table("rivals.csv", KEYS, part) for part in get_args(HeldOut)}
+TRAINED = Table(
+    "rivals.csv", ["model", "mixer", "learning_rate", "seed", "steps", "made"], "results"
+)
 TIMED = Table("rivals_seconds.csv", ["model", "mixer"])
 LOOKED = Table("rivals_pictures.csv", ["model", "mixer", "reference", "samples", "made"], "results")
 
 
-def rates_of(teacher: str, name: str) -> tuple[float, ...]:
-    """The learning rates that a rival runs at.
+def rate_of(teacher: str, name: str) -> float:
+    """The learning rate of a rival, none of which was chosen on the list `results`.
 
     All but the halo blocks once ran at both 0.02 and 0.002, on older pictures, and 0.02 was the
-    better one for what convolves or sums; on a transformer, not for the two largest of these.
+    better one for what convolves or sums; on a transformer, not for the two largest of these. Those
+    of the halo blocks are from single sites on training pictures.
     """
     mixer = RIVALS.get(name, Neighbourhood())
     attends = isinstance(mixer, Neighbourhood | Circular | Pooled)
     transformer = teacher in ("pixart", "fashion")
     if isinstance(mixer, Halo):
-        low = mixer.key_ratio < 0.25
-        return (2e-3,) if transformer else (5e-3, 1e-2) if low else (5e-3,)
+        return 2e-3 if transformer else 5e-3 if mixer.key_ratio >= 0.25 else 1e-2
     large = isinstance(mixer, GeneralisedLinear) or getattr(mixer, "ratio", 0) > 1
-    return (2e-3,) if attends or (transformer and large) else (2e-2,)
+    return 2e-3 if attends or (transformer and large) else 2e-2
 
 
 def blocks_of(teacher: str, name: str) -> ConvertConfig:
@@ -106,31 +105,21 @@ def blocks_of(teacher: str, name: str) -> ConvertConfig:
     return ConvertConfig(sites)
 
 
-def rival(teacher: str, name: str, rate: float, seed: int, steps: int) -> Recipe:
+def rival(teacher: str, name: str, seed: int, steps: int) -> Recipe:
     """How a rival is made; without steps, it is left as it starts."""
     blocks = blocks_of(teacher, name)
     if name == "nothing" or not steps:
         started = any(map(starts_measured, blocks.sites.values()))
         return Recipe(blocks, None, started)
-    return recipe(blocks, steps, seed, learning_rate=rate)
+    return recipe(blocks, steps, seed, learning_rate=rate_of(teacher, name))
 
 
-def measure(
-    teacher: str, name: str, rate: float, seed: int, steps: int, part: HeldOut = "results"
-) -> float:
-    """Write the row of a run unless it is there; returns its ε-error on a list of pictures."""
-    how = rival(teacher, name, rate, seed, steps)
+def measure(teacher: str, name: str, seed: int, steps: int) -> None:
+    """Write the row of a run unless it is there."""
+    how = rival(teacher, name, seed, steps)
+    rate = how.settings.learning_rate if how.settings else 0
     key = (teacher, name, f"{rate:g}", seed, steps, how.made(teacher))
-    row = TRAINED[part].once(lambda: judged(teacher, how, part), *key)
-    return float(row["epsilon_error"])
-
-
-def choose_rate(teacher: str, name: str, steps: int) -> float:
-    """The learning rate with the least ε-error on `choice`, of the first seed."""
-    rates = rates_of(teacher, name)
-    if len(rates) == 1:
-        return rates[0]
-    return min(rates, key=lambda rate: measure(teacher, name, rate, 0, steps, "choice"))
+    TRAINED.once(lambda: judged(teacher, how, "results"), *key)
 
 
 def draw(teacher: str, chosen: dict[str, Recipe], samples: int) -> None:
@@ -203,24 +192,18 @@ def main() -> None:
             run(teacher, args.mixers, steps, args.seeds)
             if args.samples and steps:
                 chosen = [name for name in DRAWN if name in args.mixers]
-                draw(teacher, {name: own(teacher, name, steps) for name in chosen}, args.samples)
+                how = {name: rival(teacher, name, 0, steps) for name in chosen}
+                draw(teacher, how, args.samples)
 
 
 def run(teacher: str, names: Sequence[str], steps: int, seeds: Sequence[int]) -> None:
     """Rows of ε-errors: of one seed, and of further ones where rows are compared closely."""
     for name in names:
-        if not steps:
-            if name in UNTRAINED:
-                measure(teacher, name, 0, 0, 0)
-            continue
-        rate = choose_rate(teacher, name, steps)
-        for seed in (0, *seeds) if name in SEEDED else (0,):
-            measure(teacher, name, rate, seed, steps)
-
-
-def own(teacher: str, name: str, steps: int) -> Recipe:
-    """A rival at its own rate, of the first seed."""
-    return rival(teacher, name, choose_rate(teacher, name, steps), 0, steps)
+        if steps:
+            for seed in (0, *seeds) if name in SEEDED else (0,):
+                measure(teacher, name, seed, steps)
+        elif name in UNTRAINED:
+            measure(teacher, name, 0, 0)
 
 
 if __name__ == "__main__":
