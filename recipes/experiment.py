@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
@@ -73,7 +73,7 @@ TEACHERS = {
     ),
 }
 TEXT_TO_IMAGE = ("mini", "pixart")
-SHIPPED = ("near", "delta_conv")  # students that come with the embedded model
+SHIPPED = get_args(mini.Student)  # students that come with the embedded model
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def student_folder(teacher: str, made_by: Recipe) -> Path:
     return folder
 
 
-def shipped(name: str) -> tuple[Callable[[], Any], str]:
+def shipped(name: mini.Student) -> tuple[Callable[[], Any], str]:
     """A student that comes with the embedded model, and what tells it from others."""
     maker = partial(mini.load_student, name)
     return maker, digest("shipped", fingerprint(denoiser_of(maker())))

@@ -1,7 +1,8 @@
 """How much do the two ways of pooling differ where a grid cannot be halved?
 
-`python recipes/pooling.py` lets the shipped student pool in the other way than it was trained with,
-on crops of held-out latents, and writes the change of its prediction to `results/pooling.csv`.
+`python recipes/pooling.py` lets the shipped ΔConvBlocks pool in the other way than they were
+trained with, on crops of held-out latents, and writes the change of the prediction to
+`results/pooling.csv`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SAMPLES = 32
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    pipe = mini.load_student()
+    pipe = mini.load_student("delta_conv")
     student, teacher = copy.deepcopy(pipe.unet), attention_teacher(pipe.unet)
     samples = spread(mini.held_out_data("results"), SAMPLES)
     rows = []

@@ -15,15 +15,19 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import get_args
 
 import highres_tables
 import picture_tables
 import quality_tables
 import speed_tables
 import training_tables
+from convfusion.demo import list_results, tell_shares
+from convfusion.mini import Student
 from convfusion.report import format_psnr
 from pages import RESULTS, ROOT, one, read, table, which
 
+SHIPPED = get_args(Student)
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
@@ -35,53 +39,39 @@ def mean_and_spread(values: list[float]) -> str:
 
 def demo() -> str:
     found = json.loads((RESULTS / "demo.json").read_text())
-    worst = found["removed"]["epsilon_error"]
-    distilled, shipped = found["distilled"], found["shipped"]
-    rows = []
-    for name, error, psnr in (
-        ("self-attention removed", worst, pictures(found["removed"])),
-        ("ΔConvBlocks, not yet distilled", distilled["initial_error"], "–"),
-        (
-            f"distilled live: {distilled['steps']} steps",
-            distilled["epsilon_error"],
-            pictures(distilled),
-        ),
-        ("the shipped student", shipped["epsilon_error"], pictures(shipped)),
-    ):
-        rows.append([name, f"{error:.2e}", f"1/{worst / error:.1f}", psnr])
-    heads = ["the model, against its teacher", "ε-error", "of *removed*", "PSNR of pictures"]
-    before, after = (found["parameters"][key] / 1e6 for key in ("before", "after"))
+    heads = ["the model, against its teacher", "ε-error", "of *removed*", "fewer operations"]
+    heads.append("PSNR of pictures")
+    own = {name: f"{found[name]['parameters'] / 1e6:.2f}M" for name in ("converted", *SHIPPED)}
     return f"""{which([found], "docs/quality.md")}
 
-{table(heads, rows)}
+{table(heads, [list(line) for line in list_results(found)])}
 
-On 64 pictures and 16 prompts of names that no training saw. ε-error is the mean of ‖ε̂ − ε̃‖²/‖ε̃‖²
-over pictures, ten timesteps and noises; PSNR is the mean over 16 pictures, with its standard error;
-pictures take {found["image_steps"]} deterministic steps at
-guidance {found["guidance"]:g}. All {found["sites"]} sites are replaced. With the blocks that are
-distilled live the denoiser goes from {before:.2f}M to {after:.2f}M parameters, and its attention
-took {found["flops_ratio"]:.2f} times the operations of the blocks at this model's 16×16 tokens;
-with the shipped blocks, {shipped["flops_ratio"]:.2f} times. The ratio grows with the number of
-tokens. From [results/demo.json](results/demo.json), which `make demo` remakes as `out/demo.json`;
+ε-error is the mean of ‖ε̂ − ε̃‖²/‖ε̃‖² over {found["latents"]} pictures of names that no training
+saw, ten timesteps and noises; PSNR is the mean over {found["pictures"]} pictures of such names,
+with its standard error. They take {found["image_steps"]} deterministic steps at guidance
+{found["guidance"]:g}. All {found["sites"]} sites are replaced. The halo blocks were computed from
+the attention in {found["converted"]["seconds"]:.1f} seconds and then distilled for
+{found["distilled"]["steps"]} steps, the shipped students for longer. Operations are those at this
+model's 16×16 tokens; the more tokens, the more are saved. The denoiser has
+{found["parameters"] / 1e6:.2f}M parameters, with the halo blocks of the demo {own["converted"]},
+with the shipped ΔConvBlocks {own["delta_conv"]}, with the shipped halo blocks {own["near"]}.
+From [results/demo.json](results/demo.json), which `make demo` remakes as `out/demo.json`;
 teacher `{found["teacher_sha256"][:12]}`."""
-
-
-def pictures(row: dict[str, float]) -> str:
-    """The PSNR of a model's pictures in the demo."""
-    return format_psnr(row["image_psnr"], row["image_psnr_error"])
 
 
 def quality() -> str:
     """In a sentence, how close the embedded model's blocks come."""
     found = json.loads((RESULTS / "demo.json").read_text())
-    removed, live, shipped = (found[name] for name in ("removed", "distilled", "shipped"))
-    parts = [removed["epsilon_error"] / each["epsilon_error"] for each in (live, shipped)]
+    psnr = {
+        name: format_psnr(found[name]["image_psnr"], found[name]["image_psnr_error"])
+        for name in ("removed", "converted", *SHIPPED)
+    }
     return f"""Beside the teacher's pictures from equal seeds, those of the model without
-self-attention have {pictures(removed)}, with blocks distilled for {live["steps"]} steps
-{pictures(live)}, and with those of the shipped student {pictures(shipped)}
-(mean PSNR over 16 pictures, with its standard error).
-The blocks' ε-errors are 1/{parts[0]:.0f} and 1/{parts[1]:.0f} of what no self-attention leaves. All
-on names that no training saw. From [results/demo.json](../results/demo.json)."""
+self-attention have {psnr["removed"]}, with halo blocks that were not trained
+{psnr["converted"]}, with the shipped ΔConvBlocks {psnr["delta_conv"]}
+and with the shipped halo blocks {psnr["near"]} (mean PSNR over {found["pictures"]} pictures,
+with its standard error). {tell_shares(found)}
+All on names that no training saw. From [results/demo.json](../results/demo.json)."""
 
 
 def receptive_fields() -> str:
@@ -225,7 +215,7 @@ def pooling() -> str:
 {table(heads, lines)}
 
 Mean of ‖ε̂′ − ε̂‖²/‖ε̂‖² over {rows[0]["samples"]} held-out samples of the embedded model and ten
-timesteps; its blocks were trained with `ceil` and have three stages. From
+timesteps; its blocks, `delta_conv`, were trained with `ceil`. From
 [results/pooling.csv](../results/pooling.csv), written by `python recipes/pooling.py`; teacher
 `{rows[0]["teacher_sha256"]}`."""
 

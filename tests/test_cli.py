@@ -11,7 +11,7 @@ from tiny_pipelines import dit_pipeline
 
 import convfusion
 from convfusion.cli.distill import distill as distill_command
-from convfusion.demo import DEMO_STEPS, configure_distillation
+from convfusion.demo import DEMO_RATE, DEMO_STEPS, UNTRAINED, configure_distillation
 from convfusion.distill import DistillConfig, LossWeights
 from convfusion.distill.settings import as_toml, read_settings
 
@@ -197,7 +197,8 @@ def test_shipped_settings_are_whole(path, tmp_path):
 
 def test_the_demo_is_a_shipped_run():
     shipped = read_settings(CONFIGS / "mini.toml", {"distill": {"validate_every": 0}})
-    assert shipped.distill == configure_distillation(DEMO_STEPS)
+    assert shipped.distill == configure_distillation(DEMO_STEPS, learning_rate=DEMO_RATE)
+    assert convfusion.ConvertConfig.load(CONFIGS.parent / shipped.config) == UNTRAINED
 
 
 MISTAKES = {
@@ -223,7 +224,7 @@ MISTAKES = {
     "huge seed": (["distill", "mini", "--out", "OUT", "--seed", str(2**63)], "2^63"),
     "imitation for longer": (
         ["distill", "--settings", "MINI", "--out", "OUT", "--steps", "4", "--warmup", "2"],
-        "convfusion: imitation_steps must lie between 0 and steps: it is 50",
+        "convfusion: imitation_steps must lie between 0 and steps: it is 12",
     ),
     "bad batch": (
         ["distill", "MODEL", "--out", "OUT", "--batch-size", "3", "--accumulation", "2"],

@@ -62,7 +62,7 @@ def test_no_weights_are_needed(run, model):
     ],
 )
 def test_blocks_say_whether_they_are_trained(run, tmp_path, trained, origin, said):
-    checkpoint.save(mini.load_student(), tmp_path / "blocks")
+    checkpoint.save(mini.load_student("delta_conv"), tmp_path / "blocks")
     file = tmp_path / "blocks" / "convfusion.json"
     manifest = json.loads(file.read_text()) | {"trained": trained, "started_from": origin}
     if trained is None:
@@ -70,11 +70,11 @@ def test_blocks_say_whether_they_are_trained(run, tmp_path, trained, origin, sai
     file.write_text(json.dumps(manifest))
     code, out, _ = run("info", tmp_path / "blocks")
     assert code == 0 and said in out and "7 sites (7 × delta_conv)" in out
-    assert "Parameters: 0.64M" in out
+    assert "Parameters: 0.21M" in out
 
 
 def test_what_a_manifest_says_of_training_is_read_with_care(run, tmp_path):
-    checkpoint.save(mini.load_student(), tmp_path / "blocks")
+    checkpoint.save(mini.load_student("delta_conv"), tmp_path / "blocks")
     file = tmp_path / "blocks" / "convfusion.json"
     manifest = json.loads(file.read_text())
     for wrong in ({"trained": True}, {"trained": {"steps": -1}}, {"started_from": "luck"}):

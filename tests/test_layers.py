@@ -57,7 +57,7 @@ def tie(model):
 
 
 def put_blocks(model):
-    return convfusion.load(model, mini.STUDENT)
+    return convfusion.load(model, mini.STUDENTS / "delta_conv")
 
 
 @pytest.mark.parametrize("put", [convfusion.convert, put_blocks])

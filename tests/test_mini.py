@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,7 +20,6 @@ import convfusion
 from convfusion import demo, mini
 from convfusion.checkpoint.loading import in_dtype
 from convfusion.data import LatentDataset
-from convfusion.demo import run_demo
 from convfusion.distill import DistillConfig, distill
 from convfusion.families import list_sites
 from convfusion.fingerprint import fingerprint
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.libraries
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
+STUDENTS = get_args(mini.Student)
 
 
 def words(name: str) -> set[str]:
@@ -43,7 +44,8 @@ def names_in(data: LatentDataset) -> set[str]:
 def test_loading_warns_of_nothing_that_will_go():
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        mini.load_student()
+        for name in STUDENTS:
+            mini.load_student(name)
 
 
 def test_the_teacher_is_a_plain_pipeline_of_the_promised_size():
@@ -58,13 +60,27 @@ def test_the_teacher_is_a_plain_pipeline_of_the_promised_size():
     assert size <= 25e6
 
 
-def test_the_student_is_the_teacher_with_trained_blocks():
-    teacher, student = mini.load_teacher(), mini.load_student()
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_student_is_the_teacher_with_trained_blocks(name):
+    teacher, student = mini.load_teacher(), mini.load_student(name)
     assert convfusion.status(student).converted == len(list_sites(teacher.unet))
     assert all(p.isfinite().all() for m in mixers_of(student).values() for p in m.parameters())
     convfusion.revert(student)
     expected = teacher.unet.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in student.unet.state_dict().items())
+
+
+def test_only_students_that_there_are_load():
+    with pytest.raises(convfusion.ConvFusionError, match="there are near and delta_conv"):
+        mini.load_student("far")
+
+
+def test_each_student_has_a_name_on_the_command_line(run):
+    for name, kind in (("mini", "halo"), ("mini-delta", "delta_conv")):
+        code, out, _ = run("info", name)
+        assert code == 0 and f"× {kind}" in out and f"convfusion generate {name} " in out
+    code, out, _ = run("info", "mini-teacher")
+    assert code == 0 and "×" in out and "delta_conv" not in out and "halo" not in out
 
 
 def test_held_out_names_are_apart_and_made_of_training_words():
@@ -136,33 +152,6 @@ def test_latents_are_scaled():
         assert 0.8 < data.latents.std() < 1.2
 
 
-def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "EVALUATED", 4)
-    monkeypatch.setattr(demo, "DRAWN", 2)
-    monkeypatch.setattr(demo, "SHOWN", 2)
-    monkeypatch.setattr(demo, "IMAGE_STEPS", 2)
-    said, asked, held_out_data = [], [], mini.held_out_data
-    monkeypatch.setattr(
-        mini, "held_out_data", lambda part: (asked.append(part), held_out_data(part))[1]
-    )
-    results = run_demo(tmp_path, DistillConfig(steps=2, batch_size=2), say=said.append)
-    assert results == json.loads((tmp_path / "demo.json").read_text())
-    for name in ("removed", "distilled", "shipped"):
-        assert results[name]["epsilon_error"] > 0
-        assert np.isfinite(results[name]["image_psnr"])
-        assert results[name]["image_psnr_error"] > 0
-    assert results["distilled"].keys() >= {"initial_error", "steps", "seconds"}
-    assert set(asked) == {results["held_out"]} == {"results"}  # nothing was chosen on these
-    assert results["sites"] == 7
-    assert results["flops_ratio"] > 1
-    assert results["parameters"]["after"] < results["parameters"]["before"]
-    assert (tmp_path / "grid.png").stat().st_size > 1000
-    page = (tmp_path / "report.html").read_text()
-    assert "<img" in page and 'src="data:image/png;base64,' in page
-    assert "http://" not in page and "https://" not in page
-    assert len(said) == 4
-
-
 def test_the_default_recipe_learns_from_twenty_pictures_in_forty_steps():
     """On names that no training saw, the error was 0.428 as converted and 0.111 in the end."""
     pipe = mini.load_teacher()
@@ -209,12 +198,13 @@ def test_results_rest_on_this_teacher():
     assert json.loads((RESULTS / "demo.json").read_text())["teacher_sha256"] == mini.teacher_hash()
 
 
-def test_the_shipped_student_is_as_close_as_the_readme_says():
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_shipped_student_is_as_close_as_the_readme_says(name):
     """On a sample small enough for a test, within a third of the committed result."""
     committed = json.loads((RESULTS / "demo.json").read_text())
-    ratio = committed["removed"]["epsilon_error"] / committed["shipped"]["epsilon_error"]
+    ratio = committed["removed"]["epsilon_error"] / committed[name]["epsilon_error"]
     data = demo.spread(mini.held_out_data("results"), 8)
-    student = mini.load_student()
+    student = mini.load_student(name)
     shipped = demo.measure_error(student, data)
     convfusion.revert(student)
     convfusion.convert(student, convfusion.uniform(convfusion.Removed()))

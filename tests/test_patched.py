@@ -109,7 +109,7 @@ table = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.__name
 def test_a_wrapped_forward_comes_to_the_block_and_back(patch, stock, student):
     pipe = mini.load_teacher()
     patch(pipe.unet)
-    convfusion.load(pipe, mini.STUDENT)
+    convfusion.load(pipe, mini.STUDENTS / "near")
     close(run(pipe.unet), student)
     convfusion.revert(pipe)
     close(run(pipe.unet), stock)

@@ -4,51 +4,68 @@ from __future__ import annotations
 
 import html
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from convfusion import mini, report
 from convfusion.data import LatentDataset
 from convfusion.distill import DistillConfig, DistillResult, LossWeights, distill
+from convfusion.distill.startup import draw_noised_batches
 from convfusion.evaluate import epsilon_error, mean_psnr
 from convfusion.families import denoiser_of
 from convfusion.files import write_picture, write_text
 from convfusion.generate import generate
-from convfusion.mixers import Removed
+from convfusion.mixers import Halo, Removed
 from convfusion.operations import operations_ratio
-from convfusion.surgery import attention_teacher, convert, drop_attention, presets
+from convfusion.surgery import attention_teacher, convert, start_from_attention, status
 from convfusion.surgery.config import uniform
 
-DEMO_STEPS = 400
+DEMO_STEPS, DEMO_RATE = 100, 5e-3
 LATENTS = (16, 16)  # the embedded model's
 IMAGE_STEPS = 25
 EVALUATED = 64  # latents of the list `results` that ε-errors are measured on
-DRAWN = 16  # prompts of that list that are drawn
+DRAWN = 64  # prompts of that list that are drawn
 SHOWN = 10  # of them in the grid
+BATCH = 16  # of them that are drawn at once
+ALIKE = 0.1  # of the error without self-attention: pictures with less look like the teacher's
+
+# Half of the ranks: the cheapest blocks that need no training to draw what the teacher draws.
+UNTRAINED = uniform(Halo(key_ratio=0.5))
 
 ROWS = {
     "teacher": "teacher, with self-attention",
     "removed": "self-attention removed",
-    "distilled": "student distilled just now",
-    "shipped": "student shipped",
+    "converted": "halo blocks, not trained",
+    "distilled": "halo blocks, distilled just now",
+    "delta_conv": "ΔConvBlocks as shipped",
+    "near": "halo blocks as shipped",
 }
+PICTURES = len(ROWS) * DRAWN  # in all
+HEADS = ("", "ε-error", "of removed", "fewer operations", "picture PSNR")
 
 
-def configure_distillation(steps: int, seed: int = 0) -> DistillConfig:
-    """How the embedded model is distilled, live in the demo and for longer in its recipe.
+def configure_distillation(
+    steps: int, seed: int = 0, *, learning_rate: float = 2e-2
+) -> DistillConfig:
+    """How the embedded model is distilled, live in the demo and for longer in its recipes.
 
     Small batches at a high rate go furthest in a given time here. The true noise is left out of
     the loss: it pulls towards the data, away from a teacher as small as this one. So high a γ
     weighs every timestep alike, as the reported ε-error does.
+
+    Args:
+        steps: of the optimiser.
+        seed: of batches, noise and timesteps.
+        learning_rate: ΔConvBlocks train best with the default, halo blocks with `DEMO_RATE`.
     """
     return DistillConfig(
         steps=steps,
         batch_size=16,
-        learning_rate=2e-2,
+        learning_rate=learning_rate,
         warmup=min(20, steps),
         decay=1.0,
         weight_decay=0.0,
@@ -61,76 +78,127 @@ def configure_distillation(steps: int, seed: int = 0) -> DistillConfig:
 
 def run_demo(
     out: str | Path,
-    config: DistillConfig = configure_distillation(steps=DEMO_STEPS),
+    config: DistillConfig = configure_distillation(DEMO_STEPS, learning_rate=DEMO_RATE),
     *,
     say: Callable[[str], None] = print,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
+    on_drawn: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Run the demo and write `demo.json`, `grid.png` and `report.html` to a folder.
 
     Errors and pictures are of names, pictures and noises that no training saw, and that nothing was
     chosen on.
 
+    Args:
+        out: the folder.
+        config: of the live distillation.
+        say: is told what begins.
+        on_step: is called with the number and the terms of each step of the distillation.
+        on_drawn: is called with the number of pictures whenever some are drawn, of `PICTURES`.
+
     Returns:
         What `demo.json` holds.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    held_out = spread(mini.held_out_data("results"), EVALUATED)
-    prompts = spread(mini.held_out_data("results"), DRAWN, offset=0.5).captions
-    pictures: dict[str, list[Image.Image]] = {}
-    results: dict[str, Any] = {}
+    judge = Judge(on_drawn)
+    say("1/5  The pretrained teacher draws the held-out prompts.")
+    teacher = mini.load_teacher()
+    judge.draw("teacher", teacher)
 
-    def judge(name: str, pipe: Any) -> None:
-        pictures[name] = draw(pipe, prompts)
-        psnr = mean_psnr(pictures[name], pictures["teacher"], prompts)
-        results[name] = {"epsilon_error": measure_error(pipe, held_out)}
-        results[name] |= {"image_psnr": psnr.value, "image_psnr_error": psnr.error}
-
-    say("1/4  The pretrained teacher draws the held-out prompts.")
-    pictures["teacher"] = draw(mini.load_teacher(), prompts)
-
-    say("2/4  Every self-attention is removed, and the teacher's pictures fall apart.")
+    say("2/5  Every self-attention is removed, and the teacher's pictures fall apart.")
     removed = mini.load_teacher()
     convert(removed, uniform(Removed()))
-    judge("removed", removed)
+    judge.measure("removed", removed)
 
-    say(f"3/4  ΔConvBlocks take its place and are distilled for {config.steps} steps.")
+    say("3/5  Halo blocks take its place, computed from its weights and a few of its inputs.")
     student = mini.load_teacher()
-    before = count_parameters(student)
-    sites = convert(student, presets.get_preset("default")).converted
-    initial = measure_error(student, held_out)
+    sites = convert(student, UNTRAINED).converted
+    started = time.perf_counter()
+    start_from_attention(student, draw_noised_batches(student, mini.training_data()))
+    judge.measure("converted", student, seconds=round(time.perf_counter() - started, 1))
+
+    say(f"4/5  These blocks are distilled for {config.steps} steps.")
     run, losses = distil_live(student, config, on_step)
-    judge("distilled", student)
-    results["distilled"] |= {
-        "initial_error": initial,
-        "steps": run.steps,
-        "seconds": round(run.seconds, 1),
-    }
+    judge.measure("distilled", student, steps=run.steps, seconds=round(run.seconds, 1))
 
-    say("4/4  The shipped student, distilled for longer by the same code.")
-    shipped = mini.load_student()
-    judge("shipped", shipped)
-    results["shipped"]["flops_ratio"] = operations_ratio(shipped, LATENTS)
+    say("5/5  The students that come with the package, which were distilled for longer.")
+    for name in ("delta_conv", "near"):
+        judge.measure(name, mini.load_student(name))
 
-    results |= {"sites": sites} | measure_savings(student, before)
-    shown = {ROWS[name]: images[:SHOWN] for name, images in pictures.items()}
-    write_results(folder, results, report.draw_grid(shown, prompts[:SHOWN]), losses)
-    return results
-
-
-def measure_savings(student: Any, before: int) -> dict[str, Any]:
-    """What the live student saves, and what the results rest on. Its attention is dropped."""
-    ratio = operations_ratio(student, LATENTS)
-    drop_attention(student)
-    return {
-        "flops_ratio": ratio,
-        "parameters": {"before": before, "after": count_parameters(student)},
+    results = judge.results | {
+        "sites": sites,
+        "parameters": count_parameters(teacher),
         "guidance": mini.GUIDANCE,
         "image_steps": IMAGE_STEPS,
+        "latents": EVALUATED,
+        "pictures": DRAWN,
         "teacher_sha256": mini.teacher_hash(),
         "held_out": "results",
     }
+    write_results(folder, results, judge.draw_grid(), losses)
+    return results
+
+
+class Judge:
+    """Draws the held-out prompts with one model after another, and measures how close they are.
+
+    Attributes:
+        prompts: that are drawn.
+        pictures: of each model, by its key in `ROWS`.
+        results: what was measured of each model but the teacher.
+    """
+
+    def __init__(self, on_drawn: Callable[[int], None] | None) -> None:
+        self.on_drawn = on_drawn
+        self.held_out = spread(mini.held_out_data("results"), EVALUATED)
+        self.prompts = spread(mini.held_out_data("results"), DRAWN, offset=0.5).captions
+        self.pictures: dict[str, list[Image.Image]] = {}
+        self.results: dict[str, Any] = {}
+
+    def draw(self, name: str, pipe: Any) -> None:
+        """The held-out prompts by equal seeds, steps and guidance."""
+        drawn: list[Image.Image] = []
+        for start in range(0, len(self.prompts), BATCH):
+            part = self.prompts[start : start + BATCH]
+            drawn += generate(
+                pipe,
+                part,
+                seeds=list(range(start, start + len(part))),
+                steps=IMAGE_STEPS,
+                guidance=mini.GUIDANCE,
+                batch_size=BATCH,
+            )
+            if self.on_drawn is not None:
+                self.on_drawn(len(part))
+        self.pictures[name] = drawn
+
+    def measure(self, name: str, pipe: Any, **facts: Any) -> None:
+        """Draw with a converted pipeline, and compare it with its teacher.
+
+        Args:
+            name: its key in `ROWS`.
+            pipe: with its attention kept.
+            facts: further entries of its results.
+        """
+        self.draw(name, pipe)
+        psnr = mean_psnr(self.pictures[name], self.pictures["teacher"], self.prompts)
+        self.results[name] = {
+            "epsilon_error": measure_error(pipe, self.held_out),
+            "image_psnr": psnr.value,
+            "image_psnr_error": psnr.error,
+            **facts,
+        }
+        if name != "removed":  # nothing takes no operations
+            self.results[name] |= {
+                "flops_ratio": operations_ratio(pipe, LATENTS),
+                "parameters": count_parameters(pipe),
+            }
+
+    def draw_grid(self) -> Image.Image:
+        """Some of the pictures, a row for each model."""
+        shown = {ROWS[name]: images[:SHOWN] for name, images in self.pictures.items()}
+        return report.draw_grid(shown, self.prompts[:SHOWN])
 
 
 def write_results(
@@ -165,13 +233,6 @@ def spread(data: LatentDataset, most: int, offset: float = 0.0) -> LatentDataset
     return LatentDataset(data.latents[picks], [data.captions[i] for i in picks])
 
 
-def draw(pipe: Any, prompts: list[str]) -> list[Image.Image]:
-    """The held-out prompts by equal seeds, steps and guidance."""
-    return generate(
-        pipe, prompts, steps=IMAGE_STEPS, guidance=mini.GUIDANCE, batch_size=len(prompts)
-    )
-
-
 def measure_error(pipe: Any, data: LatentDataset) -> float:
     """ε-error of a converted pipeline against its own attention, on held-out latents."""
     teacher = attention_teacher(denoiser_of(pipe))
@@ -179,76 +240,104 @@ def measure_error(pipe: Any, data: LatentDataset) -> float:
 
 
 def count_parameters(pipe: Any) -> int:
-    """Parameters of a pipeline's denoiser."""
-    model: torch.nn.Module = denoiser_of(pipe)
-    return sum(p.numel() for p in model.parameters())
+    """Parameters of a pipeline's denoiser, without the attention that mixers stand in for."""
+    replaced = [site for site in status(pipe).sites if site.mixer is not None]
+    whole = sum(p.numel() for p in denoiser_of(pipe).parameters())
+    return whole - sum(site.attention_parameters for site in replaced)
+
+
+def list_results(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A line of cells for each model but the teacher, under `HEADS`, in the order of `ROWS`."""
+    worst = results["removed"]["epsilon_error"]
+    lines: list[tuple[str, ...]] = []
+    for key, name in ROWS.items():
+        if key == "teacher":
+            continue
+        row = results[key]
+        lines.append(
+            (
+                name,
+                f"{row['epsilon_error']:.2e}",
+                f"1/{worst / row['epsilon_error']:.1f}",
+                f"{row['flops_ratio']:.2f}×" if "flops_ratio" in row else "–",
+                report.format_psnr(row["image_psnr"], row["image_psnr_error"]),
+            )
+        )
+    return lines
 
 
 def render_page(
     results: Mapping[str, Any], grid: Image.Image, losses: list[dict[str, float]]
 ) -> str:
     """The demo's results as a page that needs no other file."""
-    distilled = results["distilled"]
-    body = f"""<h1>A diffusion model without self-attention</h1>
+    converted, distilled = results["converted"], results["distilled"]
+    rows = [(html.escape(name), *cells) for name, *cells in list_results(results)]
+    return report.fill_page(
+        "ConvFusion demo",
+        f"""<h1>A diffusion model without self-attention</h1>
 {report.show_verdict(give_verdict(results))}
-<p>All {results["sites"]} self-attention layers of a pretrained text-to-image model were replaced by
-ΔConvBlocks and distilled for {distilled["steps"]} steps ({distilled["seconds"]:.0f} s).
-The prompts below, and the pictures and noises behind the numbers, were seen by no training.</p>
+<p>All {results["sites"]} self-attention layers of a pretrained text-to-image model were replaced.
+Halo blocks were computed from the attention in {converted["seconds"]:.1f} s, without training, and
+then distilled for {distilled["steps"]} steps ({distilled["seconds"]:.0f} s). The two students that
+come with the package were distilled for longer. No training saw the prompts below, nor the pictures
+and noises behind the numbers.</p>
 {report.show_picture(grid, "Pictures by prompt and model")}
 <p class="note">{report.HINT}</p>
 <h2>Distance to the teacher</h2>
-{_results_table(results)}
+{report.show_table(HEADS, rows)}
 <p class="note">ε-error: how far the predicted noise ε̂ is from the teacher’s ε̃, the mean of
-‖ε̂ − ε̃‖² / ‖ε̃‖² over held-out pictures, timesteps and noises; 0 is equal.
-PSNR: mean over pictures drawn from equal seeds in {results["image_steps"]} steps at guidance
-{results["guidance"]:g}, with its standard error; higher is closer.
+‖ε̂ − ε̃‖² / ‖ε̃‖² over {results["latents"]} held-out pictures, timesteps and noises; 0 is equal.
+PSNR: mean over {results["pictures"]} pictures drawn from equal seeds in {results["image_steps"]}
+steps at guidance {results["guidance"]:g}, with its standard error; higher is closer.
+Fewer operations: how many times fewer the blocks take than the self-attention did.
 Teacher {results["teacher_sha256"][:12]}.</p>
 <h2>Cost</h2>
-<p>Self-attention takes {results["flops_ratio"]:.2f} times the operations of the blocks at the
-16×16 tokens of this small model; the ratio grows with the number of tokens.
-Parameters of the denoiser: {results["parameters"]["before"]:,} before,
-{results["parameters"]["after"]:,} after.</p>
+<p>The operations are those at the 16×16 tokens of this small model. The blocks save more the more
+tokens there are: their cost grows with the number of tokens, and that of self-attention with its
+square. The denoiser has {results["parameters"]:,} parameters with self-attention,
+{distilled["parameters"]:,} with the halo blocks that were distilled here,
+{results["delta_conv"]["parameters"]:,} with the ΔConvBlocks that are shipped, and
+{results["near"]["parameters"]:,} with the halo blocks that are.</p>
 <h2>Distillation loss by step</h2>
 {report.draw_loss_curve([sum(terms.values()) - terms.get("noise", 0.0) for terms in losses])}
 <p class="note">The terms that compare with the teacher: its output and its hidden states.
-Logarithmic scale.</p>"""
-    return report.fill_page("ConvFusion demo", body)
-
-
-def give_verdict(results: Mapping[str, Any]) -> str:
-    """What the demo shows, in plain sentences."""
-    worst = results["removed"]["epsilon_error"]
-    live, shipped = (worst / results[name]["epsilon_error"] for name in ("distilled", "shipped"))
-    steps = results["distilled"]["steps"]
-    if live < 2:
-        return (
-            "Rows 1 and 4 should look alike; row 2 is the model without self-attention, and row 3 "
-            f"the student distilled just now. {steps} steps were too few: its predictions are "
-            f"only {live:.1f}× nearer to the teacher's than those of row 2. Those of the "
-            f"shipped student, which was distilled for longer, are {shipped:.0f}× nearer."
-        )
-    return (
-        "Rows 1, 3 and 4 should look alike; row 2 is the model without self-attention. The "
-        f"predictions of the student distilled just now are {live:.0f}× nearer to the teacher's "
-        "than those of row 2; those of the shipped student, which was distilled for longer, "
-        f"{shipped:.0f}×."
+Logarithmic scale.</p>""",
     )
 
 
-def _results_table(results: Mapping[str, Any]) -> str:
-    names = {
-        "removed": "self-attention removed",
-        "initial": "blocks, before distillation",
-        "distilled": "blocks, distilled just now",
-        "shipped": "blocks, shipped",
-    }
+def give_verdict(results: Mapping[str, Any]) -> str:
+    """What the pictures show, in plain sentences that hold for any results."""
+    alike: list[str] = []
+    others: list[str] = []
+    for number, share in enumerate(list_shares(results).values(), 3):
+        (alike if share <= ALIKE else others).append(str(number))
+    sentences = ["Row 2 is the teacher of row 1 without its self-attention."]
+    if alike:
+        sentences.append(f"{_name_rows(alike)} should look like row 1.")
+    if others:
+        rows = _name_rows(others).lower()
+        sentences.append(f"Still too far from row 1 to look like it: {rows}.")
+    return " ".join([*sentences, tell_shares(results)])
+
+
+def tell_shares(results: Mapping[str, Any]) -> str:
+    """What each model leaves of the error that no self-attention makes, in a sentence."""
+    left = {name: f"{share:.1%}" for name, share in list_shares(results).items()}
+    return (
+        "Of the error that removing self-attention makes, the halo blocks leave "
+        f"{left['converted']} without any training and {left['distilled']} after "
+        f"{results['distilled']['steps']} steps; the shipped ΔConvBlocks leave "
+        f"{left['delta_conv']}, the shipped halo blocks {left['near']}."
+    )
+
+
+def list_shares(results: Mapping[str, Any]) -> dict[str, float]:
+    """By key in `ROWS`, what each model leaves of the error that no self-attention makes."""
     worst = results["removed"]["epsilon_error"]
-    rows = []
-    for key, name in names.items():
-        if key == "initial":
-            value, psnr = results["distilled"]["initial_error"], "–"
-        else:
-            value = results[key]["epsilon_error"]
-            psnr = report.format_psnr(results[key]["image_psnr"], results[key]["image_psnr_error"])
-        rows.append((html.escape(name), f"{value:.2e}", f"1/{worst / value:.1f}", psnr))
-    return report.show_table(("", "ε-error", "of removed", "picture PSNR"), rows)
+    return {name: results[name]["epsilon_error"] / worst for name in list(ROWS)[2:]}
+
+
+def _name_rows(numbers: list[str]) -> str:
+    if len(numbers) == 1:
+        return f"Row {numbers[0]}"
+    return f"Rows {', '.join(numbers[:-1])} and {numbers[-1]}"

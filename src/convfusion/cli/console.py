@@ -76,17 +76,13 @@ def print_results(results: dict[str, Any]) -> None:
     """The demo's table on the terminal."""
     from rich.table import Table
 
-    from convfusion.report import format_psnr
+    from convfusion.demo import HEADS, list_results
 
     table = Table(title="Distance to the teacher, held-out names")
-    for column in ("", "ε-error", "of removed", "picture PSNR"):
-        table.add_column(column, justify="left" if not column else "right")
-    worst = results["removed"]["epsilon_error"]
-    for name in ("removed", "distilled", "shipped"):
-        row = results[name]
-        ratio = f"1/{worst / row['epsilon_error']:.1f}"
-        psnr = format_psnr(row["image_psnr"], row["image_psnr_error"])
-        table.add_row(name, f"{row['epsilon_error']:.2e}", ratio, psnr)
+    for number, head in enumerate(HEADS):
+        table.add_column(head, justify="right" if number else "left")
+    for row in list_results(results):
+        table.add_row(*row)
     console().print(table)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,15 +18,20 @@ TrainingSeed = Annotated[int, typer.Option(help="Seed of the distillation.")]
 
 def demo(
     out: Results = Path("convfusion-demo"),
-    steps: TrainingSteps = 400,
+    steps: TrainingSteps = 100,
     seed: TrainingSeed = 0,
 ) -> None:
-    """Remove the self-attention of a small model and train its replacement, in a few minutes."""
-    from convfusion.demo import configure_distillation, run_demo
+    """Replace the self-attention of a small model in several ways, and compare, in some minutes.
+
+    It is removed; computed halo blocks take its place, which are then distilled; and the two
+    students that come with ConvFusion draw as well.
+    """
+    from convfusion.demo import DEMO_RATE, PICTURES, configure_distillation, run_demo, tell_shares
 
     check_folder(out)
     hide_loading_bars()
     with Progress(True) as progress:
+        drawing = progress.add("drawing", total=PICTURES)
         bar = progress.add("distilling", total=steps)
 
         def on_step(step: int, terms: dict[str, float]) -> None:
@@ -34,20 +39,15 @@ def demo(
             bar.update(step, name=f"distilling  {format_terms(shown)}")
 
         results = run_demo(
-            out, configure_distillation(steps, seed), say=progress.say, on_step=on_step
+            out,
+            configure_distillation(steps, seed, learning_rate=DEMO_RATE),
+            say=progress.say,
+            on_step=on_step,
+            on_drawn=drawing.advance,
         )
     print_results(results)
     print_ending(
         *(out / "grid.png", out / "report.html", out / "demo.json"),
-        verdict=judge_demo(results),
+        verdict=tell_shares(results),
         next_command=("convfusion", "generate", "mini", "--prompt", "red apple, noto"),
-    )
-
-
-def judge_demo(results: dict[str, Any]) -> str:
-    """What the demo showed, in a sentence."""
-    left = results["distilled"]["epsilon_error"] / results["removed"]["epsilon_error"]
-    return (
-        f"The distilled blocks leave {left:.0%} of the error that removing self-attention makes, "
-        f"after {results['distilled']['steps']} steps of training."
     )

@@ -47,7 +47,7 @@ NamedModel = Annotated[
     str | None,
     typer.Argument(
         help="A diffusers pipeline: a folder, a name on the Hub or a .safetensors file; or "
-        "`mini`, `mini-teacher`."
+        "`mini`, `mini-delta`, `mini-teacher`."
     ),
 ]
 Buckets = Annotated[

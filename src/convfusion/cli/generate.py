@@ -106,7 +106,7 @@ def generate(
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
-    """Draw pictures. `mini` draws with its trained blocks, `mini-teacher` with attention.
+    """Draw pictures. `mini` draws with trained halo blocks, `mini-teacher` with attention.
 
     A size beyond one and a half times the model's own is drawn as a ladder: first at the model's
     own size, then enlarged and partly redrawn. Each enlargement is a rung.

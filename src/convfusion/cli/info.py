@@ -96,9 +96,13 @@ def describe_embedded(name: str) -> Description:
 
     lines = ["The small model that comes with ConvFusion, which draws emoji at 64×64 pixels."]
     teacher = describe_pipeline(mini.TEACHER).lines
-    if name == "mini":
+    student = mini.NAMES[name]
+    if student is not None:
         lines += [line for line in teacher if not line.startswith("Converted:")]
-        lines += ["Converted: yes, with these blocks.", *describe_blocks(mini.STUDENT).lines]
+        lines += [
+            "Converted: yes, with these blocks.",
+            *describe_blocks(mini.STUDENTS / student).lines,
+        ]
     else:
         lines += teacher
     return Description(lines, ("convfusion", "generate", name, "--prompt", "red apple, noto"))
@@ -228,7 +232,7 @@ def describe_run(folder: Path) -> Description:
         command = ("convfusion", "distill", "--out", folder, "--resume")
         return Description(lines, command if run else (*command, "MODEL"))
     model = run.model if run else "MODEL"
-    words = ("convfusion", "compare", "mini-teacher" if model == "mini" else model)
+    words = ("convfusion", "compare", "mini-teacher" if is_embedded(model) else model)
     return Description(lines, (*words, "--blocks", folder, "--prompt", "a red apple"))
 
 

@@ -53,7 +53,8 @@ def _read_model(model: str, dtype: Any, revision: str | None) -> Any:
 
     path = Path(model)
     if is_embedded(model):
-        pipe = mini.load_student() if model == "mini" else mini.load_teacher()
+        student = mini.NAMES[model]
+        pipe = mini.load_teacher() if student is None else mini.load_student(student)
         pipe.to(dtype)
     elif path.is_dir():
         pipe = _read_folder(path, dtype)

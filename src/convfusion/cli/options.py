@@ -15,8 +15,8 @@ Model = Annotated[
     str,
     typer.Argument(
         help="A diffusers pipeline: a folder, a name on the Hub or a single .safetensors file. "
-        "`mini` is the small model that comes with ConvFusion, with its trained blocks; "
-        "`mini-teacher` is the same model with its attention."
+        "`mini` is the small model that comes with ConvFusion, with trained halo blocks; "
+        "`mini-delta` has ΔConvBlocks instead, and `mini-teacher` its own attention."
     ),
 ]
 Blocks = Annotated[

@@ -11,7 +11,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.settings import check_fields, check_names
 
 Start = Literal["converted", "attention"]
-Optimizer = Literal["adamw", "adamw8bit", "muon"]
+Optimizer = Literal["adamw", "adamw8bit"]
 Autocast = Literal["no", "bf16", "fp16"]
 
 
@@ -55,8 +55,7 @@ class DistillConfig:
             the attention it replaces; or `converted`, all blocks begin as they are.
         batch_size: samples per step, over all processes and accumulated parts.
         accumulation: parts that each process works its share of a batch in.
-        optimizer: `adamw`; `adamw8bit` of bitsandbytes; or `muon` (PyTorch 2.9), which is Muon for
-            the projections and AdamW for the rest.
+        optimizer: `adamw`, or `adamw8bit` of bitsandbytes.
         learning_rate: after `warmup` steps.
         warmup: steps over which the rate rises from 0; -1 takes a twentieth of `steps`, and 100 at
             the most.

@@ -11,7 +11,7 @@ import torch
 
 from convfusion.data.latents import LatentDataset
 from convfusion.distill.config import DistillConfig
-from convfusion.distill.optimizers import state_per_number
+from convfusion.distill.optimizers import STATE_PER_NUMBER
 from convfusion.distill.run import distill
 from convfusion.families import denoiser_of, latent_scale, native_size
 from convfusion.generate import check_size
@@ -104,7 +104,7 @@ def estimate_run(
             set_record(mixer, records[path])
     blocks = [p for mixer in mixers.values() for p in mixer.parameters()]
     trained = sum(p.numel() for p in blocks)
-    kept = sum(p.numel() * state_per_number(p, config.optimizer) for p in blocks)
+    kept = trained * STATE_PER_NUMBER[config.optimizer]
     every = sum(p.numel() for p in student.parameters())
     frozen_bytes = (every - trained) * student.dtype.itemsize
     return RunEstimate(

@@ -1,8 +1,8 @@
-"""The embedded model: a small text-to-image pipeline trained on emoji, and its distilled student.
+"""The embedded model: a small text-to-image pipeline trained on emoji, and two students of it.
 
 A plain `StableDiffusionPipeline` for 64×64 pictures with seven self-attention sites. Captions
 look like `waving hand sign, dark skin tone, noto`; the designs are `noto` and `twemoji`. One name
-in ten was held out of all training, of the teacher and of the student.
+in ten was held out of all training, of the teacher and of the students.
 
 Some names share a picture: twelve of the pictures held out were, pixel by pixel, pictures of
 training names, and are gone. The others are two lists that never change: `choice`, on which
@@ -23,8 +23,14 @@ from convfusion.errors import ConvFusionError
 from convfusion.files import read_tensors
 
 FOLDER = Path(__file__).parent
-TEACHER, STUDENT, DATA = FOLDER / "teacher", FOLDER / "student", FOLDER / "data"
-NAMES = ("mini", "mini-teacher")  # on the command line: with the student, and as it was trained
+TEACHER, STUDENTS, DATA = FOLDER / "teacher", FOLDER / "students", FOLDER / "data"
+Student = Literal["near", "delta_conv"]
+# By the name on the command line, the blocks that the model has; None is its own attention.
+NAMES: dict[str, Student | None] = {
+    "mini": "near",
+    "mini-delta": "delta_conv",
+    "mini-teacher": None,
+}
 GUIDANCE = 3.0  # classifier-free guidance that its pictures look best with
 STRENGTH = 0.1  # of a rung to a larger size: with more, it draws texture (docs/highres.md)
 HeldOut = Literal["choice", "results"]
@@ -45,10 +51,22 @@ def load_teacher() -> Any:
     return pipe
 
 
-def load_student() -> Any:
-    """The same pipeline with the distilled ΔConvBlocks in place; its attention is kept."""
+def load_student(name: Student = "near") -> Any:
+    """The same pipeline with distilled blocks at every site; its attention is kept.
+
+    Args:
+        name: `near`, halo blocks, which draw almost what the teacher draws; or `delta_conv`, the
+            paper's blocks, which take the fewest operations.
+
+    Raises:
+        ConvFusionError: there is no such student.
+    """
+    if name not in get_args(Student):
+        raise ConvFusionError(
+            f"there is no student {name!r}; there are {' and '.join(get_args(Student))}"
+        )
     pipe = load_teacher()
-    load(pipe, STUDENT)
+    load(pipe, STUDENTS / name)
     return pipe
 
 
@@ -58,7 +76,7 @@ def training_data() -> LatentDataset:
 
 
 def held_out_data(part: HeldOut | None = None) -> LatentDataset:
-    """Latents and captions of names that neither teacher nor student has seen.
+    """Latents and captions of names that neither the teacher nor a student has seen.
 
     Args:
         part: `choice`, 125 samples for whatever is chosen or tuned; `results`, 245 others for what
