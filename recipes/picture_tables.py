@@ -57,14 +57,15 @@ def sizes(model: str, held_out: str = "results") -> str:
     heads = ["pixels", "noise error: teacher", *students]
     heads += [f"ε-error: {students[0]}", *students[1:]]
     if drawn:
-        heads += ["KID beyond the teacher's: " + students[0], *students[1:]]
+        heads += ["KID: teacher", *students, f"beyond the teacher's: {students[0]}", *students[1:]]
     lines = []
     for (width, height), by in found.items():
         line = [f"{width}×{height}"]
         line += [number(by[name]["noise_error"]) for name in ("teacher", *students)]
         line += [reached(by[name]) for name in students]
         if drawn:
-            line += [kid(by[s], "kid_excess") if by[s]["kid"] else "–" for s in students]
+            line += [kid(by[n]) if by[n]["kid"] else "–" for n in ("teacher", *students)]
+            line += [kid(by[n], "kid_excess") if by[n]["kid"] else "–" for n in students]
         lines.append(line)
     note = f"KID in thousandths, of {one(rows, 'samples')[0]} pictures each." if drawn else ""
     return f"{which(rows)}\n\n{table(heads, lines)}\n\n{note}".rstrip()
