@@ -38,7 +38,7 @@ from convfusion.fingerprint import fingerprint
 from convfusion.mini import HeldOut
 from convfusion.mixers import Mixer
 from convfusion.operations import site_operations
-from mini import fashion
+from mini import fashion, large
 from mini.pixart import load_pixart
 from pages import add, rows
 from reach import window_share
@@ -71,6 +71,7 @@ TEACHERS = {
     "fashion": Teacher(
         fashion.load_fashion, fashion.training_data, lambda part: fashion.test_data(), (8, 8)
     ),
+    "large": Teacher(large.load_large, large.training_data, large.held_out_data, (32, 32)),
 }
 TEXT_TO_IMAGE = ("mini", "pixart")
 SHIPPED = get_args(mini.Student)  # students that come with the embedded model
