@@ -20,6 +20,7 @@ from functools import partial
 from typing import get_args
 
 import highres_tables
+import picture_tables
 import quality_tables
 import speed_tables
 import training_tables
@@ -328,6 +329,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **speed_tables.TABLES,
     **training_tables.TABLES,
     **quality_tables.TABLES,
+    **picture_tables.TABLES,
 }
 
 
