@@ -71,7 +71,8 @@ RIVALS: dict[str, Mixer] = {
 BY_KERNEL = "neighbourhood attention as wide as the recommended kernels"
 NAMES = (*RIVALS, BY_KERNEL)
 SEEDED = (OURS, HALO, WINDOW)  # run with two further seeds
-UNTRAINED = (OURS, HALO, "halo, r 1/2, n 1/2", WINDOW, "nothing")  # measured as they start, too
+# Measured as they start, too.
+UNTRAINED = (OURS, HALO, "halo, r 1/2, n 1/2", WINDOW, "pooled keys and values", "nothing")
 DRAWN = (OURS, HALO, WINDOW, "LinFusion's linear attention", "nothing")  # their pictures, too
 TRAINED = Table(
     "rivals.csv", ["model", "mixer", "learning_rate", "seed", "steps", "made"], "results"
