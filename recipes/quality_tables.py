@@ -54,10 +54,15 @@ def by_mixer(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def trained(model: str, held_out: str) -> dict[str, list[Row]]:
-    """Distilled mixers, as `by_mixer`; of older rows those that were not measured again."""
-    rows = [row for row in rows_of("rivals.csv", model) if row["steps"] != "0"]
+    """Distilled mixers, as `by_mixer`; of older rows those that were not measured again.
+
+    Beside them nothing in place of the attention, which takes no steps.
+    """
+    rows = rows_of("rivals.csv", model)
     again = {row["mixer"] for row in rows if row["held_out"] == "results"}
     found = [row for row in rows if row["held_out"] == held_out]
+    nothing = [row for row in found if row["mixer"] == "nothing"][:1]
+    found = [row for row in found if row["mixer"] != "nothing" and row["steps"] != "0"] + nothing
     return by_mixer([row for row in found if held_out == "results" or row["mixer"] not in again])
 
 
@@ -77,11 +82,12 @@ def rivals(model: str, held_out: str = "results") -> str:
         for name, rows in best.items()
     ]
     rows = [row for runs in best.values() for row in runs]
+    steps = one([row for row in rows if row["mixer"] != "nothing"], "steps")[0]
     return f"""{which(rows)}
 
 {table([*heads, "keys in its window"], lines)}
 
-{one(rows, "steps")[0]} steps each."""
+{steps} steps each."""
 
 
 def untrained() -> str:

@@ -71,7 +71,8 @@ RIVALS: dict[str, Mixer] = {
 BY_KERNEL = "neighbourhood attention as wide as the recommended kernels"
 NAMES = (*RIVALS, BY_KERNEL)
 SEEDED = (OURS, HALO, WINDOW)  # run with two further seeds
-UNTRAINED = (OURS, HALO, "halo, r 1/2, n 1/2", WINDOW, "nothing")  # measured as they start, too
+# Measured as they start, too.
+UNTRAINED = (OURS, HALO, "halo, r 1/2, n 1/2", WINDOW, "pooled keys and values", "nothing")
 DRAWN = (OURS, HALO, WINDOW, "LinFusion's linear attention", "nothing")  # their pictures, too
 TRAINED = Table(
     "rivals.csv", ["model", "mixer", "learning_rate", "seed", "steps", "made"], "results"
@@ -108,7 +109,7 @@ def blocks_of(teacher: str, name: str) -> ConvertConfig:
 def rival(teacher: str, name: str, seed: int, steps: int) -> Recipe:
     """How a rival is made; without steps, it is left as it starts."""
     blocks = blocks_of(teacher, name)
-    if name == "nothing" or not steps:
+    if not steps or name == "nothing":
         started = any(map(starts_measured, blocks.sites.values()))
         return Recipe(blocks, None, started)
     return recipe(blocks, steps, seed, learning_rate=rate_of(teacher, name))
@@ -199,7 +200,7 @@ def main() -> None:
 def run(teacher: str, names: Sequence[str], steps: int, seeds: Sequence[int]) -> None:
     """Rows of ε-errors: of one seed, and of further ones where rows are compared closely."""
     for name in names:
-        if steps:
+        if steps and name != "nothing":
             for seed in (0, *seeds) if name in SEEDED else (0,):
                 measure(teacher, name, seed, steps)
         elif name in UNTRAINED:
