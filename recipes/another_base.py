@@ -1,10 +1,11 @@
 """Blocks of one base put into a fine-tune of it: do they fit there, and what does distilling bring?
 
 `python recipes/another_base.py` fine-tunes the embedded teacher on one of the two designs that it
-knows. The shipped ΔConvBlocks, which were distilled from the base, go into the fine-tune as they
-are, and are then distilled on; fresh blocks of the same kind are distilled for as long. ε-errors
-against the fine-tune itself, on held-out names of its design, go to `results/another_base.csv`,
-beside those of the shipped blocks in their own base, and the distance of the two bases.
+knows. Halo blocks and ΔConvBlocks, which `rivals.py` distilled from the base for 100 steps, go into
+the fine-tune as they are, and are then distilled on; fresh blocks of the same kind are distilled
+for as long. ε-errors against the fine-tune itself, on held-out names of its design, go to
+`results/another_base.csv`, beside those of the blocks in their own base, and the distance of the
+two bases.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from convfusion import ConvertConfig, convert, load, mini, uniform
+from convfusion import convert, load, mini
 from convfusion.data import LatentDataset
 from convfusion.demo import configure_distillation, measure_error
 from convfusion.distill import distill
 from convfusion.evaluate import epsilon_error
-from convfusion.families import denoiser_of, encode_conditioning
-from convfusion.mixers import Removed
+from convfusion.families import encode_conditioning
 from convfusion.schedule import add_noise, noise_schedule
-from convfusion.surgery import mixers_of
-from experiment import KEPT, Table, digest, shipped, weights_of
+from experiment import KEPT, Recipe, Table, digest, student_folder, weights_of
+from rivals import HALO, OURS, blocks_of, rate_of, rival
 
-TABLE = Table("another_base.csv", ["variant", "design", "tuning_steps", "steps", "made"], "results")
-SHIPPED: mini.Student = "delta_conv"
+KEYS = ("variant", "blocks", "design", "tuning_steps", "steps", "made")
+TABLE = Table("another_base.csv", KEYS, "results")
+BASE, NOTHING = "the base itself", "nothing"
+OWN, AS_IS, ON, FRESH = "in their own base", "as they are", "distilled on", "fresh"
+TRAINED = 100  # steps of the blocks in their own base
 Row = dict[str, str]
 
 
@@ -74,60 +77,45 @@ def train(pipe: Any, data: LatentDataset, steps: int) -> None:
     pipe.unet.eval()
 
 
-def measured(variant: str, design: str, tuning: int, steps: int) -> Row:
+def measured(variant: str, blocks: str, design: str, tuning: int, steps: int) -> Row:
     """The ε-error of one variant against the model whose attention it replaces."""
     held_out = of_design(mini.held_out_data("results"), design)
-    base = mini.load_teacher() if "their own base" in variant else fine_tune(design, tuning)
-    if variant == "the base itself":
+    base = mini.load_teacher() if variant == OWN else fine_tune(design, tuning)
+    if variant == BASE:
         found = epsilon_error(mini.load_teacher(), base.unet, held_out.latents, held_out.captions)
         return {"epsilon_error": f"{found:.4e}"}
-    if variant == "nothing":
-        convert(base, uniform(Removed()))
-    elif variant.startswith("fresh"):
-        convert(base, shipped_kind())
+    if variant == FRESH or not blocks:
+        convert(base, blocks_of("mini", blocks or "nothing"))
     else:
-        load(base, mini.STUDENTS / SHIPPED)
+        load(base, student_folder("mini", how(blocks)))
     if steps:
-        fresh = variant.startswith("fresh")
-        config = configure_distillation(steps)
-        if not fresh:  # they imitate well already
-            config = replace(config, start="converted", imitation_steps=0, learning_rate=5e-3)
+        config = replace(configure_distillation(steps), learning_rate=rate_of("mini", blocks))
+        if variant == ON:  # they imitate well already
+            rate = config.learning_rate / 4
+            config = replace(config, start="converted", imitation_steps=0, learning_rate=rate)
         distill(base, of_design(mini.training_data(), design), config)
     return {"epsilon_error": f"{measure_error(base, held_out):.4e}"}
 
 
-def made(variant: str) -> str:
-    """A hash of the teacher's weights, and of the shipped blocks or their kind where they count."""
-    if variant.startswith("shipped"):
-        return shipped(SHIPPED)[1]
-    kind = shipped_kind().to_dict() if variant.startswith("fresh") else None
-    return digest(weights_of("mini"), kind)
-
-
-def shipped_kind() -> ConvertConfig:
-    """A conversion to blocks of the shipped student's kind."""
-    mixers = mixers_of(denoiser_of(mini.load_student(SHIPPED)))
-    return ConvertConfig({path: mixer.config for path, mixer in mixers.items()})
+def how(blocks: str) -> Recipe:
+    """How the blocks were distilled in their own base."""
+    return rival("mini", blocks, 0, TRAINED)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--design", choices=("noto", "twemoji"), default="noto")
     parser.add_argument("--tuning-steps", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, nargs="*", default=[50, 200])
     args = parser.parse_args()
-    for variant, steps in (
-        ("the base itself", 0),
-        ("nothing", 0),
-        ("shipped blocks in their own base", 0),
-        ("shipped blocks", 0),
-        ("shipped blocks, distilled on", args.steps // 4),
-        ("shipped blocks, distilled on", args.steps),
-        ("fresh blocks", args.steps // 4),
-        ("fresh blocks", args.steps),
-    ):
-        key = (variant, args.design, args.tuning_steps, steps)
-        TABLE.once(partial(measured, *key), *key, made(variant))
+    variants = [(BASE, "", 0), (NOTHING, "", 0)]
+    for blocks in (HALO, OURS):
+        variants += [(OWN, blocks, 0), (AS_IS, blocks, 0)]
+        variants += [(kind, blocks, steps) for kind in (ON, FRESH) for steps in args.steps]
+    for variant, blocks, steps in variants:
+        key = (variant, blocks, args.design, args.tuning_steps, steps)
+        made = how(blocks).made("mini") if blocks else weights_of("mini")
+        TABLE.once(partial(measured, *key), *key, made)
 
 
 if __name__ == "__main__":

@@ -14,21 +14,34 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
-from convfusion import ConvertConfig, DeltaConv, convert, load, mini, save, status
+from convfusion import (
+    ConvertConfig,
+    convert,
+    load,
+    mini,
+    save,
+    start_from_attention,
+    status,
+)
 from convfusion.data import LatentDataset
-from convfusion.demo import configure_distillation, measure_error, spread
+from convfusion.demo import configure_distillation, spread
 from convfusion.distill import DistillConfig, distill
+from convfusion.distill.startup import draw_noised_batches
+from convfusion.evaluate import epsilon_error
 from convfusion.families import denoiser_of
 from convfusion.fingerprint import fingerprint
 from convfusion.mini import HeldOut
+from convfusion.mixers import Mixer
 from convfusion.operations import site_operations
-from mini import fashion
+from mini import fashion, large
 from mini.pixart import load_pixart
 from pages import add, rows
+from reach import window_share
 
 KEPT = Path(__file__).parent / "run"
 JUDGED = 64  # held-out latents that ε-errors are measured on
@@ -58,8 +71,10 @@ TEACHERS = {
     "fashion": Teacher(
         fashion.load_fashion, fashion.training_data, lambda part: fashion.test_data(), (8, 8)
     ),
+    "large": Teacher(large.load_large, large.training_data, large.held_out_data, (32, 32)),
 }
 TEXT_TO_IMAGE = ("mini", "pixart")
+SHIPPED = get_args(mini.Student)  # students that come with the embedded model
 
 
 @dataclass(frozen=True)
@@ -68,52 +83,73 @@ class Recipe:
 
     Attributes:
         blocks: what is converted, and to which mixers.
-        settings: of the distillation; None leaves the blocks as they are converted.
+        settings: of the distillation; None leaves the blocks as they start.
+        started: whether blocks that are not distilled start from what their attention does on
+            training pictures, as a distillation would start them, or from its weights alone.
     """
 
     blocks: ConvertConfig
     settings: DistillConfig | None
+    started: bool = False
 
     def made(self, teacher: str) -> str:
         """A hash of the teacher's weights, of all settings, and of the start that they name."""
         settings = asdict(self.settings) if self.settings else None
-        start = [START] if self.settings and self.settings.start == "attention" else []
+        measured = self.settings.start == "attention" if self.settings else self.started
+        start = [START] if measured else []
         return digest(weights_of(teacher), self.blocks.to_dict(), settings, *start)
 
 
 def recipe(blocks: ConvertConfig, steps: int, seed: int = 0, **settings: Any) -> Recipe:
     """The demo's distillation with other blocks, and other settings where some are named.
 
-    In bfloat16, which a CPU of today trains faster.
+    In bfloat16, which a CPU of today trains faster. Mixers that can start from what the attention
+    does, measured on training pictures, start so.
     """
-    starts = all(isinstance(mixer, DeltaConv) for mixer in blocks.sites.values())
+    starts = any(map(starts_measured, blocks.sites.values()))
     chosen = {"start": "attention" if starts else "converted", "autocast": "bf16", **settings}
     config = DistillConfig(**{**vars(configure_distillation(steps, seed)), **chosen})
     return Recipe(ConvertConfig(blocks.sites, seed=seed), config)
 
 
+def starts_measured(mixer: Mixer) -> bool:
+    """Whether a mixer has a start that is measured."""
+    with torch.device("meta"):
+        return mixer.build(64, 4).has_measured_start
+
+
 def student(teacher: str, made_by: Recipe) -> tuple[Any, float]:
     """The pipeline of a student and the seconds that its distillation took, now or then."""
-    folder = KEPT / "students" / made_by.made(teacher)
+    folder = student_folder(teacher, made_by)
     pipe = TEACHERS[teacher].load()
+    load(pipe, folder)
+    return pipe, json.loads((folder / "seconds.json").read_text())
+
+
+def student_folder(teacher: str, made_by: Recipe) -> Path:
+    """Where the blocks of a student lie; they are made unless they are there."""
+    folder = KEPT / "students" / made_by.made(teacher)
     if (folder / "seconds.json").is_file():
-        load(pipe, folder)
-        return pipe, json.loads((folder / "seconds.json").read_text())
+        return folder
+    pipe = TEACHERS[teacher].load()
     unfused(pipe)
     convert(pipe, made_by.blocks)
+    data = TEACHERS[teacher].training_data()
     started = time.perf_counter()
     if made_by.settings is not None:
-        distill(pipe, TEACHERS[teacher].training_data(), made_by.settings)
+        distill(pipe, data, made_by.settings)
+    elif made_by.started:
+        start_from_attention(pipe, draw_noised_batches(pipe, data))
     seconds = round(time.perf_counter() - started, 1)
     save(pipe, folder)
     (folder / "seconds.json").write_text(json.dumps(seconds))
-    return pipe, seconds
+    return folder
 
 
-def shipped(name: mini.Student = "near") -> tuple[Callable[[], Any], str]:
-    """A student that the embedded model comes with, and what tells it from others."""
-    load_it = partial(mini.load_student, name)
-    return load_it, digest("shipped", fingerprint(denoiser_of(load_it())))
+def shipped(name: mini.Student) -> tuple[Callable[[], Any], str]:
+    """A student that comes with the embedded model, and what tells it from others."""
+    maker = partial(mini.load_student, name)
+    return maker, digest("shipped", fingerprint(denoiser_of(maker())))
 
 
 def unfused(pipe: Any) -> None:
@@ -123,16 +159,39 @@ def unfused(pipe: Any) -> None:
             module.set_processor(AttnProcessor())
 
 
+class Remembering:
+    """A denoiser that predicts the same latents at the same timestep once in a process."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.device, self.dtype = model, model.device, model.dtype
+        self.known: dict[int, tuple[torch.Tensor, Any]] = {}
+
+    def __call__(self, noisy: torch.Tensor, **told: Any) -> Any:
+        step = int(told["timestep"][0])
+        if step not in self.known or not torch.equal(self.known[step][0], noisy):
+            self.known[step] = (noisy, self.model(noisy, **told))
+        return self.known[step][1]
+
+
+@cache
+def judge(teacher: str, part: HeldOut) -> tuple[Remembering, LatentDataset]:
+    """A teacher, and the held-out latents that its students are judged on."""
+    held_out = spread(TEACHERS[teacher].held_out_data(part), JUDGED)
+    return Remembering(denoiser_of(TEACHERS[teacher].load())), held_out
+
+
 def judged(teacher: str, made_by: Recipe, part: HeldOut = "choice") -> dict[str, Any]:
     """A student's ε-error on a list of pictures that no training saw, and what it costs."""
     pipe, seconds = student(teacher, made_by)
     costs = site_operations(pipe, TEACHERS[teacher].latents).values()
-    held_out = spread(TEACHERS[teacher].held_out_data(part), JUDGED)
+    whole, held_out = judge(teacher, part)
+    error = epsilon_error(pipe, whole, held_out.latents, held_out.captions)
     return {
-        "epsilon_error": f"{measure_error(pipe, held_out):.4e}",
+        "epsilon_error": f"{error:.4e}",
         "parameters": sum(site.mixer_parameters for site in status(pipe).sites),
         "operations": sum(own for _, own in costs),
         "attention_operations": sum(attention for attention, _ in costs),
+        "window_share": f"{window_share(pipe, TEACHERS[teacher].latents):.4f}",
         "seconds": seconds,
     }
 

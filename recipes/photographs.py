@@ -1,11 +1,12 @@
 """A class-conditional model of Fashion-MNIST: does a student draw the same distribution?
 
-`python recipes/photographs.py` distils a student of the small DiT that was trained on Fashion-MNIST
-(`recipes/mini/fashion_teacher.py`) and draws 10 000 pictures, a thousand of each class, with the
-teacher and with the student, in 20 steps and bfloat16. Kernel and Fréchet distance, precision,
-recall, density and coverage against the 10 000 test pictures, and against the teacher's pictures
-from other noises, go to `results/photographs.csv`, beside those of the first 10 000 training
-pictures and of the test pictures behind the autoencoder; `docs/images/photographs.png` shows some.
+`python recipes/photographs.py` distils two students of the small DiT that was trained on
+Fashion-MNIST (`recipes/mini/fashion_teacher.py`), one with halo blocks and one with ΔConvBlocks,
+and draws 10 000 pictures, a thousand of each class, with the teacher and with either, in 20 steps
+and bfloat16. Kernel and Fréchet distance, precision, recall, density and coverage against the
+10 000 test pictures, and against the teacher's pictures from other noises, go to
+`results/photographs.csv`, beside those of the first 10 000 training pictures and of the test
+pictures behind the autoencoder; `docs/images/photographs.png` shows some.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from convfusion.evaluate import neighbourhoods
 from convfusion.evaluate.real import decoded
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import generate
-from convfusion.mixers import Removed
+from convfusion.mixers import Halo, Removed
 from experiment import JUDGED, TEACHERS, Recipe, Table, recipe, student, weights_of
 from mini.fashion import CLASSES, latents, pictures, read_pictures
 from pages import ROOT
@@ -123,11 +124,13 @@ def main() -> None:
     count = args.samples
     if count > MOST:
         raise SystemExit(f"there are {MOST} test pictures: {count} samples are too many")
-    how = recipe(uniform(DeltaConv()), args.steps)
-    teacher, trained_by = (f"{w}, bf16" for w in (weights_of("fashion"), how.made("fashion")))
-    drawn_by = partial(seen, partial(trained, how), trained_by, own)
+    students = {
+        "halo blocks": recipe(uniform(Halo()), args.steps, learning_rate=2e-3),
+        "ΔConvBlocks": recipe(uniform(DeltaConv()), args.steps),
+    }
+    teacher = f"{weights_of('fashion')}, bf16"
     nothing = Recipe(uniform(Removed()), None)
-    show({"the student": how, "nothing in place of self-attention": nothing})
+    show({**students, "nothing in place of self-attention": nothing})
     references = {
         "test": extractor()(pictures("test", count)).features,
         "teacher": seen(FASHION.load, teacher, other),
@@ -140,8 +143,11 @@ def main() -> None:
             fingerprint(FASHION.load().vae),
         ),
         Set("the teacher", partial(seen, FASHION.load, teacher, own), own.made(teacher), True),
-        Set("the student", drawn_by, own.made(trained_by), True, how),
     ]
+    for name, how in students.items():
+        made = f"{how.made('fashion')}, bf16"
+        drawn_by = partial(seen, partial(trained, how), made, own)
+        sets.append(Set(name, drawn_by, own.made(made), True, how))
     for each in sets:
         for reference, held in references.items():
             if each.drawn or reference == "test":

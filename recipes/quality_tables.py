@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pages import one, read, table, which
+from pages import one, table, which
 from pages import rows as rows_if_any
 
 Row = dict[str, str]
@@ -35,10 +35,16 @@ def millions(row: Row) -> str:
     return f"{int(row['parameters']) / 1e6:.2f}M"
 
 
-def best_runs(model: str) -> dict[str, list[Row]]:
+def share(row: Row) -> str:
+    """Of the keys of the largest grid, those within the window or the widest kernel."""
+    held = float(row["window_share"])
+    return f"{held:.0%}" if held else "–"
+
+
+def by_mixer(rows: list[Row]) -> dict[str, list[Row]]:
     """By mixer, the runs at its better learning rate, the best mixer first."""
     runs: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows_of("rivals.csv", model):
+    for row in rows:
         runs[row["mixer"]][row["learning_rate"]].append(row)
     best = {
         name: min(by.values(), key=lambda rows: float(rows[0]["epsilon_error"]))
@@ -47,31 +53,83 @@ def best_runs(model: str) -> dict[str, list[Row]]:
     return dict(sorted(best.items(), key=lambda pair: mean_error(pair[1])))
 
 
-def rivals(model: str) -> str:
+def trained(model: str, held_out: str) -> dict[str, list[Row]]:
+    """Distilled mixers, as `by_mixer`; of older rows those that were not measured again."""
+    rows = [row for row in rows_of("rivals.csv", model) if row["steps"] != "0"]
+    again = {row["mixer"] for row in rows if row["held_out"] == "results"}
+    found = [row for row in rows if row["held_out"] == held_out]
+    return by_mixer([row for row in found if held_out == "results" or row["mixer"] not in again])
+
+
+def rivals(model: str, held_out: str = "results") -> str:
     """The mixers under one recipe, the best first."""
+    best = trained(model, held_out)
     heads = ["in place of self-attention", "ε-error", "rate", "parameters", "fewer operations"]
-    best = best_runs(model)
     lines = [
-        [name, spread(rows), rows[0]["learning_rate"], millions(rows[0]), cost(rows[0])]
+        [
+            name,
+            spread(rows),
+            "–" if name == "nothing" else rows[0]["learning_rate"],
+            millions(rows[0]),
+            cost(rows[0]),
+            share(rows[0]),
+        ]
         for name, rows in best.items()
     ]
-    seconds = {row["mixer"]: row for row in rows_of("rivals_seconds.csv", model)}
-    if seconds:
-        heads.append("seconds a picture")
-        for line in lines:
-            line.append(timing(seconds[line[0]]))
-        whole = seconds["the teacher"]
-        lines.insert(0, ["the teacher's own", "0", "–", "–", "1.00×", timing(whole)])
-    rows = rows_of("rivals.csv", model)
+    rows = [row for runs in best.values() for row in runs]
     return f"""{which(rows)}
 
-{table(heads, lines)}
+{table([*heads, "keys in its window"], lines)}
 
 {one(rows, "steps")[0]} steps each."""
 
 
+def untrained() -> str:
+    """The mixers as they start, on every model."""
+    found: dict[str, dict[str, Row]] = defaultdict(dict)
+    rows = [
+        row
+        for row in rows_if_any("rivals.csv")
+        if row["steps"] == "0" and row["held_out"] != "choice"
+    ]
+    for row in rows:
+        found[row["mixer"]][row["model"]] = row
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    worst = {model: float(found["nothing"][model]["epsilon_error"]) for model in models}
+
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return "–"
+        error = float(row["epsilon_error"])
+        return f"{number(error)} (1/{worst[row['model']] / error:.1f}, {cost(row)})"
+
+    lines = [
+        [name, *(cell(by.get(model)) for model in models)]
+        for name, by in found.items()
+        if name != "nothing"
+    ]
+    lines.append(["nothing", *(number(worst[model]) for model in models)])
+    return f"{which(rows)}\n\n{table(['as it starts', *models], lines)}"
+
+
+def seconds(model: str) -> str:
+    """Seconds a picture, the fastest first."""
+    rows = sorted(
+        rows_of("rivals_seconds.csv", model), key=lambda r: float(r["seconds_per_picture"])
+    )
+    return table(
+        ["in place of self-attention", "seconds a picture"],
+        [[row["mixer"], timing(row)] for row in rows],
+    )
+
+
 def rows_of(name: str, model: str) -> list[Row]:
     return [row for row in rows_if_any(name) if row["model"] == model]
+
+
+def resting_on(name: str, held_out: str) -> list[Row]:
+    """Rows that were measured on some held-out pictures."""
+    return [row for row in rows_if_any(name) if row["held_out"] == held_out]
 
 
 def timing(row: Row) -> str:
@@ -81,66 +139,33 @@ def timing(row: Row) -> str:
 
 
 def in_short() -> str:
-    """A few mixers on both text-to-image models."""
+    """The main mixers on both text-to-image models."""
     named = (
-        "13×13 neighbourhood attention",
+        "halo, r 1/4, n 1/2, 64 cells",
         "7×7 neighbourhood attention",
-        "LinFusion's linear attention",
+        "halo, r 1/4, n 1/2",
         "ΔConvBlock",
-        "one 3×3 depthwise convolution",
         "nothing",
     )
-    models = [best_runs(model) for model in ("mini", "pixart")]
+    models = [trained(model, "results") for model in ("mini", "pixart")]
     heads = ["in place of self-attention", "UNet: ε-error", "fewer operations"]
-    heads += ["transformer: ε-error", "fewer operations"]
-    lines = [
-        [name, *(cell for m in models for cell in (number(mean_error(m[name])), cost(m[name][0])))]
-        for name in named
-    ]
-    return f"{which(read('rivals.csv'), 'docs/quality.md')}\n\n{table(heads, lines)}"
+    heads += ["transformer: ε-error", "fewer operations", "keys in its window"]
+    lines, rows = [], []
+    for name in (name for name in named if all(name in model for model in models)):
+        found = [model[name] for model in models]
+        cells = [cell for runs in found for cell in (number(mean_error(runs)), cost(runs[0]))]
+        lines.append([name, *cells, share(found[0][0])])
+        rows += found[0] + found[1]
+    return f"{which(rows, 'docs/quality.md')}\n\n{table(heads, lines)}"
 
 
 def mean_error(rows: list[Row]) -> float:
     return statistics.mean(float(row["epsilon_error"]) for row in rows)
 
 
-def rival_pictures(model: str) -> str:
-    """Distances of the pictures to real ones and to the teacher's."""
-    found: dict[str, dict[str, Row]] = defaultdict(dict)
-    rows = rows_of("rivals_pictures.csv", model)
-    for row in rows:
-        found[row["mixer"]][row["reference"]] = row
-    heads = ["pictures of"]
-    heads += ["KID to real", "beyond the teacher's", "Fréchet"]
-    heads += ["KID to the teacher's", "beyond the floor", "Fréchet"]
-    lines = [
-        [name, *beside(by["real"]), *beside(by["teacher"])]
-        for name, by in sorted(found.items(), key=lambda pair: float(pair[1]["teacher"]["kid"]))
-    ]
-    real = next(iter(found.values()))["real"]["reference_samples"]
-    return f"""{which(rows)}
-
-{table(heads, lines)}
-
-{one(rows, "samples")[0]} pictures each, against {real} real ones, and against as many of the
-teacher from other noises. KID in thousandths. EfficientNet-Lite0 features."""
-
-
-def kid(row: Row, name: str = "kid") -> str:
-    """Kernel distance, or its excess over the teacher's, with its error, in thousandths."""
-    value, error = (1000 * float(row[key]) for key in (name, f"{name}_error"))
-    return f"{value:.1f} ± {error:.1f}"
-
-
-def beside(row: Row) -> tuple[str, str, str]:
-    """Kernel distance, its excess over the teacher's own, and Fréchet distance."""
-    excess = "–" if row["mixer"] == "the teacher" else kid(row, "kid_excess")
-    return kid(row), excess, f"{float(row['frechet']):.1f}"
-
-
 def ablation(held_out: str) -> str:
     """What each part brings, in the rows that rest on some held-out pictures."""
-    rows = [row for row in read("ablation.csv") if row["held_out"] == held_out]
+    rows = resting_on("ablation.csv", held_out)
     runs: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         runs[row["part"], row["variant"]].append(row)
@@ -158,146 +183,81 @@ def ablation(held_out: str) -> str:
 {one(rows, "steps")[0]} steps each. A range is that of seeds, and the value before it their mean."""
 
 
-def layers() -> str:
-    rows = read("layers.csv")
+def layers(held_out: str = "results") -> str:
+    """ε-errors by how many sites are replaced, for each kind of blocks in each order."""
+    rows = resting_on("layers.csv", held_out)
     whole = max(int(row["attention_operations"]) for row in rows)
 
-    def cell(row: Row) -> str:
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return "–"
         gone = int(row["attention_operations"]) - int(row["operations"])
         return f"{number(row['epsilon_error'])} ({gone / whole:.0%})"
 
-    orders = [
-        order for order in dict.fromkeys(row["order"] for row in rows) if "every" not in order
-    ]
-    by = {(row["order"], row["sites"]): cell(row) for row in rows}
+    by = {(row["blocks"], row["order"], row["sites"]): row for row in rows}
+    columns = list(dict.fromkeys((row["blocks"], row["order"]) for row in rows))
+    columns = [column for column in columns if "every" not in column[1]]
     counts = sorted({row["sites"] for row in rows}, key=int)
-    lines = [[k, *(by[order, k] for order in orders)] for k in counts]
+    lines = [[k, *(cell(by.get((*column, k))) for column in columns)] for k in counts]
     second = [row for row in rows if "every" in row["order"]]
-    told = "; ".join(f"{row['order']} ({row['sites']} sites): {cell(row)}" for row in second)
+    told = "; ".join(
+        f"{row['blocks']}, {row['order']} ({row['sites']} sites): {cell(row)}" for row in second
+    )
+    heads = ["sites", *(f"{blocks}, {order}" for blocks, order in columns)]
+    steps = one(rows, "steps", "seed")[0]
     return f"""{which(rows)}
 
-{table(["sites", *orders], lines)}
+{table(heads, lines)}
 
-In brackets: how much of the operations of all attention is gone. {one(rows, "steps", "seed")[0]}
-steps each, one seed. And {told}."""
-
-
-def sizes(model: str) -> str:
-    found: dict[tuple[int, int], dict[str, Row]] = defaultdict(dict)
-    rows = rows_of("sizes.csv", model)
-    for row in rows:
-        found[int(row["width"]), int(row["height"])][row["pipeline"]] = row
-    heads = ["pixels", "noise error: teacher", "student", "ε-error", "KID: teacher", "student"]
-    heads.append("difference")
-    lines = []
-    for (width, height), by in found.items():
-        pair = [by["teacher"], by["student"]]
-        errors = [number(row["noise_error"]) for row in pair]
-        own = number(by["student"]["epsilon_error"])
-        distances = [kid(row) if row["kid"] else "–" for row in pair]
-        excess = kid(pair[1], "kid_excess") if pair[1]["kid"] else "–"
-        lines.append([f"{width}×{height}", *errors, own, *distances, excess])
-    samples = one(rows, "samples")[0]
-    note = f"KID in thousandths, of {samples} pictures each."
-    return f"{which(rows)}\n\n{table(heads, lines)}\n\n{note}"
+In brackets: how much of the operations of all attention is gone. {steps}
+steps each, one seed.{f" And {told}." if told else ""}"""
 
 
-def another_base() -> str:
-    rows = read("another_base.csv")
-    lines = [[r["variant"], r["steps"], number(r["epsilon_error"])] for r in rows]
+def another_base(held_out: str = "results") -> str:
+    rows = resting_on("another_base.csv", held_out)
+    lines = [
+        [
+            ", ".join(filter(None, (r["blocks"], r["variant"]))),
+            r["steps"],
+            number(r["epsilon_error"]),
+        ]
+        for r in rows
+    ]
     batches, design = one(rows, "tuning_steps", "design")
-    heads = ["in place of the fine-tune's self-attention", "steps of distillation", "ε-error"]
+    heads = ["in place of the fine-tune's self-attention", "steps in it", "ε-error"]
     return f"""{which(rows)}
 
 {table(heads, lines)}
 
 The fine-tune: {batches} batches of 32 pictures of one design
 (`{design}`), all weights. *The base itself* is the whole other model, attention and all,
-held against the fine-tune; the row of *their own base* is held against that."""
+held against the fine-tune; the rows of *their own base* are held against that."""
 
 
-def lighter() -> str:
-    rows = read("lighter.csv")
-    kernels = list(dict.fromkeys(row["kernels"] for row in rows))
-    ratios = list(dict.fromkeys(row["ratio"] for row in rows))
-    by = {(row["ratio"], row["kernels"]): row for row in rows}
+def lighter(held_out: str = "results") -> str:
+    """Blocks from the costliest to the lightest."""
+    rows = resting_on("lighter.csv", held_out)
+    rows.sort(key=lambda row: int(row["operations"]), reverse=True)
     lines = [
-        [
-            ratio,
-            *(f"{number(by[ratio, k]['epsilon_error'])} ({cost(by[ratio, k])})" for k in kernels),
-        ]
-        for ratio in ratios
+        [row["blocks"], number(row["epsilon_error"]), cost(row), millions(row), share(row)]
+        for row in rows
     ]
-    return f"{which(rows)}\n\n{table(['channel ratio', *(f'K {k}' for k in kernels)], lines)}"
-
-
-def guidance() -> str:
-    found: dict[str, dict[str, Row]] = defaultdict(dict)
-    rows = read("guidance.csv")
-    for row in rows:
-        found[row["guidance"]][row["pipeline"]] = row
-    lines = [
-        [scale, kid(by["teacher"]), kid(by["student"]), kid(by["student"], "kid_excess")]
-        for scale, by in found.items()
-    ]
-    scales = table(["guidance", "KID to real: teacher", "student", "difference"], lines)
-    note = f"KID in thousandths; {one(rows, 'samples')[0]} pictures each."
-    return f"{which(rows)}\n\n{scales}\n\n{note}"
-
-
-def solvers() -> str:
-    rows = read("solvers.csv")
-    steps = list(dict.fromkeys(row["steps"] for row in rows))
-    by: dict[str, dict[str, str]] = defaultdict(dict)
-    for row in rows:
-        by[row["solver"]][row["steps"]] = f"{float(row['psnr']):.1f} dB"
-    lines = [[name, *(found[each] for each in steps)] for name, found in by.items()]
-    heads = ["solver", *(f"{each} steps" for each in steps)]
-    return f"{which(rows)}\n\n{table(heads, lines)}"
-
-
-def photographs() -> str:
-    """Sets of pictures of the model of Fashion-MNIST, against real ones, then the teacher's."""
-    found: dict[str, dict[str, Row]] = defaultdict(dict)
-    rows = read("photographs.csv")
-    for row in rows:
-        found[row["pictures"]][row["reference"]] = row
-    shares = ["precision", "recall", "density", "coverage"]
-    tables = []
-    for reference, words in (
-        ("test", "Fashion-MNIST’s test pictures"),
-        ("teacher", "the teacher's"),
-    ):
-        heads = [f"against {words}", "ε-error", "KID", "Fréchet", *shares]
-        lines = []
-        for name, row in ((name, by[reference]) for name, by in found.items() if reference in by):
-            error = number(row["epsilon_error"]) if row["epsilon_error"] else "–"
-            lines.append([name, error, *distance(row), *(f"{float(row[s]):.2f}" for s in shares)])
-        tables.append(table(heads, lines))
-    return f"""{tables[0]}
-
-{tables[1]}
-
-{int(one(rows, "samples")[0]):,} pictures each, against as many (the teacher's: from other noises).
-KID in thousandths. EfficientNet-Lite0 features."""
-
-
-def distance(row: Row) -> tuple[str, str]:
-    """Kernel distance in thousandths, and Fréchet distance."""
-    return kid(row), f"{float(row['frechet']):.1f}"
+    heads = ["blocks", "ε-error", "fewer operations", "parameters", "keys in its window"]
+    return f"{which(rows)}\n\n{table(heads, lines)}\n\n{one(rows, 'steps')[0]} steps each."
 
 
 TABLES: dict[str, Callable[[], Any]] = {
-    **{f"rivals {name}": partial(rivals, name) for name in ("mini", "pixart")},
-    **{f"pictures {name}": partial(rival_pictures, name) for name in ("mini", "pixart")},
-    **{f"sizes {name}": partial(sizes, name) for name in ("mini", "pixart")},
+    **{f"rivals {name}": partial(rivals, name) for name in ("mini", "pixart", "large")},
+    **{f"rivals {name} before": partial(rivals, name, "first") for name in ("mini", "pixart")},
+    "untrained": untrained,
+    "seconds mini": partial(seconds, "mini"),
     "parts": partial(ablation, "choice"),
     "parts before": partial(ablation, "first"),
     "layers": layers,
+    "layers before": partial(layers, "first"),
     "another base": another_base,
+    "another base before": partial(another_base, "first"),
     "lighter": lighter,
-    "guidance": guidance,
-    "solvers": solvers,
-    "photographs": photographs,
+    "lighter before": partial(lighter, "first"),
     "in short": in_short,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from convfusion.bench.counts import denoiser_operations
 from convfusion.bench.models import bench_model
@@ -46,6 +47,7 @@ def flops() -> str:
     rivals = {
         "delta_conv 0.5": "ΔConvBlock 1/2",
         "delta_conv 0.25": "ΔConvBlock 1/4",
+        "halo 0.25 0.5": "halo",
         "linfusion": "LinFusion",
         "neighbourhood": "13×13 window",
         "tome": "ToMe",
@@ -83,6 +85,60 @@ def flops_memory() -> str:
         sizes = [int(by[name]["activation_bytes"]) / 2**20 for name in mixers]
         lines.append([f"MiB at {width}×{height}", *(f"{size:,.0f}" for size in sizes)])
     return table(["", *(f"`{name}`" for name in mixers)], lines)
+
+
+def flops_halo() -> str:
+    """SD1.5: operations of halo blocks beside those of the attention, ΔConvBlock and LinFusion."""
+    names = {
+        "attention": "attention",
+        "delta_conv 0.5": "ΔConvBlock",
+        "halo 0.125 0.375": "halo 1/8, 3/8",
+        "halo 0.25 0.5": "halo 1/4, 1/2",
+        "halo 0.5 0.5": "halo 1/2, 1/2",
+        "linfusion": "LinFusion",
+    }
+    found = flops_totals()["sd15"]
+    lines = []
+    for size in ((512, 512), (1024, 1024), (4096, 2160), (15360, 8640)):
+        by = found[size]
+        own = [f"{tera(by[n]['operations'])} ({times(by[n])})" for n in names if n != "attention"]
+        lines.append([f"{size[0]}×{size[1]}", tera(by["attention"]["operations"]), *own])
+    weights = [f"{int(found[512, 512][n]['parameters']) / 1e6:.1f}" for n in names]
+    return table(["pixels", *names.values()], [*lines, ["parameters, millions", *weights]])
+
+
+def halo_times(training: bool = False, dtype: str = "float32") -> str:
+    """CPU time of a call and memory of halo blocks, over those of the ΔConvBlock."""
+    kind = {"training": str(training), "dtype": dtype}
+    rows = [row for row in read("halo_speed.csv") if kind.items() <= row.items()]
+    by: dict[tuple[int, int], dict[str, dict[str, str]]] = defaultdict(dict)
+    for row in rows:
+        by[int(row["channels"]), int(row["side"])][row["contender"]] = row
+    first = rows[0]["contender"]
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    lines = []
+    for (channels, side), found in by.items():
+        own = found[first]
+        cells = [f"{milliseconds(float(own['cpu_ms']))}, {float(own['peak_mib']):.0f} MiB"]
+        for name in names[1:]:
+            row = found.get(name)
+            cells.append(
+                f"{float(row['over_block']):.2f}×, {float(row['peak_mib']):.0f} MiB" if row else "–"
+            )
+        lines.append([f"C {channels}, {side}×{side}", *cells])
+    return table(["site, tokens", *names], lines)
+
+
+def halo_growth() -> str:
+    """The exponent of the tokens that CPU time grows with, from 32² to 256² tokens at C 320."""
+    kind = {"training": "False", "dtype": "float32", "channels": "320"}
+    times_of: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in read("halo_speed.csv"):
+        if kind.items() <= row.items() and row["contender"] != "attention":
+            times_of[row["contender"]][int(row["side"]) ** 2] = float(row["cpu_ms"])
+    return table(
+        ["", *times_of], [["exponent", *(f"{fit_growth(t):.2f}" for t in times_of.values())]]
+    )
 
 
 def measured() -> list[Row]:
@@ -295,6 +351,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "flops": flops,
     "flops models": flops_models,
     "flops memory": flops_memory,
+    "flops halo": flops_halo,
+    "halo times": halo_times,
+    "halo bfloat16": partial(halo_times, dtype="bfloat16"),
+    "halo training": partial(halo_times, training=True),
+    "halo growth": halo_growth,
     "latency": sites,
     "latency backward": lambda: sites(backward=True),
     "denoiser": denoiser,

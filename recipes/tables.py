@@ -13,12 +13,14 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import get_args
 
 import highres_tables
+import picture_tables
 import quality_tables
 import speed_tables
 import training_tables
@@ -66,12 +68,13 @@ def quality() -> str:
         name: format_psnr(found[name]["image_psnr"], found[name]["image_psnr_error"])
         for name in ("removed", "converted", *SHIPPED)
     }
-    return f"""Beside the teacher's pictures from equal seeds, those of the model without
+    told = f"""Beside the teacher's pictures from equal seeds, those of the model without
 self-attention have {psnr["removed"]}, with halo blocks that were not trained
 {psnr["converted"]}, with the shipped ΔConvBlocks {psnr["delta_conv"]}
 and with the shipped halo blocks {psnr["near"]} (mean PSNR over {found["pictures"]} pictures,
 with its standard error). {tell_shares(found)}
 All on names that no training saw. From [results/demo.json](../results/demo.json)."""
+    return textwrap.fill(" ".join(told.split()), 110)
 
 
 def receptive_fields() -> str:
@@ -215,7 +218,7 @@ def pooling() -> str:
 {table(heads, lines)}
 
 Mean of ‖ε̂′ − ε̂‖²/‖ε̂‖² over {rows[0]["samples"]} held-out samples of the embedded model and ten
-timesteps; its blocks, `delta_conv`, were trained with `ceil`. From
+timesteps; its ΔConvBlocks were trained with `ceil`. From
 [results/pooling.csv](../results/pooling.csv), written by `python recipes/pooling.py`; teacher
 `{rows[0]["teacher_sha256"]}`."""
 
@@ -326,6 +329,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **speed_tables.TABLES,
     **training_tables.TABLES,
     **quality_tables.TABLES,
+    **picture_tables.TABLES,
 }
 
 

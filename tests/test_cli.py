@@ -11,7 +11,7 @@ from tiny_pipelines import dit_pipeline
 
 import convfusion
 from convfusion.cli.distill import distill as distill_command
-from convfusion.demo import DEMO_RATE, DEMO_STEPS, UNTRAINED, configure_distillation
+from convfusion.demo import DEMO_RATE, DEMO_STEPS, configure_distillation, load_near_blocks
 from convfusion.distill import DistillConfig, LossWeights
 from convfusion.distill.settings import as_toml, read_settings
 
@@ -198,14 +198,14 @@ def test_shipped_settings_are_whole(path, tmp_path):
 def test_the_demo_is_a_shipped_run():
     shipped = read_settings(CONFIGS / "mini.toml", {"distill": {"validate_every": 0}})
     assert shipped.distill == configure_distillation(DEMO_STEPS, learning_rate=DEMO_RATE)
-    assert convfusion.ConvertConfig.load(CONFIGS.parent / shipped.config) == UNTRAINED
+    assert convfusion.ConvertConfig.load(CONFIGS.parent / shipped.config) == load_near_blocks()
 
 
 MISTAKES = {
     "unknown model": (["generate", "no/such", "--prompt", "x"], "no/such"),
     "unknown preset": (
         ["convert", "MODEL", "--out", "OUT", "--config", "sd3"],
-        "no preset 'sd3'; there are default, sd15, sd21, sdxl, pixart, dit",
+        "no preset 'sd3'; there are default, sd15, sd21, sdxl, pixart, dit, halo",
     ),
     "no config": (["convert", "MODEL", "--out", "OUT", "--config", "x.json"], "x.json"),
     "bad size": (["generate", "MODEL", "--prompt", "x", "--size", "12"], "512x768"),

@@ -58,7 +58,7 @@ def test_no_weights_are_needed(run, model):
         ({"steps": 0}, "released", "These blocks are trained by others.\n"),
         ({"steps": 9}, "released", "These blocks are trained by others, then for 9 steps.\n"),
         (False, "converted", "These blocks are untrained: pictures will"),
-        (False, "attention", "These blocks are untrained, started from the attention: pictures"),
+        (False, "attention", "These blocks are untrained, started from the attention: halo blocks"),
     ],
 )
 def test_blocks_say_whether_they_are_trained(run, tmp_path, trained, origin, said):

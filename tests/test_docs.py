@@ -110,7 +110,7 @@ def test_what_can_be_told_apart_is_beyond_two_standard_errors():
     assert window > 2 > recommended
     assert "13×13 window can be told from its teacher" in text and f"({window:.1f} standard" in text
     assert f"recommended ones cannot (0.9 ± 0.5, {recommended:.1f} standard errors;" in text
-    rows = [row for row in distances("sizes.csv") if row["pipeline"] == "student"]
+    rows = [r for r in distances("sizes.csv") if r["pipeline"] == "the student shipped before"]
     apart = [f"{r['width']}×{r['height']}" for r in rows if abs(standard_errors(r)) > 2]
     assert (apart, len(rows)) == (["64×64"], 5)
     assert f"48 pictures tell the two apart at {apart[0]} alone" in text

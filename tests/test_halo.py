@@ -10,13 +10,16 @@ import torch
 from diffusers.models.attention_processor import Attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CASES, randomise, run
+from tiny_models import CASES, pixart, randomise, run
 from torch.utils.flop_counter import FlopCounterMode
 
 import convfusion
 from convfusion import ConvFusionError, Halo, uniform
+from convfusion.export import export_onnx
+from convfusion.families import example_inputs
 from convfusion.mixers import halo, mixer_from_dict, mixer_to_dict
 from convfusion.mixers.halo_grid import GridLine, count_outside, pool_cells
+from convfusion.mixers.halo_whole import mix_whole
 from convfusion.surgery import mixers_of
 
 CHANNELS, HEADS = 8, 2
@@ -288,21 +291,31 @@ def test_operations_are_those_of_the_formula(options, grid):
     assert counter.get_total_flops() == 3 * (each * math.prod(grid) + pooled)
 
 
-@pytest.mark.skip
-def test_it_compiles_whole_and_seldom_anew():
-    """One graph for each way that the window lies on the grid, whatever the size."""
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_it_compiles_whole_once_for_each_size(dynamic):
     torch._dynamo.reset()
-    mixer = build()
-    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for grid in ((12, 20), (9, 13), (16, 10), (30, 21), (11, 40)):
+    torch._dynamo.utils.counters.clear()
+    mixer, sizes = build(), [(12, 20), (9, 3)]
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for grid in sizes * 2:
         tokens = tokens_on(grid).requires_grad_()
         found, expected = compiled(tokens, grid), mixer(tokens, grid)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         pairs = zip(*(gradients_of(o, mixer, tokens) for o in (found, expected)), strict=True)
         for mine, theirs in pairs:
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(sizes)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, (2, 3, 11)])
+def test_in_one_piece_it_is_the_same(grid):
+    """What is compiled and exported."""
+    options = {"block": (1, 2, 3), "window": (3, 5, 4)} if len(grid) == 3 else {}
+    mixer, tokens = build(**options), tokens_on(grid)
+    with torch.no_grad():
+        whole = mixer.to_out(mix_whole(mixer, tokens, mixer._lay_out(grid)))
+        torch.testing.assert_close(whole, mixer(tokens, grid), rtol=1e-4, atol=1e-5)
 
 
 def test_checkpointing_with_two_shapes_in_flight():
@@ -340,6 +353,26 @@ def test_every_family_converts_copies_saves_and_reverts(case, tmp_path):
     for each in (model, copied):
         found = [run(each, case, *size) for size in case.sizes]
         assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.libraries
+@torch.no_grad()
+def test_one_onnx_file_serves_every_batch_height_and_width(tmp_path):
+    """Odd grids, and those smaller than a window or with fewer tokens than cells, among them."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = pixart(num_layers=1).eval()
+    convfusion.convert(model, "halo")
+    randomise(mixers_of(model), 0.3)
+    written = export_onnx(model, tmp_path / "model.onnx")
+    assert max(written.errors.values()) < 1e-4
+    session = onnxruntime.InferenceSession(written.path, providers=["CPUExecutionProvider"])
+    for batch, height, width in ((1, 1, 1), (1, 1, 9), (4, 7, 9), (2, 13, 20), (5, 3, 33)):
+        inputs = example_inputs(model, (2 * height, 2 * width), batch=batch, words=5)
+        found = session.run(None, {name: inputs[name].numpy() for name in written.inputs})[0]
+        torch.testing.assert_close(
+            torch.from_numpy(found), model(**inputs)[0], rtol=1e-3, atol=1e-4
+        )
 
 
 def test_on_the_meta_device_it_costs_nothing():

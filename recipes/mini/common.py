@@ -16,28 +16,35 @@ from torch.optim.swa_utils import AveragedModel
 
 @dataclass(frozen=True)
 class Pictures:
-    """One side of the split: images uint8 [P, 3, 64, 64] and a row of facts per picture."""
+    """One side of the split: images uint8 [P, 3, size, size] and a row of facts per picture."""
 
     images: torch.Tensor
     rows: list[dict]
 
 
-def load_pictures(run: Path, side: str) -> Pictures:
+def load_pictures(run: Path, side: str, size: int = 64) -> Pictures:
     """The `train` or the `held_out` side of the split that `emoji.py` wrote.
 
     Names may share a picture: what equals one of `train`, pixel by pixel, is not held out.
+
+    Args:
+        run: folder of the pictures.
+        side: of the split.
+        size: in pixels: 64, or the 128 of `emoji_large.py`, which lacks some.
     """
     facts = json.loads((run / "names.json").read_text())
     held = set(facts["held_out"])
-    images = np.load(run / "emoji.npz")["images"]
-    apart = np.array([row["name"] in held for row in facts["pictures"]])
+    kept = np.load(run / ("emoji.npz" if size == 64 else f"emoji-{size}.npz"))
+    images = kept["images"]
+    pictures = [facts["pictures"][i] for i in kept["rows"]] if "rows" in kept else facts["pictures"]
+    apart = np.array([row["name"] in held for row in pictures])
     seen = {image.tobytes() for image in images[~apart]}
     wanted = apart if side == "held_out" else ~apart
     keep = [
         own and (side == "train" or image.tobytes() not in seen)
         for own, image in zip(wanted, images, strict=True)
     ]
-    rows = [row for row, k in zip(facts["pictures"], keep, strict=True) if k]
+    rows = [row for row, k in zip(pictures, keep, strict=True) if k]
     return Pictures(torch.from_numpy(images[keep]).permute(0, 3, 1, 2).contiguous(), rows)
 
 

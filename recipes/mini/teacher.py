@@ -114,16 +114,21 @@ def start_from(args: argparse.Namespace, state: Path) -> tuple[AutoencoderKL, An
 
 
 class Batches:
-    """The batch of each step: a function of the seed and the step alone."""
+    """The batch of each step: a function of the seed and the step alone.
 
-    def __init__(self, args: argparse.Namespace, vae: AutoencoderKL, device: str) -> None:
-        pictures = load_pictures(args.run, "train")
-        self.args, self.device = args, device
-        self.latents = encode(vae, pictures.images, device)
-        self.weights = picture_weights(pictures.rows)
-        self.captions = [
-            [caption(row, design=keep) for keep in (False, True)] for row in pictures.rows
-        ]
+    Args:
+        args: with `batch`, the pictures of a step, and `seed`.
+        latents: of the training pictures, [P, C, h, w].
+        rows: of facts on each.
+        device: of what is returned.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, latents: torch.Tensor, rows: list[dict], device: str
+    ) -> None:
+        self.args, self.latents, self.device = args, latents, device
+        self.weights = picture_weights(rows)
+        self.captions = [[caption(row, design=keep) for keep in (False, True)] for row in rows]
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
         """Latents, noise, timesteps and captions of a step."""
@@ -153,7 +158,8 @@ def main() -> None:
     vae.to(device)
     parts.to(device).train()
     scheduler = make_scheduler()
-    batches = Batches(args, vae, device)
+    pictures = load_pictures(run, "train")
+    batches = Batches(args, encode(vae, pictures.images, device), pictures.rows, device)
     loss_weight = min_snr(scheduler).to(device)
     ema = AveragedModel(parts, avg_fn=ema_step)
 

@@ -21,6 +21,7 @@ from convfusion.families.patches import copied_without_patches
 from convfusion.folders import made_folder, scratch_folder
 from convfusion.imports import check_installed
 from convfusion.mixers.delta_conv import DeltaConv
+from convfusion.mixers.halo import Halo
 from convfusion.surgery import drop_attention, mixers_of
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -187,7 +188,8 @@ def name_axes(name: str, rank: int) -> dict[int, str]:
 def _write(model: Denoiser, path: Path) -> tuple[str, ...]:
     """Export to a file; returns the names of its inputs."""
     unit = family_of(model).latent_unit(model)
-    inputs = _make_inputs(model, (2 * unit, 3 * unit), batch=2, words=7)
+    most = _find_largest_block(model)
+    inputs = _make_inputs(model, ((most + 1) * unit, (2 * most + 1) * unit), batch=2, words=7)
     tensors = {name: value for name, value in inputs.items() if value is not None}
     wrapped = _FlatArguments(model, tuple(tensors), tuple(inputs.keys() - tensors.keys())).eval()
     shapes = tuple(
@@ -251,6 +253,15 @@ def describe_file(file: Any, model: Denoiser, names: tuple[str, ...]) -> None:
         file.graph.outputs[0].shape[axis] = latents.shape[axis]
     for node in nodes:
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+
+
+def _find_largest_block(model: Denoiser) -> int:
+    """The longest side of a block of queries, in tokens; 1 without.
+
+    A length that is 1 when it is traced stays 1: each grid must have two blocks along each axis.
+    """
+    mixers = [each.config for each in mixers_of(model).values() if isinstance(each.config, Halo)]
+    return max((side for config in mixers for side in config.sides("block")), default=1)
 
 
 def _drop_idle_squeezes(program: torch.export.ExportedProgram) -> None:

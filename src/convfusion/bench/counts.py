@@ -23,6 +23,7 @@ from convfusion.files import write_csv
 from convfusion.mixers import MIXERS, Mixer
 from convfusion.mixers.base import Grid
 from convfusion.mixers.delta_conv import DeltaConv
+from convfusion.mixers.halo import Halo
 from convfusion.operations import count, mixer_operations, peak_bytes
 from convfusion.surgery.config import ConvertConfig, uniform
 from convfusion.surgery.presets import choose_preset, get_preset
@@ -33,12 +34,13 @@ SIZES = (
     (8640, 15360),
 )  # (height, width) in pixels
 ATTENTION = "attention"
-RIVALS = ("delta_conv", "linfusion", "neighbourhood", "tome")
+RIVALS = ("delta_conv", "halo", "linfusion", "neighbourhood", "tome")
+RANKS = ((1 / 8, 3 / 8), (1 / 4, 1 / 2), (1 / 2, 1 / 2))  # of scores and values, over a head's d
 COUNTED = (
     "Counted: matrix products, convolutions and attention, two operations per multiply-add, of one "
     "sample; not norms, gates, pooling and interpolation. Windowed attention counts its windows.",
     "Memory: the most that the tensors of one site take at once in float16, without weights and "
-    "attention scores.",
+    "attention scores; of halo blocks as on a CPU, which works 512 tokens at a time.",
 )
 EVERY = "all"  # the place of a total
 
@@ -75,7 +77,10 @@ class Cost:
 
 
 def list_contenders(
-    model: BenchModel, kinds: Sequence[str] = RIVALS, ratios: Sequence[float] = (0.5,)
+    model: BenchModel,
+    kinds: Sequence[str] = RIVALS,
+    ratios: Sequence[float] = (0.5,),
+    ranks: Sequence[tuple[float, float]] = RANKS[1:2],
 ) -> dict[str, ConvertConfig | None]:
     """What to compare, by name: the attention (None), and a config for every rival.
 
@@ -83,6 +88,7 @@ def list_contenders(
         model: ΔConvBlocks take the kernels of its preset.
         kinds: names in `convfusion.mixers.MIXERS`, with their default settings.
         ratios: channel ratios of the ΔConvBlocks, each a contender.
+        ranks: key and value ratios of the halo blocks, each a contender.
 
     Raises:
         ConvFusionError: an unknown kind, or a ratio that no block can have.
@@ -91,6 +97,11 @@ def list_contenders(
     for kind in kinds:
         if kind not in MIXERS:
             raise ConvFusionError(f"no mixer {kind!r}; there are {', '.join(MIXERS)}")
+        if kind == "halo":
+            for key, value in ranks:
+                config = uniform(Halo(key_ratio=key, value_ratio=value))
+                compared[f"{kind} {key:g} {value:g}"] = config
+            continue
         if kind != "delta_conv":
             compared[kind] = uniform(MIXERS[kind]())
             continue

@@ -48,6 +48,7 @@ def flops(
     """Count operations, parameters and memory from shapes alone: no weights, no GPU."""
     from convfusion.bench.counts import (
         COUNTED,
+        RANKS,
         SIZES,
         add_totals,
         list_contenders,
@@ -60,7 +61,8 @@ def flops(
     kinds = parse_mixers(mixers)
     measured_models = [bench_model(name) for name in models or model_names()]
     compared = {
-        model.name: list_contenders(model, kinds, ratio or (0.5,)) for model in measured_models
+        model.name: list_contenders(model, kinds, ratio or (0.5,), RANKS)
+        for model in measured_models
     }
     sizes = [parse_size(text) for text in size] if size else SIZES
     for model in measured_models:

@@ -80,7 +80,8 @@ def print_results(results: dict[str, Any]) -> None:
 
     table = Table(title="Distance to the teacher, held-out names")
     for number, head in enumerate(HEADS):
-        table.add_column(head, justify="right" if number else "left")
+        words = head.replace(" ", "\n")  # so that it all fits into 80 columns
+        table.add_column(words, justify="right" if number else "left", no_wrap=True)
     for row in list_results(results):
         table.add_row(*row)
     console().print(table)

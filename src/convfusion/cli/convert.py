@@ -111,19 +111,12 @@ def convert(
     check_new(out)
     check_loading(precision, device)
     prompts = read_prompts(measure) if measure is not None else []
-    if prompts and blocks is not None:
-        raise ConvFusionError("trained blocks need no start: give --blocks or --measure")
     check_budget(budget, moments, keep, measured=bool(prompts))
-    if budget is not None and (config, mixer, blocks, every) != (None, None, None, None):
-        raise ConvFusionError(
-            "a budget chooses the conversion: leave --config, --mixer, --blocks and --every out"
-        )
-    if size is not None and budget is None and not prompts:
-        raise ConvFusionError("--size goes with --budget or --measure")
-    wanted = None if size is None else parse_size(size)
+    check_choice(bool(prompts), budget, size, blocks, (config, mixer, every))
     stock = bool(prompts) or budget is not None
     place = device if prompts else device or "cpu"
     pipe = (open_stock_pipeline if stock else open_pipeline)(model, precision, place, revision)
+    wanted = None if size is None else parse_size(size)
     latents = latents_of(pipe, wanted)
     calls = draw_calls(model, pipe, prompts, wanted) if prompts else []
     chosen, found = choose_conversion_within(pipe, budget, moments, keep, latents, calls)
@@ -136,21 +129,54 @@ def convert(
         print_errors(errors)
         print_expected(chosen, found, errors)
     status = surgery.drop_attention(pipe) if drop_attention else surgery.status(pipe)
-    if blocks_only:
-        checkpoint.save(pipe, out)
-    else:
-        pipelines.save_pipeline(pipe, out)
+    (checkpoint.save if blocks_only else pipelines.save_pipeline)(pipe, out)
     typer.echo(str(status))
     warning = warn_of(status.record)
-    next_command = ["convfusion", "generate", out, "--prompt", "a red apple"]
-    if warning and blocks_only:
-        next_command = []
-    elif warning and not drop_attention and not prompts:
-        next_command = ["convfusion", "distill", out, "--data", "DATA"]
-        next_command += ["--out", "convfusion-blocks"]
-    elif blocks_only:
-        next_command = ["convfusion", "generate", model, "--blocks", out, "--prompt", "a red apple"]
+    trainable = bool(warning) and not (prompts or drop_attention)
+    next_command = list_next_words(model, out, blocks_only, trainable)
     print_ending(out, verdict=warning, next_command=next_command)
+
+
+def check_choice(
+    measured: bool,
+    budget: str | None,
+    size: str | None,
+    blocks: Path | None,
+    others: tuple[Any, ...],
+) -> None:
+    """Raise a ConvFusionError for ways to choose a conversion that do not go together.
+
+    Args:
+        measured: whether prompts are drawn to start from.
+        budget, size, blocks: the options.
+        others: further options that choose a conversion.
+    """
+    if measured and blocks is not None:
+        raise ConvFusionError("trained blocks need no start: give --blocks or --measure")
+    if budget is not None and any(each is not None for each in (blocks, *others)):
+        raise ConvFusionError(
+            "a budget chooses the conversion: leave --config, --mixer, --blocks and --every out"
+        )
+    if size is not None and budget is None and not measured:
+        raise ConvFusionError("--size goes with --budget or --measure")
+    if size is not None:
+        parse_size(size)
+
+
+def list_next_words(model: str, out: Path, blocks_only: bool, trainable: bool) -> list[Any]:
+    """The command to type next: training for blocks that want it, else drawing.
+
+    Args:
+        model: the base.
+        out: where the pipeline or the blocks were written.
+        blocks_only: whether it is blocks alone.
+        trainable: whether they are to be trained first.
+    """
+    if trainable:
+        words = ["convfusion", "distill", out, "--data", "DATA", "--out", "convfusion-blocks"]
+        return [] if blocks_only else words
+    words = ["convfusion", "generate", *([model, "--blocks", out] if blocks_only else [out])]
+    return [*words, "--prompt", "a red apple"]
 
 
 def draw_calls(

@@ -73,22 +73,24 @@ def sample_attention(
         What was kept, by path; it fills while the model is called.
     """
     kept: dict[str, list[TokenSample]] = {path: [] for path in paths}
-    seen = dict.fromkeys(paths, 0)
+    lots: dict[str, list[float]] = {path: [] for path in paths}  # of the pictures that are kept
+    most: dict[str, int] = {}  # pictures of a site: as many as fit of the largest yet
     generator = torch.Generator().manual_seed(seed)
     room = memory * 2**30 / max(1, len(kept))  # bytes of a site
 
     def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
-        if site.path not in kept:
+        if (path := site.path) not in kept:
             return
-        own = kept[site.path]
-        most = max(2, int(room // (tokens[0].numel() * tokens.element_size())))
-        for picture in tokens.detach():
-            seen[site.path] += 1
-            place = int(torch.randint(seen[site.path], (), generator=generator))
-            if len(own) < most:
-                own.append((picture[None].cpu().clone(), grid))
-            elif place < len(own):
-                own[place] = (picture[None].cpu().clone(), grid)
+        fit = max(2, int(room // (tokens[0].numel() * tokens.element_size())))
+        most[path] = min(most.get(path, fit), fit)
+        drawn = torch.rand(len(tokens), generator=generator)  # those of the least lots stay
+        for picture, lot in zip(tokens.detach(), drawn, strict=True):
+            if len(lots[path]) < most[path] or lot < max(lots[path]):
+                kept[path].append((picture[None].cpu().clone(), grid))
+                lots[path].append(lot.item())
+            while len(lots[path]) > most[path]:
+                last = lots[path].index(max(lots[path]))
+                del kept[path][last], lots[path][last]
 
     with watch_attention(model, see):
         yield kept

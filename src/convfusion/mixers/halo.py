@@ -33,6 +33,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.mixers import halo_start
 from convfusion.mixers.base import Grid, TokenMixer, TokenSample, check_grid
 from convfusion.mixers.halo_grid import (
+    NEVER,
     Chunk,
     GridLine,
     Rows,
@@ -40,12 +41,12 @@ from convfusion.mixers.halo_grid import (
     cut_into_chunks,
     pool_cells,
 )
+from convfusion.mixers.halo_whole import mix_whole
 from convfusion.settings import check_fields
 
 MAX_SIDE = 64  # of blocks, windows and cells: beyond it the attention itself is cheaper
 CHUNK = 512  # tokens worked at a time on a CPU, whose caches hold what they need
 LARGE_CHUNK = 2**16  # elsewhere, which bounds the memory of large pictures
-NEVER = -1e4  # a score that no softmax sees, in float16 too
 RECOMPUTED = 8192  # tokens of a call from which on training recomputes every chunk
 
 Sides = int | tuple[int, ...]  # one number for every axis of the grid, or one for each
@@ -152,9 +153,12 @@ class HaloMixer(TokenMixer):
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Mix tokens [B, N, C] that lie row by row on a grid; same shape and dtype out."""
-        lines = self._lay_out(check_grid(tokens, grid))
-        if torch.compiler.is_compiling():  # one graph for all sizes
-            return self.to_out(self._mix(tokens, _Call(self, lines, None, False)))
+        check_grid(tokens, grid)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            grid = tuple(len(range(side)) for side in grid)  # numbers: a graph for each size
+        lines = self._lay_out(grid)
+        if torch.compiler.is_compiling():
+            return self.to_out(mix_whole(self, tokens, lines))
         chunk = CHUNK if tokens.device.type in ("cpu", "meta") else LARGE_CHUNK
         call = _Call(self, lines, chunk, _is_recomputed(tokens))
         parts = tokens.split(max(1, chunk // tokens.shape[1]))
@@ -240,12 +244,12 @@ class _Call:
     Args:
         mixer: that is called.
         lines: of the grid.
-        tokens: of a chunk; None works all of them at once.
+        tokens: of a chunk.
         recompute: whether chunks are computed again in the backward pass.
     """
 
     def __init__(
-        self, mixer: HaloMixer, lines: Sequence[GridLine], tokens: int | None, recompute: bool
+        self, mixer: HaloMixer, lines: Sequence[GridLine], tokens: int, recompute: bool
     ) -> None:
         self.mixer, self.lines, self.recompute = mixer, lines, recompute
         self.chunks = list(cut_into_chunks(lines, tokens))
@@ -266,12 +270,9 @@ class _Call:
     def find_near(self, chunk: Chunk) -> Tensor:
         """ρ of every pair of query and key, made once for all of its kind: [blocks, h, b², w²]."""
         if chunk.kind not in self.near:
-            offsets, inside = chunk.list_offsets(self.device)
+            offsets = chunk.list_offsets(self.device)
             table = self.mixer.relative.flatten(1).index_select(1, offsets.flatten())
-            near = table.unflatten(1, offsets.shape).transpose(0, 1)
-            if inside is not None:
-                near = near.masked_fill(~inside[:, None], NEVER)
-            self.near[chunk.kind] = near
+            self.near[chunk.kind] = table.unflatten(1, offsets.shape).transpose(0, 1)
         return self.near[chunk.kind]
 
     def find_far(self, chunk: Chunk) -> Tensor:

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+NEVER = -1e4  # a score that no softmax sees, in float16 too
+
 
 @dataclass(frozen=True)
 class GridLine:
@@ -32,7 +34,7 @@ class GridLine:
 
     @property
     def blocks(self) -> int:
-        return -(-self.side // self.block)
+        return (self.side + self.block - 1) // self.block  # ONNX rounds towards zero
 
     @property
     def reach(self) -> int:
@@ -58,6 +60,11 @@ class GridLine:
         """Places of the queries of every block, beyond the end too: [blocks, block]."""
         return torch.arange(self.blocks * self.block, device=device).unflatten(0, (-1, self.block))
 
+    def list_offsets(self, device: torch.device) -> Tensor:
+        """Key − query of every pair, counted from the least that ρ knows: [blocks, b, reach]."""
+        keys, queries, most = self.list_keys(device), self.list_queries(device), self.window - 1
+        return (keys[:, None] - queries[:, :, None]).clamp(-most, most) + most
+
     def count_cells(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Tokens of every cell [cells], and how many the window of every block holds [·, cells]."""
         bounds = torch.arange(self.cells + 1, device=device) * self.side // max(1, self.cells)
@@ -68,7 +75,7 @@ class GridLine:
 
     def average_cells(self, maps: Tensor, axis: int) -> Tensor:
         """Means over the cells along an axis of maps: each token is in exactly one."""
-        if torch.compiler.is_exporting():  # lengths are not known: a product with a matrix
+        if torch.compiler.is_compiling():  # lengths are symbols: a product with a matrix
             place = torch.arange(self.side, device=maps.device)
             bounds = torch.arange(self.cells + 1, device=maps.device) * self.side // self.cells
             inside = (place >= bounds[:-1, None]) & (place < bounds[1:, None])
@@ -144,24 +151,11 @@ class Chunk:
             self.start, self.stop = firsts[0], firsts[-1] + down.reach
             self.kind = (self.end - self.top, *(key - self.top for key in firsts))
 
-    def list_offsets(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Which entry of ρ each pair of query and key has: [blocks, b², w²].
-
-        With a mask of the keys that lie on the grid where some do not: [blocks, 1, w²].
-        """
-        places, inside = [], []
-        for line in self.lines:
-            keys, queries = line.list_keys(device), line.list_queries(device)
-            most = line.window - 1
-            places.append((keys[:, None] - queries[:, :, None]).clamp(-most, most) + most)
-            inside.append((keys < line.side)[:, None])
-        places[0], inside[0] = places[0][self.first : self.last], inside[0][self.first : self.last]
-        offsets = combine(places, [2 * line.window - 1 for line in self.lines])
-        if not torch.compiler.is_exporting():
-            return offsets, None
-        return offsets, combine([each.long() for each in inside], [2] * len(inside)).eq(
-            2 ** len(inside) - 1
-        )
+    def list_offsets(self, device: torch.device) -> Tensor:
+        """Which entry of ρ each pair of query and key has: [blocks, b², w²]."""
+        places = [line.list_offsets(device) for line in self.lines]
+        places[0] = places[0][self.first : self.last]
+        return combine(places, [2 * line.window - 1 for line in self.lines])
 
     def list_rows(self, pictures: int, heads: int, cells: int, device: torch.device) -> Rows:
         """Where each block finds its queries and keys, and each token its result."""
@@ -171,7 +165,7 @@ class Chunk:
         own = torch.arange((self.last - self.first) * down.block, device=device)
         queries = [own.clamp(max=height - 1).unflatten(0, (-1, down.block))]
         queries += [line.list_queries(device).clamp(max=line.side - 1) for line in across]
-        keys = [line.list_keys(device).clamp(max=line.side - 1) for line in self.lines]
+        keys = [line.list_keys(device) for line in self.lines]
         keys[0] = keys[0][self.first : self.last] - self.start
         near, seen = combine(keys, sides), (self.stop - self.start) * area
         far = (seen + torch.arange(cells, device=device)).expand(near.shape[0], -1)
@@ -215,14 +209,9 @@ def _product(numbers: Sequence[int]) -> int:
     return total
 
 
-def cut_into_chunks(lines: Sequence[GridLine], tokens: int | None) -> Iterator[Chunk]:
-    """Chunks of about so many tokens, one after the other; None is one chunk."""
+def cut_into_chunks(lines: Sequence[GridLine], tokens: int) -> Iterator[Chunk]:
+    """Chunks of about so many tokens, one after the other."""
     down = lines[0]
-    step = down.blocks
-    if tokens is not None:
-        step = max(1, round(tokens / (down.block * _product([line.side for line in lines[1:]]))))
-    if tokens is None or step >= down.blocks:
-        yield Chunk(lines, 0, down.blocks)
-        return
+    step = max(1, round(tokens / (down.block * _product([line.side for line in lines[1:]]))))
     for first in range(0, down.blocks, step):
         yield Chunk(lines, first, min(first + step, down.blocks))

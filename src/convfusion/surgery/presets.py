@@ -9,8 +9,8 @@ from convfusion.surgery.config import ConvertConfig, uniform, with_kernel_sizes
 
 
 def preset_names() -> list[str]:
-    """The names of all presets: `halo`, then those of the families in their order."""
-    return ["halo", *(name for family in FAMILIES.values() for name in family.presets)]
+    """The names of all presets: those of the families in their order, then `halo`."""
+    return [*(name for family in FAMILIES.values() for name in family.presets), "halo"]
 
 
 def get_preset(name: str) -> ConvertConfig:
