@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, list_sites, site_grid
@@ -28,14 +28,8 @@ def _sdpa_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) ->
     return sdpa_flop_count(query, key, value)
 
 
-def _baddbmm_in_place(into: Any, left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
-    return bmm_flop(left, right)
-
-
-# PyTorch's counter knows the attention kernels of GPUs, and passes over the CPU's, ours, and what
-# is added in place.
+# PyTorch's counter knows the attention kernels of GPUs, and passes over the CPU's and ours.
 MORE = {
-    torch.ops.aten.baddbmm_: _baddbmm_in_place,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_on_cpu,
     **library.FLOPS,
 }
