@@ -60,6 +60,7 @@ def test_the_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "grid.png").stat().st_size > 1000
     page = (tmp_path / "report.html").read_text()
     assert "<img" in page and 'src="data:image/png;base64,' in page
+    assert page.index("<h1>") < page.index("Row 2 is the teacher of row 1") < page.index("<img")
     assert "http://" not in page and "https://" not in page
     assert len(said) == 5
     assert sum(drawn) == len(ROWS) * 3
