@@ -8,10 +8,11 @@ from diffusers.models.attention_processor import Attention
 from tiny_pipelines import PIPELINES
 
 import convfusion
-from convfusion import ConvFusionError, DeltaConv, MeanOnly, uniform
+from convfusion import ConvFusionError, DeltaConv, uniform
 from convfusion.data import LatentDataset
 from convfusion.distill.startup import draw_noised_batches
 from convfusion.families import denoiser_of, list_sites
+from convfusion.mixers import Depthwise
 from convfusion.mixers.delta_conv import Gate
 from convfusion.mixers.delta_conv_start import leading_directions, set_to_mean_attention
 from convfusion.mixers.offsets import OffsetMeans, choose_queries, mean_offsets, offset_means
@@ -166,7 +167,7 @@ def test_every_family_starts_from_its_attention(kind):
     if kind == "dit":
         data = LatentDataset(data.latents, ["red", "green", "apple", "3"])
     first = list_sites(model)[0].path
-    convfusion.convert(pipe, convfusion.ConvertConfig({first: MeanOnly(), "*": DeltaConv(3)}))
+    convfusion.convert(pipe, convfusion.ConvertConfig({first: Depthwise(), "*": DeltaConv(3)}))
     before = {
         p: {k: v.clone() for k, v in m.state_dict().items()} for p, m in mixers_of(pipe).items()
     }

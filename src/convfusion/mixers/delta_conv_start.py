@@ -54,7 +54,9 @@ def set_from_sample(block: DeltaConvBlock, attention: Any, sample: Sequence[Toke
         ]
     means = mean_offsets(found)
     if not means.kernels.isfinite().all():
-        raise ConvFusionError("its mean attention is not finite")
+        raise ConvFusionError(
+            "its mean attention is not finite: look at the data, or the frozen model"
+        )
     set_to_mean_attention(block, attention, means)
 
 
