@@ -123,9 +123,15 @@ def run_demo(
     for name in ("delta_conv", "near"):
         judge.measure(name, mini.load_student(name))
 
-    results = judge.results | {
-        "sites": sites,
-        "parameters": count_parameters(teacher),
+    facts = {"sites": sites, "parameters": count_parameters(teacher)}
+    results = judge.results | facts | describe_measurement()
+    write_results(folder, results, judge.draw_grid(), losses)
+    return results
+
+
+def describe_measurement() -> dict[str, Any]:
+    """What the results rest on."""
+    return {
         "guidance": mini.GUIDANCE,
         "image_steps": IMAGE_STEPS,
         "latents": EVALUATED,
@@ -133,8 +139,6 @@ def run_demo(
         "teacher_sha256": mini.teacher_hash(),
         "held_out": "results",
     }
-    write_results(folder, results, judge.draw_grid(), losses)
-    return results
 
 
 def load_near_blocks() -> ConvertConfig:

@@ -93,14 +93,8 @@ def curve(
     check_new(out, may_hold="cache")  # of a run that was stopped, which goes on with it
     ranking = check_ranking(by)
     settings = {
-        "steps": steps,
-        "imitation_steps": steps,
-        "start": "attention",
+        **choose_pace(model, steps, learning_rate, warmup),
         "batch_size": batch_size,
-        "learning_rate": RATES[is_embedded(model)] if learning_rate is None else learning_rate,
-        "warmup": min(20, steps) if warmup is None else warmup,
-        "decay": 1.0,
-        "weight_decay": 0.0,
         "autocast": autocast,
         "seed": seed,
     }
@@ -119,6 +113,21 @@ def curve(
         configs = measured.save(out, counts, ranking)
     print_curve(measured, ranking)
     print_written(model, out, configs)
+
+
+def choose_pace(
+    model: str, steps: int, learning_rate: float | None, warmup: int | None
+) -> dict[str, Any]:
+    """Settings of a training in which each block learns alone, at a rate that falls to 0."""
+    return {
+        "steps": steps,
+        "imitation_steps": steps,
+        "start": "attention",
+        "learning_rate": RATES[is_embedded(model)] if learning_rate is None else learning_rate,
+        "warmup": min(20, steps) if warmup is None else warmup,
+        "decay": 1.0,
+        "weight_decay": 0.0,
+    }
 
 
 def measure_curve(pipe: Any, run: Any, train: Any, apart: Any) -> Any:
