@@ -96,15 +96,14 @@ class Row:
     peak_mib: float
 
 
-def build(settings: Any, case: Case, device: str = "cpu") -> nn.Module:
+def build(settings: Any, case: Case) -> nn.Module:
     """A contender with random weights."""
     torch.manual_seed(0)
-    with torch.device(device):
-        if settings is None:
-            size = case.channels // case.heads
-            module: nn.Module = Attention(case.channels, heads=case.heads, dim_head=size)
-        else:
-            module = settings.build(case.channels, case.heads)
+    if settings is None:
+        size = case.channels // case.heads
+        module: nn.Module = Attention(case.channels, heads=case.heads, dim_head=size)
+    else:
+        module = settings.build(case.channels, case.heads)
     return module.to(getattr(torch, case.dtype))
 
 
@@ -182,11 +181,10 @@ def measure(case: Case, rounds: int) -> list[Row]:
         if case.training:
             memory = count_kept(modules[name], case, chosen[name][1])
         else:
-            tokens = torch.empty(
-                BATCH, case.side**2, case.channels, device="meta", dtype=getattr(torch, case.dtype)
-            )
+            shape = BATCH, case.side**2, case.channels
+            tokens = torch.randn(shape).to(getattr(torch, case.dtype))
             grid = [] if isinstance(modules[name], Attention) else [case.grid]
-            memory = peak_bytes(build(chosen[name][0], case, "meta"), tokens, *grid)
+            memory = peak_bytes(modules[name], tokens, *grid)
         numbers = [medians[name], min(cpu), statistics.median(wall), min(wall)]
         rows.append(
             Row(

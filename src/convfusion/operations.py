@@ -123,8 +123,8 @@ def peak_bytes(module: nn.Module, tokens: Tensor, *args: Any, **kwargs: Any) -> 
     memory-efficient kernels.
 
     Args:
-        module: on the meta device; its dtype is that of the tokens.
-        tokens: its first argument, on meta.
+        module: on the device of the tokens, usually meta; its dtype is theirs.
+        tokens: its first argument.
         args, kwargs: its further arguments.
     """
     alive = _Alive(module)

@@ -40,7 +40,7 @@ COUNTED = (
     "Counted: matrix products, convolutions and attention, two operations per multiply-add, of one "
     "sample; not norms, gates, pooling and interpolation. Windowed attention counts its windows.",
     "Memory: the most that the tensors of one site take at once in float16, without weights and "
-    "attention scores; of halo blocks as on a CPU, which works 512 tokens at a time.",
+    "attention scores; of halo blocks as on a GPU, which works 65,536 tokens at a time.",
 )
 EVERY = "all"  # the place of a total
 

@@ -159,7 +159,7 @@ class HaloMixer(TokenMixer):
         lines = self._lay_out(grid)
         if torch.compiler.is_compiling():
             return self.to_out(mix_whole(self, tokens, lines))
-        chunk = CHUNK if tokens.device.type in ("cpu", "meta") else LARGE_CHUNK
+        chunk = CHUNK if tokens.device.type == "cpu" else LARGE_CHUNK
         call = _Call(self, lines, chunk, _is_recomputed(tokens))
         parts = tokens.split(max(1, chunk // tokens.shape[1]))
         mixed = [self._mix(part, call) for part in parts]
