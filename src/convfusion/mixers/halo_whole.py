@@ -8,7 +8,7 @@ of the grid keeps a dimension of its own here, and is indexed alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def mix_whole(mixer: HaloMixer, tokens: Tensor, lines: Sequence[GridLine]) -> Te
     query = _take(mixer.to_q(tokens).unflatten(1, sides), queries, r)
     near = _take(mixer.to_kv(tokens).unflatten(1, sides), keys, r + n)
     cells = mixer.to_kv(pool_cells(tokens, lines)).unflatten(2, (mixer.heads, -1)).transpose(1, 2)
-    far = cells[(slice(None), *[None] * len(lines))].expand(*near.shape[:-2], -1, -1)
+    far = _index(cells, 1, *[None] * len(lines)).expand(*near.shape[:-2], -1, -1)
     key, value = torch.cat([near, far], dim=-2).split((r, n), dim=-1)
     bias = _lay_out_bias(mixer, lines, device).to(query.dtype)
     mixed = (query @ key.transpose(-1, -2) + bias).softmax(-1).to(value.dtype) @ value
@@ -39,18 +39,25 @@ def _take(maps: Tensor, places: Sequence[Tensor], channels: int) -> Tensor:
     """Patches of maps: [B, sides…, h·c] and [blocks, p] of each axis → [B, blocks…, h, Πp, c]."""
     axes = len(places)
     for axis, place in enumerate(places):
-        maps = maps[(*[slice(None)] * (2 * axis + 1), place)]
+        maps = _index(maps, 2 * axis + 1, place)
     maps = maps.unflatten(-1, (-1, channels))  # [B, blocks, p, blocks, p, …, h, c]
     blocks, within = range(1, 2 * axes, 2), range(2, 2 * axes + 1, 2)
     maps = maps.permute(0, *blocks, 2 * axes + 1, *within, 2 * axes + 2)
     return maps.flatten(-1 - axes, -2)
 
 
+def _index(maps: Tensor, axis: int, *places: Tensor | None) -> Tensor:
+    """Maps indexed from an axis on; those before it are left whole."""
+    before: list[Any] = [slice(None)] * axis
+    return maps[(*before, *places)]
+
+
 def _lay_out_bias(mixer: HaloMixer, lines: Sequence[GridLine], device: torch.device) -> Tensor:
     """ρ beside log n + λ: [blocks…, h, Πb, Πw + M]."""
-    axes, near = len(lines), mixer.relative
+    axes = len(lines)
+    near: Tensor = mixer.relative
     for axis, line in enumerate(lines):
-        near = near[(*[slice(None)] * (3 * axis + 1), line.list_offsets(device))]
+        near = _index(near, 3 * axis + 1, line.list_offsets(device))
     groups = [range(first, 3 * axes + 1, 3) for first in (1, 2, 3)]  # blocks, queries and keys
     near = near.permute(*groups[0], 0, *groups[1], *groups[2])  # [blocks…, h, b…, w…]
     near = near.flatten(-axes).flatten(axes + 1, -2)
@@ -81,6 +88,5 @@ def _put_back(mixed: Tensor, lines: Sequence[GridLine]) -> Tensor:
     mixed = mixed.permute(0, *order, axes + 1, -1)
     for axis, line in enumerate(lines):
         place = torch.arange(line.side, device=mixed.device)
-        both = (place // line.block, place % line.block)
-        mixed = mixed[(*[slice(None)] * (axis + 1), *both)]
+        mixed = _index(mixed, axis + 1, place // line.block, place % line.block)
     return mixed
