@@ -115,6 +115,13 @@ def by_hand(mixer, height, width):
             convolutions = 2 * k * k * inner * at
             projections = 2 * n * c * inner + 2 * n * (inner // 2 * stages) * c
             return projections + convolutions + 2 * c * c * mean
+        case Halo(block, window, cells, key_ratio, value_ratio):
+            ranks = HEADS * (round(key_ratio * HEAD) + round(value_ratio * HEAD))
+            queries = math.ceil(height / block) * math.ceil(width / block) * block**2
+            beyond = max(height, width) > window  # else there are no cells
+            pooled = min(cells, height) * min(cells, width) * beyond
+            keys = min(window, height) * min(window, width) + pooled
+            return 2 * (2 * n + pooled) * c * ranks + 2 * queries * keys * ranks
         case GeneralisedLinear():
             return 8 * 2 * n * c * c + 2 * 2 * n * c * HEAD + 2 * n * c
         case Pooled(2):
@@ -140,6 +147,8 @@ COUNTED = [
     DeltaConv(5),
     DeltaConv(3, stages=1, ratio=0.25),
     DeltaConv(3, mean_branch=False),
+    Halo(),
+    Halo(2, 4, 2, key_ratio=0.5, value_ratio=0.75),
     GeneralisedLinear(),
     Pooled(2),
     ToMe(0.5),

@@ -28,7 +28,7 @@ def mix_whole(mixer: HaloMixer, tokens: Tensor, lines: Sequence[GridLine]) -> Te
     query = _take(mixer.to_q(tokens).unflatten(1, sides), queries, r)
     near = _take(mixer.to_kv(tokens).unflatten(1, sides), keys, r + n)
     cells = mixer.to_kv(pool_cells(tokens, lines)).unflatten(2, (mixer.heads, -1)).transpose(1, 2)
-    far = cells[(slice(None), *[None] * len(lines))].expand(*near.shape[:-2], -1, -1)
+    far = _index(cells, 1, *[None] * len(lines)).expand(*near.shape[:-2], -1, -1)
     key, value = torch.cat([near, far], dim=-2).split((r, n), dim=-1)
     bias = _lay_out_bias(mixer, lines, device).to(query.dtype)
     mixed = (query @ key.transpose(-1, -2) + bias).softmax(-1).to(value.dtype) @ value
@@ -50,6 +50,12 @@ def _take(maps: Tensor, places: Sequence[Tensor], channels: int) -> Tensor:
     blocks, within = range(1, 2 * axes, 2), range(2, 2 * axes + 1, 2)
     maps = maps.permute(0, *blocks, 2 * axes + 1, *within, 2 * axes + 2)
     return maps.flatten(-1 - axes, -2)
+
+
+def _index(maps: Tensor, axis: int, *places: Tensor | None) -> Tensor:
+    """Maps indexed from an axis on; those before it are left whole."""
+    before: list[Any] = [slice(None)] * axis
+    return maps[(*before, *places)]
 
 
 def _lay_out_bias(mixer: HaloMixer, lines: Sequence[GridLine], device: torch.device) -> Tensor:
