@@ -131,11 +131,6 @@ def by_hand(mixer, height, width):
             left = n - int(n * ratio)
             matching = 2 * (n - ends) * ends * c
             return matching + 4 * 2 * left * c * c + 2 * 2 * left * left * c
-        case Halo(block, window, cells, key_ratio, value_ratio):
-            ranks = int(c * key_ratio) + int(c * value_ratio)
-            worked = math.ceil(height / block) * math.ceil(width / block) * block**2
-            pooled = 2 * cells**2 * c * ranks
-            return 2 * 2 * n * c * ranks + pooled + 2 * worked * (window**2 + cells**2) * ranks
     raise AssertionError(mixer)
 
 
@@ -152,7 +147,6 @@ COUNTED = [
     GeneralisedLinear(),
     Pooled(2),
     ToMe(0.5),
-    Halo(block=2, window=4, cells=2, key_ratio=0.25, value_ratio=0.5),
 ]
 
 

@@ -35,12 +35,6 @@ def mix_whole(mixer: HaloMixer, tokens: Tensor, lines: Sequence[GridLine]) -> Te
     return _put_back(mixed, lines).flatten(1, len(lines)).flatten(2)
 
 
-def _index(maps: Tensor, axis: int, *places: Tensor) -> Tensor:
-    """Maps at places of an axis, or of several from it on."""
-    index: tuple[Any, ...] = (*[slice(None)] * axis, *places)
-    return maps[index]
-
-
 def _take(maps: Tensor, places: Sequence[Tensor], channels: int) -> Tensor:
     """Patches of maps: [B, sides…, h·c] and [blocks, p] of each axis → [B, blocks…, h, Πp, c]."""
     axes = len(places)
