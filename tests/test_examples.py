@@ -61,11 +61,13 @@ def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
-def test_the_script_in_the_readme_runs_as_it_is_printed(monkeypatch, tmp_path, capsys):
+def test_the_scripts_in_the_readme_run_as_they_are_printed(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (script,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    exec(compile(script, "README.md", "exec"), {})
+    names = {}  # the second goes on from the first
+    for script in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        exec(compile(script, "README.md", "exec"), names)
+    assert len(convfusion.status(names["pipe"]).sites) == convfusion.status(names["pipe"]).converted
     assert "7 of 7 self-attention sites converted" in capsys.readouterr().out
     assert Image.open("apple.png").size == (64, 64)
     pipe = mini.load_teacher()
