@@ -28,13 +28,17 @@ from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
 from convfusion.mixers.base import TokenSample, output_heads, project_heads, projections
-from convfusion.mixers.offsets import OffsetMeans, choose_queries, mean_offsets, offset_means
+from convfusion.mixers.offsets import (
+    QUERIES,
+    OffsetMeans,
+    choose_queries,
+    mean_offsets,
+    offset_means,
+)
 from convfusion.ops.reference import gate_scale
 
 if TYPE_CHECKING:
     from convfusion.mixers.delta_conv import DeltaConvBlock
-
-QUERIES = 256  # of a picture, that are compared with all of its keys
 
 
 @torch.no_grad()

@@ -31,12 +31,11 @@ from convfusion.mixers.base import (
     project_heads,
     projections,
 )
-from convfusion.mixers.offsets import choose_queries, split_queries
+from convfusion.mixers.offsets import QUERIES, choose_queries, split_queries
 
 if TYPE_CHECKING:
     from convfusion.mixers.halo import HaloMixer
 
-QUERIES = 256  # of a picture, that are compared with all of its keys
 NOTHING = 1e-6  # of the largest eigenvalue: what lies below it is rounding
 
 

@@ -20,11 +20,9 @@ from convfusion.mixers.base import (
     take_over,
 )
 from convfusion.mixers.delta_conv import set_to_uniform_attention
-from convfusion.mixers.offsets import choose_queries
+from convfusion.mixers.offsets import QUERIES, choose_queries
 from convfusion.mixers.sampling import attend_at
 from convfusion.settings import check_fields
-
-QUERIES = 256  # of a picture, whose outputs are looked at
 
 
 @dataclass(frozen=True)

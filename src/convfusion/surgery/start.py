@@ -12,13 +12,12 @@ from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of
 from convfusion.families.watch import sample_attention
 from convfusion.mixers.base import TokenMixer, TokenSample
-from convfusion.mixers.offsets import choose_queries
+from convfusion.mixers.offsets import QUERIES, choose_queries
 from convfusion.mixers.sampling import attend_at
 from convfusion.surgery.record import TrainingRecord, set_record
 from convfusion.surgery.surgery import attention_teacher, mixers_of
 
 MEMORY = 1.0  # GiB of tokens that are kept, over all sites
-QUERIES = 256  # of a picture, that an error is measured on
 
 
 @torch.no_grad()
