@@ -91,8 +91,25 @@ def read_json(path: Path, most: int = JSON_BYTES) -> Any:
         raise unreadable(path, error) from None
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+def read_notes(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], notes: Mapping[str, str] | None = None
+) -> str:
     """Write a safetensors file aside, flush it to disk and rename it into place.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        notes: what its header says beside them, which `read_notes` reads.
 
     Returns:
         The SHA-256 of the file, as `file_digest` tells it.
@@ -101,7 +118,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
         CheckpointError: it cannot be written, as on a full disk; nothing is left of it.
     """
     with _aside(path) as aside:
-        save_file(tensors, aside, metadata={"format": "pt"})
+        save_file(tensors, aside, metadata={"format": "pt", **(notes or {})})
         return file_digest(aside)
 
 

@@ -9,6 +9,7 @@ reaches its output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ def measure_moments(
         raise ConvFusionError("no call of the model was given to measure with")
     measured = []
     for done, site in enumerate(sites, 1):
-        measured.append(_measure_site(model, site, samples.pop(site.path), chosen.kept))
+        change = partial(_output_error, model, site, chosen.kept)
+        measured.append(measure_site(model, site, samples.pop(site.path), change))
         if on_site is not None:
             on_site(done, len(sites))
     height, width = noisy_latents(model, (), chosen.kept[0][0]).shape[-2:]
@@ -100,12 +102,20 @@ class _Reservoir:
             self.kept[place] = pair
 
 
-def _measure_site(
+def measure_site(
     model: Denoiser,
     site: Site,
     sample: Sequence[TokenSample],
-    calls: Sequence[tuple[Mapping[str, Any], Tensor]],
+    change: Callable[[TokenMixer], float],
 ) -> SiteMoments:
+    """Measure what replacing one self-attention would cost in quality.
+
+    Args:
+        model: not converted; nothing of it is looked at except the site's attention.
+        site: of it.
+        sample: tokens that the site was seen with.
+        change: the ε-error of the denoiser with a mixer at this site alone.
+    """
     grid, sample = sample[0][1], gather_pictures(sample)
 
     def error(mixer: Mixer) -> float:
@@ -121,7 +131,7 @@ def _measure_site(
         return max(0.0, error(set_halo(farthest, key_ratio, value_ratio)) - least)
 
     block, middle = _start(model, site, MIDDLE, sample)
-    changed = _output_error(model, site, block, calls)
+    changed = change(block)
     return SiteMoments(
         path=site.path,
         channels=site.channels,
@@ -175,8 +185,8 @@ def _start(
 def _output_error(
     model: Denoiser,
     site: Site,
-    mixer: TokenMixer,
     calls: Sequence[tuple[Mapping[str, Any], Tensor]],
+    mixer: TokenMixer,
 ) -> float:
     """Mean relative squared error of what the denoiser predicts with one site replaced."""
     install(model, {site.path: mixer}, keep_attention=True)

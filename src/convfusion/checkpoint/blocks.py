@@ -7,7 +7,9 @@ A checkpoint is a folder with `blocks.safetensors`, the mixers' tensors under
      "sha256": "<of blocks.safetensors>", "trained": {"steps": 1000}, "started_from": "attention",
      "sites": {"<site path>": {"channels": 64, "mixer": {"kind": "delta_conv", …}}}}
 
-`trained` is false for blocks that no training has seen, as after `convert`.
+`trained` is false for blocks that no training has seen, as after `convert`. The header of
+`blocks.safetensors` has the same manifest without the digest, under `convfusion`, so that the file
+alone can be passed on.
 
 Only safetensors and JSON are read, so a file from outside cannot run code.
 """
@@ -31,7 +33,9 @@ from convfusion.files import (
     file_digest,
     read_header,
     read_json,
+    read_notes,
     read_tensors,
+    unreadable,
     write_tensors,
     write_text,
 )
@@ -54,13 +58,19 @@ Blocks: TypeAlias = tuple[dict[str, Mixer], dict[str, dict[str, Tensor]], Traini
 
 FORMAT = 1
 BLOCKS, MANIFEST = "blocks.safetensors", "convfusion.json"
+NOTE = "convfusion"  # in the header of the tensors: the manifest
 
 
-def save(pipe_or_model: Any, folder: str | Path) -> None:
-    """Write the mixers of a converted pipeline or denoiser to a folder.
+def save(pipe_or_model: Any, target: str | Path) -> None:
+    """Write the mixers of a converted pipeline or denoiser to a folder, or to one file.
 
     Each file is written aside and renamed, the manifest last; it names the tensor file by its
     SHA-256. Other files in the folder stay.
+
+    Args:
+        pipe_or_model: converted.
+        target: a folder, which is made if there is none; or a file whose name ends in
+            `.safetensors`, as programs want it that list blocks by file.
 
     Raises:
         ConvFusionError: the model is not converted, or `load` would refuse what is written.
@@ -68,11 +78,16 @@ def save(pipe_or_model: Any, folder: str | Path) -> None:
     """
     check_saveable(pipe_or_model)
     mixers = mixers_of(pipe_or_model)
-    folder = Path(folder)
+    folder = Path(target)
+    manifest = _manifest(pipe_or_model, mixers)
+    notes = {NOTE: json.dumps(manifest)}
+    if folder.suffix == ".safetensors" and not folder.is_dir():
+        write_tensors(folder, _tensors(mixers), notes)
+        return
     with made_folder(folder) as place:
         remove_remains(place)
-        digest = write_tensors(folder / BLOCKS, _tensors(mixers))
-        manifest = _manifest(pipe_or_model, mixers, digest)
+        digest = write_tensors(folder / BLOCKS, _tensors(mixers), notes)
+        manifest = {**manifest, "sha256": digest}
         write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
@@ -166,8 +181,8 @@ def load(
     Args:
         pipe_or_model: the base model as it was converted, or converted already at the same sites
             with the same settings.
-        source: a folder written by `save`; a `.safetensors` file that the paper's authors
-            released (see `convfusion.checkpoint.released`); or the name on the Hub, `user/name`,
+        source: a folder or a `.safetensors` file written by `save`; such a file that the paper's
+            authors released (see `convfusion.checkpoint.released`); or the name on the Hub, `user/name`,
             of what `push` put there, where no folder of that name is here.
         keep_attention: as in `ConvertConfig`.
         average: of a released file that holds both, take the moving average and not the weights
@@ -238,7 +253,7 @@ def _check_finite(
             )
 
 
-def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer], digest: str) -> dict[str, Any]:
+def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer]) -> dict[str, Any]:
     from convfusion import __version__
 
     model = denoiser_of(pipe_or_model)
@@ -249,7 +264,6 @@ def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer], digest: str) ->
         "version": __version__,
         "family": family_of(model).name,
         "base_model": _public_name(named),
-        "sha256": digest,
         **joint_record(mixers.values()).to_dict(),
         "sites": {
             path: {"channels": channels[path], "mixer": mixer_to_dict(mixer.config)}
@@ -269,7 +283,22 @@ def _public_name(name: str) -> str:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = read_json(path)
+    return _checked_manifest(path, read_json(path))
+
+
+def _read_note(path: Path) -> dict[str, Any] | None:
+    """The manifest in the header of a file that `save` wrote; None for another file."""
+    note = read_notes(path).get(NOTE)
+    if note is None:
+        return None
+    try:
+        manifest = json.loads(note)
+    except (ValueError, RecursionError) as error:
+        raise unreadable(path, error) from None
+    return _checked_manifest(path, manifest)
+
+
+def _checked_manifest(path: Path, manifest: Any) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a manifest of format {FORMAT}")
     sites = manifest.get("sites")
@@ -320,12 +349,16 @@ def _check_family(model: Denoiser, manifest: dict[str, Any]) -> None:
 def _read_source(source: str, model: Denoiser, average: bool, revision: str | None) -> Blocks:
     """Settings and state of every mixer of a released file, a folder, or a name on the Hub."""
     path = Path(source)
-    released_file = path.suffix == ".safetensors" and not path.is_dir()
-    if not released_file and not path.exists() and hub.NAME.fullmatch(source):
+    file = path.suffix == ".safetensors" and not path.is_dir()
+    if not file and not path.exists() and hub.NAME.fullmatch(source):
         return _read_folder(hub.fetch(source, (BLOCKS, MANIFEST), revision), model)
     if revision is not None:
         raise CheckpointError(f"a revision is of a name on the Hub, user/name, not of {source}")
-    if released_file:
+    if path.name == BLOCKS and (path.parent / MANIFEST).is_file():
+        return _read_folder(path.parent, model)
+    if file and (manifest := _read_note(path)) is not None:
+        return _read_blocks(path, manifest, path, model)
+    if file:
         layout = released.read_layout(path, model, average=average)
         states = released.read_states(path, layout)
         return dict(layout.mixers), states, TrainingRecord("released")
@@ -337,15 +370,20 @@ def _read_source(source: str, model: Denoiser, average: bool, revision: str | No
 
 
 def _read_folder(folder: Path, model: Denoiser) -> Blocks:
+    manifest = _read_manifest(folder / MANIFEST)
+    blocks = _read_blocks(folder / BLOCKS, manifest, folder / MANIFEST, model)
+    _check_digest(folder, manifest)
+    return blocks
+
+
+def _read_blocks(path: Path, manifest: dict[str, Any], said: Path, model: Denoiser) -> Blocks:
     """Settings and state of every mixer, checked to be complete, without extras, of right shapes.
 
     The shapes that the settings ask for are compared with the header of the file before anything
     is allocated, so that no more memory is taken than the file has tensors for.
     """
-    manifest = _read_manifest(folder / MANIFEST)
     _check_family(model, manifest)
-    wanted = {path: mixer_from_dict(site["mixer"]) for path, site in manifest["sites"].items()}
-    path = folder / BLOCKS
+    wanted = {site: mixer_from_dict(each["mixer"]) for site, each in manifest["sites"].items()}
     header, expected = read_header(path), _expected_tensors(model, wanted)
     if missing := expected.keys() - header.keys():
         raise CheckpointError(f"{path} lacks {few(missing)}")
@@ -359,12 +397,11 @@ def _read_folder(folder: Path, model: Denoiser) -> Blocks:
                 if info.shape != shape
                 else f"{path}: {key} is {info.dtype}, expected one of {', '.join(sorted(FLOATS))}"
             )
-    _check_digest(folder, manifest)
     tensors = read_tensors(path)
     states: dict[str, dict[str, Tensor]] = {site: {} for site in wanted}
     for key, (site, name, _) in expected.items():
         states[site][name] = tensors[key]
-    return wanted, states, _read_record(folder / MANIFEST, manifest)
+    return wanted, states, _read_record(said, manifest)
 
 
 def _expected_tensors(

@@ -123,8 +123,8 @@ def _blocks(
             extra.append(full)
     if not groups:
         raise CheckpointError(
-            f"{path} has no blocks in the names of the released files; blocks that `save` wrote "
-            "are loaded by their folder"
+            f"{path} has neither blocks in the names of the released files nor a manifest in its "
+            "header, as `save` writes it"
         )
     if extra:
         raise CheckpointError(f"{path} has tensors that belong to no block: {few(extra)}")

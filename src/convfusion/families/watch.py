@@ -54,43 +54,62 @@ def watch_attention(
             handle.remove()
 
 
+class TokenReservoir:
+    """Some of the tokens that each of several sites is given.
+
+    Whole pictures are kept, each as [1, N, C] with its grid: all of them where they fit, else a
+    random choice among all that were seen, in which every picture has the same chance.
+
+    Args:
+        paths: of the sites.
+        memory: GiB on the CPU for all sites; of each site, two pictures are kept in any case.
+        seed: of the choice.
+
+    Attributes:
+        kept: what was kept, by path.
+    """
+
+    def __init__(self, paths: Collection[str], memory: float, seed: int = 0) -> None:
+        self.kept: dict[str, list[TokenSample]] = {path: [] for path in paths}
+        self._lots: dict[str, list[float]] = {path: [] for path in paths}  # of what is kept
+        self._most: dict[str, int] = {}  # pictures of a site: as many as fit of the largest yet
+        self._generator = torch.Generator().manual_seed(seed)
+        self._room = memory * 2**30 / max(1, len(self.kept))  # bytes of a site
+
+    def add(self, path: str, tokens: Tensor, grid: Grid) -> None:
+        """Look at the tokens [B, N, C] of a call; those of further paths are passed over."""
+        if path not in self.kept:
+            return
+        kept, lots = self.kept[path], self._lots[path]
+        fit = max(2, int(self._room // (tokens[0].numel() * tokens.element_size())))
+        most = self._most[path] = min(self._most.get(path, fit), fit)
+        drawn = torch.rand(len(tokens), generator=self._generator)  # those of the least lots stay
+        for picture, lot in zip(tokens.detach(), drawn, strict=True):
+            if len(lots) < most or lot < max(lots):
+                kept.append((picture[None].cpu().clone(), grid))
+                lots.append(lot.item())
+            while len(lots) > most:
+                last = lots.index(max(lots))
+                del kept[last], lots[last]
+
+
 @contextmanager
 def sample_attention(
     model: Denoiser, paths: Collection[str], memory: float, seed: int = 0
 ) -> Iterator[dict[str, list[TokenSample]]]:
     """Keep some of what every self-attention is given, while a denoiser is called.
 
-    Whole pictures are kept, each as [1, N, C] with its grid: all of them where they fit, else a
-    random choice among all that were seen, in which every picture has the same chance.
-
     Args:
         model: not converted.
-        paths: of the sites.
-        memory: GiB on the CPU for all sites; of each site, two pictures are kept in any case.
-        seed: of the choice.
+        paths, memory, seed: as of `TokenReservoir`.
 
     Yields:
         What was kept, by path; it fills while the model is called.
     """
-    kept: dict[str, list[TokenSample]] = {path: [] for path in paths}
-    lots: dict[str, list[float]] = {path: [] for path in paths}  # of the pictures that are kept
-    most: dict[str, int] = {}  # pictures of a site: as many as fit of the largest yet
-    generator = torch.Generator().manual_seed(seed)
-    room = memory * 2**30 / max(1, len(kept))  # bytes of a site
+    reservoir = TokenReservoir(paths, memory, seed)
 
     def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
-        if (path := site.path) not in kept:
-            return
-        fit = max(2, int(room // (tokens[0].numel() * tokens.element_size())))
-        most[path] = min(most.get(path, fit), fit)
-        drawn = torch.rand(len(tokens), generator=generator)  # those of the least lots stay
-        for picture, lot in zip(tokens.detach(), drawn, strict=True):
-            if len(lots[path]) < most[path] or lot < max(lots[path]):
-                kept[path].append((picture[None].cpu().clone(), grid))
-                lots[path].append(lot.item())
-            while len(lots[path]) > most[path]:
-                last = lots[path].index(max(lots[path]))
-                del kept[path][last], lots[path][last]
+        reservoir.add(site.path, tokens, grid)
 
     with watch_attention(model, see):
-        yield kept
+        yield reservoir.kept
