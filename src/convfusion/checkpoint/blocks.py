@@ -182,8 +182,8 @@ def load(
         pipe_or_model: the base model as it was converted, or converted already at the same sites
             with the same settings.
         source: a folder or a `.safetensors` file written by `save`; such a file that the paper's
-            authors released (see `convfusion.checkpoint.released`); or the name on the Hub, `user/name`,
-            of what `push` put there, where no folder of that name is here.
+            authors released (see `convfusion.checkpoint.released`); or the name on the Hub,
+            `user/name`, of what `push` put there, where no folder of that name is here.
         keep_attention: as in `ConvertConfig`.
         average: of a released file that holds both, take the moving average and not the weights
             of the last step.
