@@ -68,7 +68,7 @@ def measure_moments(
     if mixers_of(model):
         raise ConvFusionError("this model is converted: revert it before measuring")
     sites = list_sites(model)
-    chosen = _Reservoir(CALLS, seed)
+    chosen = CallReservoir(CALLS, seed)
     with sample_attention(model, [site.path for site in sites], memory, seed) as samples:
         for call in calls:
             chosen.add(call, model(**call))
@@ -84,21 +84,30 @@ def measure_moments(
     return Moments(fingerprint(model), (height, width), tuple(measured))
 
 
-class _Reservoir:
-    """A few calls and their outputs, of which each that was seen has the same chance."""
+class CallReservoir:
+    """A few calls and their outputs, of which each that was seen has the same chance.
 
-    def __init__(self, most: int, seed: int) -> None:
-        self.most, self.seen = most, 0
+    Args:
+        most: calls that are kept.
+        seed: of the choice.
+
+    Attributes:
+        kept: arguments and the first output of each call that was kept.
+    """
+
+    def __init__(self, most: int, seed: int = 0) -> None:
         self.kept: list[tuple[Mapping[str, Any], Tensor]] = []
-        self.generator = torch.Generator().manual_seed(seed)
+        self._most, self._seen = most, 0
+        self._generator = torch.Generator().manual_seed(seed)
 
     def add(self, call: Mapping[str, Any], output: Any) -> None:
-        self.seen += 1
+        """Look at a call and what the denoiser returned."""
+        self._seen += 1
         pair = (call, output[0])
-        place = int(torch.randint(self.seen, (), generator=self.generator))
-        if len(self.kept) < self.most:
+        place = int(torch.randint(self._seen, (), generator=self._generator))
+        if len(self.kept) < self._most:
             self.kept.append(pair)
-        elif place < self.most:
+        elif place < self._most:
             self.kept[place] = pair
 
 
