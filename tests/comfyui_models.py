@@ -154,10 +154,11 @@ def make_model(name, seed=0):
 def randomise_all(model, seed):
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.named_parameters():
-        scale = 1.0 if tensor.dim() < 2 else tensor[0].numel() ** -0.5
         values = torch.randn(tensor.shape, generator=generator)
-        is_gain = tensor.dim() == 1 and name.endswith("weight")
-        tensor.copy_(1 + 0.1 * values if is_gain else 0.1 * values if scale == 1.0 else scale * values)
+        if tensor.dim() > 1:
+            tensor.copy_(values * tensor[0].numel() ** -0.5)
+        else:  # a bias, or the gain of a norm
+            tensor.copy_(0.1 * values + name.endswith("weight"))
 
 
 @torch.no_grad()

@@ -210,9 +210,7 @@ def test_a_released_file_is_applied(tmp_path):
     patched = apply(model, path)
     convfusion.load(twin, path)
     inputs = make_inputs(16, 8)
-    torch.testing.assert_close(
-        call(patched, inputs), call_twin(twin, inputs), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(call(patched, inputs), call_twin(twin, inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_of_another_model_are_refused(tmp_path):

@@ -7,9 +7,9 @@ then made again with blocks, which tells how far they are from the attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import convfusion
-from convfusion.budget import Allocation, Moments, SiteMoments, choose_mixers, parse_budget
+from convfusion.budget import Allocation, Budget, Moments, SiteMoments, choose_mixers
 from convfusion.budget.measure import CALLS, CallReservoir, measure_site
-from convfusion.errors import ConvFusionError
 from convfusion.evaluate.epsilon import relative_error
-from convfusion.families import list_sites
+from convfusion.families import list_sites, shorten_path
 from convfusion.families.watch import TokenReservoir
-from convfusion.mixers import Halo, Mixer, Removed
+from convfusion.mixers import Mixer, Removed
 from convfusion.mixers.base import TokenMixer, projections
 from convfusion.surgery import ConvertConfig, build_mixers, install, uniform
 from convfusion.surgery.layers import FLOATS
@@ -33,6 +32,8 @@ from .layout import Place, build_skeleton, compute_dtype, find_places
 from .patching import read_grid, run_block
 
 OnProgress = Callable[[int, int], None]
+
+MEMORY = 2.0  # GiB on the CPU for tokens, over all sites
 
 
 @dataclass(frozen=True)
@@ -57,30 +58,6 @@ class Drawing:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What shall stand at the sites.
-
-    Attributes:
-        mixer: at all of them, where there is no budget.
-        budget: such as `4x`, within which the mixers are chosen site by site; '' for none.
-        keep: with a budget, how many of the dearest attentions are kept.
-        memory: GiB on the CPU for tokens, over all sites.
-    """
-
-    mixer: Mixer = field(default_factory=Halo)
-    budget: str = ""
-    keep: int = 0
-    memory: float = 2.0
-
-    def check(self) -> None:
-        """Raise a ConvFusionError for a budget that is none."""
-        if self.budget:
-            parse_budget(self.budget)
-        elif self.keep:
-            raise ConvFusionError("attentions are kept within a budget: give one, such as 4x")
-
-
 @dataclass
 class WatchedSite:
     """In place of a self-attention while it is measured: the attention, or a block for a while.
@@ -103,7 +80,7 @@ class WatchedSite:
         context: Tensor | None = None,
         value: Tensor | None = None,
         mask: Tensor | None = None,
-        transformer_options: Mapping[str, Any] = {},  # noqa: B006  # as ComfyUI has it
+        transformer_options: Mapping[str, Any] = {},  # as ComfyUI has it
     ) -> Tensor:
         path = self.place.path
         grid = read_grid(path, x, context, value, mask, transformer_options)
@@ -117,14 +94,18 @@ class WatchedSite:
 @torch.inference_mode(False)  # in which ComfyUI runs nodes: blocks are set outside of it
 @torch.no_grad()
 def convert_untrained(
-    model: Any, drawing: Drawing, wish: Wish, target: Path, on_progress: OnProgress
+    model: Any,
+    drawing: Drawing,
+    wanted: Mixer | Budget,
+    target: Path,
+    on_progress: OnProgress,
 ) -> str:
     """Write blocks for a ComfyUI model, set by what its self-attentions do.
 
     Args:
         model: a `ModelPatcher`, which is left as it was.
         drawing: the pictures to measure with.
-        wish: what shall stand where.
+        wanted: what stands at every site; or a budget, within which it is chosen site by site.
         target: a `.safetensors` file, which is written last.
         on_progress: called with the work that is done, and all.
 
@@ -135,13 +116,14 @@ def convert_untrained(
         ConvFusionError: the model is of no kind that is known, a budget cannot be reached, or
             another node has changed what its attentions look at.
     """
-    wish.check()
     places = find_places(model)
     skeleton = build_skeleton(model, places)
-    with _Measured(model, places, skeleton, wish, on_progress) as measured:
+    with _Measured(model, places, skeleton, on_progress) as measured:
+        budget = wanted if isinstance(wanted, Budget) else None
+        measured.total = drawing.pictures * drawing.steps + len(places) * (2 if budget else 1)
         measured.draw(drawing)
-        chosen = measured.choose(tuple(drawing.latent.shape[-2:])) if wish.budget else None
-        config = uniform(wish.mixer) if chosen is None else chosen.config()
+        chosen = measured.choose(budget, drawing.latent.shape[-2:]) if budget else None
+        config = uniform(wanted) if chosen is None else chosen.config()
         mixers, imitation = measured.start(config)
         errors = measured.compare(mixers)
         removed = measured.compare(build_mixers(skeleton, list_sites(skeleton), uniform(Removed())))
@@ -160,11 +142,10 @@ class _Measured:
         model: Any,
         places: Mapping[str, Place],
         skeleton: Any,
-        wish: Wish,
         on_progress: OnProgress,
     ) -> None:
-        self.skeleton, self.wish, self.on_progress = skeleton, wish, on_progress
-        self.tokens = TokenReservoir(places, wish.memory)
+        self.skeleton, self.on_progress = skeleton, on_progress
+        self.tokens = TokenReservoir(places, MEMORY)
         self.calls = CallReservoir(CALLS)
         self.clone = model.clone()
         self.watched: dict[str, WatchedSite] = {}
@@ -195,8 +176,6 @@ class _Measured:
         """Draw pictures, and keep tokens and calls on the way."""
         import comfy.sample
 
-        sites = len(self.watched)
-        self.total = drawing.pictures * drawing.steps + sites * (2 if self.wish.budget else 1)
         self.clone.set_model_unet_function_wrapper(self._record)
         latent = comfy.sample.fix_empty_latent_channels(self.clone, drawing.latent)
         for number in range(drawing.pictures):
@@ -230,7 +209,7 @@ class _Measured:
             return self.inner(apply_model, call)
         return apply_model(call["input"], call["timestep"], **call["c"])
 
-    def choose(self, latents: tuple[int, int]) -> Allocation:
+    def choose(self, budget: Budget, latents: Sequence[int]) -> Allocation:
         """The mixers within the budget, by what replacing each site would cost."""
         sites: list[SiteMoments] = []
         for site in list_sites(self.skeleton):
@@ -243,10 +222,9 @@ class _Measured:
                 sample = self.tokens.kept[site.path]
                 sites.append(measure_site(self.skeleton, site, sample, change))
             self.step()
-        moments = Moments("measured in ComfyUI", latents, tuple(sites))
-        return choose_mixers(
-            self.skeleton, self.wish.budget, moments=moments, size=latents, keep=self.wish.keep
-        )
+        size = latents[0], latents[1]
+        moments = Moments("measured in ComfyUI", size, tuple(sites))
+        return choose_mixers(self.skeleton, budget, moments=moments, size=size)
 
     def start(self, config: ConvertConfig) -> tuple[dict[str, TokenMixer], dict[str, float]]:
         """A block for each site, set from its attention, and how far it is from it."""
@@ -331,14 +309,16 @@ def _report(
     errors: Tensor,
     removed: Tensor,
 ) -> str:
-    lines = [f"Blocks without training, in {target.name}."]
+    mean, spread = errors.mean().item(), errors.std().item() / len(errors) ** 0.5
+    lines = [
+        f"{target.name}: blocks without training.",
+        f"ε-error of the whole model: {mean:.2e} ± {spread:.0e}, over {len(errors)} samples of the "
+        "pictures that were drawn.",
+        f"Without any self-attention: {removed.mean().item():.2e}.",
+        "",
+    ]
     if chosen is not None:
         lines += [str(chosen), ""]
-    lines += ["Error of each block against its attention, 1 being as far as its mean output:"]
-    lines += [f"  {path}  {error:.2e}" for path, error in imitation.items()]
-    mean, spread = errors.mean().item(), errors.std().item() / len(errors) ** 0.5
-    lines += [
-        f"ε-error of the whole model: {mean:.2e} ± {spread:.0e}, over {len(errors)} samples of the "
-        f"pictures that were drawn. Without any self-attention it is {removed.mean().item():.2e}."
-    ]
+    lines += ["Error of each block against its attention (1: no nearer than its mean output):"]
+    lines += [f"{shorten_path(path):<12}{error:.1e}" for path, error in imitation.items()]
     return "\n".join(lines)

@@ -183,15 +183,18 @@ class ConvertWithoutTraining:
     ) -> tuple[Any, Path, str]:
         import comfy.utils
 
-        from convfusion.mixers import DeltaConv, Halo
+        from convfusion.budget import Budget, parse_budget
+        from convfusion.mixers import DeltaConv, Halo, Mixer
 
-        from .measuring import Drawing, Wish, convert_untrained
+        from .measuring import Drawing, convert_untrained
         from .patching import apply_blocks
 
         target = name_blocks(name)
-        chosen = DeltaConv() if mixer == self.MIXERS[1] else Halo(
-            key_ratio=key_share, value_ratio=value_share
-        )
+        wanted: Mixer | Budget = Halo(key_ratio=key_share, value_ratio=value_share)
+        if budget.strip():
+            wanted = parse_budget(budget)
+        elif mixer == self.MIXERS[1]:
+            wanted = DeltaConv()
         drawing = Drawing(
             positive, negative, latent["samples"], pictures, steps, guidance=cfg, seed=seed
         )
@@ -199,7 +202,7 @@ class ConvertWithoutTraining:
         report = convert_untrained(
             model,
             drawing,
-            Wish(chosen, budget.strip()),
+            wanted,
             target,
             lambda done, total: bar.update_absolute(done, total),
         )

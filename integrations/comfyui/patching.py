@@ -72,7 +72,7 @@ class SitePatch:
         context: Tensor | None = None,
         value: Tensor | None = None,
         mask: Tensor | None = None,
-        transformer_options: Mapping[str, Any] = {},  # noqa: B006  # as ComfyUI has it
+        transformer_options: Mapping[str, Any] = {},  # as ComfyUI has it
     ) -> Tensor:
         sigmas = transformer_options.get("sigmas")
         inside = sigmas is None or self.window.holds(sigmas)

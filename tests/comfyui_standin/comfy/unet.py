@@ -70,8 +70,10 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
-        project = (lambda: nn.Linear(channels, channels)) if linear else (
-            lambda: nn.Conv2d(channels, channels, 1)
+        project = (
+            (lambda: nn.Linear(channels, channels))
+            if linear
+            else (lambda: nn.Conv2d(channels, channels, 1))
         )
         self.proj_in = project()
         blocks = [TransformerBlock(channels, context, heads) for _ in range(depth)]
