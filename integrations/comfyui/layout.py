@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from convfusion.errors import UnsupportedModelError
-from convfusion.families import list_sites
+from convfusion.families import Denoiser, list_sites
 from convfusion.files import few
 
 QUERY = ".attn1.to_q.weight"
@@ -75,7 +75,7 @@ def find_places(model: Any) -> dict[str, Place]:
     return found
 
 
-def build_skeleton(model: Any, places: Mapping[str, Place]) -> UNet2DConditionModel:
+def build_skeleton(model: Any, places: Mapping[str, Place]) -> Denoiser:
     """The diffusers UNet with the same self-attentions, on the meta device.
 
     Its dtype is the one that the ComfyUI model computes in.
@@ -86,7 +86,7 @@ def build_skeleton(model: Any, places: Mapping[str, Place]) -> UNet2DConditionMo
     config = model.model.model_config.unet_config
     heads = {path: place.attention.heads for path, place in places.items()}
     with torch.device("meta"):
-        skeleton = UNet2DConditionModel(**_diffusers_config(config, heads))
+        skeleton: nn.Module = UNet2DConditionModel(**_diffusers_config(config, heads))
     own = {site.path: (site.channels, site.heads) for site in list_sites(skeleton)}
     theirs = {p: (each.attention.to_q.in_features, heads[p]) for p, each in places.items()}
     if own != theirs:
@@ -94,7 +94,7 @@ def build_skeleton(model: Any, places: Mapping[str, Place]) -> UNet2DConditionMo
         raise UnsupportedModelError(
             f"this UNet is laid out as none that ConvFusion knows: it differs at {few(odd)}"
         )
-    return nn.Module.to(skeleton, compute_dtype(model))  # diffusers' own warns of nothing here
+    return nn.Module.to(skeleton, dtype=compute_dtype(model))  # diffusers' own warns, of nothing
 
 
 def compute_dtype(model: Any) -> torch.dtype:

@@ -119,11 +119,14 @@ def convert_untrained(
     places = find_places(model)
     skeleton = build_skeleton(model, places)
     with _Measured(model, places, skeleton, on_progress) as measured:
-        budget = wanted if isinstance(wanted, Budget) else None
-        measured.total = drawing.pictures * drawing.steps + len(places) * (2 if budget else 1)
+        passes = 2 if isinstance(wanted, Budget) else 1  # over the sites
+        measured.total = drawing.pictures * drawing.steps + len(places) * passes
         measured.draw(drawing)
-        chosen = measured.choose(budget, drawing.latent.shape[-2:]) if budget else None
-        config = uniform(wanted) if chosen is None else chosen.config()
+        if isinstance(wanted, Budget):
+            chosen = measured.choose(wanted, drawing.latent.shape[-2:])
+            config = chosen.config()
+        else:
+            chosen, config = None, uniform(wanted)
         mixers, imitation = measured.start(config)
         errors = measured.compare(mixers)
         removed = measured.compare(build_mixers(skeleton, list_sites(skeleton), uniform(Removed())))
@@ -231,11 +234,11 @@ class _Measured:
         mixers: dict[str, TokenMixer] = {}
         errors: dict[str, float] = {}
         sites = list_sites(self.skeleton)
-        for path in config.mixers_for(site.path for site in sites):
+        for path, settings in config.mixers_for(site.path for site in sites).items():
             attention = self.skeleton.get_submodule(path)
             with lend_weights(self.skeleton, self.watched[path].place, self.clone.load_device):
                 site = [each for each in sites if each.path == path]
-                only = ConvertConfig({path: config.mixer_for(path)})
+                only = ConvertConfig({path: settings})
                 mixers[path] = build_mixers(self.skeleton, site, only)[path]
                 if mixers[path].has_measured_start:
                     sample = self.tokens.kept[path]
