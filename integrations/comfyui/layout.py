@@ -86,7 +86,7 @@ def build_skeleton(model: Any, places: Mapping[str, Place]) -> Denoiser:
     config = model.model.model_config.unet_config
     heads = {path: place.attention.heads for path, place in places.items()}
     with torch.device("meta"):
-        skeleton: nn.Module = UNet2DConditionModel(**_diffusers_config(config, heads))
+        skeleton: Denoiser = UNet2DConditionModel(**_diffusers_config(config, heads))
     own = {site.path: (site.channels, site.heads) for site in list_sites(skeleton)}
     theirs = {p: (each.attention.to_q.in_features, heads[p]) for p, each in places.items()}
     if own != theirs:
