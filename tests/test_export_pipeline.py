@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -15,7 +16,8 @@ from tiny_pipelines import PIPELINES, stable_diffusion
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, imports, uniform
 from convfusion.evaluate.images import psnr
-from convfusion.export import export_pipeline, pipeline
+from convfusion.export import export_pipeline, pipeline, tracing
+from convfusion.export.int8 import quantise
 from convfusion.generate import generate
 from convfusion.surgery import mixers_of
 
@@ -81,6 +83,31 @@ def test_a_folder_draws_what_its_pipeline_draws(kind, example, tmp_path):
         assert [picture.size for picture in drawn] == [size[::-1]] * 2
         assert min(map(psnr, drawn, expected)) >= 40
         assert psnr(*drawn) < 40  # the two pictures are not one
+
+
+def test_int8_draws_nearly_the_same_with_weights_in_a_file_of_their_own(
+    example, tmp_path, monkeypatch
+):
+    exact, less = tmp_path / "exact", tmp_path / "int8"
+
+    def keep_and_quantise(path):
+        shutil.copytree(path.parent.parent, exact)
+        quantise(path)
+
+    monkeypatch.setattr(tracing, "SINGLE_FILE", 100_000)  # bytes; the denoiser has more
+    monkeypatch.setattr(pipeline, "quantise", keep_and_quantise)
+    written = export_pipeline(converted("sd"), less, int8=True)
+    assert 0 < written.int8_error < 0.01
+    weights = [folder / "unet" / "model.onnx.data" for folder in (exact, less)]
+    assert weights[1].stat().st_size < weights[0].stat().st_size
+    index = json.loads((less / "pipeline.json").read_text(encoding="utf-8"))
+    assert "unet/model.onnx.data" in index["files"]
+
+    noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8))
+    shutil.copy(less / "pipeline.json", exact)
+    drawers = [example["Pipeline"](folder) for folder in (exact, less)]
+    drawn = [each.draw(["red apple"], noise, each.sampler(3), 4.0)[0] for each in drawers]
+    assert 20 < psnr(*drawn) < float("inf")
 
 
 SCHEDULERS = [
@@ -193,3 +220,5 @@ def test_the_command_writes_the_folder(run, tmp_path, monkeypatch):
     assert (index["guidance"], index["steps"]) == (5.0, 25)
     status, _, err = run("export", "mini", "--pipeline", "--out", tmp_path / "model")
     assert status == 2 and "an export replaces a folder that it wrote" in err
+    status, _, err = run("export", "mini", "--int8", "--out", tmp_path / "mini.onnx")
+    assert status == 2 and "--int8 goes with --pipeline" in err

@@ -18,6 +18,7 @@ from convfusion.export.tracing import (
     TOLERANCE,
     check_packages,
     measure_difference,
+    run_file,
     save,
     trace,
 )
@@ -252,7 +253,21 @@ def _find_largest_block(model: Denoiser) -> int:
 @torch.no_grad()
 def _measure_difference(model: Denoiser, path: Path, size: tuple[int, int], batch: int) -> float:
     """The largest difference between a file and its model, over the model's largest value."""
-    inputs = _make_inputs(model, size, batch, words=9)
-    feed = {name.rpartition(".")[2]: value for name, value in inputs.items() if value is not None}
-    expected = model(**nest_conditioning(inputs), return_dict=False)[0]
+    feed, expected = _call(model, size, batch)
     return measure_difference([expected], path, feed)
+
+
+@torch.no_grad()
+def measure_loss(model: Denoiser, path: Path) -> float:
+    """‖ε' − ε‖²/‖ε‖² of what a file predicts, ε', and what its model does, at its own size."""
+    *_, (batch, height, width) = list_checked_sizes(model)
+    feed, expected = _call(model, (height, width), batch)
+    [output] = run_file(path, feed)
+    return ((output - expected).square().sum() / expected.square().sum()).item()
+
+
+def _call(model: Denoiser, size: tuple[int, int], batch: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs of a file by their names in it, and what its model predicts of them."""
+    inputs = _make_inputs(model, size, batch, words=9)
+    flat = {name.rpartition(".")[2]: value for name, value in inputs.items() if value is not None}
+    return flat, model(**nest_conditioning(inputs), return_dict=False)[0]

@@ -13,7 +13,8 @@ from torch import nn
 from convfusion import __version__
 from convfusion.checkpoint import saving
 from convfusion.errors import ConvFusionError
-from convfusion.export.denoiser import check_exportable, write_compared
+from convfusion.export.denoiser import check_exportable, measure_loss, write_compared
+from convfusion.export.int8 import quantise
 from convfusion.export.parts import (
     measure_texts,
     write_decoder,
@@ -22,6 +23,7 @@ from convfusion.export.parts import (
 )
 from convfusion.export.tracing import TOLERANCE, check_packages
 from convfusion.families import (
+    Denoiser,
     TextReader,
     check_captioned,
     denoiser_of,
@@ -53,15 +55,24 @@ class ExportedPipeline:
     Attributes:
         folder: with all files; `pipeline.json` says what each of them is.
         errors: by part (`text`, the denoiser's component, `vae_decoder`), the largest difference
-            to what PyTorch computes over the largest value in it.
+            to what PyTorch computes over the largest value in it; of the denoiser before it is
+            put in int8.
+        int8_error: ‖ε' − ε‖²/‖ε‖² between the predictions of the denoiser in int8, ε', and in
+            float32, for made-up latents of its own size; None without int8.
     """
 
     folder: Path
     errors: dict[str, float]
+    int8_error: float | None = None
 
 
 def export_pipeline(
-    pipe: Any, folder: str | Path, *, guidance: float = 5.0, steps: int = 25
+    pipe: Any,
+    folder: str | Path,
+    *,
+    guidance: float = 5.0,
+    steps: int = 25,
+    int8: bool = False,
 ) -> ExportedPipeline:
     """Write a converted pipeline as ONNX: text encoders, denoiser, VAE decoder, scheduler settings.
 
@@ -76,6 +87,8 @@ def export_pipeline(
             in the end.
         guidance: classifier-free guidance scale that pictures are drawn with by default.
         steps: denoising steps by default.
+        int8: put the weights of the denoiser's matrix products in 8 bits: a smaller file, a little
+            faster on some CPUs, and not quite the same pictures.
 
     Raises:
         ConvFusionError: packages are missing, the pipeline is of another kind or has something
@@ -91,6 +104,7 @@ def export_pipeline(
         try:
             errors = _write(pipe, readers, aside)
             _check_errors(errors)
+            lost = _quantise(denoiser_of(pipe), aside) if int8 else None
             _write_index(pipe, readers, aside, guidance, steps)
             share_files(aside)
             check_folder(place)  # again: that took its time
@@ -99,7 +113,7 @@ def export_pipeline(
             raise
         except Exception as error:  # of the many that libraries have for a full disk
             raise unwritable(folder, error) from error
-    return ExportedPipeline(folder, errors)
+    return ExportedPipeline(folder, errors, lost)
 
 
 def check_folder(folder: Path) -> None:
@@ -158,6 +172,13 @@ def _check_errors(errors: dict[str, float]) -> None:
         raise ConvFusionError(
             f"the exported {worst} is wrong by {errors[worst]:.1e}, so nothing was kept"
         )
+
+
+def _quantise(model: Denoiser, aside: Path) -> float:
+    """Put the denoiser's matrix products in int8; returns `int8_error`."""
+    path = aside / family_of(model).component / "model.onnx"
+    quantise(path)
+    return measure_loss(model, path)
 
 
 def _write_index(

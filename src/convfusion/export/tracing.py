@@ -78,6 +78,15 @@ def save(program: Any, module: nn.Module, path: Path) -> None:
     program.save(path, external_data=weights > SINGLE_FILE)
 
 
+def run_file(path: Path, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The outputs of an ONNX file on the CPU, for inputs by name."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return [torch.from_numpy(output) for output in found]
+
+
 def measure_difference(
     expected: Sequence[Tensor], path: Path, inputs: Mapping[str, Tensor]
 ) -> float:
@@ -92,14 +101,11 @@ def measure_difference(
         The largest difference of an output, over the largest value that is expected of it;
         infinity where shapes differ or a value is not finite.
     """
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-    return max(map(_compare, map(torch.from_numpy, found), expected))
+    return max(map(compare_outputs, run_file(path, inputs), expected))
 
 
-def _compare(output: Tensor, expected: Tensor) -> float:
+def compare_outputs(output: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest value that is expected, as `measure_difference`."""
     if output.shape != expected.shape or not output.isfinite().all():
         return math.inf
     return ((output - expected).abs().max() / expected.abs().max()).item()
