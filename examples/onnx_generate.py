@@ -383,6 +383,8 @@ def main() -> None:
     steps = pipe.index["steps"] if args.steps is None else args.steps
     sampler = pipe.sampler(steps, args.sampler)
     guidance = pipe.index["guidance"] if args.guidance is None else args.guidance
+    if not 0 <= guidance < 1000:
+        fail(f"--guidance must be from 0 to 1000, not {guidance}")
     noise = make_noise(pipe, args)
     pictures = pipe.draw(args.prompt, noise, sampler, guidance, args.negative_prompt)
     for number, picture in enumerate(pictures):

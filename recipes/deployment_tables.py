@@ -42,8 +42,9 @@ def deployment_errors() -> str:
 
 {table(heads, lines)}
 
-PSNR over {count} pictures of 25 steps from equal noise. In int8 the file is {1 - less / whole:.0%} smaller, and the
-ε-error is larger by {more["results"]:.0%} (on the list `choice`, {more["choice"]:.0%})."""
+PSNR over {count} pictures of 25 steps from equal noise. In int8 the file is
+{1 - less / whole:.0%} smaller, and the ε-error is larger by {more["results"]:.0%}
+(on the list `choice`, {more["choice"]:.0%})."""
 
 
 def deployment_seconds() -> str:
