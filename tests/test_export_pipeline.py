@@ -94,14 +94,14 @@ def test_int8_draws_nearly_the_same_with_weights_in_a_file_of_their_own(
         shutil.copytree(path.parent.parent, exact)
         quantise(path)
 
-    monkeypatch.setattr(tracing, "SINGLE_FILE", 100_000)  # bytes; the denoiser has more
+    monkeypatch.setattr(tracing, "SINGLE_FILE", 1000)  # bytes; every part has more
     monkeypatch.setattr(pipeline, "quantise", keep_and_quantise)
-    written = export_pipeline(converted("sd"), less, int8=True)
+    written = export_pipeline(converted("pixart"), less, int8=True)
     assert 0 < written.int8_error < 0.01
-    weights = [folder / "unet" / "model.onnx.data" for folder in (exact, less)]
+    weights = [folder / "transformer" / "model.onnx.data" for folder in (exact, less)]
     assert weights[1].stat().st_size < weights[0].stat().st_size
     index = json.loads((less / "pipeline.json").read_text(encoding="utf-8"))
-    assert "unet/model.onnx.data" in index["files"]
+    assert "transformer/model.onnx.data" in index["files"]
 
     noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8))
     shutil.copy(less / "pipeline.json", exact)
