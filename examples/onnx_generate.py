@@ -158,7 +158,6 @@ class DPMSolver(Sampler):
     """DPM-Solver++ of second order, multistep, midpoint (arXiv 2211.01095, algorithm 2)."""
 
     spacing = "linspace"
-    before = None  # the clean latents that the step before saw
 
     def space_timesteps(self, spacing: str) -> np.ndarray:
         if spacing == "linspace":
@@ -177,12 +176,12 @@ class DPMSolver(Sampler):
         alpha, following = self.path[index : index + 2]
         clean, _ = self.split(output, latents, alpha)
         ends = index == self.steps - 1 and (self.steps < 15 or following == 1)
-        if self.before is None or ends:
+        if index == 0 or ends:
             leap = clean
         else:
             half, last = log_ratio(following) - log_ratio(alpha), log_ratio(self.path[index - 1])
             leap = clean + 0.5 * half / (log_ratio(alpha) - last) * (clean - self.before)
-        self.before = clean
+        self.before = clean  # for the next step
         # eq. 17: σ'/σ·x − a'(e^−h − 1)·leap, where e^−h = σ'·a / (a'·σ)
         shrink = np.sqrt((1 - following) / (1 - alpha))
         return shrink * latents + (np.sqrt(following) - shrink * np.sqrt(alpha)) * leap
@@ -261,8 +260,9 @@ class Pipeline:
         for tokenizer, encoder, settings in self.texts:
             texts = [p.lower().strip() for p in prompts] if settings["lower_case"] else prompts
             read = tokenizer.encode_batch(texts)
-            mask = np.array([each.attention_mask for each in read])
-            feed = {"input_ids": np.array([each.ids for each in read]), "attention_mask": mask}
+            ids = np.array([each.ids for each in read], dtype=np.int64)
+            mask = np.array([each.attention_mask for each in read], dtype=np.int64)
+            feed = {"input_ids": ids, "attention_mask": mask}
             hidden, *pooled = encoder.run(None, only_known(encoder, feed))
             states.append(hidden)
             told["encoder_attention_mask"] = mask.astype(np.float32)
