@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import get_args
 
+import deployment_tables
 import highres_tables
 import picture_tables
 import quality_tables
@@ -325,6 +326,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pooling": pooling,
     "mini": partial(layers, "analysis-mini"),
     "pixart": partial(layers, "analysis-pixart"),
+    **deployment_tables.TABLES,
     **highres_tables.TABLES,
     **speed_tables.TABLES,
     **training_tables.TABLES,

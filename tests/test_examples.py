@@ -2,15 +2,21 @@
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_pipelines import stable_diffusion
 
 import convfusion
 from convfusion import mini
+from convfusion.evaluate.images import psnr
+from convfusion.export import export_pipeline
+from convfusion.generate import generate
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -56,8 +62,38 @@ def test_distil_your_model(start, model, tmp_path):
     assert Image.open(tmp_path / "run" / "blocks" / "picture.png").size == (16, 16)
 
 
+WITHOUT = """
+import runpy, sys
+
+for name in ("torch", "diffusers", "transformers", "convfusion"):
+    sys.modules[name] = None  # which fails where one of them is imported
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_onnx_generate_draws_what_the_pipeline_draws(tmp_path):
+    pipe = mini.load_student()
+    export_pipeline(pipe, tmp_path / "mini", guidance=mini.GUIDANCE)
+    for prompts, size in ((["red apple, noto"], (64, 96)), (["dog face", "cat face"], (64, 64))):
+        sides = (len(prompts), 4, *(side // 4 for side in size))
+        latents = torch.randn(sides, generator=torch.Generator().manual_seed(7))
+        np.save(tmp_path / "latents.npy", latents.numpy())
+        command = [EXAMPLES / "onnx_generate.py", tmp_path / "mini", "--steps", 10]
+        command += [word for prompt in prompts for word in ("--prompt", prompt)]
+        command += ["--latents", tmp_path / "latents.npy", "--out", tmp_path / "drawn.png"]
+        subprocess.run([sys.executable, "-c", WITHOUT, *map(str, command)], check=True)
+        names = ["drawn.png"] if len(prompts) == 1 else ["drawn-0.png", "drawn-1.png"]
+        drawn = [Image.open(tmp_path / name) for name in names]
+        expected = generate(
+            pipe, prompts, steps=10, guidance=mini.GUIDANCE, size=size, latents=latents
+        )
+        assert [picture.size for picture in drawn] == [size[::-1]] * len(prompts)
+        assert min(map(psnr, drawn, expected)) >= 40
+
+
 def test_every_example_is_tested():
-    tested = {"convert_your_model.py", "distill_your_model.py"}
+    tested = {"convert_your_model.py", "distill_your_model.py", "onnx_generate.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 

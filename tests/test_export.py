@@ -13,6 +13,7 @@ from tiny_models import dit, randomise
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, export, imports, mini, uniform
+from convfusion.export import denoiser
 from convfusion.families import example_inputs, family_of
 from convfusion.generate import generate
 from convfusion.surgery import mixers_of
@@ -70,7 +71,7 @@ def test_a_file_computes_what_the_model_computes_at_any_size(make, tmp_path):
     assert np.abs(output - expected).max() < 1e-5 * np.abs(expected).max()
     assert convfusion.status(model).sites[0].attention_kept  # the model itself is as it was
     check_description(session, model)
-    assert str(export.__file__).encode() not in written.path.read_bytes()  # nor other local paths
+    assert str(denoiser.__file__).encode() not in written.path.read_bytes()  # nor other local paths
 
 
 def check_description(session, model):
@@ -106,15 +107,15 @@ def test_the_script_of_the_page_draws_what_pytorch_draws(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("difference", [0.5, float("nan"), float("inf")])
 def test_a_file_that_is_wrong_is_not_kept(difference, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_write", lambda model, path: (path.write_text("new"),))
-    monkeypatch.setattr(export, "_measure_difference", lambda *_: difference)
+    monkeypatch.setattr(denoiser, "_write", lambda model, path: (path.write_text("new"),))
+    monkeypatch.setattr(denoiser, "_measure_difference", lambda *_: difference)
     (tmp_path / "model.onnx").write_text("another")
     with pytest.raises(ConvFusionError, match="wrong by"):
         export.export_onnx(converted(pixart), tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").read_text() == "another"
     assert len(list(tmp_path.iterdir())) == 1
 
-    monkeypatch.setattr(export, "_measure_difference", lambda *_: 1e-6)
+    monkeypatch.setattr(denoiser, "_measure_difference", lambda *_: 1e-6)
     export.export_onnx(converted(pixart), tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").read_text() == "new"
     assert len(list(tmp_path.iterdir())) == 1

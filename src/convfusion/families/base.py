@@ -16,7 +16,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from convfusion.errors import UnsupportedModelError
+from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families.carrier import Carrier
 from convfusion.mixers import Gate
 
@@ -52,6 +52,30 @@ class Site:
     def block(self) -> str:
         """Module path of the transformer block that it is part of."""
         return self.path.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """How a pipeline reads prompts with one of its text encoders.
+
+    Attributes:
+        tokenizer: the pipeline's component that makes tokens of a prompt.
+        encoder: the component that reads them.
+        words: tokens that a prompt is padded to or cut to.
+        layer: whose hidden states are taken, as the encoder counts them from the end; None takes
+            its output, which is normed.
+        pooled: whether its pooled output goes to the denoiser too.
+        masked: whether the encoder is told which tokens are padding.
+        lowered: whether prompts are stripped of blanks round them and put in lower case first.
+    """
+
+    tokenizer: str
+    encoder: str
+    words: int
+    layer: int | None = None
+    pooled: bool = False
+    masked: bool = False
+    lowered: bool = False
 
 
 TIMESTEP_DOCS = "timestep of every sample, as the scheduler counts them"
@@ -114,6 +138,19 @@ class Family(ABC):
         Returns:
             Keyword arguments of the denoiser; each tensor is [B, …].
         """
+
+    def text_readers(self, pipe: Any) -> tuple[TextReader, ...]:
+        """How a pipeline turns prompts into `encoder_hidden_states`, for an export of all of it.
+
+        The states of several readers are put side by side along the channels.
+
+        Raises:
+            ConvFusionError: it is of a kind whose parts are not known; by default, every one.
+        """
+        raise ConvFusionError(
+            f"a {type(pipe).__name__} is not exported as a whole, since how it reads prompts is "
+            "not known; its denoiser alone can be"
+        )
 
     @abstractmethod
     def example_conditioning(

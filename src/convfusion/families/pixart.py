@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from convfusion.families.base import (
     Family,
     Site,
     Size,
+    TextReader,
     Values,
     list_plain_sites,
 )
@@ -74,6 +76,15 @@ class PixArt(Family):
             "encoder_attention_mask": mask,
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         }
+
+    def text_readers(self, pipe: Any) -> tuple[TextReader, ...]:
+        if pipe.transformer.use_additional_conditions:
+            raise ConvFusionError(
+                "PixArt-α models with resolution conditions are not exported as a whole; PixArt-Σ "
+                "and PixArt-α at 256 and 512 are"
+            )
+        words = inspect.signature(pipe.encode_prompt).parameters["max_sequence_length"].default
+        return (TextReader("tokenizer", "text_encoder", words, masked=True, lowered=True),)
 
     def example_conditioning(
         self, model: Denoiser, batch: int, words: int | None, values: Values

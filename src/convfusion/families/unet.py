@@ -19,6 +19,7 @@ from convfusion.families.base import (
     Family,
     Site,
     Size,
+    TextReader,
     Values,
     is_self_attention,
     transformer_blocks,
@@ -177,6 +178,21 @@ class UNet(Family):
         ids = torch.tensor([[*size, 0, 0, *last]], dtype=embeds.dtype, device=device)
         added = {"text_embeds": pooled, "time_ids": ids.repeat(len(prompts), 1)}
         return {"encoder_hidden_states": embeds, "added_cond_kwargs": added}
+
+    def text_readers(self, pipe: Any) -> tuple[TextReader, ...]:
+        """Of the pipelines of SD1.x, SD2.x and SDXL; not of those that take pictures too."""
+        kind = type(pipe).__name__
+        if kind == "StableDiffusionPipeline":
+            masked = bool(getattr(pipe.text_encoder.config, "use_attention_mask", False))
+            words = pipe.tokenizer.model_max_length
+            return (TextReader("tokenizer", "text_encoder", words, masked=masked),)
+        if kind != "StableDiffusionXLPipeline" or pipe.text_encoder is None:
+            return super().text_readers(pipe)
+        first, second = pipe.tokenizer.model_max_length, pipe.tokenizer_2.model_max_length
+        return (
+            TextReader("tokenizer", "text_encoder", first, layer=-2),
+            TextReader("tokenizer_2", "text_encoder_2", second, layer=-2, pooled=True),
+        )
 
     def example_conditioning(
         self, model: Denoiser, batch: int, words: int | None, values: Values

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +14,22 @@ from torch import Tensor, nn
 
 from convfusion import __version__
 from convfusion.errors import ConvFusionError
+from convfusion.export.tracing import (
+    TOLERANCE,
+    check_packages,
+    measure_difference,
+    run_file,
+    save,
+    trace,
+)
 from convfusion.families import Denoiser, denoiser_of, example_inputs, family_of, native_latents
 from convfusion.families.conditioning import flatten_conditioning, nest_conditioning
 from convfusion.families.patches import copied_without_patches
 from convfusion.folders import made_folder, scratch_folder
-from convfusion.imports import check_installed
 from convfusion.mixers.delta_conv import DeltaConv
 from convfusion.mixers.halo import Halo
 from convfusion.surgery import drop_attention, mixers_of
 
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
-TOLERANCE = 1e-3  # of the largest value that PyTorch gives
-# Bytes of weights; beyond them they lie beside the file, as protobuf ends at 2 GiB.
-SINGLE_FILE = 3 * 2**29
 OUTPUT = "what the denoiser predicts of the noisy latents, in the same height and width"
 
 
@@ -64,26 +66,39 @@ def export_onnx(pipe_or_model: Any, path: str | Path) -> Exported:
             something else. Nothing is written.
     """
     model, path = denoiser_of(pipe_or_model), Path(path)
-    _check_exportable(model, path)
-    bare = copy_without_attention(model)
+    check_target(path)
+    check_exportable(model)
     place = Path(os.path.realpath(path))  # a link stays one
     with made_folder(place.parent) as folder, scratch_folder(folder) as aside:
-        names = _write(bare, aside / path.name)
-        errors = {
-            (batch, height, width): _measure_difference(
-                bare, aside / path.name, (height, width), batch
-            )
-            for batch, height, width in list_checked_sizes(model)
-        }
-        worst = max(errors, key=lambda size: errors[size])
-        if not errors[worst] <= TOLERANCE:
-            raise ConvFusionError(
-                f"the exported file is wrong by {errors[worst]:.1e} at latents "
-                f"{worst[1]}×{worst[2]}, so it was not kept"
-            )
+        names, errors = write_compared(model, aside / path.name)
         for file in sorted(aside.iterdir(), key=lambda file: file.suffix == ".onnx"):
             os.replace(file, place if file.name == path.name else folder / file.name)
     return Exported(path, names, errors)
+
+
+def write_compared(
+    model: Denoiser, path: Path
+) -> tuple[tuple[str, ...], dict[tuple[int, int, int], float]]:
+    """Write a converted denoiser and compare the file with it: its inputs and errors.
+
+    Both are as in `Exported`.
+
+    Raises:
+        ConvFusionError: it cannot be exported, or the file computes something else.
+    """
+    bare = copy_without_attention(model)
+    names = _write(bare, path)
+    errors = {
+        (batch, height, width): _measure_difference(bare, path, (height, width), batch)
+        for batch, height, width in list_checked_sizes(model)
+    }
+    worst = max(errors, key=lambda size: errors[size])
+    if not errors[worst] <= TOLERANCE:
+        raise ConvFusionError(
+            f"the exported file is wrong by {errors[worst]:.1e} at latents "
+            f"{worst[1]}×{worst[2]}, so it was not kept"
+        )
+    return names, errors
 
 
 def list_checked_sizes(model: Denoiser) -> list[tuple[int, int, int]]:
@@ -104,16 +119,15 @@ def copy_without_attention(model: Denoiser) -> Denoiser:
 
 def check_target(path: Path) -> None:
     """Raise a ConvFusionError unless packages are there and a file can be; needs no model."""
-    check_installed(*NEEDED)
+    check_packages()
     if path.suffix != ".onnx" or path.is_dir():
         raise ConvFusionError(f"the file must end in .onnx, unlike {path}")
     if file := next((parent for parent in path.parents if parent.is_file()), None):
         raise ConvFusionError(f"{path} cannot be a file: {file} is no folder")
 
 
-def _check_exportable(model: Denoiser, path: Path) -> None:
-    """Raise a ConvFusionError for a model or path that an export of would fail."""
-    check_target(path)
+def check_exportable(model: Denoiser) -> None:
+    """Raise a ConvFusionError for a model that an export of would fail."""
     mixers = mixers_of(model)
     if not mixers:
         raise ConvFusionError("this model is not converted: there is nothing new to export")
@@ -192,36 +206,19 @@ def _write(model: Denoiser, path: Path) -> tuple[str, ...]:
     inputs = _make_inputs(model, ((most + 1) * unit, (2 * most + 1) * unit), batch=2, words=7)
     tensors = {name: value for name, value in inputs.items() if value is not None}
     wrapped = _FlatArguments(model, tuple(tensors), tuple(inputs.keys() - tensors.keys())).eval()
-    shapes = tuple(
-        dict.fromkeys(name_axes(name, value.dim()), torch.export.Dim.DYNAMIC)
-        for name, value in tensors.items()
-    )
-    names = tuple(name.rpartition(".")[2] for name in tensors)
-    weights = sum(p.nbytes for p in model.parameters())
-    try:
-        with torch.no_grad():
-            traced = torch.export.export(
-                wrapped, tuple(tensors.values()), dynamic_shapes=(shapes,), strict=False
-            )
-            _drop_idle_squeezes(traced)
-            program = torch.onnx.export(
-                traced, dynamo=True, input_names=list(names), output_names=["output"], verbose=False
-            )
-    except Exception as error:  # the exporter raises its own kinds, and others of what it calls
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ConvFusionError(f"this model cannot be exported: {reason}") from error
-    assert program is not None
+    flat = {name.rpartition(".")[2]: value for name, value in tensors.items()}
+    axes = {name: name_axes(name, value.dim()) for name, value in flat.items()}
+    program = trace(wrapped, flat, axes, ["output"])
     describe_file(program.model, model, tuple(tensors))
-    program.save(path, external_data=weights > SINGLE_FILE)
-    return names
+    save(program, model, path)
+    return tuple(flat)
 
 
 def describe_file(file: Any, model: Denoiser, names: tuple[str, ...]) -> None:
-    """Name the free axes of an ONNX model, and say in it what it is and what it takes.
+    """Say in an ONNX model what it is and what it takes.
 
     Its metadata get `model`, `size_unit` (what height and width must be multiples of), and what
-    `output` and every input are. Where the exporter found each operation, in files of this
-    machine, is taken out.
+    `output` and every input are.
 
     Args:
         file: the `onnx_ir.Model` that was exported.
@@ -237,22 +234,11 @@ def describe_file(file: Any, model: Denoiser, names: tuple[str, ...]) -> None:
         output=OUTPUT,
     )
     file.graph.outputs[0].doc_string = OUTPUT
-    symbols: dict[str, str] = {}  # of the exporter, such as s77
     for name, value in zip(names, file.graph.inputs, strict=True):
         if name in docs:
             value.doc_string = file.metadata_props[f"input.{value.name}"] = docs[name]
-        for axis, word in name_axes(name, len(value.shape)).items():
-            symbols[str(value.shape[axis].value)] = word
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b")
-    nodes = list(file.graph)
-    for value in (*file.graph.inputs, *(out for node in nodes for out in node.outputs)):
-        for axis, length in enumerate(value.shape or ()):
-            if not isinstance(length, int) and length.value is not None:
-                value.shape[axis] = pattern.sub(lambda m: symbols[m[1]], length.value)
     for axis in (2, 3):  # else an expression that rounds them to the unit
         file.graph.outputs[0].shape[axis] = latents.shape[axis]
-    for node in nodes:
-        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
 
 
 def _find_largest_block(model: Denoiser) -> int:
@@ -264,31 +250,24 @@ def _find_largest_block(model: Denoiser) -> int:
     return max((side for config in mixers for side in config.sides("block")), default=1)
 
 
-def _drop_idle_squeezes(program: torch.export.ExportedProgram) -> None:
-    """Take out squeezes of a dimension that is not 1: PyTorch ignores them, ONNX fails."""
-    for node in list(program.graph.nodes):
-        if node.target is torch.ops.aten.squeeze.dim:
-            source = node.args[0]
-            if node.meta["val"].dim() == source.meta["val"].dim():
-                node.replace_all_uses_with(source)
-                program.graph.erase_node(node)
-    program.graph_module.recompile()
-
-
 @torch.no_grad()
 def _measure_difference(model: Denoiser, path: Path, size: tuple[int, int], batch: int) -> float:
     """The largest difference between a file and its model, over the model's largest value."""
-    import onnxruntime
+    feed, expected = _call(model, size, batch)
+    return measure_difference([expected], path, feed)
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+@torch.no_grad()
+def measure_loss(model: Denoiser, path: Path) -> float:
+    """‖ε' − ε‖²/‖ε‖² of what a file predicts, ε', and what its model does, at its own size."""
+    *_, (batch, height, width) = list_checked_sizes(model)
+    feed, expected = _call(model, (height, width), batch)
+    [output] = run_file(path, feed)
+    return ((output - expected).square().sum() / expected.square().sum()).item()
+
+
+def _call(model: Denoiser, size: tuple[int, int], batch: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs of a file by their names in it, and what its model predicts of them."""
     inputs = _make_inputs(model, size, batch, words=9)
-    feed = {
-        name.rpartition(".")[2]: value.numpy()
-        for name, value in inputs.items()
-        if value is not None
-    }
-    expected = model(**nest_conditioning(inputs), return_dict=False)[0]
-    output = torch.from_numpy(session.run(None, feed)[0])
-    if output.shape != expected.shape or not output.isfinite().all():
-        return math.inf
-    return ((output - expected).abs().max() / expected.abs().max()).item()
+    flat = {name.rpartition(".")[2]: value for name, value in inputs.items() if value is not None}
+    return flat, model(**nest_conditioning(inputs), return_dict=False)[0]
