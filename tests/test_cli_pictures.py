@@ -76,7 +76,7 @@ MISTAKES = {
     "no blocks": (["compare", "MODEL", "--prompt", "x"], "no trained blocks to compare"),
     "no such blocks": (
         ["compare", "MODEL", "--prompt", "x", "--blocks", "a/b/c"],
-        "there are no blocks at a/b/c",
+        "a/b/c is no folder here",
     ),
     "twice": (
         ["compare", "MODEL", "--prompt", "x", "--blocks", "MODEL", "--blocks", "MODEL"],
@@ -163,8 +163,8 @@ def test_the_teachers_row_is_drawn_with_attention(student, tmp_path):
 def test_rows_have_names_that_tell_them_apart(tmp_path):
     for name in ("a/blocks", "b/blocks", "c"):
         (tmp_path / name).mkdir(parents=True)
-    paths = [tmp_path / name for name in ("a/blocks", "b/blocks", "c")]
-    assert list(name_rows(paths)) == [str(paths[0]), str(paths[1]), "c"]
+    paths = [str(tmp_path / name) for name in ("a/blocks", "b/blocks", "c")]
+    assert list(name_rows(paths)) == [*paths[:2], "c"]
 
 
 def test_bars_of_a_pipeline_that_iterates_count_too(monkeypatch):

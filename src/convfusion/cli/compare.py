@@ -9,8 +9,15 @@ import typer
 
 from convfusion.cli.console import console, print_ending
 from convfusion.cli.generate import gather_prompts
-from convfusion.cli.models import check_loading, choose_guidance, is_embedded, open_pipeline
+from convfusion.cli.models import (
+    check_blocks,
+    check_loading,
+    choose_guidance,
+    is_embedded,
+    open_pipeline,
+)
 from convfusion.cli.options import (
+    BLOCKS_HELP,
     BatchSize,
     Device,
     Guidance,
@@ -32,11 +39,7 @@ if TYPE_CHECKING:
     from convfusion.evaluate.comparison import Comparison
 
 Rows = Annotated[
-    list[Path] | None,
-    typer.Option(
-        help="Trained blocks: a folder that `distill` wrote, or a released .safetensors file. "
-        "Repeat the option for more rows."
-    ),
+    list[str] | None, typer.Option(help=f"{BLOCKS_HELP} Repeat the option for more rows.")
 ]
 Seeds = Annotated[
     list[int] | None,
@@ -100,7 +103,7 @@ def compare(
     compared.grid().save(out)
     print_comparison(compared)
     command = ["convfusion", "evaluate", model]
-    command += ["--blocks", str(blocks[0])] if blocks else []
+    command += ["--blocks", blocks[0]] if blocks else []
     print_ending(out, next_command=(*command, "--out", "convfusion-evaluation"))
 
 
@@ -121,25 +124,24 @@ def check_grid(out: Path) -> None:
     check_file(out)
 
 
-def name_rows(blocks: list[Path]) -> dict[str, Path]:
+def name_rows(blocks: list[str]) -> dict[str, str]:
     """Trained blocks by the name of their row: that of their folder, or as much as tells apart.
 
     Raises:
-        ConvFusionError: one of them is missing, or given twice.
+        ConvFusionError: one of them is nowhere, or given twice.
     """
-    for path in blocks:
-        if not path.exists() and len(path.parts) != 2:  # two may be a name on the Hub
-            raise ConvFusionError(f"there are no blocks at {path}: it does not exist")
-    if len({path.resolve() for path in blocks}) < len(blocks):
+    check_blocks(*blocks)
+    places = [Path(each).resolve() if Path(each).exists() else each for each in blocks]
+    if len(set(places)) < len(blocks):
         raise ConvFusionError("the same blocks are given twice with --blocks")
-    names = [path.name for path in blocks]
+    names = [Path(each).name if Path(each).exists() else each for each in blocks]
     return {
-        str(path) if names.count(path.name) > 1 or not path.name else path.name: path
-        for path in blocks
+        each if names.count(name) > 1 or not name else name: each
+        for name, each in zip(names, blocks, strict=True)
     }
 
 
-def check_rows(model: str, pipe: Any, students: dict[str, Path]) -> None:
+def check_rows(model: str, pipe: Any, students: dict[str, str]) -> None:
     """Raise a ConvFusionError where the teacher's row would be the only one."""
     from convfusion.surgery import mixers_of
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from convfusion.cli.console import print_ending
-from convfusion.cli.models import equip, open_pipeline
+from convfusion.cli.models import check_blocks, equip, open_pipeline
 from convfusion.cli.options import Blocks, Model
 from convfusion.progress import announced
 
@@ -24,6 +24,7 @@ def export(
     from convfusion.export import check_target, export_onnx
 
     check_target(out)
+    check_blocks(blocks)
     pipe = open_pipeline(model, "float32", "cpu")
     if blocks is not None:
         equip(pipe, blocks, None)
