@@ -206,7 +206,7 @@ def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer], digest: str) ->
         "format": FORMAT,
         "version": __version__,
         "family": family_of(model).name,
-        "base_model": _public_name(named),
+        "base_model": public_name(named),
         "sha256": digest,
         **joint_record(mixers.values()).to_dict(),
         "sites": {
@@ -216,7 +216,7 @@ def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer], digest: str) ->
     }
 
 
-def _public_name(name: str) -> str:
+def public_name(name: str) -> str:
     """A Hub name, also out of a cache path; of any other path only its last part."""
     cached = re.search(r"models--(.+?)--([^/\\\\]+)", name)
     if cached:
@@ -240,11 +240,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         isinstance(site, dict) and {"channels", "mixer"} <= site.keys() for site in sites.values()
     ):
         raise CheckpointError(f"{path}: `sites` must map paths to channels and mixers")
-    read_record(path, manifest)
+    _read_record(path, manifest)
     return manifest
 
 
-def read_record(path: Path, manifest: dict[str, Any]) -> TrainingRecord:
+def _read_record(path: Path, manifest: dict[str, Any]) -> TrainingRecord:
     """What blocks have been through, as their manifest says."""
     try:
         return TrainingRecord.from_dict(manifest)
@@ -324,7 +324,7 @@ def _read_folder(folder: Path, model: Denoiser) -> Blocks:
     states: dict[str, dict[str, Tensor]] = {site: {} for site in wanted}
     for key, (site, name, _) in expected.items():
         states[site][name] = tensors[key]
-    return wanted, states, read_record(folder / MANIFEST, manifest)
+    return wanted, states, _read_record(folder / MANIFEST, manifest)
 
 
 def _expected_tensors(

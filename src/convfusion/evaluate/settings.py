@@ -14,6 +14,7 @@ from convfusion.fingerprint import (
     identity,
     module_settings,
     scheduler_identity,
+    tensors_fingerprint,
 )
 from convfusion.generate import check_numbers
 from convfusion.surgery import mixers_of
@@ -110,10 +111,17 @@ def identify_pictures(pipe: Any, teacher: Denoiser, settings: EvaluationSettings
     """Everything that the pictures depend on, for JSON."""
     student = denoiser_of(pipe)
     denoisers = {"teacher": teacher, "student": student}
-    blocks = {path: repr(mixer.config) for path, mixer in mixers_of(student).items()}
+    mixers = mixers_of(student)
+    blocks = {path: repr(mixer.config) for path, mixer in mixers.items()}
+    values = {  # as a file of blocks names them, so that a model card knows which were measured
+        f"{path}.mixer.{name}": tensor
+        for path, mixer in mixers.items()
+        for name, tensor in mixer.state_dict().items()
+    }
+    weights = {name: fingerprint(part) for name, part in denoisers.items()}
     return {
         "pipeline": type(pipe).__name__,
-        "weights": {name: fingerprint(part) for name, part in denoisers.items()},
+        "weights": weights | {"blocks": tensors_fingerprint(values)},
         "rests_on": {name: part for name, part in identity(pipe).items() if part is not None},
         "denoisers": {
             "teacher": module_settings(teacher),
