@@ -7,7 +7,6 @@ which are filled in once there is an evaluation.
 from __future__ import annotations
 
 import re
-import shlex
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -19,11 +18,12 @@ from convfusion.checkpoint.named import BLOCKS
 from convfusion.errors import CheckpointError, first_line
 from convfusion.families import FAMILIES
 from convfusion.surgery.record import TrainingRecord
-from convfusion.text import markdown_code, markdown_text, one_line, python_string
+from convfusion.text import markdown_code, markdown_text, python_string
 
 LIBRARY, RELATION = "convfusion", "adapter"  # as the Hub calls a part that its base model needs
 HERE = "this-folder"  # how a card calls the blocks that it lies beside
-WORDS = {"delta_conv": "ΔConvBlocks", "halo": "halo blocks"}  # of the common kinds of mixer
+WORDS = {"delta_conv": "ΔConvBlocks", "halo": "halo blocks", "mean_only": "mean tokens"}
+WORD = re.compile(r"\w[\w./-]*", re.ASCII)  # that a shell takes as it is
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 UNMEASURED = f"{BEGIN}\nNot measured.\n{END}"
 
@@ -96,7 +96,7 @@ def describe_head(base: str, family: str, *tags: str, license: str | None = None
 
 
 def describe_kinds(manifest: Mapping[str, Any]) -> str:
-    """What stands at the sites, in a few words: `halo blocks and mean_only`."""
+    """What stands at the sites, in a few words: `halo blocks and mean tokens`."""
     kinds = dict.fromkeys(site["mixer"].get("kind") for site in manifest["sites"].values())
     return " and ".join(WORDS.get(kind, markdown_text(kind)) for kind in kinds)
 
@@ -109,7 +109,8 @@ def describe_use(base: str, loading: str | None = None) -> str:
         loading: lines of Python that make its pipeline, by default with diffusers.
     """
     python = loading or FROM_DIFFUSERS.format(base=python_string(base))
-    return USE.format(loading=python, here=HERE, model=shlex.quote(one_line(base)), file=BLOCKS)
+    model = base if WORD.fullmatch(base) else "MODEL"
+    return USE.format(loading=python, here=HERE, model=model, file=BLOCKS)
 
 
 def describe_blocks(manifest: Mapping[str, Any]) -> str:
@@ -122,7 +123,7 @@ def describe_blocks(manifest: Mapping[str, Any]) -> str:
         name = markdown_code(kind) if str(kind).isidentifier() else markdown_text(kind)
         kinds[f"{name}: {', '.join(told)}" if told else name] += 1
     listed = "\n".join(f"- {count} × {words}" for words, count in kinds.items())
-    return f"{listed}\n\nHow they came about: {TrainingRecord.from_dict(manifest)}."
+    return f"{listed}\n\nThese blocks are {TrainingRecord.from_dict(manifest)}."
 
 
 def plain_card(manifest: Mapping[str, Any], base: str = "", license: str | None = None) -> str:

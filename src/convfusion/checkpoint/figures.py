@@ -98,9 +98,9 @@ def fill_table(
     if excess is not None and excess[1] is not None:
         network = markdown_text(record["extractor"]["name"])
         note += (
-            " As a set, the pictures are farther from others of the base model than its own are by "
-            f"a kernel distance of {told(excess, '.2f', 1e3)} thousandths ({network}); up to two "
-            "standard errors is chance."
+            " Compared as sets with further pictures of the base model, the kernel distance of the "
+            f"blocks' pictures exceeds that of its own by {told(excess, '.2f', 1e3)} thousandths "
+            f"({network}); up to two standard errors is chance."
         )
     return "\n".join([*lines, "", note, "", f"Measured by ConvFusion {version_of(record)}."])
 
