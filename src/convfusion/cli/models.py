@@ -109,7 +109,8 @@ def name_pipeline(model: str, blocks: str | None = None) -> str:
 
 def name_source(source: str) -> str:
     """What reports and pictures call a model or blocks: a name, or the last part of a path."""
-    return Path(source).resolve().name if Path(source).exists() else source
+    path = Path(source)
+    return path.resolve().name if path.exists() or path.is_absolute() else source
 
 
 def check_blocks(*sources: str | None) -> None:
