@@ -46,6 +46,15 @@ Seeds = Annotated[
     typer.Option(help="Every prompt is drawn from this seed. Repeat for more. Default: 0."),
 ]
 Grid = Annotated[Path, typer.Option(help="PNG file for the grid.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="How many of the prompts, at even distances in their list. Default: all, and 6 of "
+        "those that `mini` has.",
+    ),
+]
+Columns = Annotated[int, typer.Option(min=1, help="Pictures side by side; more go on below.")]
 MINI_PROMPTS = 6
 
 
@@ -54,9 +63,11 @@ def compare(
     blocks: Rows = None,
     prompt: Prompt = None,
     prompts: PromptFile = None,
+    samples: Samples = None,
     negative_prompt: NegativePrompt = "",
     seed: Seeds = None,
     out: Grid = Path("comparison.png"),
+    columns: Columns = 10,
     size: Size = None,
     steps: Steps = 25,
     guidance: Guidance = None,
@@ -75,7 +86,7 @@ def compare(
     from convfusion.families.calls import check_call
     from convfusion.generate import check_numbers, check_size
 
-    texts, seeds = choose_prompts(model, prompt, prompts), seed or [0]
+    texts, seeds = choose_prompts(model, prompt, prompts, samples), seed or [0]
     check_prompts([negative_prompt])
     check_grid(out)
     check_loading(precision, device)
@@ -100,21 +111,33 @@ def compare(
         batch_size=batch_size,
         **options,
     )
-    compared.grid().save(out)
+    compared.grid(columns).save(out)
     print_comparison(compared)
     command = ["convfusion", "evaluate", model]
     command += ["--blocks", blocks[0]] if blocks else []
     print_ending(out, next_command=(*command, "--out", "convfusion-evaluation"))
 
 
-def choose_prompts(model: str, prompts: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts that are named; without any, some that the embedded model was not trained on."""
+def choose_prompts(
+    model: str, prompts: list[str] | None, file: Path | None, samples: int | None
+) -> list[str]:
+    """The prompts that are named; without any, some that the embedded model was not trained on.
+
+    Args:
+        model: whose prompts they are.
+        prompts, file: as on the command line.
+        samples: how many of them.
+    """
     from convfusion import mini
-    from convfusion.demo import spread
+    from convfusion.evaluate.settings import spread_evenly
 
     if not prompts and file is None and is_embedded(model):
-        return spread(mini.held_out_data("results"), MINI_PROMPTS, offset=0.5).captions
-    return gather_prompts(prompts, file)
+        texts, samples = mini.held_out_data("results").captions, samples or MINI_PROMPTS
+    else:
+        texts = gather_prompts(prompts, file)
+    if samples is not None and samples > len(texts):
+        raise ConvFusionError(f"--samples asks for {samples} of {len(texts)} prompts")
+    return texts if samples is None else spread_evenly(texts, samples)
 
 
 def check_grid(out: Path) -> None:

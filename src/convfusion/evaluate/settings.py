@@ -97,9 +97,14 @@ def plan_evaluation(
             f"give {near} samples, or up to {len(prompts)}"
         )
     if count < len(prompts):
-        prompts = [prompts[int((i + 0.5) * len(prompts) / count)] for i in range(count)]
+        prompts = spread_evenly(prompts, count)
     chosen = tuple(prompts[i % len(prompts)] for i in range(count))
     return EvaluationSettings(chosen, tuple(range(seed, seed + count)), **settings)
+
+
+def spread_evenly(prompts: list[str], count: int) -> list[str]:
+    """So many of a list, at even distances."""
+    return [prompts[int((i + 0.5) * len(prompts) / count)] for i in range(count)]
 
 
 def size_of(pipe: Any, settings: EvaluationSettings) -> tuple[int, int]:
