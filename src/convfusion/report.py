@@ -152,7 +152,7 @@ def _draw_band(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str]
     draw = ImageDraw.Draw(sheet)
     large, small = ImageFont.load_default(16), ImageFont.load_default(13)
     for r, (name, images) in enumerate(rows.items()):
-        text = textwrap.fill(one_line(name), 17)
+        text = textwrap.fill(one_line(name), 17).replace("\N{NO-BREAK SPACE}", " ")
         top = r * (height + gap)
         box = (left - 12, top + height // 2)
         draw.multiline_text(box, text, fill=INK, font=large, anchor="rm", align="right")

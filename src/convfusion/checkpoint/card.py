@@ -24,7 +24,7 @@ LIBRARY, RELATION = "convfusion", "adapter"  # as the Hub calls a part that its 
 HERE = "this-folder"  # how a card calls the blocks that it lies beside
 WORDS = {"delta_conv": "ΔConvBlocks", "halo": "halo blocks", "mean_only": "mean tokens"}
 WORD = re.compile(r"\w[\w./-]*", re.ASCII)  # that a shell takes as it is
-BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+BEGIN, END = "<!--figures-->", "<!--/figures-->"
 UNMEASURED = f"{BEGIN}\nNot measured.\n{END}"
 
 CONTENT = """# {base}: {kinds} in place of self-attention
