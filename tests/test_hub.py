@@ -122,6 +122,21 @@ def test_a_refusal_of_the_hub_is_one_clear_error(folder, api, monkeypatch):
         checkpoint.push(folder, "me/blocks", **NAMED)
 
 
+def test_a_hub_that_is_out_of_reach_or_asks_to_log_in_is_one_clear_error(folder, api):
+    class NoConnection(Exception):  # as of an HTTP library, and no OSError
+        response = None
+
+    def fail(*args, **options):
+        raise NoConnection("connection refused")
+
+    api.create_commit = fail
+    with pytest.raises(CheckpointError, match=r"cannot be written to: connection refused$"):
+        checkpoint.push(folder, "me/blocks", **NAMED)
+    NoConnection.response = SimpleNamespace(status_code=401)
+    with pytest.raises(CheckpointError, match="log in with `hf auth login`"):
+        checkpoint.push(folder, "me/blocks", **NAMED)
+
+
 def test_a_name_that_is_nowhere_is_one_clear_error(folder, monkeypatch):
     pipe = stable_diffusion()
     with pytest.raises(CheckpointError, match="no/such is no folder here, and the Hub has no"):

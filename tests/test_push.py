@@ -184,7 +184,7 @@ def test_the_command_shows_the_card_and_sends_nothing(folder, run):
     assert code == 0, err
     assert 'convfusion.load(pipe, "me/blocks")' in out and "blocks.safetensors (" in out
     code, _, err = run("push", folder, "me/blocks", "--license", "mit")
-    assert code == 2 and "give --base-model user/name" in err
+    assert code == 2 and "(--base-model user/name)" in err
 
 
 def test_values_are_compared_in_the_precision_of_the_evaluation(folder, tmp_path):

@@ -44,8 +44,12 @@ def upload(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         done = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
-    except FAILURES as error:
-        raise CheckpointError(f"{repo_id} cannot be written to: {first_line(error)}") from None
+    except Exception as error:  # of the client, or of one of the HTTP libraries beneath it
+        refused = getattr(getattr(error, "response", None), "status_code", None) == 401
+        advice = "; log in with `hf auth login`" if refused else ""
+        raise CheckpointError(
+            f"{repo_id} cannot be written to: {first_line(error)}{advice}"
+        ) from None
     return done.commit_url
 
 

@@ -186,8 +186,8 @@ def choose_base(base: Any, folder: Path) -> str:
     if not isinstance(base, str) or not hub.NAME.fullmatch(base):
         said = f" ({base} is no name there)" if base else ""
         raise CheckpointError(
-            f"{folder} does not say which model on the Hub these blocks are for{said}: give "
-            "--base-model user/name"
+            f"{folder} does not say which model on the Hub these blocks are for{said}: name it as "
+            "base_model (--base-model user/name)"
         )
     return base
 
@@ -196,8 +196,8 @@ def choose_license(license: Any, head: Mapping[str, Any], folder: Path) -> str:
     """The short name of a licence, as the Hub has it."""
     if not isinstance(license, str) or not license:
         raise CheckpointError(
-            f"{folder} does not say under which licence these blocks are: give --license with its "
-            "short name on the Hub, such as apache-2.0"
+            f"{folder} does not say under which licence these blocks are: name it as license "
+            "(--license), by its short name on the Hub, such as apache-2.0"
         )
     if not LICENSE.fullmatch(license) or license == "unknown":
         raise CheckpointError(
