@@ -46,7 +46,7 @@ page = open(sys.argv[1], encoding="utf-8").read()
 for language, code in re.findall(r"^```(sh|python)\\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
     if language == "python":
         exec(compile(code, "publish.md", "exec"), names)
-    for line in code.splitlines() if language == "sh" else ():
+    for line in code.replace("\\\\\\n", " ").splitlines() if language == "sh" else ():
         if line.startswith("convfusion "):
             type_in(line)
         elif line:
