@@ -63,7 +63,7 @@ def test_a_name_on_the_hub_may_have_a_revision():
     [
         ("min", None, r"min is no folder here, .* that come with ConvFusion \(mini, mini-delta\)"),
         ("a/b/c", None, "a/b/c is no folder here"),
-        ("here/x.safetensors", None, "x.safetensors is no folder here"),
+        ("here/x.safetensors", None, "x.safetensors cannot be read: there is no such file"),
         ("mini", "v2", "a revision is of a name on the Hub, user/name, not of mini"),
         ("me/blocks@v1", "v2", "give one revision, as user/name@revision"),
         ("me/blocks@", None, "give one revision"),

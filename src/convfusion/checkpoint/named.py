@@ -52,7 +52,9 @@ def find_blocks(source: str | Path, revision: str | None = None) -> Path | HubNa
         found = Path(text)
     elif text in PACKAGED:
         found = PACKAGED[text]
-    elif hub.NAME.fullmatch(repo_id) and not text.endswith(".safetensors"):
+    elif text.endswith(".safetensors"):
+        raise CheckpointError(f"{text} cannot be read: there is no such file")
+    elif hub.NAME.fullmatch(repo_id):
         if at and (not named or revision not in (None, named)):
             raise CheckpointError(f"{text}: give one revision, as user/name@revision")
         return HubName(repo_id, named or revision)
