@@ -169,6 +169,9 @@ def test_a_card_of_ones_own_keeps_its_words_and_names_what_it_says(folder):
     assert (told["license"], told["license_name"], told["tags"]) == ("other", "mine", ["x"])
     assert (ready.base_model, told["library_name"]) == ("them/base", "convfusion")
     assert prepare(folder, "me/blocks", license="mit").card.count("license: mit") == 1
+    (folder / "README.md").write_text("# Mine\n")
+    bare = huggingface_hub.ModelCard(prepare(folder, "me/blocks", **NAMED).card)
+    assert bare.text.strip() == "# Mine" and bare.data.license == "apache-2.0"
 
 
 def test_a_card_says_the_name_that_the_base_has_on_the_hub(folder):

@@ -152,6 +152,12 @@ def plain_card(manifest: Mapping[str, Any], base: str = "", license: str | None 
     )
 
 
+def read_card(card: str) -> ModelCard:
+    """A card that may lack a head, which the Hub's library would warn of."""
+    whole = card if card.lstrip().startswith("---") else f"---\n{{}}\n---\n{card}"
+    return ModelCard(whole, ignore_metadata_errors=False)
+
+
 def read_head(card: str, name: str) -> dict[str, Any]:
     """The head of a card.
 
@@ -163,7 +169,7 @@ def read_head(card: str, name: str) -> dict[str, Any]:
         CheckpointError: the head is no YAML, or says what no card can say.
     """
     try:
-        return ModelCard(card, ignore_metadata_errors=False).data.to_dict()
+        return read_card(card).data.to_dict()
     except Exception as error:  # of YAML, and of the checks of the Hub's library
         raise CheckpointError(f"{name} has a damaged head: {first_line(error)}") from None
 
@@ -192,7 +198,7 @@ def complete_card(
 
 def set_head(card: str, base: str, license: str) -> str:
     """A card whose head names base model, licence and library; the rest of it stays."""
-    text = ModelCard(card)
+    text = read_card(card)
     head: Any = text.data
     head.base_model, head.license = base, license
     head.library_name = head.get("library_name") or LIBRARY
