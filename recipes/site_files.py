@@ -8,6 +8,7 @@ to find.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -66,5 +67,22 @@ def in_site(target: str, root: Path) -> str:
 def shown(folder: Path) -> str:
     """A page with the files of a folder."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    parts = [f"## {path.name}\n\n```{path.suffix[1:]}\n{path.read_text()}```" for path in files]
+    parts = [f"## {path.name}\n\n{show_file(path)}" for path in files]
     return "\n\n".join([f"# {folder.name}", *parts]) + "\n"
+
+
+def show_file(path: Path) -> str:
+    """A file as Markdown: its lines, or the cells of a notebook one after the other."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return f"```{path.suffix[1:]}\n{text}```"
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            parts.append(f"```python\n{source}\n```")
+        else:  # headings below that of the file, and links from a folder of the site
+            parts.append(
+                re.sub(r"^#", "###", source, flags=re.MULTILINE).replace("](../docs/", "](../")
+            )
+    return "\n\n".join(parts)

@@ -13,7 +13,7 @@ from tiny_pipelines import PIPELINES, stable_diffusion
 import convfusion
 from convfusion import CheckpointError, ConvFusionError, DeltaConv, Removed, uniform
 from convfusion.checkpoint import BLOCKS, MANIFEST
-from convfusion.checkpoint.blocks import _public_name, read_tensors, write_tensors
+from convfusion.checkpoint.blocks import public_name, read_tensors, write_tensors
 from convfusion.checkpoint.loading import in_dtype
 from convfusion.checkpoint.pipelines import BARE
 from convfusion.families import denoiser_of
@@ -201,10 +201,10 @@ def test_a_manifest_tells_nothing_of_local_folders(tmp_path):
 
 def test_names_of_base_models():
     cached = "/home/me/.cache/huggingface/hub/models--stabilityai--sdxl-turbo/snapshots/1/unet"
-    assert _public_name(cached) == "stabilityai/sdxl-turbo"
-    assert _public_name("org/model") == "org/model"
-    assert _public_name("/gone/secret/base") == "base"
-    assert _public_name("") == ""
+    assert public_name(cached) == "stabilityai/sdxl-turbo"
+    assert public_name("org/model") == "org/model"
+    assert public_name("/gone/secret/base") == "base"
+    assert public_name("") == ""
 
 
 def test_a_meta_model_takes_its_own_dtype_and_has_nothing_to_save(folder, tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_pipelines import dit_pipeline
 
 import convfusion
+from convfusion.checkpoint.publish import prepare
 from convfusion.cli.distill import distill as distill_command
 from convfusion.demo import DEMO_RATE, DEMO_STEPS, configure_distillation, load_near_blocks
 from convfusion.distill import DistillConfig, LossWeights
@@ -51,7 +52,10 @@ def test_convert_distil_generate(run, model, pictures, tmp_path):
     )
     assert code == 0, err
     assert (tmp_path / "blocks" / "validation" / "step-0000002.png").is_file()
-    card = (tmp_path / "blocks" / "README.md").read_text()
+    named = {"base_model": "them/base", "license": "mit"}
+    card = prepare(tmp_path / "blocks", "me/blocks", **named).card
+    assert 'from_pretrained("them/base")' in card and "## Training" in card
+    assert str(tmp_path) not in card and 'load(pipe, "me/blocks")' in card
     assert "ε-error" in card and "imitation_steps = 1" in card and "validation/step-0000002" in card
     assert (tmp_path / "blocks" / "losses.png").is_file()
 

@@ -6,7 +6,7 @@ from tiny_pipelines import dit_pipeline, stable_diffusion
 
 import convfusion
 from convfusion import mini
-from convfusion.cli.compare import name_rows
+from convfusion.cli.compare import choose_prompts, name_rows
 from convfusion.cli.generate import pair_prompts
 from convfusion.evaluate.comparison import compare_blocks
 from convfusion.generate import describe_picture, generate, write_picture
@@ -76,7 +76,7 @@ MISTAKES = {
     "no blocks": (["compare", "MODEL", "--prompt", "x"], "no trained blocks to compare"),
     "no such blocks": (
         ["compare", "MODEL", "--prompt", "x", "--blocks", "a/b/c"],
-        "there are no blocks at a/b/c",
+        "a/b/c is no folder here",
     ),
     "twice": (
         ["compare", "MODEL", "--prompt", "x", "--blocks", "MODEL", "--blocks", "MODEL"],
@@ -163,8 +163,8 @@ def test_the_teachers_row_is_drawn_with_attention(student, tmp_path):
 def test_rows_have_names_that_tell_them_apart(tmp_path):
     for name in ("a/blocks", "b/blocks", "c"):
         (tmp_path / name).mkdir(parents=True)
-    paths = [tmp_path / name for name in ("a/blocks", "b/blocks", "c")]
-    assert list(name_rows(paths)) == [str(paths[0]), str(paths[1]), "c"]
+    paths = [str(tmp_path / name) for name in ("a/blocks", "b/blocks", "c")]
+    assert list(name_rows(paths)) == [*paths[:2], "c"]
 
 
 def test_bars_of_a_pipeline_that_iterates_count_too(monkeypatch):
@@ -181,3 +181,21 @@ def test_bars_of_a_pipeline_that_iterates_count_too(monkeypatch):
         pipe.set_progress_bar_config(disable=True)
         generate(pipe, prompts[:1], steps=1, guidance=1.0)
         assert counted == []
+
+
+def test_compare_takes_so_many_prompts_at_even_distances(run, tmp_path):
+    captions = mini.held_out_data("results").captions
+    chosen = choose_prompts("mini", None, None, 5)
+    assert [captions.index(text) for text in chosen] == [24, 73, 122, 171, 220]
+    assert len(choose_prompts("mini", None, None, None)) == 6
+    assert choose_prompts("mini", ["a", "b", "c"], None, 1) == ["b"]
+    grids = {}
+    for columns in (1, 2):
+        grids[columns] = tmp_path / f"{columns}.png"
+        options = ("--samples", 2, "--steps", 1, "--columns", columns)
+        code, _, err = run("compare", "mini", *options, "--out", grids[columns])
+        assert code == 0, err
+    tall, wide = (Image.open(path) for path in grids.values())
+    assert tall.height > 2 * wide.height - 20 and tall.width < wide.width
+    code, _, err = run("compare", "mini", "--prompt", "x", "--samples", 2)
+    assert code == 2 and "--samples asks for 2 of 1 prompts" in err

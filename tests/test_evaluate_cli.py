@@ -135,7 +135,9 @@ def test_ctrl_c_says_what_goes_on(run, places, tmp_path, monkeypatch):
 
 def test_a_report_names_no_folder_of_this_machine(tmp_path):
     assert name_pipeline("mini") == "mini" and name_pipeline("org/name") == "org/name"
-    assert name_pipeline(str(tmp_path), tmp_path / "x") == f"{tmp_path.name} with the blocks of x"
+    assert (
+        name_pipeline(str(tmp_path), str(tmp_path / "x")) == f"{tmp_path.name} with the blocks of x"
+    )
 
 
 MISTAKES = {

@@ -308,7 +308,7 @@ OTHERS = {
     "seeds": (lambda: (student(), replace(make_settings(), seeds=tuple(range(6)))),
               "seeds"),
     "batches": (lambda: (student(), make_settings(batch_size=2)), "batch_size"),
-    "weights": (lambda: (changed(other_weights), make_settings()), "weights.student"),
+    "weights": (lambda: (changed(other_weights), make_settings()), "weights.blocks .*student"),
     "scheduler": (lambda: (changed(other_scheduler), make_settings()),
                   "scheduler.clip_sample false"),
 }  # fmt: skip

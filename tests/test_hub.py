@@ -12,10 +12,15 @@ from tiny_pipelines import stable_diffusion
 import convfusion
 from convfusion import CheckpointError, checkpoint, cli
 from convfusion.checkpoint import BLOCKS, MANIFEST, hub
+from convfusion.checkpoint.card import describe_head
 from convfusion.cli.models import open_pipeline
 from convfusion.errors import ConvFusionError
+from convfusion.surgery import mixers_of
+from convfusion.surgery.record import TrainingRecord, set_record
 
 pytestmark = pytest.mark.libraries
+
+NAMED = {"base_model": "them/base", "license": "apache-2.0"}
 
 
 class Api:
@@ -49,6 +54,8 @@ def api(monkeypatch):
 def folder(tmp_path):
     pipe = stable_diffusion()
     convfusion.convert(pipe)
+    for mixer in mixers_of(pipe.unet).values():
+        set_record(mixer, TrainingRecord("attention", 3))
     convfusion.save(pipe, tmp_path / "blocks")
     return tmp_path / "blocks"
 
@@ -58,7 +65,9 @@ def test_what_is_pushed_comes_back_by_name(folder, api, monkeypatch, tmp_path):
     (folder / "checkpoints" / "step-1" / "optimizer.safetensors").write_bytes(b"large")
     (folder / "losses.png").write_bytes(b"curve")
     (folder / "README.md").write_text('---\ntags: [x]\n---\nconvfusion.load(pipe, "this-folder")\n')
-    url = checkpoint.push(folder, "me/blocks", private=True, revision="v2", message="second")
+    url = checkpoint.push(
+        folder, "me/blocks", private=True, revision="v2", message="second", **NAMED
+    )
     assert url == "https://hub/commit/1"
     assert api.files.keys() == {BLOCKS, MANIFEST, "README.md", "losses.png"}
     assert api.files["README.md"].endswith(b'convfusion.load(pipe, "me/blocks")\n')
@@ -86,9 +95,9 @@ def test_a_folder_without_a_card_gets_one(folder, api):
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["base_model"] = "them/base"
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    checkpoint.push(folder, "me/blocks")
+    checkpoint.push(folder, "me/blocks", license="mit")
     card = huggingface_hub.ModelCard(api.files["README.md"].decode())
-    assert card.data.base_model == "them/base" and card.data.library_name == "diffusers"
+    assert card.data.base_model == "them/base" and card.data.library_name == "convfusion"
     assert "convfusion" in card.data.tags
     assert 'from_pretrained("them/base")' in card.text and '"me/blocks"' in card.text
     assert "7 × `delta_conv`: kernel_size 7" in card.text
@@ -110,7 +119,22 @@ def test_a_refusal_of_the_hub_is_one_clear_error(folder, api, monkeypatch):
 
     api.create_repo = refuse
     with pytest.raises(CheckpointError, match=r"me/blocks cannot be written to: 401: log in$"):
-        checkpoint.push(folder, "me/blocks")
+        checkpoint.push(folder, "me/blocks", **NAMED)
+
+
+def test_a_hub_that_is_out_of_reach_or_asks_to_log_in_is_one_clear_error(folder, api):
+    class NoConnection(Exception):  # as of an HTTP library, and no OSError
+        response = None
+
+    def fail(*args, **options):
+        raise NoConnection("connection refused")
+
+    api.create_commit = fail
+    with pytest.raises(CheckpointError, match=r"cannot be written to: connection refused$"):
+        checkpoint.push(folder, "me/blocks", **NAMED)
+    NoConnection.response = SimpleNamespace(status_code=401)
+    with pytest.raises(CheckpointError, match="log in with `hf auth login`"):
+        checkpoint.push(folder, "me/blocks", **NAMED)
 
 
 def test_a_name_that_is_nowhere_is_one_clear_error(folder, monkeypatch):
@@ -183,5 +207,6 @@ def test_a_settings_file_may_name_a_revision(cached, tmp_path, monkeypatch, caps
 
 
 def test_a_card_of_a_run_and_of_a_folder_begin_alike():
-    assert hub.front_matter("them/base", "distillation").startswith("---\nbase_model: them/base\n")
-    assert "base_model" not in hub.front_matter("mini")
+    head = describe_head("them/base", "unet", "distillation")
+    assert head.startswith("---\nbase_model: them/base\n")
+    assert "base_model" not in describe_head("mini", "unet")

@@ -22,3 +22,18 @@ def test_cells_of_numbers_do_not_break():
     assert "td { white-space: nowrap; }" in page
     assert '<div class="scroll"><table' in page
     assert "<tr class=grey><td>a</td><td>1 ± 2</td></tr>" in page
+
+
+def test_a_grid_goes_on_below_after_so_many_columns():
+    colours = ("red", "green", "blue", "black", "orange")
+    rows = {"a": [Image.new("RGB", (128, 128), name) for name in colours], "b": []}
+    rows["b"] = list(reversed(rows["a"]))
+    whole = report.draw_grid(rows, colours)
+    folded = report.draw_grid(rows, colours, 3)
+    two = {name: images[3:] for name, images in rows.items()}
+    below = report.draw_grid(two, colours[3:])
+    first = {name: images[:3] for name, images in rows.items()}
+    assert folded.width == report.draw_grid(first, colours[:3]).width < whole.width
+    place = (0, folded.height - below.height, below.width, folded.height)
+    assert folded.crop(place).tobytes() == below.tobytes()
+    assert report.draw_grid(rows, colours, 5).tobytes() == whole.tobytes()

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from convfusion import files
-from convfusion.checkpoint import hub
+from convfusion.checkpoint.card import plain_card
 from convfusion.distill.settings import RunSettings, as_toml, read_settings
 from convfusion.text import (
     address,
@@ -57,7 +57,7 @@ def test_strings_read_back_from_toml_and_python(tmp_path, name):
 def test_a_card_of_a_strangers_manifest_holds_no_markup(name):
     mixer = {"kind": name, name: name, "stages": [name]}
     manifest = {"version": name, "base_model": name, "sites": {"a": {"mixer": mixer}}}
-    card = hub.plain_card(manifest)
+    card = plain_card(manifest | {"family": name})
     head, code = card.split("```python\n", 1)
     block = code.split("\n```\n", 1)[0]
     statements = ast.parse(block).body
@@ -65,7 +65,7 @@ def test_a_card_of_a_strangers_manifest_holds_no_markup(name):
     assert ast.literal_eval(statements[2].value.args[0]) == (name or "the base model")
     assert "<script" not in card and "](http" not in card.replace(block, "")
     lines = card.splitlines()
-    assert sum(line.startswith("#") for line in lines) == 1
+    assert sum(line.startswith("#") for line in lines) == 5
     assert not any(line.startswith("|") for line in lines)
     assert ("base_model: " in head) == (name == NAMES[0])
 

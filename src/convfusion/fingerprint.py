@@ -40,6 +40,14 @@ def fingerprint(*modules: nn.Module, without: str | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """The same of tensors by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        _add(digest, name, tensor)
+    return digest.hexdigest()[:16]
+
+
 def tensor_fingerprint(tensor: Tensor) -> str:
     """The same of one tensor alone."""
     digest = hashlib.sha256()

@@ -112,8 +112,37 @@ def show_table(
     return f'<div class="scroll"><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
 
 
-def draw_grid(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str]) -> Image.Image:
-    """Pictures in rows, a name before each row and a prompt under each column."""
+def draw_grid(
+    rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], columns: int | None = None
+) -> Image.Image:
+    """Pictures in rows, a name before each row and a prompt under each column.
+
+    Args:
+        rows: pictures by name, as many as prompts.
+        prompts: one for each column.
+        columns: after so many, all rows go on below; None is never.
+    """
+    step = columns or len(prompts)
+    bands = [
+        _draw_band(
+            {name: images[i : i + step] for name, images in rows.items()}, prompts[i : i + step]
+        )
+        for i in range(0, len(prompts), step)
+    ]
+    if len(bands) == 1:
+        return bands[0]
+    gap = 18
+    height = sum(band.height for band in bands) + gap * (len(bands) - 1)
+    sheet = Image.new("RGB", (max(band.width for band in bands), height), PAPER)
+    top = 0
+    for band in bands:
+        sheet.paste(band, (0, top))
+        top += band.height + gap
+    return sheet
+
+
+def _draw_band(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str]) -> Image.Image:
+    """The rows of a grid, as far as they go side by side."""
     first = next(iter(rows.values()))[0]
     scale = max(1, SHOWN_SIDE // first.width)
     width, height = first.width * scale, first.height * scale
@@ -123,7 +152,7 @@ def draw_grid(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str])
     draw = ImageDraw.Draw(sheet)
     large, small = ImageFont.load_default(16), ImageFont.load_default(13)
     for r, (name, images) in enumerate(rows.items()):
-        text = textwrap.fill(one_line(name), 17)
+        text = textwrap.fill(one_line(name), 17).replace("\N{NO-BREAK SPACE}", " ")
         top = r * (height + gap)
         box = (left - 12, top + height // 2)
         draw.multiline_text(box, text, fill=INK, font=large, anchor="rm", align="right")

@@ -24,7 +24,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from convfusion.checkpoint import hub, released
+from convfusion.checkpoint import released
+from convfusion.checkpoint.named import BLOCKS, MANIFEST, PACKAGED, fetch_blocks
 from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.families import Denoiser, denoiser_of, family_of, list_sites
 from convfusion.files import (
@@ -57,7 +58,6 @@ from convfusion.surgery.record import TrainingRecord, joint_record, set_record
 Blocks: TypeAlias = tuple[dict[str, Mixer], dict[str, dict[str, Tensor]], TrainingRecord]
 
 FORMAT = 1
-BLOCKS, MANIFEST = "blocks.safetensors", "convfusion.json"
 NOTE = "convfusion"  # in the header of the tensors: the manifest
 
 
@@ -121,50 +121,6 @@ def check_saveable(pipe_or_model: Any) -> None:
             raise ConvFusionError(f"{key} has values that are NaN or infinite: it is not saved")
 
 
-def push(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    message: str = "Blocks by ConvFusion",
-) -> str:
-    """Upload blocks that `save` or `distill` wrote to the Hugging Face Hub, with their model card.
-
-    The blocks, their manifest, the card and the pictures that it shows go there; checkpoints and
-    caches stay. A folder without a card gets one from its manifest. One must be logged in, as with
-    `hf auth login`.
-
-    Args:
-        folder: with the blocks.
-        repo_id: `user/name`; the repository is made if there is none.
-        private: of a repository that is new.
-        revision: branch to write to, by default the main one.
-        message: of the commit.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        CheckpointError: the folder holds no blocks, or the Hub refuses or cannot be reached.
-    """
-    folder = Path(folder)
-    manifest = _read_manifest(folder / MANIFEST)
-    read_header(folder / BLOCKS)
-    _check_digest(folder, manifest)
-    written = folder / hub.CARD
-    card = written.read_text(encoding="utf-8") if written.is_file() else hub.plain_card(manifest)
-    return hub.upload(
-        folder,
-        (BLOCKS, MANIFEST),
-        repo_id,
-        card=card,
-        private=private,
-        revision=revision,
-        message=message,
-    )
-
-
 @torch.inference_mode(False)
 def load(
     pipe_or_model: Any,
@@ -181,19 +137,21 @@ def load(
     Args:
         pipe_or_model: the base model as it was converted, or converted already at the same sites
             with the same settings.
-        source: a folder or a `.safetensors` file written by `save`; such a file that the paper's
-            authors released (see `convfusion.checkpoint.released`); or the name on the Hub,
-            `user/name`, of what `push` put there, where no folder of that name is here.
+        source: a folder or a `.safetensors` file written by `save`; or such a file that the paper's
+            authors released (see `convfusion.checkpoint.released`). Where nothing is at that path:
+            the name of blocks that come with the package, `mini` or `mini-delta`; or the name on
+            the Hub, `user/name` or `user/name@revision`, of what `push` put there.
         keep_attention: as in `ConvertConfig`.
         average: of a released file that holds both, take the moving average and not the weights
             of the last step.
         revision: branch, tag or commit of a name on the Hub.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or does not fit this model, which is unchanged.
+        CheckpointError: nothing is of that name; or a file is missing, damaged, or does not fit
+            this model, which is unchanged.
     """
     model = denoiser_of(pipe_or_model)
-    wanted, states, record = _read_source(str(source), model, average, revision)
+    wanted, states, record = _read_source(fetch_blocks(source, revision), model, average)
     present = mixers_of(model)
     if present and {path: mixer.config for path, mixer in present.items()} != wanted:
         raise CheckpointError(
@@ -263,7 +221,7 @@ def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer]) -> dict[str, An
         "format": FORMAT,
         "version": __version__,
         "family": family_of(model).name,
-        "base_model": _public_name(named),
+        "base_model": public_name(named),
         **joint_record(mixers.values()).to_dict(),
         "sites": {
             path: {"channels": channels[path], "mixer": mixer_to_dict(mixer.config)}
@@ -272,7 +230,7 @@ def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer]) -> dict[str, An
     }
 
 
-def _public_name(name: str) -> str:
+def public_name(name: str) -> str:
     """A Hub name, also out of a cache path; of any other path only its last part."""
     cached = re.search(r"models--(.+?)--([^/\\\\]+)", name)
     if cached:
@@ -282,7 +240,12 @@ def _public_name(name: str) -> str:
     return path.name if local else name
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of blocks, as far as it can be checked without their model.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another format.
+    """
     return _checked_manifest(path, read_json(path))
 
 
@@ -311,6 +274,7 @@ def _checked_manifest(path: Path, manifest: Any) -> dict[str, Any]:
 
 
 def _read_record(path: Path, manifest: dict[str, Any]) -> TrainingRecord:
+    """What blocks have been through, as their manifest says."""
     try:
         return TrainingRecord.from_dict(manifest)
     except ValueError as error:
@@ -320,7 +284,7 @@ def _read_record(path: Path, manifest: dict[str, Any]) -> TrainingRecord:
         ) from None
 
 
-def _check_digest(folder: Path, manifest: dict[str, Any]) -> None:
+def check_digest(folder: Path, manifest: dict[str, Any]) -> None:
     """Refuse tensors that are not those that the manifest was written for."""
     if manifest.get("sha256") != file_digest(folder / BLOCKS):
         raise CheckpointError(
@@ -346,33 +310,29 @@ def _check_family(model: Denoiser, manifest: dict[str, Any]) -> None:
             )
 
 
-def _read_source(source: str, model: Denoiser, average: bool, revision: str | None) -> Blocks:
-    """Settings and state of every mixer of a released file, a folder, or a name on the Hub."""
-    path = Path(source)
-    file = path.suffix == ".safetensors" and not path.is_dir()
-    if not file and not path.exists() and hub.NAME.fullmatch(source):
-        return _read_folder(hub.fetch(source, (BLOCKS, MANIFEST), revision), model)
-    if revision is not None:
-        raise CheckpointError(f"a revision is of a name on the Hub, user/name, not of {source}")
+def _read_source(path: Path, model: Denoiser, average: bool) -> Blocks:
+    """Settings and state of every mixer of a file, ours or a released one, or a folder."""
     if path.name == BLOCKS and (path.parent / MANIFEST).is_file():
         return _read_folder(path.parent, model)
-    if file and (manifest := _read_note(path)) is not None:
-        return _read_blocks(path, manifest, path, model)
-    if file:
+    if path.suffix == ".safetensors" and not path.is_dir():
+        if (manifest := _read_note(path)) is not None:
+            return _read_blocks(path, manifest, path, model)
         layout = released.read_layout(path, model, average=average)
         states = released.read_states(path, layout)
         return dict(layout.mixers), states, TrainingRecord("released")
-    if not path.exists():
-        raise CheckpointError(f"{source} is no folder here, and no name on the Hub, user/name")
     if not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{source} holds no trained blocks: it has no {MANIFEST}")
+        hidden = "; it hides the blocks of that name that come with ConvFusion"
+        raise CheckpointError(
+            f"{path} holds no trained blocks: it has no {MANIFEST}"
+            f"{hidden if str(path) in PACKAGED else ''}"
+        )
     return _read_folder(path, model)
 
 
 def _read_folder(folder: Path, model: Denoiser) -> Blocks:
-    manifest = _read_manifest(folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST)
     blocks = _read_blocks(folder / BLOCKS, manifest, folder / MANIFEST, model)
-    _check_digest(folder, manifest)
+    check_digest(folder, manifest)
     return blocks
 
 

@@ -23,6 +23,7 @@ from convfusion.cli.generate import generate
 from convfusion.cli.info import info
 from convfusion.cli.latency import latency
 from convfusion.cli.plan import plan
+from convfusion.cli.push import push
 from convfusion.errors import ConvFusionError
 from convfusion.imports import explained
 
@@ -48,6 +49,7 @@ COMMANDS = (
     ablate,
     curve,
     export,
+    push,
 )
 
 

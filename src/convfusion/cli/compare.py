@@ -9,8 +9,15 @@ import typer
 
 from convfusion.cli.console import console, print_ending
 from convfusion.cli.generate import gather_prompts
-from convfusion.cli.models import check_loading, choose_guidance, is_embedded, open_pipeline
+from convfusion.cli.models import (
+    check_blocks,
+    check_loading,
+    choose_guidance,
+    is_embedded,
+    open_pipeline,
+)
 from convfusion.cli.options import (
+    BLOCKS_HELP,
     BatchSize,
     Device,
     Guidance,
@@ -32,17 +39,22 @@ if TYPE_CHECKING:
     from convfusion.evaluate.comparison import Comparison
 
 Rows = Annotated[
-    list[Path] | None,
-    typer.Option(
-        help="Trained blocks: a folder that `distill` wrote, or a released .safetensors file. "
-        "Repeat the option for more rows."
-    ),
+    list[str] | None, typer.Option(help=f"{BLOCKS_HELP} Repeat the option for more rows.")
 ]
 Seeds = Annotated[
     list[int] | None,
     typer.Option(help="Every prompt is drawn from this seed. Repeat for more. Default: 0."),
 ]
 Grid = Annotated[Path, typer.Option(help="PNG file for the grid.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="How many of the prompts, at even distances in their list. Default: all, and 6 of "
+        "those that `mini` has.",
+    ),
+]
+Columns = Annotated[int, typer.Option(min=1, help="Pictures side by side; more go on below.")]
 MINI_PROMPTS = 6
 
 
@@ -51,9 +63,11 @@ def compare(
     blocks: Rows = None,
     prompt: Prompt = None,
     prompts: PromptFile = None,
+    samples: Samples = None,
     negative_prompt: NegativePrompt = "",
     seed: Seeds = None,
     out: Grid = Path("comparison.png"),
+    columns: Columns = 10,
     size: Size = None,
     steps: Steps = 25,
     guidance: Guidance = None,
@@ -72,7 +86,7 @@ def compare(
     from convfusion.families.calls import check_call
     from convfusion.generate import check_numbers, check_size
 
-    texts, seeds = choose_prompts(model, prompt, prompts), seed or [0]
+    texts, seeds = choose_prompts(model, prompt, prompts, samples), seed or [0]
     check_prompts([negative_prompt])
     check_grid(out)
     check_loading(precision, device)
@@ -97,21 +111,33 @@ def compare(
         batch_size=batch_size,
         **options,
     )
-    compared.grid().save(out)
+    compared.grid(columns).save(out)
     print_comparison(compared)
     command = ["convfusion", "evaluate", model]
-    command += ["--blocks", str(blocks[0])] if blocks else []
+    command += ["--blocks", blocks[0]] if blocks else []
     print_ending(out, next_command=(*command, "--out", "convfusion-evaluation"))
 
 
-def choose_prompts(model: str, prompts: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts that are named; without any, some that the embedded model was not trained on."""
+def choose_prompts(
+    model: str, prompts: list[str] | None, file: Path | None, samples: int | None
+) -> list[str]:
+    """The prompts that are named; without any, some that the embedded model was not trained on.
+
+    Args:
+        model: whose prompts they are.
+        prompts, file: as on the command line.
+        samples: how many of them.
+    """
     from convfusion import mini
-    from convfusion.demo import spread
+    from convfusion.evaluate.settings import spread_evenly
 
     if not prompts and file is None and is_embedded(model):
-        return spread(mini.held_out_data("results"), MINI_PROMPTS, offset=0.5).captions
-    return gather_prompts(prompts, file)
+        texts, samples = mini.held_out_data("results").captions, samples or MINI_PROMPTS
+    else:
+        texts = gather_prompts(prompts, file)
+    if samples is not None and samples > len(texts):
+        raise ConvFusionError(f"--samples asks for {samples} of {len(texts)} prompts")
+    return texts if samples is None else spread_evenly(texts, samples)
 
 
 def check_grid(out: Path) -> None:
@@ -121,25 +147,24 @@ def check_grid(out: Path) -> None:
     check_file(out)
 
 
-def name_rows(blocks: list[Path]) -> dict[str, Path]:
+def name_rows(blocks: list[str]) -> dict[str, str]:
     """Trained blocks by the name of their row: that of their folder, or as much as tells apart.
 
     Raises:
-        ConvFusionError: one of them is missing, or given twice.
+        ConvFusionError: one of them is nowhere, or given twice.
     """
-    for path in blocks:
-        if not path.exists() and len(path.parts) != 2:  # two may be a name on the Hub
-            raise ConvFusionError(f"there are no blocks at {path}: it does not exist")
-    if len({path.resolve() for path in blocks}) < len(blocks):
+    check_blocks(*blocks)
+    places = [Path(each).resolve() if Path(each).exists() else each for each in blocks]
+    if len(set(places)) < len(blocks):
         raise ConvFusionError("the same blocks are given twice with --blocks")
-    names = [path.name for path in blocks]
+    names = [Path(each).name if Path(each).exists() else each for each in blocks]
     return {
-        str(path) if names.count(path.name) > 1 or not path.name else path.name: path
-        for path in blocks
+        each if names.count(name) > 1 or not name else name: each
+        for name, each in zip(names, blocks, strict=True)
     }
 
 
-def check_rows(model: str, pipe: Any, students: dict[str, Path]) -> None:
+def check_rows(model: str, pipe: Any, students: dict[str, str]) -> None:
     """Raise a ConvFusionError where the teacher's row would be the only one."""
     from convfusion.surgery import mixers_of
 

@@ -18,6 +18,7 @@ from convfusion.cli.budget import (
 )
 from convfusion.cli.console import console, print_ending
 from convfusion.cli.models import (
+    check_blocks,
     check_loading,
     choose_guidance,
     equip,
@@ -110,6 +111,7 @@ def convert(
 
     check_new(out)
     check_loading(precision, device)
+    check_blocks(blocks)
     prompts = read_prompts(measure) if measure is not None else []
     check_budget(budget, moments, keep, measured=bool(prompts))
     check_choice(bool(prompts), budget, size, blocks, (config, mixer, every))
@@ -141,7 +143,7 @@ def check_choice(
     measured: bool,
     budget: str | None,
     size: str | None,
-    blocks: Path | None,
+    blocks: str | None,
     others: tuple[Any, ...],
 ) -> None:
     """Raise a ConvFusionError for ways to choose a conversion that do not go together.

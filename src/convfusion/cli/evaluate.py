@@ -11,6 +11,7 @@ import typer
 from convfusion.cli.analyze import read_prompts
 from convfusion.cli.console import INTERRUPTED, console, fail, print_ending
 from convfusion.cli.models import (
+    check_blocks,
     check_loading,
     choose_guidance,
     equip,
@@ -94,6 +95,7 @@ def evaluate(
     check_networks(extractor, clip)
     check_folder(out)
     check_loading(precision, device)
+    check_blocks(blocks)
     check_real(real)
     wanted = choose_prompts(model, prompts)
     if samples is None and prompts is None:
@@ -153,7 +155,7 @@ def choose_prompts(model: str, file: Path | None) -> list[str]:
 
 
 def open_pipelines(
-    model: str, blocks: Path | None, teacher: str | None, precision: str, device: str | None
+    model: str, blocks: str | None, teacher: str | None, precision: str, device: str | None
 ) -> tuple[Any, Any]:
     """The student, and its teacher if that is another pipeline."""
     pipe = open_pipeline(model, precision, device)
@@ -162,7 +164,7 @@ def open_pipelines(
     return pipe, open_pipeline(teacher, precision, device) if teacher else None
 
 
-def name_sides(model: str, blocks: Path | None, teacher: str | None) -> tuple[str, str]:
+def name_sides(model: str, blocks: str | None, teacher: str | None) -> tuple[str, str]:
     """What the report calls the student and its teacher."""
     return (
         name_pipeline(model, blocks),

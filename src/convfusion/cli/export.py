@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from convfusion.cli.console import print_ending
-from convfusion.cli.models import choose_guidance, equip, open_pipeline
+from convfusion.cli.models import check_blocks, choose_guidance, equip, open_pipeline
 from convfusion.cli.options import Blocks, Model
 from convfusion.errors import ConvFusionError
 from convfusion.progress import announced
@@ -49,6 +49,7 @@ def export(
     if int8 and not pipeline:
         raise ConvFusionError("--int8 goes with --pipeline")
     (check_folder if pipeline else check_target)(out)
+    check_blocks(blocks)
     pipe = open_pipeline(model, "float32", "cpu")
     if blocks is not None:
         equip(pipe, blocks, None)

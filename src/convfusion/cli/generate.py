@@ -11,11 +11,13 @@ import typer
 
 from convfusion.cli.console import print_ending
 from convfusion.cli.models import (
+    check_blocks,
     check_loading,
     choose_guidance,
     choose_strength,
     equip,
     name_pipeline,
+    name_source,
     open_pipeline,
     warn_if_untrained,
 )
@@ -120,6 +122,7 @@ def generate(
     check_prompts([negative_prompt])
     is_file = check_pictures(out, len(texts))
     check_loading(precision, device)
+    check_blocks(blocks)
     check_numbers(seeds, steps, 0 if guidance is None else guidance, 1)
     ladder = Ladder(
         factor=factor,
@@ -138,7 +141,7 @@ def generate(
     with keep_cheaper_attention(pipe, wanted) if hybrid else nullcontext():
         images = _draw(pipe, texts, wanted, ladder, {"seeds": seeds, **settings})
     paths = [out] if is_file else number_pictures(out, seeds)
-    names = {"model": name_pipeline(model), "blocks": blocks.resolve().name if blocks else ""}
+    names = {"model": name_pipeline(model), "blocks": name_source(blocks) if blocks else ""}
     write_pictures(pipe, zip(paths, images, texts, seeds, strict=True), **settings, **names)
     print_ending(*paths)
 
@@ -228,7 +231,7 @@ def keep_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractC
 
 def _open(
     model: str,
-    blocks: Path | None,
+    blocks: str | None,
     precision: str,
     device: str | None,
     revision: str | None,

@@ -101,10 +101,25 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def name_pipeline(model: str, blocks: Path | None = None) -> str:
+def name_pipeline(model: str, blocks: str | None = None) -> str:
     """What reports and pictures call a pipeline: no path of this machine."""
-    name = Path(model).resolve().name if Path(model).exists() else model
-    return name if blocks is None else f"{name} with the blocks of {blocks.name}"
+    name = name_source(model)
+    return name if blocks is None else f"{name} with the blocks of {name_source(blocks)}"
+
+
+def name_source(source: str) -> str:
+    """What reports and pictures call a model or blocks: a name, or the last part of a path."""
+    path = Path(source)
+    return path.resolve().name if path.exists() or path.is_absolute() else source
+
+
+def check_blocks(*sources: str | None) -> None:
+    """Raise a ConvFusionError for blocks that are nowhere, before a model is loaded for them."""
+    from convfusion.checkpoint import find_blocks
+
+    for source in sources:
+        if source is not None:
+            find_blocks(source)
 
 
 def _read_folder(path: Path, dtype: Any) -> Any:
@@ -234,7 +249,7 @@ def choose_strength(model: str) -> float:
 
 def equip(
     pipe: Any,
-    blocks: Path | None,
+    blocks: str | None,
     config: str | None,
     every: int | None = None,
     first: int = 0,

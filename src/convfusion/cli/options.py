@@ -19,13 +19,12 @@ Model = Annotated[
         "`mini-delta` has ΔConvBlocks instead, and `mini-teacher` its own attention."
     ),
 ]
-Blocks = Annotated[
-    Path | None,
-    typer.Option(
-        help="Trained blocks: a folder that `distill` wrote, or a .safetensors file that the "
-        "paper's authors released."
-    ),
-]
+BLOCKS_HELP = (
+    "Trained blocks: a folder that `distill` wrote, a .safetensors file that the paper's authors "
+    "released, `mini` or `mini-delta` for those in the package, or USER/NAME or USER/NAME@REVISION "
+    "on the Hub."
+)
+Blocks = Annotated[str | None, typer.Option(help=BLOCKS_HELP)]
 Config = Annotated[
     str | None,
     typer.Option(

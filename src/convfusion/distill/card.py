@@ -3,76 +3,76 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-
 from convfusion import __version__, checkpoint, files, mini
-from convfusion.checkpoint import hub
+from convfusion.checkpoint import card
+from convfusion.checkpoint.blocks import public_name, read_manifest
+from convfusion.checkpoint.publish import CARD
 from convfusion.distill.logs import read_history
 from convfusion.distill.run import DistillResult
 from convfusion.distill.settings import RunSettings, as_toml
 from convfusion.families import denoiser_of
 from convfusion.fingerprint import fingerprint
 from convfusion.surgery import mixers_of, status
-from convfusion.text import address, markdown_block, markdown_text, python_string
+from convfusion.text import address, markdown_block, markdown_text
 
-CARD, CURVES = hub.CARD, "losses.png"
+CURVES = "losses.png"
 
 
 def write_card(folder: Path, pipe: Any, run: RunSettings, result: DistillResult) -> None:
     """Write `README.md`, with the curves of the losses where matplotlib is installed."""
-    manifest = json.loads((folder / checkpoint.MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(folder / checkpoint.MANIFEST)
     embedded = run.model in mini.NAMES
     base = run.model if embedded else manifest["base_model"] or run.model
     history = read_history(folder)
     curves = draw_curves(history, folder / CURVES)
-    body = CONTENT.format(
-        base=markdown_text(base),
-        here=hub.HERE,
-        how=FROM_PACKAGE if embedded else FROM_DIFFUSERS.format(base=python_string(base)),
-        version=__version__,
+    what = WHAT.format(
+        kinds=card.describe_kinds(manifest),
         sites=status(pipe).converted,
         every=len(status(pipe).sites),
+        base=markdown_text(base),
         parameters=sum(p.numel() for m in mixers_of(pipe).values() for p in m.parameters()) / 1e6,
+        version=__version__,
         weights=frozen_weights(pipe),
+    )
+    body = card.CONTENT.format(
+        base=markdown_text(base),
+        kinds=card.describe_kinds(manifest),
+        what=what,
+        use=card.describe_use(base, FROM_PACKAGE if embedded else None),
+        blocks=card.describe_blocks(manifest),
+        measured=card.UNMEASURED,
+        limits=card.LIMITS,
+    )
+    training = TRAINING.format(
         results=results(result, history),
         curves=f"![Losses]({CURVES})" if curves else "",
         samples=samples(folder),
-        settings=markdown_block("toml", as_toml(run)),
+        settings=markdown_block("toml", as_toml(hide_paths(run))),
         table=markdown_block("text", str(status(pipe))),
     )
-    card = ModelCard(hub.front_matter(base, "distillation") + body)
-    files.write_text(folder / CARD, str(card).rstrip() + "\n")
+    head = card.describe_head(base, manifest["family"], "distillation")
+    files.write_text(folder / CARD, f"{head}{body}\n{training}".rstrip() + "\n")
 
 
-FROM_DIFFUSERS = """import convfusion
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({base})"""
 FROM_PACKAGE = """import convfusion
 from convfusion import mini
 
 pipe = mini.load_teacher()"""
 
-CONTENT = """# {base} without self-attention
+WHAT = """These {kinds} take the place of {sites} of the {every} self-attention layers of {base}.
+They have {parameters:.2f}M parameters, and were distilled from the attention that they replace by
+ConvFusion {version}. Everything else is the base model, which is not part of this repository and
+keeps its own licence.
 
-ΔConvBlocks in place of {sites} of {every} self-attentions, {parameters:.2f}M parameters, distilled
-from the attention they replace by ConvFusion {version}. Everything else is the base model, whose
-licence holds.
+Fingerprint of the base's denoiser: `{weights}`."""
 
-```python
-{how}
-convfusion.load(pipe, {here})
-```
-
-Fingerprint of the base's denoiser: `{weights}`.
-
-## Results
+TRAINING = """## Training
 
 {results}
 
@@ -80,14 +80,20 @@ Fingerprint of the base's denoiser: `{weights}`.
 
 {samples}
 
-## Settings
-
 {settings}
-
-## Sites
 
 {table}
 """
+
+
+def hide_paths(run: RunSettings) -> RunSettings:
+    """The settings of a run with the last parts of paths alone: a card may be published."""
+    return replace(
+        run,
+        model=public_name(run.model),
+        data=public_name(run.data),
+        config=public_name(run.config),
+    )
 
 
 def frozen_weights(pipe: Any) -> str:

@@ -24,7 +24,7 @@ class Comparison:
     """What teacher and students draw from equal prompts and seeds.
 
     Attributes:
-        captions: prompt and seed of each column.
+        captions: of each column: its prompt, and its seed where there are several.
         rows: pictures by name, the teacher's first.
         psnr: of each student's row to the teacher's, in dB, with its standard error.
     """
@@ -33,13 +33,18 @@ class Comparison:
     rows: dict[str, list[Image.Image]]
     psnr: dict[str, Mean]
 
-    def grid(self) -> Image.Image:
-        """All pictures in one, each student's row labelled with its PSNR."""
-        labels = {
-            name if name not in self.psnr else f"{name} {format_psnr(*self.psnr[name])}": images
-            for name, images in self.rows.items()
-        }
-        return draw_grid(labels, self.captions)
+    def grid(self, columns: int | None = None) -> Image.Image:
+        """All pictures in one, each student's row labelled with its PSNR.
+
+        Args:
+            columns: after so many, all rows go on below; None is never.
+        """
+        labels = {}
+        for name, images in self.rows.items():
+            psnr = format_psnr(*self.psnr[name]) if name in self.psnr else ""
+            unbroken = psnr.replace(" ", "\N{NO-BREAK SPACE}")
+            labels[f"{name} {unbroken}".strip()] = images
+        return draw_grid(labels, self.captions, columns)
 
 
 def compare_blocks(
@@ -85,5 +90,6 @@ def compare_blocks(
         for name, images in rows.items()
         if name != TEACHER
     }
-    captions = [f"{text}, seed {seed}" for text, seed in zip(texts, numbers, strict=True)]
+    told = [f", seed {seed}" if len(seeds) > 1 else "" for seed in numbers]
+    captions = [f"{text}{seed}" for text, seed in zip(texts, told, strict=True)]
     return Comparison(captions, rows, psnr)

@@ -14,6 +14,7 @@ from convfusion.fingerprint import (
     identity,
     module_settings,
     scheduler_identity,
+    tensors_fingerprint,
 )
 from convfusion.generate import check_numbers
 from convfusion.surgery import mixers_of
@@ -96,9 +97,14 @@ def plan_evaluation(
             f"give {near} samples, or up to {len(prompts)}"
         )
     if count < len(prompts):
-        prompts = [prompts[int((i + 0.5) * len(prompts) / count)] for i in range(count)]
+        prompts = spread_evenly(prompts, count)
     chosen = tuple(prompts[i % len(prompts)] for i in range(count))
     return EvaluationSettings(chosen, tuple(range(seed, seed + count)), **settings)
+
+
+def spread_evenly(prompts: list[str], count: int) -> list[str]:
+    """So many of a list, at even distances."""
+    return [prompts[int((i + 0.5) * len(prompts) / count)] for i in range(count)]
 
 
 def size_of(pipe: Any, settings: EvaluationSettings) -> tuple[int, int]:
@@ -110,10 +116,17 @@ def identify_pictures(pipe: Any, teacher: Denoiser, settings: EvaluationSettings
     """Everything that the pictures depend on, for JSON."""
     student = denoiser_of(pipe)
     denoisers = {"teacher": teacher, "student": student}
-    blocks = {path: repr(mixer.config) for path, mixer in mixers_of(student).items()}
+    mixers = mixers_of(student)
+    blocks = {path: repr(mixer.config) for path, mixer in mixers.items()}
+    values = {  # as a file of blocks names them, so that a model card knows which were measured
+        f"{path}.mixer.{name}": tensor
+        for path, mixer in mixers.items()
+        for name, tensor in mixer.state_dict().items()
+    }
+    weights = {name: fingerprint(part) for name, part in denoisers.items()}
     return {
         "pipeline": type(pipe).__name__,
-        "weights": {name: fingerprint(part) for name, part in denoisers.items()},
+        "weights": weights | {"blocks": tensors_fingerprint(values)},
         "rests_on": {name: part for name, part in identity(pipe).items() if part is not None},
         "denoisers": {
             "teacher": module_settings(teacher),

@@ -18,12 +18,13 @@ from typing import Any, Literal, get_args
 
 from convfusion.checkpoint import load
 from convfusion.checkpoint.loading import in_dtype
+from convfusion.checkpoint.named import STUDENTS
 from convfusion.data.latents import LatentDataset
 from convfusion.errors import ConvFusionError
 from convfusion.files import read_tensors
 
 FOLDER = Path(__file__).parent
-TEACHER, STUDENTS, DATA = FOLDER / "teacher", FOLDER / "students", FOLDER / "data"
+TEACHER, DATA = FOLDER / "teacher", FOLDER / "data"
 Student = Literal["near", "delta_conv"]
 # By the name on the command line, the blocks that the model has; None is its own attention.
 NAMES: dict[str, Student | None] = {
