@@ -9,6 +9,7 @@ import typer
 
 from convfusion import __version__
 from convfusion.cli.analyze import ablate, analyze
+from convfusion.cli.app import app as serve_app
 from convfusion.cli.bench import bench
 from convfusion.cli.cache import cache
 from convfusion.cli.compare import compare
@@ -48,6 +49,7 @@ COMMANDS = (
     ablate,
     curve,
     export,
+    serve_app,
 )
 
 
