@@ -15,6 +15,7 @@ from convfusion.evaluate.results import read_samples
 from convfusion.text import one_line
 
 THUMBNAIL = 128  # pixels of a picture in the gallery
+GAP = 4  # pixels between the two
 PAGE = 24  # samples that are shown at once
 LABEL = 60  # characters of a prompt below its pictures
 
@@ -42,6 +43,36 @@ class Gallery:
         """The samples of a page; the first is 1."""
         return self.samples[(page - 1) * PAGE : page * PAGE]
 
+    def show_pair(self, sample: SampleResult) -> tuple[Image.Image, str]:
+        """A thumbnail of teacher and student side by side, and the words below it."""
+        images = [self.read_side(side, sample) for side in (TEACHER, STUDENT)]
+        scale = THUMBNAIL / max(images[0].size)
+        width, height = (max(1, round(side * scale)) for side in images[0].size)
+        how = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+        pair = Image.new("RGB", (2 * width + GAP, height), "white")
+        for number, image in enumerate(images):
+            pair.paste(image.resize((width, height), how), (number * (width + GAP), 0))
+        prompt = one_line(sample.prompt)
+        short = prompt if len(prompt) <= LABEL else f"{prompt[: LABEL - 1]}…"
+        return pair, f"{_format_psnr(sample)} · {short}"
+
+    def read_sides(self, sample: SampleResult) -> dict[str, Image.Image]:
+        """The teacher's, the student's and the teacher's picture from other noise, as they are."""
+        return {side: self.read_side(side, sample) for side in SIDES}
+
+    def read_side(self, side: str, sample: SampleResult) -> Image.Image:
+        """A picture as it is.
+
+        Raises:
+            ConvFusionError: it is missing or damaged.
+        """
+        path = picture_of(self.folder, side, sample.index)
+        try:
+            with Image.open(path, formats=("PNG",)) as file:
+                return file.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            raise ConvFusionError(f"the picture {path} is missing or damaged") from None
+
 
 def open_gallery(folder: str) -> Gallery:
     """The samples of an evaluation by the PSNR of the student's picture, lowest first.
@@ -56,39 +87,6 @@ def open_gallery(folder: str) -> Gallery:
         raise ConvFusionError(f"there is no folder {path}")
     student, samples = read_samples(path)
     return Gallery(path, student, sorted(samples, key=_closeness))
-
-
-def show_pair(gallery: Gallery, sample: SampleResult) -> tuple[Image.Image, str]:
-    """A thumbnail of teacher and student side by side, and the words below it."""
-    images = [read_side(gallery, side, sample) for side in (TEACHER, STUDENT)]
-    scale = THUMBNAIL / max(images[0].size)
-    size = tuple(max(1, round(side * scale)) for side in images[0].size)
-    how = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-    pair = Image.new("RGB", (2 * size[0] + 4, size[1]), "white")
-    for number, image in enumerate(images):
-        pair.paste(image.resize((size[0], size[1]), how), (number * (size[0] + 4), 0))
-    prompt = one_line(sample.prompt)
-    short = prompt if len(prompt) <= LABEL else f"{prompt[: LABEL - 1]}…"
-    return pair, f"{_format_psnr(sample)} · {short}"
-
-
-def read_side(gallery: Gallery, side: str, sample: SampleResult) -> Image.Image:
-    """A picture in full size.
-
-    Raises:
-        ConvFusionError: it is missing or damaged.
-    """
-    path = picture_of(gallery.folder, side, sample.index)
-    try:
-        with Image.open(path, formats=("PNG",)) as file:
-            return file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise ConvFusionError(f"the picture {path} is missing or damaged") from None
-
-
-def read_sides(gallery: Gallery, sample: SampleResult) -> dict[str, Image.Image]:
-    """The teacher's, the student's and the teacher's picture from other noise, in full size."""
-    return {side: read_side(gallery, side, sample) for side in SIDES}
 
 
 def describe_sample(sample: SampleResult) -> str:

@@ -17,10 +17,9 @@ from convfusion.analysis.statistics import (
     high_pass,
     receptive_field,
 )
-from convfusion.app.studio import Job, Studio
+from convfusion.app.studio import Studio
 from convfusion.errors import ConvFusionError
 from convfusion.families import Site
-from convfusion.families.watch import watch_attention
 from convfusion.mixers.base import Grid, project_heads
 from convfusion.mixers.offsets import ring_sums
 from convfusion.surgery import mixers_of
@@ -88,19 +87,14 @@ class SiteView:
     mixer: str
 
 
-def watch_call(studio: Studio, call: DenoiserCall, job: Job) -> list[Seen]:
-    """The tokens of every site in one call of the teacher, which is repeated for that.
-
-    Raises:
-        Stopped: the job was stopped.
-    """
+def watch_call(studio: Studio, call: DenoiserCall) -> list[Seen]:
+    """The tokens of every site in one call of the teacher, which is repeated for that."""
     seen: list[Seen] = []
 
     def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
         seen.append(Seen(site, tokens[-1:].detach().clone(), grid))
 
-    with watch_attention(studio.teacher, see):
-        studio.repeat(call, job)
+    studio.repeat(call, see)
     return seen
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,7 @@ def serve(
     port: int = PORT,
     prompt: str = "",
     on_ready: Callable[[str], None] = print,
-    block: bool = True,
-) -> Any:
+) -> None:
     """Serve the page until the process is interrupted.
 
     Args:
@@ -56,13 +56,28 @@ def serve(
         port: of 127.0.0.1.
         prompt: that is in the field at first.
         on_ready: called with the address, once the page is there.
-        block: wait; else return the page, which `close()` ends.
 
     Raises:
         ConvFusionError: the port is taken.
     """
     check_port(port)
-    keep_quiet()
+    with tempfile.TemporaryDirectory(prefix="convfusion-app-") as pictures:
+        keep_quiet(pictures)
+        page = launch(studio, port, prompt)
+        on_ready(f"http://{HOST}:{port}")
+        page.block_thread()
+
+
+def keep_quiet(pictures: str) -> None:
+    """Keep gradio from calling home and pictures in a folder that goes away; before its import."""
+    os.environ["GRADIO_TEMP_DIR"] = pictures
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["DO_NOT_TRACK"] = "1"
+
+
+def launch(studio: Studio, port: int, prompt: str) -> Any:
+    """Start the server in a thread, and return its page."""
     import gradio as gr
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -95,17 +110,7 @@ def serve(
             ]
         },
     )
-    on_ready(f"http://{HOST}:{port}")
-    if block:
-        page.block_thread()
     return page
-
-
-def keep_quiet() -> None:
-    """Keep gradio and what it brings along from calling home; before gradio is imported."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["DO_NOT_TRACK"] = "1"
 
 
 class AddedPolicy:

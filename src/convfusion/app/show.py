@@ -11,11 +11,12 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from convfusion.app.look import SHARE, Reach, SiteView
-from convfusion.report import BLUE, FAINT, GREY, INK, ORANGE, embed_picture
+from convfusion.report import BLUE, INK, ORANGE, embed_picture
 
 SHOWN_SIDE = 512  # small pictures are enlarged to about this, each pixel a square
 MAP_SIDE = 160  # of a map in a card
-CURVE = (210, 130)  # width and height of a curve in a card
+CURVE = (240, 110)  # width and height of a curve in a card
+OPAQUE = 0.85  # of the strongest colour: the picture shines through
 
 
 def enlarge(image: Image.Image, side: int = SHOWN_SIDE) -> Image.Image:
@@ -57,9 +58,9 @@ def overlay(image: Image.Image, reach: Reach, query: tuple[int, int], colour: st
 
 
 def _strength(weights: Tensor) -> np.ndarray:
-    """√(w / max w) as 8 bits [H, W]."""
+    """√(w / max w) as opacity of 8 bits, [H, W]."""
     values = weights.numpy()
-    return np.uint8(np.sqrt(values / max(values.max(), 1e-30)).round(3) * 255)
+    return (np.sqrt(values / max(values.max(), 1e-30)) * OPAQUE * 255).astype(np.uint8)
 
 
 def describe_drawn(name: str, seconds: float, psnr: float | None) -> str:
@@ -104,7 +105,7 @@ def _show_map(
     picture = embed_picture(overlay(image, reach, query, colour))
     return (
         f'<figure><img alt="What the {words} sees" src="{picture}">'
-        f'<figcaption style="color:{colour}">{words}</figcaption></figure>'
+        f'<figcaption class="cf-{words}">{words}</figcaption></figure>'
     )
 
 
@@ -140,23 +141,23 @@ def _show_curves(view: SiteView) -> str:
     width, height = CURVE
     left, top, bottom = 30, 6, 22
 
-    def draw(mass: Sequence[float], colour: str, dash: str = "none") -> str:
+    def draw(mass: Sequence[float], kind: str) -> str:
         points = " ".join(
             f"{left + i / max(1, len(mass) - 1) * (width - left - 8):.1f},"
             f"{top + (1 - value) * (height - top - bottom):.1f}"
             for i, value in enumerate(mass)
         )
-        style = f'fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"'
-        return f'<polyline points="{points}" {style}/>'
+        return f'<polyline class="cf-{kind}" points="{points}"/>'
 
-    lines = [draw(view.uniform, GREY, "3 3"), draw(view.attention.score_mass, BLUE)]
-    lines += [] if view.block is None else [draw(view.block.score_mass, ORANGE)]
+    lines = [draw(view.attention.score_mass, "attention")]
+    lines += [] if view.block is None else [draw(view.block.score_mass, "block")]
+    lines.append(draw(view.uniform, "uniform"))
     level = top + (1 - SHARE) * (height - top - bottom)
     last = 2 * len(view.uniform) - 1
     return (
         f'<svg viewBox="0 0 {width} {height}" class="cf-curve" role="img" '
         f'aria-label="Score mass by window">'
-        f'<line x1="{left}" x2="{width - 8}" y1="{level:.1f}" y2="{level:.1f}" stroke="{FAINT}"/>'
+        f'<line x1="{left}" x2="{width - 8}" y1="{level:.1f}" y2="{level:.1f}"/>'
         f'<text x="{left - 4}" y="{level + 4:.1f}" text-anchor="end">{SHARE:.0%}</text>'
         f'<text x="{left - 4}" y="{height - bottom + 2}" text-anchor="end">0</text>'
         f'{"".join(lines)}<text x="{left}" y="{height - 6}">1×1</text>'

@@ -16,20 +16,21 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from convfusion.analysis.capture import DenoiserCall, counted_calls, recorded_calls
-from convfusion.analysis.capture import sampling_timesteps as list_timesteps
+from convfusion.analysis.capture import (
+    DenoiserCall,
+    counted_calls,
+    recorded_calls,
+    sampling_timesteps,
+)
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate.images import psnr
-from convfusion.families import Denoiser, denoiser_of, family_of, list_sites, native_size
+from convfusion.families import Denoiser, Site, denoiser_of, family_of, list_sites, native_size
+from convfusion.families.watch import watch_attention
 from convfusion.generate import check_drawing, generate, swapped_denoiser
-from convfusion.mixers import Removed
-from convfusion.surgery import (
-    attention_back,
-    attention_teacher,
-    convert,
-    mixers_of,
-)
+from convfusion.mixers import Grid, Removed
+from convfusion.surgery import attention_back, attention_teacher, convert, mixers_of
 from convfusion.surgery.config import uniform
 
 TEACHER, STUDENT, REMOVED = "teacher", "student", "removed"
@@ -99,6 +100,15 @@ class Studio:
         name: what it is called.
         guidance: that it draws with by default.
 
+    Attributes:
+        has_blocks: whether the student has blocks, and is not the model without self-attention.
+        teacher: the denoiser with its self-attention.
+        removed: and without any.
+        sides: that a comparison has.
+        labels: a short name of every site, by its path.
+        warms_up: whether a few steps go before the first picture of a side and size, so that the
+            seconds of the teacher, which is the first, can be compared.
+
     Raises:
         ConvFusionError: there is no attention to compare with.
     """
@@ -113,6 +123,8 @@ class Studio:
         convert(self.removed, uniform(Removed()))
         self.sides = SIDES if self.has_blocks else (TEACHER, STUDENT)
         self.labels = label_sites([site.path for site in list_sites(self.teacher)])
+        self.warms_up = denoiser_of(pipe).device.type != "cpu"
+        self._warm: set[tuple[str, tuple[int, int]]] = set()
         self._lock = threading.Lock()
 
     @property
@@ -142,8 +154,9 @@ class Studio:
                 f"{wish.size[1]}×{wish.size[0]} is too large for this page, which draws up to "
                 f"{most[1]}×{most[0]}"
             )
-        numbers = ([wish.seed], wish.steps, wish.guidance, wish.size, 1, {})
-        check_drawing(self.pipe, [wish.prompt], *numbers)
+        check_drawing(
+            self.pipe, [wish.prompt], [wish.seed], wish.steps, wish.guidance, wish.size, 1, {}
+        )
 
     def draw(
         self,
@@ -168,7 +181,7 @@ class Studio:
             ConvFusionError: this cannot be drawn, or a path is no converted site.
         """
         self.check(wish)
-        timesteps = list_timesteps(self.pipe, wish.steps)
+        timesteps = sampling_timesteps(self.pipe, wish.steps)
         done = 0
 
         def count() -> None:
@@ -178,25 +191,36 @@ class Studio:
             on_step(done, len(timesteps))
 
         with self._alone(job), self._standing(side, given_back) as model:
+            self._warm_up(side, wish)
             watched = recorded_calls(self.pipe, timesteps if side == TEACHER else [])
             with watched as calls, counted_calls(model, count):
                 started = time.perf_counter()
-                images = generate(
-                    self.pipe,
-                    [wish.prompt],
-                    seeds=[wish.seed],
-                    steps=wish.steps,
-                    guidance=wish.guidance,
-                    size=None if self.fixed_size else wish.size,
-                    progress=False,
-                )
+                image = self._generate(wish, wish.steps)
                 seconds = time.perf_counter() - started
-        return Drawn(images[0], seconds, calls)
+        return Drawn(image, seconds, calls)
+
+    def _generate(self, wish: Wish, steps: int) -> Image.Image:
+        return generate(
+            self.pipe,
+            [wish.prompt],
+            seeds=[wish.seed],
+            steps=steps,
+            guidance=wish.guidance,
+            size=None if self.fixed_size else wish.size,
+            progress=False,
+        )[0]
+
+    def _warm_up(self, side: str, wish: Wish) -> None:
+        """Draw a little of the first picture of a kind: what a GPU prepares once is not its time."""
+        kind = (side, wish.size)
+        if self.warms_up and kind not in self._warm:
+            self._generate(wish, min(2, wish.steps))
+        self._warm.add(kind)
 
     def follow(
         self, side: str, wish: Wish, job: Job, given_back: Collection[str] = ()
     ) -> Iterator[tuple[int, int] | Drawn]:
-        """Draw a picture, and tell how far it is: the steps done and of all, in the end the picture.
+        """Draw a picture, and tell how far it is: the steps done and of all, then the picture.
 
         It is drawn in a thread of its own, and stops when nobody follows any more. Arguments and
         errors are those of `draw`.
@@ -225,9 +249,14 @@ class Studio:
             raise
 
     @torch.no_grad()
-    def repeat(self, call: DenoiserCall, job: Job) -> None:
-        """Call the teacher once more with what it was given, as for somebody who watches it."""
-        with self._alone(job):
+    def repeat(self, call: DenoiserCall, see: Callable[[Site, Any, Tensor, Grid], None]) -> None:
+        """Call the teacher once more with what it was given, and show what its attention is given.
+
+        Args:
+            call: of the teacher, from `Drawn.calls`.
+            see: as for `convfusion.families.watch.watch_attention`.
+        """
+        with self._alone(Job()), watch_attention(self.teacher, see):
             self.teacher(*call.args, **call.kwargs)
 
     @contextmanager
