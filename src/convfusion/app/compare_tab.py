@@ -124,7 +124,7 @@ class Compare:
         return {self.status: say("Waiting for its turn …")} | self.rest(True)
 
     def rest(self, resting: bool) -> Updates:
-        """Let what begins a drawing rest while there is one, and what stops it while there is none."""
+        """Let the controls rest while something is drawn, and Stop while nothing is."""
         controls = {each: gr.update(interactive=not resting) for each in self.controls}
         return controls | {self.stop: gr.update(interactive=resting)}
 

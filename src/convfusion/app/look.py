@@ -19,7 +19,7 @@ from convfusion.analysis.statistics import (
 )
 from convfusion.app.studio import Studio
 from convfusion.errors import ConvFusionError
-from convfusion.families import Site
+from convfusion.families import Site, family_of
 from convfusion.mixers.base import Grid, project_heads
 from convfusion.mixers.offsets import ring_sums
 from convfusion.surgery import mixers_of
@@ -35,7 +35,7 @@ class Seen:
 
     Attributes:
         site: the self-attention.
-        tokens: [1, N, C], of the half that sees the prompt.
+        tokens: [1, N, C], of the sample that sees the prompt.
         grid: (H, W) with H·W = N.
     """
 
@@ -90,9 +90,10 @@ class SiteView:
 def watch_call(studio: Studio, call: DenoiserCall) -> list[Seen]:
     """The tokens of every site in one call of the teacher, which is repeated for that."""
     seen: list[Seen] = []
+    prompted = family_of(studio.teacher).prompted
 
     def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
-        seen.append(Seen(site, tokens[-1:].detach().clone(), grid))
+        seen.append(Seen(site, tokens[prompted][None].detach().clone(), grid))
 
     studio.repeat(call, see)
     return seen

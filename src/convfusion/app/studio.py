@@ -211,7 +211,7 @@ class Studio:
         )[0]
 
     def _warm_up(self, side: str, wish: Wish) -> None:
-        """Draw a little of the first picture of a kind: what a GPU prepares once is not its time."""
+        """Draw some steps before the first picture of a kind: a GPU prepares itself once."""
         kind = (side, wish.size)
         if self.warms_up and kind not in self._warm:
             self._generate(wish, min(2, wish.steps))

@@ -135,17 +135,23 @@ def read_samples(folder: Path) -> tuple[str, list[SampleResult]]:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ConvFusionError(f"{path} is no evaluation of this version ({SCHEMA})")
     try:
-        samples = [
-            SampleResult(
-                **{
-                    **row,
-                    "index": int(row["index"]),
-                    "student": Likeness(**row["student"]),
-                    "other_seed": Likeness(**row["other_seed"]),
-                }
-            )
-            for row in content["samples"]
-        ]
+        samples = [_read_sample(row) for row in content["samples"]]
     except (TypeError, KeyError, ValueError, OverflowError):
-        raise CheckpointError(f"{path} is damaged: its samples lack something") from None
+        raise CheckpointError(f"{path} is damaged: its samples are not as written") from None
     return str(content.get("student", "student")), samples
+
+
+def _read_sample(row: dict[str, Any]) -> SampleResult:
+    def read(side: dict[str, Any]) -> Likeness:
+        psnr = None if side["psnr"] is None else float(side["psnr"])
+        return Likeness(psnr, float(side["ssim"]), float(side["cosine"]))
+
+    return SampleResult(
+        index=int(row["index"]),
+        prompt=str(row["prompt"]),
+        seed=int(row["seed"]),
+        student=read(row["student"]),
+        other_seed=read(row["other_seed"]),
+        epsilon_error=float(row["epsilon_error"]),
+        latent_error=float(row["latent_error"]),
+    )
