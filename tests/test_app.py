@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from evaluations import write_evaluation
 from PIL import Image
 from tiny_pipelines import PIPELINES, stable_diffusion
 
@@ -32,7 +33,6 @@ from convfusion.app.studio import (
 from convfusion.app.style import explain, say, show_progress
 from convfusion.app.visit import Visit
 from convfusion.errors import CheckpointError, ConvFusionError
-from convfusion.evaluate.measure import Likeness, SampleResult
 from convfusion.evaluate.results import SCHEMA
 from convfusion.families import denoiser_of, list_sites
 from convfusion.generate import generate
@@ -353,20 +353,6 @@ def test_a_visit_keeps_its_pictures_whole_and_leaves_nothing_behind():
     with pytest.raises(FileNotFoundError):
         Image.open(paths[0])
     assert visit.job.stopped and not visit.drawn
-
-
-def write_evaluation(folder, closeness):
-    """An evaluation of 8×8 pictures whose student has these PSNRs."""
-    samples = []
-    for index, psnr in enumerate(closeness):
-        student, other = Likeness(psnr, 0.9, 0.9), Likeness(9.0, 0.5, 0.5)
-        sample = SampleResult(index, f"prompt {index} " + "x" * 80, 7, student, other, 0.01, 0.02)
-        samples.append({**vars(sample), "student": vars(student), "other_seed": vars(other)})
-        for side, colour in (("teacher", 10), ("student", 20), ("teacher-other-seed", 30)):
-            (folder / side).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), (colour, index, 0)).save(folder / side / f"{index:05d}.png")
-    content = {"schema": SCHEMA, "student": "mine", "samples": samples}
-    (folder / "evaluation.json").write_text(json.dumps(content))
 
 
 def test_an_evaluation_begins_with_its_worst_pictures(tmp_path):
