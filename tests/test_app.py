@@ -310,10 +310,13 @@ def test_cards_show_every_site_and_no_text_as_markup():
     assert page.count("<section") == len(views) and page.count("<img") == 2 * len(views)
     assert "<b>" not in page and "&lt;b&gt;" in page and "http" not in page
     assert "80% within" in page and "ERF" in page
-    bare = Studio(stable_diffusion(), "sd")
-    calls = bare.draw(TEACHER, wish_for(bare), Job()).calls
-    page = show.show_views(drawn.image, look_from(bare, watch_call(bare, calls[0]), (0, 0)), labels)
+    seen = watch_call(studio, drawn.calls[0])
+    none = make_studio(mixer=Removed())
+    page = show.show_views(drawn.image, look_from(none, seen, (0, 0)), labels)
     assert page.count("looks at no token") == len(views)
+    bare = Studio(stable_diffusion(), "sd")
+    page = show.show_views(drawn.image, look_from(bare, seen, (0, 0)), labels)
+    assert page.count("<img") == len(views) and "lock" not in page
 
 
 def test_small_pictures_are_enlarged_and_a_point_is_marked_where_it_is():

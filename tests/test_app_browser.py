@@ -23,7 +23,8 @@ STEPS = 4  # of a picture
 
 # Whatever the server process connects to, looks up or starts is written down.
 SERVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have switched off
 log = open(sys.argv.pop(1), "a", buffering=1)
 def watch(event, args):
     if event in ("socket.connect", "socket.sendto"):
@@ -74,6 +75,7 @@ def address(tmp_path_factory):
     yield f"http://127.0.0.1:{port}"
     server.send_signal(signal.SIGINT)
     server.communicate(timeout=PATIENCE)
+    assert server.returncode == 0
     assert log.read_text() == "", "the server reached for another machine"
 
 

@@ -9,7 +9,7 @@ import gradio as gr
 
 from convfusion.app import show
 from convfusion.app.look_tab import Look
-from convfusion.app.parts import FAILURES, MODEL, PICTURE, QUICK, Updates
+from convfusion.app.parts import FAILURES, MODEL, PICTURE, QUICK, Settings, Updates
 from convfusion.app.studio import (
     REMOVED,
     STUDENT,
@@ -50,11 +50,10 @@ class Compare:
             self.seed = gr.Number(0, label="Seed", precision=0, min_width=100)
             self.steps = gr.Number(25, label="Steps", precision=0, min_width=100, elem_id="steps")
         with gr.Row():
-            self.width = gr.Number(width, label="Width", precision=0, min_width=80)
-            self.height = gr.Number(height, label="Height", precision=0, min_width=80)
+            side: Settings = {"precision": 0, "min_width": 80, "visible": not studio.fixed_size}
+            self.width = gr.Number(width, label="Width", elem_id="width", **side)
+            self.height = gr.Number(height, label="Height", elem_id="height", **side)
             self.guidance = gr.Number(studio.guidance, label="Guidance", min_width=80)
-        if studio.fixed_size:
-            self.width.visible = self.height.visible = False
         with gr.Row():
             self.draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=100)
             self.stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=100)

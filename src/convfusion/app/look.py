@@ -112,7 +112,7 @@ def look_from(studio: Studio, seen: Sequence[Seen], point: tuple[float, float]) 
     """
     if not all(0 <= share <= 1 for share in point):
         raise ConvFusionError("this point lies outside of the picture")
-    mixers = mixers_of(studio.pipe)
+    mixers = mixers_of(studio.pipe) if studio.has_blocks else {}
     views = []
     for each in seen:
         row, column = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -64,8 +65,12 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="convfusion-app-") as pictures:
         keep_quiet(pictures)
         page = launch(studio, port, prompt)
-        on_ready(f"http://{HOST}:{port}")
-        page.block_thread()
+        try:
+            on_ready(f"http://{HOST}:{port}")
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:  # the way to end it
+            page.close(verbose=False)
 
 
 def keep_quiet(pictures: str) -> None:
