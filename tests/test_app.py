@@ -316,7 +316,7 @@ def test_cards_show_every_site_and_no_text_as_markup():
     assert page.count("looks at no token") == len(views)
     bare = Studio(stable_diffusion(), "sd")
     page = show.show_views(drawn.image, look_from(bare, seen, (0, 0)), labels)
-    assert page.count("<img") == len(views) and "lock" not in page
+    assert page.count("<img") == len(views) and "Block:" not in page
 
 
 def test_small_pictures_are_enlarged_and_a_point_is_marked_where_it_is():
