@@ -120,7 +120,7 @@ class Compare:
         visit.job.stopped = True
         visit.job = Job()
         self.visits[str(request.session_hash)] = visit
-        return {self.status: say("Waiting for its turn …")} | self.rest(True)
+        return {self.status: say("Waiting for the model …")} | self.rest(True)
 
     def rest(self, resting: bool) -> Updates:
         """Let the controls rest while something is drawn, and Stop while nothing is."""
