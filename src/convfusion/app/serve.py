@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from convfusion.app.quiet import keep_quiet
 from convfusion.app.studio import Studio
 from convfusion.app.style import CODE_FONTS, CSS, FONTS
 from convfusion.errors import ConvFusionError
@@ -63,7 +64,8 @@ def serve(
     """
     check_port(port)
     with tempfile.TemporaryDirectory(prefix="convfusion-app-") as pictures:
-        keep_quiet(pictures)
+        keep_quiet()
+        os.environ["GRADIO_TEMP_DIR"] = pictures
         page = launch(studio, port, prompt)
         try:
             on_ready(f"http://{HOST}:{port}")
@@ -71,14 +73,6 @@ def serve(
                 time.sleep(3600)
         except KeyboardInterrupt:  # the way to end it
             page.close(verbose=False)
-
-
-def keep_quiet(pictures: str) -> None:
-    """Keep gradio from calling home and pictures in a folder that goes away; before its import."""
-    os.environ["GRADIO_TEMP_DIR"] = pictures
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["DO_NOT_TRACK"] = "1"
 
 
 def launch(studio: Studio, port: int, prompt: str) -> Any:
