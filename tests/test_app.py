@@ -2,6 +2,7 @@
 
 import json
 import socket
+import subprocess
 import sys
 import threading
 
@@ -418,6 +419,19 @@ def test_without_gradio_the_extra_is_named(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     code, _, err = run("app")
     assert code == 2 and "pip install 'convfusion[app]'" in err and err.count("\n") == 1
+
+
+def test_libraries_are_told_to_keep_quiet_before_they_are_imported():
+    script = """
+import os, sys
+import convfusion.cli
+from convfusion.app.quiet import SWITCHES, keep_quiet
+keep_quiet()
+assert SWITCHES.items() <= os.environ.items()
+print([name for name in ("gradio", "huggingface_hub", "onnxruntime") if name in sys.modules])
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.stdout == "[]\n", ran.stdout + ran.stderr
 
 
 def test_teacher_and_student_share_their_weights():
