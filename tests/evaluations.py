@@ -1,11 +1,16 @@
 """What the tests of evaluations share: tiny students, foreseeable features, a plan."""
 
+import json
+
 import torch
+from PIL import Image
 from tiny_pipelines import PIPELINES
 
 import convfusion
 from convfusion.evaluate import plan_evaluation
 from convfusion.evaluate.extractors import Extractor, Preprocessing
+from convfusion.evaluate.measure import Likeness, SampleResult
+from convfusion.evaluate.results import SCHEMA
 from convfusion.fingerprint import fingerprint
 from convfusion.surgery import mixers_of
 
@@ -52,3 +57,17 @@ def files(folder):
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def write_evaluation(folder, closeness):
+    """A made-up evaluation of 8×8 pictures, whose student has these PSNRs."""
+    samples = []
+    for index, psnr in enumerate(closeness):
+        student, other = Likeness(psnr, 0.9, 0.9), Likeness(9.0, 0.5, 0.5)
+        sample = SampleResult(index, f"prompt {index} " + "x" * 80, 7, student, other, 0.01, 0.02)
+        samples.append({**vars(sample), "student": vars(student), "other_seed": vars(other)})
+        for side, colour in (("teacher", 10), ("student", 20), ("teacher-other-seed", 30)):
+            (folder / side).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (colour, index, 0)).save(folder / side / f"{index:05d}.png")
+    content = {"schema": SCHEMA, "student": "mine", "samples": samples}
+    (folder / "evaluation.json").write_text(json.dumps(content))

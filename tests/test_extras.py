@@ -60,6 +60,7 @@ def test_every_command_works_or_names_what_it_needs(tmp_path):
         (["evaluate", "mini", *prompts, *out("evaluation")], "eval"),
         (["export", "mini", *out("x.onnx")], "onnx"),
         (["export", "mini", "--pipeline", *out("whole")], "onnx"),
+        (["app", "mini"], "app"),
     ]  # fmt: skip
     commands = json.dumps([command for command, _ in cases])
     ran = subprocess.run(

@@ -42,6 +42,7 @@ EXTRAS = {
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
+    "gradio": "app",
 }
 
 

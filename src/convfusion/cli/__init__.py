@@ -9,6 +9,7 @@ import typer
 
 from convfusion import __version__
 from convfusion.cli.analyze import ablate, analyze
+from convfusion.cli.app import app as serve_app
 from convfusion.cli.bench import bench
 from convfusion.cli.cache import cache
 from convfusion.cli.compare import compare
@@ -50,6 +51,7 @@ COMMANDS = (
     curve,
     export,
     push,
+    serve_app,
 )
 
 

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER
 from convfusion.evaluate.images import mean_of_psnr
-from convfusion.evaluate.measure import Curves, Distribution, SampleResult, SetScores
+from convfusion.evaluate.measure import Curves, Distribution, Likeness, SampleResult, SetScores
 from convfusion.evaluate.scores import mean_of
-from convfusion.files import write_csv, write_text
+from convfusion.files import read_json, write_csv, write_text
 
 SCHEMA = "convfusion-evaluation-1"
 
@@ -117,3 +118,40 @@ def _flatten(row: SampleResult) -> dict[str, Any]:
         else:
             columns[key] = value
     return columns
+
+
+def read_samples(folder: Path) -> tuple[str, list[SampleResult]]:
+    """What the student of a finished evaluation is called, and every sample, from its folder.
+
+    Raises:
+        ConvFusionError: there is no `evaluation.json`, it is of another kind, or it is damaged.
+    """
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        raise ConvFusionError(
+            f"{folder} holds no finished evaluation: `convfusion evaluate --out {folder}` makes one"
+        )
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ConvFusionError(f"{path} is no evaluation of this version ({SCHEMA})")
+    try:
+        samples = [_read_sample(row) for row in content["samples"]]
+    except (TypeError, KeyError, ValueError, OverflowError):
+        raise CheckpointError(f"{path} is damaged: its samples are not as written") from None
+    return str(content.get("student", "student")), samples
+
+
+def _read_sample(row: dict[str, Any]) -> SampleResult:
+    def read(side: dict[str, Any]) -> Likeness:
+        psnr = None if side["psnr"] is None else float(side["psnr"])
+        return Likeness(psnr, float(side["ssim"]), float(side["cosine"]))
+
+    return SampleResult(
+        index=int(row["index"]),
+        prompt=str(row["prompt"]),
+        seed=int(row["seed"]),
+        student=read(row["student"]),
+        other_seed=read(row["other_seed"]),
+        epsilon_error=float(row["epsilon_error"]),
+        latent_error=float(row["latent_error"]),
+    )

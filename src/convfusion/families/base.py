@@ -102,6 +102,8 @@ class Family(ABC):
         input_docs: what arguments of the denoiser are, in words, by dotted name; an exported file
             says so.
         attention_classes: what its self-attentions are; a subclass of these is refused.
+        prompted: which sample of the batch that its pipelines guide one picture with is the one
+            that sees the prompt.
     """
 
     name: ClassVar[str]
@@ -117,6 +119,7 @@ class Family(ABC):
     released_gate: ClassVar[Gate | None] = None
     input_docs: ClassVar[Mapping[str, str]] = {}
     attention_classes: ClassVar[tuple[type[nn.Module], ...]] = (Attention,)
+    prompted: ClassVar[int] = -1
 
     @abstractmethod
     def list_sites(self, model: Denoiser) -> list[Site]:

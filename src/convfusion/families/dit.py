@@ -36,6 +36,7 @@ class DiT(Family):
     fixed_size = True
     gives_latents = False
     prompt_argument = "class_labels"
+    prompted = 0
 
     def list_sites(self, model: Denoiser) -> list[Site]:
         return list_plain_sites(model)
