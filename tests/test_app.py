@@ -425,7 +425,7 @@ def test_libraries_are_told_to_keep_quiet_before_they_are_imported():
     script = """
 import os, sys
 import convfusion.cli
-from convfusion.app.quiet import SWITCHES, keep_quiet
+from convfusion.quiet import SWITCHES, keep_quiet
 keep_quiet()
 assert SWITCHES.items() <= os.environ.items()
 print([name for name in ("gradio", "huggingface_hub", "onnxruntime") if name in sys.modules])

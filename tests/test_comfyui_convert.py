@@ -46,11 +46,10 @@ def convert(model, **options):
 
 
 def errors_of(report):
-    """The ε-error, its standard error, and the error without any self-attention."""
-    found = re.search(
-        r"whole model: (\S+) ± (\S+), .*\nWithout any self-attention: (\S+)\.\n", report
-    )
-    return tuple(float(number) for number in found.groups())
+    """The error of the predicted noise, its standard error, and that without self-attention."""
+    model = re.search(r"model predicts: (\S+) ± (\S+), ", report).groups()
+    without = re.search(r"of the (\S+) without any", report).groups()
+    return tuple(float(number) for number in model + without)
 
 
 def test_blocks_are_made_and_stand_in(model, folder):

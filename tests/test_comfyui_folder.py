@@ -8,7 +8,6 @@ import comfyui_models as comfyui
 import pytest
 
 import convfusion
-from convfusion.mixers import Halo
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -71,13 +70,6 @@ def test_the_arguments_are_those_that_the_node_declares(name):
     code = getattr(node, node.FUNCTION).__code__
     assert list(code.co_varnames[1 : code.co_argcount]) == list(inputs_of(name))
     assert name in comfyui.load_nodes().NODE_DISPLAY_NAME_MAPPINGS
-
-
-def test_the_defaults_are_the_librarys():
-    inputs = inputs_of("ConvFusionConvert")
-    halo = Halo()
-    assert inputs["key_share"][1]["default"] == halo.key_ratio
-    assert inputs["value_share"][1]["default"] == halo.value_ratio
 
 
 def test_the_manifest_has_the_version_of_the_library():

@@ -8,8 +8,9 @@ from importlib.util import find_spec
 
 if find_spec("convfusion") is None:
     raise ImportError(
-        "ConvFusion's nodes need the library convfusion in the Python that runs ComfyUI: install "
-        "it with `pip install convfusion`, then start ComfyUI again"
+        "ConvFusion's nodes need the library convfusion in the Python that runs ComfyUI: run "
+        "`python -m pip install .` with that Python in a clone of ConvFusion, then start ComfyUI "
+        "again"
     )
 
 from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS

@@ -313,15 +313,16 @@ def _report(
     removed: Tensor,
 ) -> str:
     mean, spread = errors.mean().item(), errors.std().item() / len(errors) ** 0.5
+    without = removed.mean().item()
     lines = [
         f"{target.name}: blocks without training.",
-        f"ε-error of the whole model: {mean:.2e} ± {spread:.0e}, over {len(errors)} samples of the "
-        "pictures that were drawn.",
-        f"Without any self-attention: {removed.mean().item():.2e}.",
+        f"Error of the noise that the whole model predicts: {mean:.2e} ± {spread:.0e}, over "
+        f"{len(errors)} samples of the pictures that were drawn.",
+        f"That is 1/{without / mean:.3g} of the {without:.2e} without any self-attention.",
         "",
     ]
     if chosen is not None:
         lines += [str(chosen), ""]
-    lines += ["Error of each block against its attention (1: no nearer than its mean output):"]
-    lines += [f"{shorten_path(path):<12}{error:.1e}" for path, error in imitation.items()]
+    lines += ["Error of each block against its attention (1 is as far as its mean output):"]
+    lines += [f"{shorten_path(path):<16}{error:.1e}" for path, error in imitation.items()]
     return "\n".join(lines)

@@ -7,6 +7,10 @@ from typing import Any, ClassVar
 
 FOLDER = "model_patches"  # of ComfyUI's `models`, where blocks are put
 CATEGORY = "ConvFusion"
+START = (
+    "Part of the sampling, from 0 to 1, after which blocks stand in. Before it, the attention does."
+)
+END = "Part of the sampling after which the attention takes over again."
 
 
 class LoadBlocks:
@@ -54,15 +58,15 @@ class ApplyBlocks:
         percent = {"min": 0.0, "max": 1.0, "step": 0.01}
         return {
             "required": {
-                "model": ("MODEL",),
-                "blocks": ("CONVFUSION_BLOCKS",),
+                "model": ("MODEL", {"tooltip": "SD1.x, SD2.x or SDXL."}),
+                "blocks": ("CONVFUSION_BLOCKS", {"tooltip": "Of a model of the same layout."}),
                 "start_percent": (
                     "FLOAT",
-                    {"default": 0.0, **percent, "tooltip": "Before it, the attention stays."},
+                    {"default": 0.0, **percent, "tooltip": START},
                 ),
                 "end_percent": (
                     "FLOAT",
-                    {"default": 1.0, **percent, "tooltip": "After it, the attention stays."},
+                    {"default": 1.0, **percent, "tooltip": END},
                 ),
                 "min_tokens": (
                     "INT",
@@ -78,8 +82,9 @@ class ApplyBlocks:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "Sites whose attention stays, as patterns with commas between: "
-                        "mid_block.*, up_blocks.1.*",
+                        "tooltip": "Layers whose attention stays, with commas between, by the "
+                        "names in the report of Convert without Training; * stands for anything: "
+                        "mid, up 1 *",
                     },
                 ),
             }
@@ -129,35 +134,71 @@ class ConvertWithoutTraining:
         share = {"min": 0.05, "max": 1.0, "step": 0.005}
         return {
             "required": {
-                "model": ("MODEL",),
-                "positive": ("CONDITIONING",),
-                "negative": ("CONDITIONING",),
-                "latent": ("LATENT", {"tooltip": "Its size is what the blocks are measured at."}),
+                "model": ("MODEL", {"tooltip": "SD1.x, SD2.x or SDXL; behind its LoRAs."}),
+                "positive": ("CONDITIONING", {"tooltip": "A prompt that is typical of yours."}),
+                "negative": ("CONDITIONING", {"tooltip": "The negative prompt that you use."}),
+                "latent": ("LATENT", {"tooltip": "An empty latent of the size you draw at."}),
                 "mixer": (
                     cls.MIXERS,
-                    {"tooltip": "halo is nearer to the attention, delta_conv needs less time."},
+                    {
+                        "tooltip": "halo is near the attention at once. delta_conv is cheaper, but "
+                        "its pictures are poor until it is trained, outside of ComfyUI."
+                    },
                 ),
                 "key_share": (
                     "FLOAT",
-                    {"default": 0.25, **share, "tooltip": "halo: channels of queries and keys."},
+                    {
+                        "default": 0.5,
+                        **share,
+                        "tooltip": "halo: how finely tokens are compared. Larger is nearer to the "
+                        "attention, and slower.",
+                    },
                 ),
                 "value_share": (
                     "FLOAT",
-                    {"default": 0.5, **share, "tooltip": "halo: channels of values."},
+                    {
+                        "default": 0.5,
+                        **share,
+                        "tooltip": "halo: how much of each token is passed on. Larger is nearer "
+                        "to the attention, and slower.",
+                    },
                 ),
                 "budget": (
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "Such as 4x: choose a block for each site so that all together "
-                        "need 4 times fewer operations. Takes minutes, and passes over the mixer "
-                        "and the shares.",
+                        "tooltip": "Such as 4x: choose a block for each layer so that all together "
+                        "need 4 times fewer operations. Takes minutes; mixer and shares are then "
+                        "ignored. Empty: the same block everywhere.",
                     },
                 ),
-                "pictures": ("INT", {"default": 4, "min": 1, "max": 256}),
-                "steps": ("INT", {"default": 12, "min": 1, "max": 1000}),
-                "cfg": ("FLOAT", {"default": 7.0, "min": 0.0, "max": 100.0, "step": 0.1}),
-                "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1}),
+                "pictures": (
+                    "INT",
+                    {
+                        "default": 4,
+                        "min": 1,
+                        "max": 256,
+                        "tooltip": "That are drawn to measure with. More of them measure better.",
+                    },
+                ),
+                "steps": (
+                    "INT",
+                    {"default": 12, "min": 1, "max": 1000, "tooltip": "Of each of them."},
+                ),
+                "cfg": (
+                    "FLOAT",
+                    {
+                        "default": 7.0,
+                        "min": 0.0,
+                        "max": 100.0,
+                        "step": 0.1,
+                        "tooltip": "Guidance of these pictures: the one that you draw with.",
+                    },
+                ),
+                "seed": (
+                    "INT",
+                    {"default": 0, "min": 0, "max": 2**64 - 1, "tooltip": "Of the first of them."},
+                ),
                 "name": (
                     "STRING",
                     {"default": "blocks", "tooltip": "Of the file; a number is put behind it."},

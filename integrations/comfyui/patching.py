@@ -8,7 +8,6 @@ device and frees them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,6 +19,7 @@ from torch.func import functional_call
 
 import convfusion
 from convfusion.errors import ConvFusionError
+from convfusion.families import shorten_path
 from convfusion.mixers.base import Grid, TokenMixer
 from convfusion.surgery import mixers_of
 
@@ -141,7 +141,8 @@ def apply_blocks(
         file: of blocks, ours or the paper's authors'.
         start_percent, end_percent: part of the sampling in which they do.
         min_tokens: with fewer tokens than that, an attention stays as it is.
-        keep: patterns over paths of sites, divided by commas or spaces, whose attention stays.
+        keep: patterns of sites, divided by commas, whose attention stays; over their paths or over
+            the short names that reports have.
 
     Raises:
         ConvFusionError: the file does not fit the model, or a pattern matches none of its sites.
@@ -193,17 +194,16 @@ def leave_out(mixers: Mapping[str, TokenMixer], keep: str) -> dict[str, TokenMix
     Raises:
         ConvFusionError: a pattern matches none, or all are left out.
     """
-    patterns = re.split(r"[\s,]+", keep.strip()) if keep.strip() else []
+    patterns = [pattern.strip() for pattern in keep.split(",") if pattern.strip()]
+    names = {path: (path, shorten_path(path)) for path in mixers}
     for pattern in patterns:
-        if not any(fnmatchcase(path, pattern) for path in mixers):
-            raise ConvFusionError(
-                f"the pattern {pattern!r} matches no site with a block; there are {len(mixers)}, "
-                f"such as {next(iter(mixers))}"
-            )
+        if not any(fnmatchcase(name, pattern) for both in names.values() for name in both):
+            listed = ", ".join(short for _, short in names.values())
+            raise ConvFusionError(f"{pattern!r} matches no site with a block; there are: {listed}")
     left = {
         path: mixer
         for path, mixer in mixers.items()
-        if not any(fnmatchcase(path, pattern) for pattern in patterns)
+        if not any(fnmatchcase(name, pattern) for name in names[path] for pattern in patterns)
     }
     if not left:
         raise ConvFusionError("every attention is kept: there is nothing to apply")

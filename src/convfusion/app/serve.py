@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from convfusion.app.quiet import keep_quiet
 from convfusion.app.studio import Studio
 from convfusion.app.style import CODE_FONTS, CSS, FONTS
 from convfusion.errors import ConvFusionError
+from convfusion.quiet import keep_quiet
 
 HOST = "127.0.0.1"
 PORT = 7860

@@ -35,9 +35,6 @@ def app(
     their attention back, shows where each layer looks from a point, and opens evaluations. No
     other machine can reach the page, and the page reaches none. Ctrl-C ends it.
     """
-    from convfusion.app.quiet import keep_quiet
-
-    keep_quiet()  # before anything loads diffusers
     from convfusion.app.serve import check_port, serve
     from convfusion.app.studio import Studio
     from convfusion.imports import check_installed

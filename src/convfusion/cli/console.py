@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from convfusion.quiet import keep_quiet
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -98,7 +100,8 @@ def hide_loading_bars() -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep the advice that libraries give to programmers off the terminal."""
+    """Keep advice for programmers off the terminal, and reports of use from being sent."""
+    keep_quiet()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
