@@ -188,7 +188,7 @@ def test_what_cannot_be_exported_as_a_whole_is_told_at_once(tmp_path, monkeypatc
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     out, pipe, told = tmp_path / "out", converted("sd"), {"unet": 1e-6}
 
-    def write(pipe, readers, aside):
+    def write(pipe, readers, aside, on_part):
         (aside / "unet").mkdir()
         (aside / "unet" / "model.onnx").write_text(str(told["unet"]))
         return told
@@ -211,10 +211,14 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_the_command_writes_the_folder(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "_write", lambda *_: {"unet": 1e-6, "vae_decoder": 2e-6})
+    def write(pipe, readers, aside, on_part):
+        on_part("unet")
+        return {"unet": 1e-6, "vae_decoder": 2e-6}
+
+    monkeypatch.setattr(pipeline, "_write", write)
     convfusion.save_pipeline(converted("sd"), tmp_path / "model")
     status, out, err = run("export", tmp_path / "model", "--pipeline", "--out", tmp_path / "onnx")
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, "Tracing, writing and comparing with PyTorch: unet …\n")
     assert "vae_decoder: differs from PyTorch by 2.0e-06" in out and "Written:" in out
     index = json.loads((tmp_path / "onnx" / "pipeline.json").read_text(encoding="utf-8"))
     assert (index["guidance"], index["steps"]) == (5.0, 25)
