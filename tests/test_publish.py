@@ -14,8 +14,6 @@ from tiny_models import sd15
 from tiny_pipelines import stable_diffusion
 
 import convfusion
-from convfusion.surgery import mixers_of
-from convfusion.surgery.record import TrainingRecord, set_record
 
 pytestmark = pytest.mark.libraries
 
@@ -30,7 +28,8 @@ import torch
 import huggingface_hub
 from convfusion.cli import main
 
-SHORTER = {"evaluate": "--steps 2 --size 32x32", "generate": "--steps 2 --size 32x32"}
+SMALL = "--steps 2 --size 32x32"
+SHORTER = {"convert": "--size 32x32", "evaluate": SMALL, "generate": SMALL}
 
 def type_in(line):
     words = shlex.split(line, comments=True)
@@ -60,20 +59,16 @@ type_in("convfusion generate BASE --blocks NAME --prompt apple --out offline.png
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """The folder of a run, with blocks for a model of SD1.5's layout that is not trained."""
+    """A folder with a model of SD1.5's layout that is not trained, and prompts."""
     root = tmp_path_factory.mktemp("place")
     torch.manual_seed(3)
     pipe = stable_diffusion()
     pipe.register_modules(unet=sd15().eval())
     pipe.save_pretrained(root / "base")
-    pipe.register_to_config(_name_or_path=BASE)
-    convfusion.convert(pipe, "halo")
-    for mixer in mixers_of(pipe.unet).values():
-        set_record(mixer, TrainingRecord("attention", 20000))
-    convfusion.save(pipe, root / "run")
-    (root / "run" / "checkpoints").mkdir()
+    (root / "run" / "checkpoints").mkdir(parents=True)  # as a training leaves them
     (root / "run" / "checkpoints" / "state.safetensors").write_bytes(b"large")
-    (root / "others.txt").write_text("red\ngreen\napple\n")
+    for name in ("prompts.txt", "others.txt"):
+        (root / name).write_text("red\ngreen\napple\n")
     return root
 
 
@@ -139,7 +134,7 @@ def test_the_card_of_the_page(place, read):
     assert "| ε-error, 0 is equal |" in card.text and "Means with standard errors" in card.text
     assert f"over {evaluated['settings']['samples']} pictures" in card.text
     for line in (
-        f'pipe = DiffusionPipeline.from_pretrained("{BASE}")',
+        f'pipe = DiffusionPipeline.from_pretrained("{BASE}", use_safetensors=True)',
         f'convfusion.load(pipe, "{NAME}")',
         f"convfusion generate {BASE} --blocks {NAME} --prompt",
         "put `blocks.safetensors` into `ComfyUI/models/model_patches`",

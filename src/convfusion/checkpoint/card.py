@@ -56,7 +56,7 @@ LIMITS = """- The pictures are nearly those of the base model, not the same, and
 FROM_DIFFUSERS = """import convfusion
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained({base})"""
+pipe = DiffusionPipeline.from_pretrained({base}, use_safetensors=True)"""
 
 USE = """In Python:
 
