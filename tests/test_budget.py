@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -201,8 +202,8 @@ def test_what_is_no_choice_says_so_in_one_line():
     moments = made_up_moments(model, (16, 16), fingerprint(model))
     wrong = [
         ({"budget": "1e6x"}, "looks like 4x"),
-        ({"budget": "100000x", "moments": moments}, "is the least that can be had"),
-        ({"budget": "100000x"}, "is the least that can be had"),
+        ({"budget": "100000x", "moments": moments}, r"here: at most [\d.]+x can be had"),
+        ({"budget": "100000x"}, r"everywhere: at most [\d.]+x can be had; with moments"),
         ({"budget": "2x", "keep": 1}, "needs moments"),
         ({"budget": "2s"}, "needs moments"),
         ({"budget": "2x", "moments": moments, "keep": 99}, "at least one must be replaced"),
@@ -219,6 +220,18 @@ def test_what_is_no_choice_says_so_in_one_line():
     convfusion.convert(model)
     with pytest.raises(ConvFusionError, match="converted already"):
         choose_mixers(model, "2x", moments=moments)
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_what_a_refused_budget_says_can_be_had_is_the_most_there_is(measured):
+    model = sd15()
+    moments = made_up_moments(model, (16, 16), fingerprint(model)) if measured else None
+    with pytest.raises(ConvFusionError) as refused:
+        choose_mixers(model, "100000x", moments=moments)
+    most = float(re.search(r"at most ([\d.]+)x", str(refused.value))[1])
+    assert choose_mixers(model, Budget(most * 0.999), moments=moments).saving >= most * 0.999
+    with pytest.raises(ConvFusionError, match="cannot be reached"):
+        choose_mixers(model, Budget(most * 1.001), moments=moments)
 
 
 def test_all_attentions_within_a_budget_are_nothing_to_convert():
@@ -250,7 +263,7 @@ def test_seconds_are_measured_and_hold():
     assert chosen.seconds <= 2 * least
     assert chosen.seconds == pytest.approx(sum(site.seconds for site in chosen.sites))
     assert "Measured on this device" in str(chosen)
-    with pytest.raises(ConvFusionError, match="is the least that can be had"):
+    with pytest.raises(ConvFusionError, match=r"here: at least [\d.]+s is needed"):
         allocations.within(Budget(least / 2, "s"))
 
 

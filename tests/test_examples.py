@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import randomise
 from tiny_pipelines import stable_diffusion
 
 import convfusion
 from convfusion import mini
 from convfusion.evaluate.images import psnr
 from convfusion.export import export_pipeline
+from convfusion.families import latent_scale
 from convfusion.generate import generate
+from convfusion.surgery import mixers_of
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -73,21 +76,21 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_onnx_generate_draws_what_the_pipeline_draws(tmp_path):
-    pipe = mini.load_student()
-    export_pipeline(pipe, tmp_path / "mini", guidance=mini.GUIDANCE)
-    for prompts, size in ((["red apple, noto"], (64, 96)), (["dog face", "cat face"], (64, 64))):
-        sides = (len(prompts), 4, *(side // 4 for side in size))
+    pipe = stable_diffusion()
+    convfusion.convert(pipe, "halo")
+    randomise(mixers_of(pipe), std=0.1)
+    export_pipeline(pipe, tmp_path / "onnx", guidance=3.0)
+    for prompts, size in ((["red apple"], (16, 24)), (["apple", "green apple"], (16, 16))):
+        sides = (len(prompts), 4, *(side // latent_scale(pipe) for side in size))
         latents = torch.randn(sides, generator=torch.Generator().manual_seed(7))
         np.save(tmp_path / "latents.npy", latents.numpy())
-        command = [EXAMPLES / "onnx_generate.py", tmp_path / "mini", "--steps", 10]
+        command = [EXAMPLES / "onnx_generate.py", tmp_path / "onnx", "--steps", 3]
         command += [word for prompt in prompts for word in ("--prompt", prompt)]
         command += ["--latents", tmp_path / "latents.npy", "--out", tmp_path / "drawn.png"]
         subprocess.run([sys.executable, "-c", WITHOUT, *map(str, command)], check=True)
         names = ["drawn.png"] if len(prompts) == 1 else ["drawn-0.png", "drawn-1.png"]
         drawn = [Image.open(tmp_path / name) for name in names]
-        expected = generate(
-            pipe, prompts, steps=10, guidance=mini.GUIDANCE, size=size, latents=latents
-        )
+        expected = generate(pipe, prompts, steps=3, guidance=3.0, size=size, latents=latents)
         assert [picture.size for picture in drawn] == [size[::-1]] * len(prompts)
         assert min(map(psnr, drawn, expected)) >= 40
 

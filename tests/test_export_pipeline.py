@@ -36,9 +36,16 @@ def example():
     return runpy.run_path(str(EXAMPLE))
 
 
+XL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 16 + 6 * 4,
+}
+
+
 def converted(kind):
     pipe = PIPELINES[kind]()
-    if kind == "sdxl":  # with fewer layers: each is traced
+    if kind in ("sd", "sdxl"):  # with fewer layers: each is traced
         pipe.unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(8, 8),
@@ -48,22 +55,41 @@ def converted(kind):
             cross_attention_dim=16,
             attention_head_dim=2,
             norm_num_groups=4,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=16 + 6 * 4,
+            **(XL if kind == "sdxl" else {}),
         ).eval()
     convfusion.convert(pipe, uniform(DeltaConv(kernel_size=3)))
     randomise(mixers_of(pipe), std=0.1)
     return pipe
 
 
+@pytest.fixture(scope="module")
+def pixart(tmp_path_factory):
+    """A PixArt exported once, in float32 and in int8, with weights in files of their own."""
+    root, pipe = tmp_path_factory.mktemp("pixart"), converted("pixart")
+    exact, less = root / "exact", root / "int8"
+
+    def keep_and_quantise(path):
+        shutil.copytree(path.parent.parent, exact)
+        quantise(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "SINGLE_FILE", 1000)  # bytes; every part has more
+        patch.setattr(pipeline, "quantise", keep_and_quantise)
+        written = export_pipeline(pipe, less, guidance=4.0, steps=3, int8=True)
+    shutil.copy(less / "pipeline.json", exact)
+    return pipe, written, exact, less
+
+
 @pytest.mark.parametrize("kind", PARTS)
-def test_a_folder_draws_what_its_pipeline_draws(kind, example, tmp_path):
-    pipe = converted(kind)
-    written = export_pipeline(pipe, tmp_path / "out", guidance=4.0, steps=3)
+def test_a_folder_draws_what_its_pipeline_draws(kind, example, request, tmp_path):
+    if kind == "pixart":
+        pipe, written, folder, _ = request.getfixturevalue("pixart")
+    else:
+        pipe, folder = converted(kind), tmp_path / "out"
+        written = export_pipeline(pipe, folder, guidance=4.0, steps=3)
     assert len(written.errors) == 3 and max(written.errors.values()) < 1e-5
-    index = json.loads((tmp_path / "out" / "pipeline.json").read_text(encoding="utf-8"))
-    found = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.*")}
+    index = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
+    found = {path.relative_to(folder) for path in folder.rglob("*.*")}
     assert {path.as_posix() for path in found} == set(index["files"])
     assert {path.parts[0] for path in found} == PARTS[kind] | {
         "vae_decoder",
@@ -71,7 +97,7 @@ def test_a_folder_draws_what_its_pipeline_draws(kind, example, tmp_path):
         "pipeline.json",
     }
 
-    drawer = example["Pipeline"](tmp_path / "out")
+    drawer = example["Pipeline"](folder)
     assert 8 % index["size_unit"] == 0
     for size, negative in (((16, 24), None), ((24, 16), "apple")):
         latents = torch.randn(2, 4, *(side // index["pixels_per_latent"] for side in size))
@@ -85,18 +111,8 @@ def test_a_folder_draws_what_its_pipeline_draws(kind, example, tmp_path):
         assert psnr(*drawn) < 40  # the two pictures are not one
 
 
-def test_int8_draws_nearly_the_same_with_weights_in_a_file_of_their_own(
-    example, tmp_path, monkeypatch
-):
-    exact, less = tmp_path / "exact", tmp_path / "int8"
-
-    def keep_and_quantise(path):
-        shutil.copytree(path.parent.parent, exact)
-        quantise(path)
-
-    monkeypatch.setattr(tracing, "SINGLE_FILE", 1000)  # bytes; every part has more
-    monkeypatch.setattr(pipeline, "quantise", keep_and_quantise)
-    written = export_pipeline(converted("pixart"), less, int8=True)
+def test_int8_draws_nearly_the_same_with_weights_in_a_file_of_their_own(example, pixart):
+    _, written, exact, less = pixart
     assert 0 < written.int8_error < 0.01
     weights = [folder / "transformer" / "model.onnx.data" for folder in (exact, less)]
     assert weights[1].stat().st_size < weights[0].stat().st_size
@@ -104,7 +120,6 @@ def test_int8_draws_nearly_the_same_with_weights_in_a_file_of_their_own(
     assert "transformer/model.onnx.data" in index["files"]
 
     noise = np.random.default_rng(0).standard_normal((1, 4, 8, 8))
-    shutil.copy(less / "pipeline.json", exact)
     drawers = [example["Pipeline"](folder) for folder in (exact, less)]
     drawn = [each.draw(["red apple"], noise, each.sampler(3), 4.0)[0] for each in drawers]
     assert 20 < psnr(*drawn) < float("inf")
@@ -188,7 +203,7 @@ def test_what_cannot_be_exported_as_a_whole_is_told_at_once(tmp_path, monkeypatc
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     out, pipe, told = tmp_path / "out", converted("sd"), {"unet": 1e-6}
 
-    def write(pipe, readers, aside):
+    def write(pipe, readers, aside, on_part):
         (aside / "unet").mkdir()
         (aside / "unet" / "model.onnx").write_text(str(told["unet"]))
         return told
@@ -211,7 +226,11 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_the_command_writes_the_folder(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "_write", lambda *_: {"unet": 1e-6, "vae_decoder": 2e-6})
+    def write(pipe, readers, aside, on_part):
+        on_part("unet")
+        return {"unet": 1e-6, "vae_decoder": 2e-6}
+
+    monkeypatch.setattr(pipeline, "_write", write)
     convfusion.save_pipeline(converted("sd"), tmp_path / "model")
     status, out, err = run("export", tmp_path / "model", "--pipeline", "--out", tmp_path / "onnx")
     assert (status, err) == (0, "")

@@ -99,7 +99,10 @@ def test_a_folder_without_a_card_gets_one(folder, api):
     card = huggingface_hub.ModelCard(api.files["README.md"].decode())
     assert card.data.base_model == "them/base" and card.data.library_name == "convfusion"
     assert "convfusion" in card.data.tags
-    assert 'from_pretrained("them/base")' in card.text and '"me/blocks"' in card.text
+    assert (
+        'from_pretrained("them/base", use_safetensors=True)' in card.text
+        and '"me/blocks"' in card.text
+    )
     assert "7 × `delta_conv`: kernel_size 7" in card.text
     assert not (folder / "README.md").exists()
 

@@ -100,9 +100,19 @@ REFUSALS = {
         "as `convert` made them, and draw noise",
     ),
     "no base": (None, {"base_model": None}, "does not say which model on the Hub"),
-    "a base on disk": (None, {"base_model": "here"}, r"\(here is no name there\)"),
+    "a base on disk": (None, {"base_model": "here"}, r"\(here does not look like user/name\)"),
+    "a base that was loaded from a folder": (
+        lambda f: change(f, base_model="teacher"),
+        {"base_model": None},
+        "on the Hub these blocks are for: name it as base_model",
+    ),
     "no licence": (None, {"license": None}, "does not say under which licence"),
-    "no such licence": (None, {"license": "Apache 2"}, "Apache 2 is no licence"),
+    "no such licence": (
+        None,
+        {"license": "Apache 2"},
+        r"Apache 2 is no licence that the Hub knows \(apache-2.0\?\)",
+    ),
+    "a licence in nonsense": (None, {"license": "nonsense"}, "nonsense is no licence that the Hub"),
     "a licence of one's own": (None, {"license": "other"}, "license_name and license_link"),
     "no evaluation": (None, {"evaluation": "nowhere"}, "nowhere/evaluation.json cannot be read"),
     "a damaged card": (
@@ -177,7 +187,7 @@ def test_a_card_of_ones_own_keeps_its_words_and_names_what_it_says(folder):
 def test_a_card_says_the_name_that_the_base_has_on_the_hub(folder):
     change(folder, base_model="my-copy")
     run = prepare(folder, "me/blocks", **NAMED).card
-    assert 'from_pretrained("them/base")' in run and "my-copy" not in run
+    assert 'from_pretrained("them/base", use_safetensors=True)' in run and "my-copy" not in run
     assert "convfusion generate them/base --blocks me/blocks --prompt" in run
 
 

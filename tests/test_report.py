@@ -37,3 +37,16 @@ def test_a_grid_goes_on_below_after_so_many_columns():
     place = (0, folded.height - below.height, below.width, folded.height)
     assert folded.crop(place).tobytes() == below.tobytes()
     assert report.draw_grid(rows, colours, 5).tobytes() == whole.tobytes()
+
+
+def test_a_note_stands_once_and_a_delta_is_drawn():
+    image = Image.new("RGB", (128, 128))
+    plain = report.draw_grid({"a": [image] * 2}, ["x", "y"], 1)
+    noted = report.draw_grid({"a": [image] * 2}, ["x", "y"], 1, {"a": "1 dB"})
+    half = plain.height // 2
+    below = (0, half, plain.width, plain.height)
+    assert noted.size == plain.size and noted.tobytes() != plain.tobytes()
+    assert noted.crop(below).tobytes() == plain.crop(below).tobytes()
+    delta, without = (report.draw_grid({name: [image]}, ["x"]) for name in ("ΔA", "A"))
+    assert delta.crop((2, 0, 20, 34)).getextrema()[0][0] < 100
+    assert delta.crop((2, 0, 128, 34)).tobytes() != without.crop((2, 0, 128, 34)).tobytes()

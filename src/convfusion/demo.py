@@ -29,7 +29,7 @@ LATENTS = (16, 16)  # the embedded model's
 IMAGE_STEPS = 25
 EVALUATED = 64  # latents of the list `results` that ε-errors are measured on
 DRAWN = 64  # prompts of that list that are drawn
-SHOWN = 10  # of them in the grid
+SHOWN = 5  # of them in the grid
 BATCH = 16  # of them that are drawn at once
 ALIKE = 0.1  # of the error without self-attention: pictures with less look like the teacher's
 
@@ -204,10 +204,7 @@ class Judge:
 
     def draw_grid(self) -> Image.Image:
         """Some of the pictures, a row for each model."""
-        shown = {
-            ROWS[name].replace("Δ", "Delta"): images[:SHOWN]  # Pillow's own font has no Δ
-            for name, images in self.pictures.items()
-        }
+        shown = {ROWS[name]: images[:SHOWN] for name, images in self.pictures.items()}
         return report.draw_grid(shown, self.prompts[:SHOWN])
 
 

@@ -8,7 +8,7 @@ import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN_SIDE = 128  # smaller pictures are enlarged to about this, each pixel a square
+DELTA = 0.75  # width of a drawn Δ, as a share of the size of the type
 RESOLUTION = 110  # dots per inch of a figure
 
 # Okabe and Ito's colours, which tell apart under the common kinds of colour blindness.
@@ -113,19 +114,28 @@ def show_table(
 
 
 def draw_grid(
-    rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], columns: int | None = None
+    rows: Mapping[str, Sequence[Image.Image]],
+    prompts: Sequence[str],
+    columns: int | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Image.Image:
-    """Pictures in rows, a name before each row and a prompt under each column.
+    """Pictures in rows, a name above each row and a prompt under each column.
 
     Args:
         rows: pictures by name, as many as prompts.
         prompts: one for each column.
         columns: after so many, all rows go on below; None is never.
+        notes: what is said once beside the name of a row, where it stands first.
     """
     step = columns or len(prompts)
+    first = {name: f"{name}: {note}" for name, note in (notes or {}).items()}
     bands = [
         _draw_band(
-            {name: images[i : i + step] for name, images in rows.items()}, prompts[i : i + step]
+            {
+                (first.get(name, name) if i == 0 else name): images[i : i + step]
+                for name, images in rows.items()
+            },
+            prompts[i : i + step],
         )
         for i in range(0, len(prompts), step)
     ]
@@ -142,28 +152,57 @@ def draw_grid(
 
 
 def _draw_band(rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str]) -> Image.Image:
-    """The rows of a grid, as far as they go side by side."""
-    first = next(iter(rows.values()))[0]
-    scale = max(1, SHOWN_SIDE // first.width)
-    width, height = first.width * scale, first.height * scale
-    gap, left, below = 6, 150, 74
-    size = (left + (width + gap) * len(prompts), (height + gap) * len(rows) + below)
+    """The rows of a grid, as far as they go side by side.
+
+    The type is large, since five columns are shown on a telephone at half their size.
+    """
+    large, small = ImageFont.load_default(23), ImageFont.load_default(19)
+    picture = next(iter(rows.values()))[0]
+    scale = max(1, SHOWN_SIDE // picture.width)
+    width, height = picture.width * scale, picture.height * scale
+    gap, above, line = 6, 36, 23
+    names = [one_line(name) for name in rows]
+    captions = [
+        textwrap.fill(one_line(prompt), max(12, width // 10), max_lines=4, placeholder=" …")
+        for prompt in prompts
+    ]
+    needed = max(_measure_line(name, large) for name in names) + 4
+    below = line * max(caption.count("\n") + 1 for caption in captions) + 12
+    size = (
+        max((width + gap) * len(prompts), math.ceil(needed)),
+        (above + height + gap) * len(rows) + below,
+    )
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    large, small = ImageFont.load_default(16), ImageFont.load_default(13)
-    for r, (name, images) in enumerate(rows.items()):
-        text = textwrap.fill(one_line(name), 17).replace("\N{NO-BREAK SPACE}", " ")
-        top = r * (height + gap)
-        box = (left - 12, top + height // 2)
-        draw.multiline_text(box, text, fill=INK, font=large, anchor="rm", align="right")
+    for r, (name, images) in enumerate(zip(names, rows.values(), strict=True)):
+        top = r * (above + height + gap)
+        _draw_line(draw, (2, top + 26), name, large)
         for c, image in enumerate(images):
             enlarged = image.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (left + c * (width + gap), top))
-    for c, prompt in enumerate(prompts):
-        text = textwrap.fill(one_line(prompt), max(19, width // 7))
-        box = (left + c * (width + gap) + width // 2, len(rows) * (height + gap) + 2)
-        draw.multiline_text(box, text, fill=INK, font=small, anchor="ma", align="center")
+            sheet.paste(enlarged, (c * (width + gap), top + above))
+    for c, caption in enumerate(captions):
+        box = (c * (width + gap) + width // 2, size[1] - below + 2)
+        draw.multiline_text(box, caption, fill=INK, font=small, anchor="ma", align="center")
     return sheet
+
+
+def _measure_line(text: str, font: Any) -> float:
+    """Width in pixels of what `_draw_line` draws."""
+    deltas = text.count("Δ")
+    return float(font.getlength(text.replace("Δ", ""))) + deltas * font.size * DELTA
+
+
+def _draw_line(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, font: Any) -> None:
+    """A line of text from a point of its baseline; Pillow's own font has no Δ, so it is drawn."""
+    x, y = place
+    for i, part in enumerate(text.split("Δ")):
+        if i:
+            side = font.size * DELTA
+            corners = [(x + 1, y - 1), (x + side / 2, y - font.size * 0.72), (x + side - 2, y - 1)]
+            draw.polygon(corners, outline=INK, width=2)
+            x += side
+        draw.text((x, y), part, fill=INK, font=font, anchor="ls")
+        x += font.getlength(part)
 
 
 def format_psnr(psnr: float | None, error: float | None) -> str:

@@ -49,6 +49,12 @@ class Budget:
         """A cost as a budget would name it."""
         return f"{cost:.3g}s" if self.unit == "s" else f"{whole / cost:.4g}x"
 
+    def explain_bound(self, whole: float, least: float) -> str:
+        """What can be had instead, where the cheapest choice costs `least`, as a clause."""
+        if self.unit == "s":
+            return f"at least {self.format(whole, least)} is needed"
+        return f"at most {self.format(whole, least)} can be had"
+
 
 def parse_budget(text: str) -> Budget:
     """`4x` or `0.8s`.

@@ -122,10 +122,8 @@ class Allocations:
         """
         row = self.front.within(budget.limit(self.whole))
         if row is None:
-            least = budget.format(self.whole, float(self.front.costs[0]))
-            raise ConvFusionError(
-                f"a budget of {budget} cannot be reached here: {least} is the least that can be had"
-            )
+            bound = budget.explain_bound(self.whole, float(self.front.costs[0]))
+            raise ConvFusionError(f"a budget of {budget} cannot be reached here: {bound}")
         timed = budget.unit == "s"
         sites = []
         for place, options, pick in zip(
@@ -230,8 +228,7 @@ def _choose_uniform(model: Denoiser, budget: Budget, latents: Size, keep: int) -
     if best is None:
         raise ConvFusionError(
             f"a budget of {budget} cannot be reached with halo blocks everywhere: "
-            f"{budget.format(whole, least)} is the least that can be had; moments let other "
-            "blocks stand in"
+            f"{budget.explain_bound(whole, least)}; with moments, cheaper blocks can be chosen too"
         )
     chosen = Candidate(best, math.nan)
     sites = tuple(_choice(place, chosen, None) for place in places)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -56,7 +56,7 @@ LIMITS = """- The pictures are nearly those of the base model, not the same, and
 FROM_DIFFUSERS = """import convfusion
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained({base})"""
+pipe = DiffusionPipeline.from_pretrained({base}, use_safetensors=True)"""
 
 USE = """In Python:
 
@@ -97,8 +97,12 @@ def describe_head(base: str, family: str, *tags: str, license: str | None = None
 
 def describe_kinds(manifest: Mapping[str, Any]) -> str:
     """What stands at the sites, in a few words: `halo blocks and mean tokens`."""
-    kinds = dict.fromkeys(site["mixer"].get("kind") for site in manifest["sites"].values())
-    return " and ".join(WORDS.get(kind, markdown_text(kind)) for kind in kinds)
+    return name_kinds(site["mixer"].get("kind") for site in manifest["sites"].values())
+
+
+def name_kinds(kinds: Iterable[Any]) -> str:
+    """Kinds of mixers in words, each once."""
+    return " and ".join(WORDS.get(kind, markdown_text(kind)) for kind in dict.fromkeys(kinds))
 
 
 def describe_use(base: str, loading: str | None = None) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from convfusion.checkpoint import card, hub
 from convfusion.checkpoint.blocks import check_digest, read_manifest
 from convfusion.checkpoint.figures import SUMMARY, describe_figures
+from convfusion.checkpoint.licenses import LICENSES, OTHER
 from convfusion.checkpoint.named import BLOCKS, MANIFEST
 from convfusion.errors import CheckpointError
 from convfusion.families import FAMILIES
@@ -24,7 +25,6 @@ from convfusion.text import read_text
 CARD = "README.md"
 EVALUATION = "evaluation"  # the folder with figures, beside the blocks and in the repository
 PICTURES = ("losses.png", "validation/*.png")  # what the card of a run may show
-LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # as the Hub's short names are
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def prepare(
 
     Raises:
         CheckpointError: the blocks are not whole or were never started; or it is not said which
-            model they are for, under which licence they are, or where they come from; or the
-            evaluation is of other blocks.
+            model they are for, under which licence they are, or where they come from; or the Hub
+            knows no such licence; or the evaluation is of other blocks.
     """
     if not hub.NAME.fullmatch(repo_id):
         raise CheckpointError(f"a name on the Hub looks like user/name, not like {repo_id}")
@@ -78,7 +78,7 @@ def prepare(
     check_origin(folder, manifest)
     written = read_text(folder / CARD) if (folder / CARD).is_file() else None
     head = card.read_head(written, str(folder / CARD)) if written else {}
-    base = choose_base(base_model or head.get("base_model") or manifest.get("base_model"), folder)
+    base = choose_base(base_model or head.get("base_model"), manifest.get("base_model"), folder)
     named = choose_license(license or head.get("license"), head, folder)
     files = {name: folder / name for name in (BLOCKS, MANIFEST)}
     for pattern in PICTURES:
@@ -181,10 +181,15 @@ def check_origin(folder: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def choose_base(base: Any, folder: Path) -> str:
-    """The name of the base model on the Hub."""
+def choose_base(told: Any, recorded: Any, folder: Path) -> str:
+    """The name of the base model on the Hub: as told, or else as the manifest has it.
+
+    A manifest has only the last part of a folder that the model was loaded from, which says
+    nothing to others.
+    """
+    base = told or recorded
     if not isinstance(base, str) or not hub.NAME.fullmatch(base):
-        said = f" ({base} is no name there)" if base else ""
+        said = f" ({told} does not look like user/name)" if told else ""
         raise CheckpointError(
             f"{folder} does not say which model on the Hub these blocks are for{said}: name it as "
             "base_model (--base-model user/name)"
@@ -199,12 +204,14 @@ def choose_license(license: Any, head: Mapping[str, Any], folder: Path) -> str:
             f"{folder} does not say under which licence these blocks are: name it as license "
             "(--license), by its short name on the Hub, such as apache-2.0"
         )
-    if not LICENSE.fullmatch(license) or license == "unknown":
+    if license not in LICENSES:
+        near = get_close_matches(license.lower().replace(" ", "-"), sorted(LICENSES), n=1)
+        meant = f" ({near[0]}?)" if near else ""
         raise CheckpointError(
-            f"{license} is no licence: give the short name that the Hub has for it, such as "
-            "apache-2.0 or creativeml-openrail-m"
+            f"{license} is no licence that the Hub knows{meant}: give its short name there, such "
+            "as creativeml-openrail-m, or `other`"
         )
-    if license == "other" and not {"license_name", "license_link"} <= head.keys():
+    if license == OTHER and not {"license_name", "license_link"} <= head.keys():
         raise CheckpointError(
             "the licence `other` needs license_name and license_link in the head of a README.md "
             f"in {folder}"

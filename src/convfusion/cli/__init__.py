@@ -30,7 +30,7 @@ from convfusion.imports import explained
 
 app = typer.Typer(
     name="convfusion",
-    help="Replace the self-attention of diffusion models by convolutions, distil, and compare.",
+    help="Replace the self-attention of diffusion models by cheaper blocks, distil, and compare.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -74,7 +74,7 @@ def describe_options(
         ),
     ] = False,
 ) -> None:
-    """Replace the self-attention of diffusion models by convolutions, distil, and compare.
+    """Replace the self-attention of diffusion models by cheaper blocks, distil, and compare.
 
     `convfusion demo` shows all of it on a small model that comes with the package. A "site" is one
     self-attention layer of a model; `mini` names the small model.

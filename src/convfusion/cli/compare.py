@@ -50,24 +50,28 @@ Samples = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="How many of the prompts, at even distances in their list. Default: all, and 6 of "
+        help="How many of the prompts, at even distances in their list. Default: all, and 5 of "
         "those that `mini` has.",
     ),
 ]
 Columns = Annotated[int, typer.Option(min=1, help="Pictures side by side; more go on below.")]
-MINI_PROMPTS = 6
+WithoutAttention = Annotated[
+    bool, typer.Option("--removed", help="Add a row without self-attention, and nothing instead.")
+]
+MINI_PROMPTS = 5
 
 
 def compare(
     model: Model,
     blocks: Rows = None,
+    removed: WithoutAttention = False,
     prompt: Prompt = None,
     prompts: PromptFile = None,
     samples: Samples = None,
     negative_prompt: NegativePrompt = "",
     seed: Seeds = None,
     out: Grid = Path("comparison.png"),
-    columns: Columns = 10,
+    columns: Columns = 5,
     size: Size = None,
     steps: Steps = 25,
     guidance: Guidance = None,
@@ -104,6 +108,7 @@ def compare(
         students,
         texts,
         seeds,
+        removed=removed,
         progress=True,
         steps=steps,
         guidance=choose_guidance(model, pipe) if guidance is None else guidance,

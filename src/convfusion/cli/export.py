@@ -53,19 +53,23 @@ def export(
     pipe = open_pipeline(model, "float32", "cpu")
     if blocks is not None:
         equip(pipe, blocks, None)
-    with announced("Tracing, writing and comparing with PyTorch …", True):
-        if pipeline:
-            guidance = choose_guidance(model, pipe)
-            whole = export_pipeline(pipe, out, guidance=guidance, int8=int8)
-        else:
-            written = export_onnx(pipe, out)
+    said = "Tracing, writing and comparing with PyTorch"
     if pipeline:
+        whole = export_pipeline(
+            pipe,
+            out,
+            guidance=choose_guidance(model, pipe),
+            int8=int8,
+            on_part=lambda part: typer.echo(f"{said}: {part} …", err=True),
+        )
         for part, error in whole.errors.items():
             typer.echo(f"{part}: differs from PyTorch by {error:.1e}")
         if whole.int8_error is not None:
             typer.echo(f"int8: predictions differ from float32 by {whole.int8_error:.1e} (squared)")
         print_ending(out, verdict="examples/onnx_generate.py draws with this folder.")
         return
+    with announced(f"{said} …", True):
+        written = export_onnx(pipe, out)
     for (batch, height, width), error in written.errors.items():
         typer.echo(f"latents {batch}×{height}×{width}: differs from PyTorch by {error:.1e}")
     print_ending(out, verdict=f"Inputs: {', '.join(written.inputs)}.")

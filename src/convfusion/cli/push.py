@@ -42,7 +42,7 @@ Branch = Annotated[str | None, typer.Option(help="Branch to write to. Default: t
 Message = Annotated[str, typer.Option(help="Message of the commit.")]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Check everything and show the card; send nothing."),
+    typer.Option("--dry-run", help="Check all that needs no Hub, and show the card; send nothing."),
 ]
 
 
@@ -57,10 +57,11 @@ def push(
     message: Message = "Blocks by ConvFusion",
     dry_run: DryRun = False,
 ) -> None:
-    """Put trained blocks on the Hugging Face Hub, with a model card, so that they load by name.
+    """Put blocks on the Hugging Face Hub, with a model card, so that they load by name.
 
-    The folder is checked before anything is sent. A card is written if there is none, and the
-    figures of an evaluation go into it. You must be logged in (`hf auth login`).
+    The blocks are trained, or computed from the attention. The folder is checked before anything
+    is sent. A card is written if there is none, and the figures of an evaluation go into it. You
+    must be logged in (`hf auth login`).
     """
     from convfusion.checkpoint.publish import prepare, upload
     from convfusion.progress import announced

@@ -10,13 +10,15 @@ from typing import Any
 from PIL import Image
 
 from convfusion import checkpoint
+from convfusion.checkpoint.card import name_kinds
 from convfusion.evaluate.images import mean_psnr
 from convfusion.evaluate.scores import Mean
 from convfusion.generate import generate
+from convfusion.mixers import Removed, mixer_to_dict
 from convfusion.report import draw_grid, format_psnr
-from convfusion.surgery import mixers_of, revert
+from convfusion.surgery import convert, mixers_of, revert, status, uniform
 
-OWN, TEACHER = "own blocks", "teacher"
+TEACHER, REMOVED = "teacher (self-attention)", "self-attention removed"
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,13 @@ class Comparison:
     psnr: dict[str, Mean]
 
     def grid(self, columns: int | None = None) -> Image.Image:
-        """All pictures in one, each student's row labelled with its PSNR.
+        """All pictures in one, each student's row labelled, first with its PSNR.
 
         Args:
             columns: after so many, all rows go on below; None is never.
         """
-        labels = {}
-        for name, images in self.rows.items():
-            psnr = format_psnr(*self.psnr[name]) if name in self.psnr else ""
-            unbroken = psnr.replace(" ", "\N{NO-BREAK SPACE}")
-            labels[f"{name} {unbroken}".strip()] = images
-        return draw_grid(labels, self.captions, columns)
+        notes = {name: format_psnr(*psnr) for name, psnr in self.psnr.items()}
+        return draw_grid(self.rows, self.captions, columns, notes)
 
 
 def compare_blocks(
@@ -53,6 +51,7 @@ def compare_blocks(
     prompts: Sequence[str],
     seeds: Sequence[int] = (0,),
     *,
+    removed: bool = False,
     progress: bool | None = None,
     **settings: Any,
 ) -> Comparison:
@@ -64,6 +63,7 @@ def compare_blocks(
         students: trained blocks by the name of their row, as `checkpoint.load` takes them.
         prompts: what to draw.
         seeds: every prompt is drawn from each of them.
+        removed: draw them without self-attention too, which shows what the blocks are for.
         progress: as for `generate`.
         settings: further arguments of `generate`.
 
@@ -78,12 +78,16 @@ def compare_blocks(
 
     drawn: dict[str, list[Image.Image]] = {}
     if mixers_of(pipe):
-        drawn[OWN] = draw()
+        drawn[name_own(pipe)] = draw()
         revert(pipe)
     rows = {TEACHER: draw(), **drawn}
     for name, blocks in students.items():
         checkpoint.load(pipe, blocks)
         rows[name] = draw()
+        revert(pipe)
+    if removed:
+        convert(pipe, uniform(Removed()))
+        rows[REMOVED] = draw()
         revert(pipe)
     psnr = {
         name: mean_psnr(images, rows[TEACHER], texts)
@@ -93,3 +97,13 @@ def compare_blocks(
     told = [f", seed {seed}" if len(seeds) > 1 else "" for seed in numbers]
     captions = [f"{text}{seed}" for text, seed in zip(texts, told, strict=True)]
     return Comparison(captions, rows, psnr)
+
+
+def name_own(pipe: Any) -> str:
+    """What stands in a converted pipeline, in a few words: `halo blocks (no self-attention)`."""
+    state = status(pipe)
+    kinds = [mixer_to_dict(site.mixer)["kind"] for site in state.sites if site.mixer is not None]
+    told = name_kinds([kind for kind in kinds if kind != "mean_only"] or kinds)
+    whole = state.converted == len(state.sites)
+    rest = "no self-attention" if whole else f"at {state.converted} of {len(state.sites)} sites"
+    return f"{told} ({rest})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def export_pipeline(
     guidance: float = 5.0,
     steps: int = 25,
     int8: bool = False,
+    on_part: Callable[[str], None] = lambda part: None,
 ) -> ExportedPipeline:
     """Write a converted pipeline as ONNX: text encoders, denoiser, VAE decoder, scheduler settings.
 
@@ -89,6 +91,7 @@ def export_pipeline(
         steps: denoising steps by default.
         int8: put the weights of the denoiser's matrix products in 8 bits: a smaller file, a little
             faster on some CPUs, and not quite the same pictures.
+        on_part: is told the name of each part before it is written.
 
     Raises:
         ConvFusionError: packages are missing, the pipeline is of another kind or has something
@@ -102,7 +105,7 @@ def export_pipeline(
     with made_folder(folder) as place, scratch_folder(place) as aside:
         remove_remains(place)
         try:
-            errors = _write(pipe, readers, aside)
+            errors = _write(pipe, readers, aside, on_part)
             _check_errors(errors)
             lost = _quantise(denoiser_of(pipe), aside) if int8 else None
             _write_index(pipe, readers, aside, guidance, steps)
@@ -150,17 +153,22 @@ def _check_pipeline(pipe: Any) -> tuple[TextReader, ...]:
     return readers
 
 
-def _write(pipe: Any, readers: tuple[TextReader, ...], aside: Path) -> dict[str, float]:
+def _write(
+    pipe: Any, readers: tuple[TextReader, ...], aside: Path, on_part: Callable[[str], None]
+) -> dict[str, float]:
     """All files but the index; returns how far each part is from PyTorch."""
     model = denoiser_of(pipe)
     component = family_of(model).component
     for reader in readers:
+        on_part(reader.encoder)
         write_tokenizer(pipe, reader, aside / reader.tokenizer / "tokenizer.json")
         write_text_encoder(pipe, reader, aside / reader.encoder / "model.onnx")
     errors = {"text": measure_texts(pipe, readers, aside)}
     (aside / component).mkdir()
+    on_part(component)
     _, found = write_compared(model, aside / component / "model.onnx")
     errors[component] = max(found.values())
+    on_part(DECODER)
     errors[DECODER] = write_decoder(pipe, aside / DECODER / "model.onnx")
     pipe.scheduler.save_config(aside / "scheduler")
     return errors
