@@ -79,15 +79,14 @@ def save(pipe_or_model: Any, target: str | Path) -> None:
     check_saveable(pipe_or_model)
     mixers = mixers_of(pipe_or_model)
     folder = Path(target)
-    manifest = _manifest(pipe_or_model, mixers)
-    notes = {NOTE: json.dumps(manifest)}
+    notes = {NOTE: json.dumps(_manifest(pipe_or_model, mixers))}
     if folder.suffix == ".safetensors" and not folder.is_dir():
         write_tensors(folder, _tensors(mixers), notes)
         return
     with made_folder(folder) as place:
         remove_remains(place)
         digest = write_tensors(folder / BLOCKS, _tensors(mixers), notes)
-        manifest = {**manifest, "sha256": digest}
+        manifest = _manifest(pipe_or_model, mixers, digest)
         write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
@@ -211,7 +210,9 @@ def _check_finite(
             )
 
 
-def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer]) -> dict[str, Any]:
+def _manifest(
+    pipe_or_model: Any, mixers: dict[str, TokenMixer], digest: str | None = None
+) -> dict[str, Any]:
     from convfusion import __version__
 
     model = denoiser_of(pipe_or_model)
@@ -222,6 +223,7 @@ def _manifest(pipe_or_model: Any, mixers: dict[str, TokenMixer]) -> dict[str, An
         "version": __version__,
         "family": family_of(model).name,
         "base_model": public_name(named),
+        **({} if digest is None else {"sha256": digest}),
         **joint_record(mixers.values()).to_dict(),
         "sites": {
             path: {"channels": channels[path], "mixer": mixer_to_dict(mixer.config)}
