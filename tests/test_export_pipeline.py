@@ -36,6 +36,7 @@ def example():
     return runpy.run_path(str(EXAMPLE))
 
 
+DELTA = uniform(DeltaConv(kernel_size=3))
 XL = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 4,
@@ -43,7 +44,7 @@ XL = {
 }
 
 
-def converted(kind):
+def converted(kind, config=DELTA):
     pipe = PIPELINES[kind]()
     if kind in ("sd", "sdxl"):  # with fewer layers: each is traced
         pipe.unet = UNet2DConditionModel(
@@ -57,7 +58,7 @@ def converted(kind):
             norm_num_groups=4,
             **(XL if kind == "sdxl" else {}),
         ).eval()
-    convfusion.convert(pipe, uniform(DeltaConv(kernel_size=3)))
+    convfusion.convert(pipe, config)
     randomise(mixers_of(pipe), std=0.1)
     return pipe
 
