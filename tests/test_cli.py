@@ -54,7 +54,7 @@ def test_convert_distil_generate(run, model, pictures, tmp_path):
     assert (tmp_path / "blocks" / "validation" / "step-0000002.png").is_file()
     named = {"base_model": "them/base", "license": "mit"}
     card = prepare(tmp_path / "blocks", "me/blocks", **named).card
-    assert 'from_pretrained("them/base")' in card and "## Training" in card
+    assert 'from_pretrained("them/base", use_safetensors=True)' in card and "## Training" in card
     assert str(tmp_path) not in card and 'load(pipe, "me/blocks")' in card
     assert "ε-error" in card and "imitation_steps = 1" in card and "validation/step-0000002" in card
     assert (tmp_path / "blocks" / "losses.png").is_file()

@@ -109,7 +109,8 @@ def write_tensors(
     Args:
         path: of the file.
         tensors: by name.
-        notes: what its header says beside them, which `read_notes` reads.
+        notes: what its header says beside them, which `read_notes` reads; of several, the order in
+            the file is left to chance.
 
     Returns:
         The SHA-256 of the file, as `file_digest` tells it.
@@ -118,7 +119,7 @@ def write_tensors(
         CheckpointError: it cannot be written, as on a full disk; nothing is left of it.
     """
     with _aside(path) as aside:
-        save_file(tensors, aside, metadata={"format": "pt", **(notes or {})})
+        save_file(tensors, aside, metadata=dict(notes or {"format": "pt"}))
         return file_digest(aside)
 
 

@@ -20,6 +20,7 @@ from convfusion.cli.console import console, print_ending
 from convfusion.cli.models import (
     check_blocks,
     check_loading,
+    check_together,
     choose_guidance,
     equip,
     open_pipeline,
@@ -111,6 +112,7 @@ def convert(
 
     check_new(out)
     check_loading(precision, device)
+    check_together(blocks, config, every, first, mixer)
     check_blocks(blocks)
     prompts = read_prompts(measure) if measure is not None else []
     check_budget(budget, moments, keep, measured=bool(prompts))

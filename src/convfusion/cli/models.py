@@ -247,6 +247,18 @@ def choose_strength(model: str) -> float:
     return mini.STRENGTH if is_embedded(model) else Ladder().strength
 
 
+def check_together(
+    blocks: str | None, config: str | None, every: int | None, first: int, mixer: str | None
+) -> None:
+    """Raise a ConvFusionError for options of a conversion that do not go together."""
+    if blocks is not None and (config, every, mixer) != (None, None, None):
+        raise ConvFusionError(
+            "trained blocks bring their own config: give --blocks, or --config, --mixer and --every"
+        )
+    if first and every is None:
+        raise ConvFusionError("--first goes with --every")
+
+
 def equip(
     pipe: Any,
     blocks: str | None,
@@ -270,12 +282,7 @@ def equip(
     from convfusion import checkpoint, surgery
     from convfusion.families import denoiser_of
 
-    if blocks is not None and (config, every, mixer) != (None, None, None):
-        raise ConvFusionError(
-            "trained blocks bring their own config: give --blocks, or --config, --mixer and --every"
-        )
-    if first and every is None:
-        raise ConvFusionError("--first goes with --every")
+    check_together(blocks, config, every, first, mixer)
     if surgery.status(pipe).converted:
         if (blocks, config, every, mixer) == (None, None, None, None):
             return surgery.status(pipe)
