@@ -107,8 +107,7 @@ def convert(
     With --budget, what stands at each site is chosen so that the error is least; --size is the one
     that it is chosen for.
     """
-    from convfusion import checkpoint, surgery
-    from convfusion.checkpoint import pipelines
+    from convfusion import save, save_pipeline, surgery
 
     check_new(out)
     check_loading(precision, device)
@@ -117,28 +116,27 @@ def convert(
     prompts = read_prompts(measure) if measure is not None else []
     check_budget(budget, moments, keep, measured=bool(prompts))
     check_choice(bool(prompts), budget, size, blocks, (config, mixer, every))
-    stock = bool(prompts) or budget is not None
-    place = device if prompts else device or "cpu"
-    pipe = (open_stock_pipeline if stock else open_pipeline)(model, precision, place, revision)
+    opened = open_stock_pipeline if prompts or budget is not None else open_pipeline
+    pipe = opened(model, precision, device if prompts else device or "cpu", revision)
     wanted = None if size is None else parse_size(size)
     latents = latents_of(pipe, wanted)
     calls = draw_calls(model, pipe, prompts, wanted) if prompts else []
     chosen, found = choose_conversion_within(pipe, budget, moments, keep, latents, calls)
-    if chosen is None:
-        equip(pipe, blocks, config, every, first, average, mixer)
-    else:
+    if chosen is not None:
         surgery.convert(pipe, chosen.config())
+    else:
+        equip(pipe, blocks, config, every, first, average, mixer)
     if prompts:
         errors = surgery.start_from_attention(pipe, calls)
         print_errors(errors)
         print_expected(chosen, found, errors)
-    status = surgery.drop_attention(pipe) if drop_attention else surgery.status(pipe)
-    (checkpoint.save if blocks_only else pipelines.save_pipeline)(pipe, out)
+    status = (surgery.drop_attention if drop_attention else surgery.status)(pipe)
+    (save if blocks_only else save_pipeline)(pipe, out)
     typer.echo(str(status))
     warning = warn_of(status.record)
-    trainable = bool(warning) and not (prompts or drop_attention)
-    next_command = list_next_words(model, out, blocks_only, trainable)
-    print_ending(out, verdict=warning, next_command=next_command)
+    trainable = warning and not (prompts or drop_attention)
+    words = list_next_words(model, out, blocks_only, bool(trainable))
+    print_ending(out, verdict=warning, next_command=words)
 
 
 def check_choice(
