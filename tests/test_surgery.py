@@ -11,7 +11,7 @@ from torch import nn
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, Removed, uniform
 from convfusion.bench.models import denoiser_on_meta, full_size_configs
-from convfusion.families import list_sites
+from convfusion.families import family_of, list_sites
 from convfusion.mixers import MIXERS
 from convfusion.surgery import mixers_of
 
@@ -34,7 +34,7 @@ def naive_output(model: nn.Module, case: Case, height: int, width: int) -> torch
     stock = copy.deepcopy(model)
     mixers = mixers_of(stock)
     levels = {site.path: site.level for site in list_sites(stock)}
-    patch = 2 if case.name in ("pixart", "dit") else 1
+    patch = family_of(stock).patch_size(stock)
     convfusion.revert(stock)
     for path, mixer in mixers.items():
         factor = patch * 2 ** levels[path]
@@ -98,6 +98,9 @@ def test_save_load_revert(case, tmp_path):
 
 @table
 def test_checkpointing_with_two_sizes_in_flight(case):
+    if not case.model()._supports_gradient_checkpointing:
+        pytest.skip("diffusers has no gradient checkpointing for this class")
+
     def gradients(checkpointing: bool) -> list[torch.Tensor]:
         model = converted(case)
         if checkpointing:
@@ -191,19 +194,30 @@ def test_half_precision_and_meta(case):
     assert all(p.is_meta for p in model.parameters())
 
 
-# Sites and channels by level; parameters of the model; of its self-attention, in millions.
-LAYOUTS = {
+# Sites and channels by level; parameters of the model; of its self-attention, in millions; and the
+# preset where it has another name.
+LAYOUTS: dict[str, tuple] = {
     "sd15": ({0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 859_520_964, 49.6),
     "sd21": ({0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 865_910_724, 49.6),
     "sdxl": ({1: (10, 640), 2: (60, 1280)}, 2_567_463_684, 409.7),
     "pixart": ({0: (28, 1152)}, 610_856_096, 148.8),
     "dit": ({0: (28, 1152)}, None, 148.8),
-}
+    "animatediff": (
+        {0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 1_312_730_244, 49.6, "sd15"
+    ),
+    "modelscope": (
+        {0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 1_411_233_860, 49.6, "sd21"
+    ),
+    "controlnet-sd15": (
+        {0: (2, 320), 1: (2, 640), 2: (2, 1280), 3: (1, 1280)}, 361_279_120, 23.8
+    ),
+    "controlnet-sdxl": ({1: (4, 640), 2: (30, 1280)}, 1_251_014_160, 203.3),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", full_size_configs())
 def test_full_size_layouts_on_meta(name):
-    levels, parameters, attention = LAYOUTS[name]
+    levels, parameters, attention, *preset = LAYOUTS[name]
     model = denoiser_on_meta(*full_size_configs()[name])
     if parameters is not None:
         assert sum(p.numel() for p in model.parameters()) == parameters
@@ -215,7 +229,7 @@ def test_full_size_layouts_on_meta(name):
     assert found == levels
     weights = sum(row.attention_parameters for row in status.sites)
     assert round(weights / 1e6, 1) == attention
-    assert convfusion.surgery.presets.choose_preset(model) == name
+    assert convfusion.surgery.presets.choose_preset(model) == (preset or [name])[0]
 
 
 def test_patterns_choose_sites():

@@ -8,7 +8,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    DiTTransformer2DModel,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+    UNetMotionModel,
+)
 from torch import Tensor, nn
 
 from convfusion.families import example_inputs
@@ -89,6 +96,53 @@ def dit() -> DiTTransformer2DModel:
     )
 
 
+def motion(**options: Any) -> UNetMotionModel:
+    """Of AnimateDiff; by default with two levels of its four."""
+    two_levels = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        "layers_per_block": 1,
+    }
+    return UNetMotionModel(
+        sample_size=16,
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        motion_max_seq_length=4,
+        **(options or two_levels),
+    )
+
+
+def video() -> UNet3DConditionModel:
+    """Of ModelScope's text-to-video, with two levels of its four."""
+    return UNet3DConditionModel(
+        sample_size=16,
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+    )
+
+
+def controlnet() -> ControlNetModel:
+    """For `sd15`, with maps that are not zero, unlike at the beginning of a training."""
+    model = ControlNetModel(
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        block_out_channels=(8, 16, 16, 16),
+        attention_head_dim=2,
+        conditioning_embedding_out_channels=(4, 8),
+    )
+    for layer in (*model.controlnet_down_blocks, model.controlnet_mid_block):
+        nn.init.normal_(layer.weight, std=0.2)
+    return model
+
+
 @cache
 def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
     """A model whose values nobody needs."""
@@ -98,13 +152,17 @@ def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny model, how many sites it has, and its preset; its family tells what it takes."""
+    """A tiny model, how many sites it has, and its preset; its family tells what it takes.
+
+    `denoises` is false of a model that predicts no noise of its latents.
+    """
 
     name: str
     make: Callable[[], nn.Module]
     sites: int
     preset: str
     square: bool = False
+    denoises: bool = True
 
     def model(self) -> nn.Module:
         torch.manual_seed(1)
@@ -114,7 +172,7 @@ class Case:
         """Keyword arguments of one call on latents of this size."""
         generator = torch.Generator().manual_seed(height * 1000 + width)
         model = shapes_of(self.make)
-        made = example_inputs(model, (height, width), batch=batch, words=5, device="meta")
+        made = example_inputs(model, (height, width), batch=batch, words=5, frames=2, device="meta")
 
         def fill(values: Any, name: str) -> Any:
             """Values for the shapes that the model's family tells, nested as they are."""
@@ -144,11 +202,19 @@ CASES = [
     Case("sdxl", sdxl, 70, "sdxl"),
     Case("pixart", pixart, 3, "pixart"),
     Case("dit", dit, 3, "dit", square=True),  # diffusers' DiT unpatchifies squares only
+    Case("motion", motion, 4, "default"),
+    Case("video", video, 4, "default"),
+    Case("controlnet", controlnet, 7, "controlnet-sd15", denoises=False),
 ]
+DENOISERS = [case for case in CASES if case.denoises]
 
 
 def run(model: nn.Module, case: Case, height: int, width: int, batch: int = 2) -> Tensor:
-    return model(**case.inputs(height, width, batch))[0]
+    """What a model makes of its latents; of a ControlNet, all of its maps, one behind the other."""
+    output, *others = model(**case.inputs(height, width, batch))
+    if isinstance(output, Tensor):
+        return output
+    return torch.cat([each.flatten(1) for each in (*output, *others)], dim=1)
 
 
 def randomise(mixers: dict[str, nn.Module], std: float = 0.3) -> None:

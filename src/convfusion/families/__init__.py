@@ -1,6 +1,6 @@
 """Model families, a file each: what is particular to one kind of denoiser is said there alone."""
 
-from convfusion.families import dit, pixart, unet
+from convfusion.families import controlnet, dit, pixart, unet
 from convfusion.families.base import (
     FAMILIES,
     Denoiser,
@@ -16,6 +16,7 @@ from convfusion.families.carrier import Carrier, KeywordCarrier
 from convfusion.families.lookup import (
     check_captioned,
     component_names,
+    count_sequences,
     denoiser_of,
     encode_conditioning,
     example_inputs,
@@ -30,7 +31,7 @@ from convfusion.families.lookup import (
     site_grid,
 )
 
-for _family in (unet.UNET, pixart.PIXART, dit.DIT):
+for _family in (unet.UNET, pixart.PIXART, dit.DIT, controlnet.CONTROLNET):
     register(_family)
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "TextReader",
     "check_captioned",
     "component_names",
+    "controlnet",
+    "count_sequences",
     "denoiser_of",
     "dit",
     "encode_conditioning",

@@ -183,6 +183,14 @@ class Family(ABC):
         height, width = (sides, sides) if isinstance(sides, int) else sides
         return height, width
 
+    def frames(self, model: Denoiser) -> int | None:
+        """Frames of a video that a model is given by default, where it mixes each by itself.
+
+        Its latents are [B, C, frames, height, width] then, and each of its sites has so many
+        sequences of tokens for a sample. None for a model of pictures, [B, C, height, width].
+        """
+        return None
+
     def check_prompts(self, pipe: Any, prompts: Sequence[str]) -> None:
         """Raise a ConvFusionError for a prompt that a pipeline cannot draw; by default, never."""
 
@@ -201,6 +209,9 @@ class Family(ABC):
     def check_guidance(self, model: Denoiser, guidance: float) -> None:
         """Raise a ConvFusionError for a guidance scale that a model cannot draw with."""
 
+    def check_export(self, model: Denoiser) -> None:
+        """Raise a ConvFusionError for a model that is not exported; by default, never."""
+
 
 class Values:
     """Makes fixed random values for a denoiser; on the meta device, shapes alone.
@@ -208,10 +219,14 @@ class Values:
     Args:
         model: whose dtype floating-point values have.
         device: of the values.
+        size: (height, width) of the latents that they are made up for.
+        frames: of them; 1 for pictures.
     """
 
-    def __init__(self, model: Denoiser, device: torch.device | str) -> None:
-        self.device, self.dtype = device, model.dtype
+    def __init__(
+        self, model: Denoiser, device: torch.device | str, size: Size, frames: int = 1
+    ) -> None:
+        self.device, self.dtype, self.size, self.frames = device, model.dtype, size, frames
         meta = str(device) == "meta"
         self._generator = None if meta else torch.Generator().manual_seed(0)
 

@@ -69,6 +69,11 @@ def site_grid(model: Denoiser, site: Site, latents: Size) -> Size:
     return height, width
 
 
+def count_sequences(model: Denoiser) -> int:
+    """How many sequences of tokens a site mixes for one sample: the frames of a video, else 1."""
+    return family_of(model).frames(model) or 1
+
+
 def native_latents(model: Denoiser) -> Size:
     """(height, width) of the latents that a denoiser was trained on, by its config."""
     return family_of(model).native_latents(model)
@@ -124,6 +129,7 @@ def example_inputs(
     *,
     batch: int = 1,
     words: int | None = None,
+    frames: int | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of one call of a denoiser, filled with fixed random values.
@@ -133,15 +139,19 @@ def example_inputs(
         size: (height, width) of the latents.
         batch: samples.
         words: tokens of the text; by default as many as the family's text encoder gives.
+        frames: of a video; by default as many as the family tells. A model of pictures has none.
         device: of the tensors, by default the model's; `meta` gives shapes alone.
 
     Raises:
         ConvFusionError: the model takes something of a kind that is not known here.
     """
     family = family_of(model)
-    values = Values(model, model.device if device is None else device)
+    own = family.frames(model)
+    count = 1 if own is None else frames or own
+    sides = size if own is None else (count, *size)
+    values = Values(model, model.device if device is None else device, size, count)
     return {
-        family.latents: values(batch, model.config.in_channels, *size),
+        family.latents: values(batch, model.config.in_channels, *sides),
         "timestep": torch.full((batch,), 500, device=values.device),
         "return_dict": False,
         **family.example_conditioning(model, batch, words, values),

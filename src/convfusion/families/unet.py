@@ -1,4 +1,9 @@
-"""UNet2DConditionModel: SD1.x, SD2.x, SDXL and everything of their layout."""
+"""UNets: SD1.x, SD2.x, SDXL and everything of their layout, and those that draw videos frame-wise.
+
+The motion UNet of AnimateDiff and ModelScope's 3-D UNet have the sites of an image UNet, on each
+frame by itself, with further layers between them that attend over time. So blocks for an image UNet
+are blocks for a motion UNet of the same widths.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +41,7 @@ _PLACE = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.")
 
 # Kernel sizes of the paper's reference weights: about 60 % of the effective receptive field that
 # was measured at each level. SD2.1 has SD1.5's sites and takes its sizes.
-_SD15_KERNELS = {
+SD15_KERNELS = {
     "down_blocks.0.*": 7,
     "down_blocks.1.*": 9,
     "down_blocks.2.*": 5,
@@ -45,7 +50,7 @@ _SD15_KERNELS = {
     "up_blocks.2.*": 9,
     "up_blocks.3.*": 11,
 }
-_SDXL_KERNELS = {
+SDXL_KERNELS = {
     "down_blocks.1.*": 9,
     "down_blocks.2.*": 7,
     "mid_block.*": 9,
@@ -54,7 +59,7 @@ _SDXL_KERNELS = {
 }
 
 # How many sites each block has, which tells the layouts apart.
-_SD15_LAYOUT = {
+SD15_LAYOUT = {
     "down_blocks.0": 2,
     "down_blocks.1": 2,
     "down_blocks.2": 2,
@@ -63,7 +68,7 @@ _SD15_LAYOUT = {
     "up_blocks.2": 3,
     "up_blocks.3": 3,
 }
-_SDXL_LAYOUT = {
+SDXL_LAYOUT = {
     "down_blocks.1": 4,
     "down_blocks.2": 20,
     "mid_block": 10,
@@ -71,21 +76,22 @@ _SDXL_LAYOUT = {
     "up_blocks.1": 6,
 }
 
-_CLASS = "UNet2DConditionModel"
+_CLASS, _MOTION, _VIDEO = "UNet2DConditionModel", "UNetMotionModel", "UNet3DConditionModel"
+FRAMES = 16  # that AnimateDiff and ModelScope's text-to-video draw
 
 
 class UNet(Family):
     """UNets whose transformer blocks stand in `Transformer2DModel`s, each with its own grid."""
 
     name = "unet"
-    classes = (_CLASS,)
+    classes = (_CLASS, _MOTION, _VIDEO)
     component = "unet"
     latents = "sample"
     presets = {
         "default": {"*": 7},
-        "sd15": _SD15_KERNELS,
-        "sd21": _SD15_KERNELS,
-        "sdxl": _SDXL_KERNELS,
+        "sd15": SD15_KERNELS,
+        "sd21": SD15_KERNELS,
+        "sdxl": SDXL_KERNELS,
     }
     full_size = {
         "sd15": (_CLASS, {"sample_size": 64, "cross_attention_dim": 768}),
@@ -118,6 +124,8 @@ class UNet(Family):
                 "projection_class_embeddings_input_dim": 2816,
             },
         ),
+        "animatediff": (_MOTION, {"sample_size": 64, "cross_attention_dim": 768}),
+        "modelscope": (_VIDEO, {"sample_size": 32}),
     }
     released_gate = "reference"
     input_docs = {
@@ -153,14 +161,17 @@ class UNet(Family):
 
     def preset_for(self, model: Denoiser) -> str:
         """The preset whose layout of sites a model has, else `default`."""
-        sites = self.list_sites(model)
-        places = (re.match(r"(mid_block|\w+_blocks\.\d+)", site.path) for site in sites)
-        layout = Counter(place.group(1) for place in places if place)
-        if layout == _SDXL_LAYOUT:
+        layout = count_by_block(self.list_sites(model))
+        if layout == SDXL_LAYOUT:
             return "sdxl"
-        if layout == _SD15_LAYOUT:
+        if layout == SD15_LAYOUT:
             return "sd21" if model.config.cross_attention_dim == 1024 else "sd15"
         return "default"
+
+    def frames(self, model: Denoiser) -> int | None:
+        if not is_video(model):
+            return None
+        return min(FRAMES, model.config.get("motion_max_seq_length", FRAMES))
 
     def latent_unit(self, model: Denoiser) -> int:
         return 2 ** (len(model.config.block_out_channels) - 1)
@@ -199,24 +210,29 @@ class UNet(Family):
     ) -> dict[str, Any]:
         config = model.config
         words = words or (GLM_WORDS if config.get("encoder_hid_dim") else CLIP_WORDS)
-        inputs: dict[str, Any] = {"encoder_hidden_states": values(batch, words, text_width(model))}
+        texts = batch * values.frames if is_of(model, _MOTION) else batch  # one for every frame
+        inputs: dict[str, Any] = {"encoder_hidden_states": values(texts, words, text_width(model))}
         if added := example_additions(model, batch, values):
             inputs["added_cond_kwargs"] = added
-        kind = config.class_embed_type
+        kind = config.get("class_embed_type")
         if kind in ("projection", "simple_projection"):
             inputs["class_labels"] = values(batch, config.projection_class_embeddings_input_dim)
         elif kind == "identity":
             inputs["class_labels"] = values(batch, model.time_embedding.linear_2.out_features)
-        elif kind == "timestep" or config.num_class_embeds is not None:
+        elif kind == "timestep" or config.get("num_class_embeds") is not None:
             inputs["class_labels"] = values.zeros(batch)
         elif kind is not None:
             raise unknown_setting(model, "class_embed_type")
-        if config.time_cond_proj_dim is not None:  # the guidance of a latent consistency model
+        if (
+            config.get("time_cond_proj_dim") is not None
+        ):  # the guidance of a latent consistency model
             inputs["timestep_cond"] = values(batch, config.time_cond_proj_dim)
         return inputs
 
     def describe_further_needs(self, model: Denoiser) -> str:
         config = model.config
+        if is_video(model):
+            return "the frames of a video"
         if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
             return "pictures for an IP-Adapter"
         if config.get("addition_embed_type") not in (None, "text", "text_time"):
@@ -232,17 +248,40 @@ class UNet(Family):
         refines = count_time_ids(pipe.unet) == REFINER_IDS and pipe.text_encoder is None
         return ("text_encoder", "tokenizer") if refines else ()
 
+    def check_export(self, model: Denoiser) -> None:
+        if is_video(model):
+            raise ConvFusionError(
+                f"a {type(model).__name__} draws videos and is not exported: what is exported are "
+                "denoisers of pictures"
+            )
+
+
+def count_by_block(sites: Sequence[Site]) -> Counter[str]:
+    """How many sites each block of a UNet has, by the block's path."""
+    places = (re.match(r"(mid_block|\w+_blocks\.\d+)", site.path) for site in sites)
+    return Counter(place.group(1) for place in places if place)
+
+
+def is_video(model: Denoiser) -> bool:
+    """Whether a UNet takes frames [B, C, T, H, W]."""
+    return is_of(model, _MOTION) or is_of(model, _VIDEO)
+
+
+def is_of(model: Denoiser, kind: str) -> bool:
+    """Whether a model is of a class of diffusers, by its name, or of one that derives from it."""
+    return any(parent.__name__ == kind for parent in type(model).__mro__)
+
 
 def example_additions(model: Denoiser, batch: int, values: Values) -> dict[str, Any]:
     """What goes into `added_cond_kwargs`: SDXL's numbers, pictures for IP-Adapters."""
     config, added = model.config, dict[str, Any]()
-    if config.addition_embed_type == "text_time":
+    if config.get("addition_embed_type") == "text_time":
         ids = count_time_ids(model)
         pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
         added = {"text_embeds": values(batch, pooled), "time_ids": values(batch, ids)}
-    elif config.addition_embed_type not in (None, "text"):
+    elif config.get("addition_embed_type") not in (None, "text"):
         raise unknown_setting(model, "addition_embed_type")
-    if config.encoder_hid_dim_type == "ip_image_proj":
+    if config.get("encoder_hid_dim_type") == "ip_image_proj":
         layers = model.encoder_hid_proj.image_projection_layers
         added["image_embeds"] = [values(batch, *picture_shape(layer)) for layer in layers]
     return added
@@ -266,9 +305,9 @@ def text_width(model: Denoiser) -> int:
     """Of the tokens of the text, before any projection in the model."""
     config = model.config
     projection = getattr(model, "text_encoder_hid_proj", None)  # Kolors' beside an IP-Adapter
-    if config.encoder_hid_dim_type == "text_proj" or projection is not None:
+    if config.get("encoder_hid_dim_type") == "text_proj" or projection is not None:
         return config.encoder_hid_dim
-    if config.encoder_hid_dim_type not in (None, "ip_image_proj"):
+    if config.get("encoder_hid_dim_type") not in (None, "ip_image_proj"):
         raise unknown_setting(model, "encoder_hid_dim_type")
     widths = config.cross_attention_dim
     if isinstance(widths, int):
