@@ -1,6 +1,6 @@
 """Model families, a file each: what is particular to one kind of denoiser is said there alone."""
 
-from convfusion.families import dit, pixart, unet
+from convfusion.families import dit, pixart, unet, wan
 from convfusion.families.base import (
     FAMILIES,
     Denoiser,
@@ -30,7 +30,7 @@ from convfusion.families.lookup import (
     site_grid,
 )
 
-for _family in (unet.UNET, pixart.PIXART, dit.DIT):
+for _family in (unet.UNET, pixart.PIXART, dit.DIT, wan.WAN):
     register(_family)
 
 __all__ = [
@@ -62,4 +62,5 @@ __all__ = [
     "site_grid",
     "supported_classes",
     "unet",
+    "wan",
 ]

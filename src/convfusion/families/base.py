@@ -102,6 +102,8 @@ class Family(ABC):
         input_docs: what arguments of the denoiser are, in words, by dotted name; an exported file
             says so.
         attention_classes: what its self-attentions are; a subclass of these is refused.
+        frames: of the latents of its videos, as they are trained; 0 where it draws pictures.
+        rotary: whether its self-attentions turn queries and keys by where they lie.
     """
 
     name: ClassVar[str]
@@ -117,6 +119,8 @@ class Family(ABC):
     released_gate: ClassVar[Gate | None] = None
     input_docs: ClassVar[Mapping[str, str]] = {}
     attention_classes: ClassVar[tuple[type[nn.Module], ...]] = (Attention,)
+    frames: ClassVar[int] = 0
+    rotary: ClassVar[bool] = False
 
     @abstractmethod
     def list_sites(self, model: Denoiser) -> list[Site]:
