@@ -32,8 +32,9 @@ def watch_attention(
     """
     if family_of(model).rotary:
         raise UnsupportedModelError(
-            f"the self-attention of a {type(model).__name__} turns its queries and keys by a rotary "
-            "embedding, which analysis and measured starts do not know yet: convert it without"
+            f"the self-attention of a {type(model).__name__} turns its queries and keys by a "
+            "rotary embedding, which analysis and measured starts do not know yet: convert it "
+            "without"
         )
     sites = list_sites(model)
     carrier = family_of(model).carrier(model)
