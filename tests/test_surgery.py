@@ -194,19 +194,18 @@ def test_half_precision_and_meta(case):
     assert all(p.is_meta for p in model.parameters())
 
 
-# Sites and channels by level; parameters of the model; of its self-attention, in millions; and the
-# preset where it has another name.
-LAYOUTS: dict[str, tuple] = {
+# Sites and channels by level; parameters of the model; of its self-attention, in millions.
+LAYOUTS = {
     "sd15": ({0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 859_520_964, 49.6),
     "sd21": ({0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 865_910_724, 49.6),
     "sdxl": ({1: (10, 640), 2: (60, 1280)}, 2_567_463_684, 409.7),
     "pixart": ({0: (28, 1152)}, 610_856_096, 148.8),
     "dit": ({0: (28, 1152)}, None, 148.8),
     "animatediff": (
-        {0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 1_312_730_244, 49.6, "sd15"
+        {0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 1_312_730_244, 49.6
     ),
     "modelscope": (
-        {0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 1_411_233_860, 49.6, "sd21"
+        {0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 1_411_233_860, 49.6
     ),
     "controlnet-sd15": (
         {0: (2, 320), 1: (2, 640), 2: (2, 1280), 3: (1, 1280)}, 361_279_120, 23.8
@@ -217,7 +216,7 @@ LAYOUTS: dict[str, tuple] = {
 
 @pytest.mark.parametrize("name", full_size_configs())
 def test_full_size_layouts_on_meta(name):
-    levels, parameters, attention, *preset = LAYOUTS[name]
+    levels, parameters, attention = LAYOUTS[name]
     model = denoiser_on_meta(*full_size_configs()[name])
     if parameters is not None:
         assert sum(p.numel() for p in model.parameters()) == parameters
@@ -229,7 +228,7 @@ def test_full_size_layouts_on_meta(name):
     assert found == levels
     weights = sum(row.attention_parameters for row in status.sites)
     assert round(weights / 1e6, 1) == attention
-    assert convfusion.surgery.presets.choose_preset(model) == (preset or [name])[0]
+    assert convfusion.surgery.presets.choose_preset(model) == name
 
 
 def test_patterns_choose_sites():

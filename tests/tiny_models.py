@@ -18,7 +18,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from convfusion.families import example_inputs
+from convfusion.families import example_inputs, family_of
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 DOWN, UP = "DownBlock2D", "UpBlock2D"
@@ -110,7 +110,6 @@ def motion(**options: Any) -> UNetMotionModel:
         cross_attention_dim=16,
         num_attention_heads=2,
         motion_num_attention_heads=2,
-        motion_max_seq_length=4,
         **(options or two_levels),
     )
 
@@ -172,7 +171,8 @@ class Case:
         """Keyword arguments of one call on latents of this size."""
         generator = torch.Generator().manual_seed(height * 1000 + width)
         model = shapes_of(self.make)
-        made = example_inputs(model, (height, width), batch=batch, words=5, frames=2, device="meta")
+        size = (2, height, width) if family_of(model).frames else (height, width)
+        made = example_inputs(model, size, batch=batch, words=5, device="meta")
 
         def fill(values: Any, name: str) -> Any:
             """Values for the shapes that the model's family tells, nested as they are."""
@@ -202,8 +202,8 @@ CASES = [
     Case("sdxl", sdxl, 70, "sdxl"),
     Case("pixart", pixart, 3, "pixart"),
     Case("dit", dit, 3, "dit", square=True),  # diffusers' DiT unpatchifies squares only
-    Case("motion", motion, 4, "default"),
-    Case("video", video, 4, "default"),
+    Case("motion", motion, 4, "motion_unet"),
+    Case("video", video, 4, "motion_unet"),
     Case("controlnet", controlnet, 7, "controlnet-sd15", denoises=False),
 ]
 DENOISERS = [case for case in CASES if case.denoises]

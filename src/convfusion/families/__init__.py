@@ -1,6 +1,6 @@
 """Model families, a file each: what is particular to one kind of denoiser is said there alone."""
 
-from convfusion.families import controlnet, dit, pixart, unet
+from convfusion.families import controlnet, dit, motion, pixart, unet, wan
 from convfusion.families.base import (
     FAMILIES,
     Denoiser,
@@ -14,6 +14,7 @@ from convfusion.families.base import (
 )
 from convfusion.families.carrier import Carrier, KeywordCarrier
 from convfusion.families.lookup import (
+    block_family,
     check_captioned,
     component_names,
     count_sequences,
@@ -31,7 +32,14 @@ from convfusion.families.lookup import (
     site_grid,
 )
 
-for _family in (unet.UNET, pixart.PIXART, dit.DIT, controlnet.CONTROLNET):
+for _family in (
+    unet.UNET,
+    pixart.PIXART,
+    dit.DIT,
+    wan.WAN,
+    motion.MOTION,
+    controlnet.CONTROLNET,  # after the others: what a pipeline with one converts is its denoiser
+):
     register(_family)
 
 __all__ = [
@@ -43,6 +51,7 @@ __all__ = [
     "Site",
     "Size",
     "TextReader",
+    "block_family",
     "check_captioned",
     "component_names",
     "controlnet",
@@ -54,6 +63,7 @@ __all__ = [
     "family_of",
     "latent_scale",
     "list_sites",
+    "motion",
     "native_latents",
     "native_size",
     "noisy_latents",
@@ -65,4 +75,5 @@ __all__ = [
     "site_grid",
     "supported_classes",
     "unet",
+    "wan",
 ]

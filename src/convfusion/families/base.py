@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families.carrier import Carrier
 from convfusion.mixers import Gate
+from convfusion.mixers.base import Grid
 
 Denoiser: TypeAlias = Any  # a diffusers ModelMixin and ConfigMixin; no type can say both
 Size: TypeAlias = tuple[int, int]  # (height, width)
@@ -102,6 +103,11 @@ class Family(ABC):
         input_docs: what arguments of the denoiser are, in words, by dotted name; an exported file
             says so.
         attention_classes: what its self-attentions are; a subclass of these is refused.
+        frames: of the latents of its videos, as they are trained; 0 where it draws pictures. Where
+            the grids of its sites have two sides, each frame is mixed by itself.
+        rotary: whether its self-attentions turn queries and keys by where they lie.
+        shares_blocks_with: the family whose blocks fit this one and the other way round, since its
+            sites have the same paths; by default there is none.
     """
 
     name: ClassVar[str]
@@ -117,6 +123,9 @@ class Family(ABC):
     released_gate: ClassVar[Gate | None] = None
     input_docs: ClassVar[Mapping[str, str]] = {}
     attention_classes: ClassVar[tuple[type[nn.Module], ...]] = (Attention,)
+    frames: ClassVar[int] = 0
+    rotary: ClassVar[bool] = False
+    shares_blocks_with: ClassVar[str] = ""
 
     @abstractmethod
     def list_sites(self, model: Denoiser) -> list[Site]:
@@ -183,14 +192,6 @@ class Family(ABC):
         height, width = (sides, sides) if isinstance(sides, int) else sides
         return height, width
 
-    def frames(self, model: Denoiser) -> int | None:
-        """Frames of a video that a model is given by default, where it mixes each by itself.
-
-        Its latents are [B, C, frames, height, width] then, and each of its sites has so many
-        sequences of tokens for a sample. None for a model of pictures, [B, C, height, width].
-        """
-        return None
-
     def check_prompts(self, pipe: Any, prompts: Sequence[str]) -> None:
         """Raise a ConvFusionError for a prompt that a pipeline cannot draw; by default, never."""
 
@@ -219,14 +220,11 @@ class Values:
     Args:
         model: whose dtype floating-point values have.
         device: of the values.
-        size: (height, width) of the latents that they are made up for.
-        frames: of them; 1 for pictures.
+        sides: of the latents that they go with: (height, width), of a video behind its frames.
     """
 
-    def __init__(
-        self, model: Denoiser, device: torch.device | str, size: Size, frames: int = 1
-    ) -> None:
-        self.device, self.dtype, self.size, self.frames = device, model.dtype, size, frames
+    def __init__(self, model: Denoiser, device: torch.device | str, sides: Grid) -> None:
+        self.device, self.dtype, self.sides = device, model.dtype, sides
         meta = str(device) == "meta"
         self._generator = None if meta else torch.Generator().manual_seed(0)
 

@@ -54,11 +54,8 @@ def check_call(pipe: Any, prompts: Any, size: Any, options: Mapping[str, Any]) -
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConvFusionError("prompts must be a list of strings, also where there is only one")
     kind, named = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
-    model = denoiser_of(pipe)
-    if family_of(model).frames(model) is not None:
-        raise ConvFusionError(
-            f"a {kind} draws videos, and what is drawn here are pictures: call the pipeline itself"
-        )
+    if family_of(denoiser_of(pipe)).frames:
+        raise ConvFusionError(f"a {kind} draws videos, and pictures are drawn here: call it itself")
     open_ended = any(p.kind is p.VAR_KEYWORD for p in named.values())
     for name in options:
         if name in OURS:

@@ -1,4 +1,4 @@
-"""ControlNetModel: the encoder of a UNet once more, which is told of a picture beside the caption."""
+"""ControlNetModel: the encoder of a UNet once more, guided by a picture."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ControlNet(UNet):
     ) -> dict[str, Any]:
         config = model.config
         scale = 2 ** (len(config.conditioning_embedding_out_channels) - 1)  # pixels to a latent
-        sides = (scale * side for side in values.size)
+        sides = (scale * side for side in values.sides)
         return {
             **super().example_conditioning(model, batch, words, values),
             "controlnet_cond": values(batch, config.conditioning_channels, *sides),
@@ -90,7 +90,7 @@ class ControlNet(UNet):
 
     def check_export(self, model: Denoiser) -> None:
         raise ConvFusionError(
-            f"a {type(model).__name__} is not exported: it gives its UNet a tensor for every layer, "
+            f"a {type(model).__name__} is not exported: it gives its UNet a tensor for each layer, "
             "and an exported file has one output"
         )
 

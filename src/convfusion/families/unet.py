@@ -1,16 +1,11 @@
-"""UNets: SD1.x, SD2.x, SDXL and everything of their layout, and those that draw videos frame-wise.
-
-The motion UNet of AnimateDiff and ModelScope's 3-D UNet have the sites of an image UNet, on each
-frame by itself, with further layers between them that attend over time. So blocks for an image UNet
-are blocks for a motion UNet of the same widths.
-"""
+"""UNet2DConditionModel: SD1.x, SD2.x, SDXL and everything of their layout."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import Transformer2DModel
@@ -30,6 +25,7 @@ from convfusion.families.base import (
     transformer_blocks,
 )
 from convfusion.families.carrier import KeywordCarrier
+from convfusion.mixers import Gate
 
 CLIP_WORDS = 77  # tokens that CLIP's text encoders read
 GLM_WORDS = 256  # and Kolors' ChatGLM
@@ -76,15 +72,14 @@ SDXL_LAYOUT = {
     "up_blocks.1": 6,
 }
 
-_CLASS, _MOTION, _VIDEO = "UNet2DConditionModel", "UNetMotionModel", "UNet3DConditionModel"
-FRAMES = 16  # that AnimateDiff and ModelScope's text-to-video draw
+_CLASS = "UNet2DConditionModel"
 
 
 class UNet(Family):
     """UNets whose transformer blocks stand in `Transformer2DModel`s, each with its own grid."""
 
     name = "unet"
-    classes = (_CLASS, _MOTION, _VIDEO)
+    classes: ClassVar[tuple[str, ...]] = (_CLASS,)
     component = "unet"
     latents = "sample"
     presets = {
@@ -124,10 +119,8 @@ class UNet(Family):
                 "projection_class_embeddings_input_dim": 2816,
             },
         ),
-        "animatediff": (_MOTION, {"sample_size": 64, "cross_attention_dim": 768}),
-        "modelscope": (_VIDEO, {"sample_size": 32}),
     }
-    released_gate = "reference"
+    released_gate: ClassVar[Gate | None] = "reference"
     input_docs = {
         "sample": "noisy latents, scaled by the scheduler's scale_model_input",
         "timestep": TIMESTEP_DOCS,
@@ -168,11 +161,6 @@ class UNet(Family):
             return "sd21" if model.config.cross_attention_dim == 1024 else "sd15"
         return "default"
 
-    def frames(self, model: Denoiser) -> int | None:
-        if not is_video(model):
-            return None
-        return min(FRAMES, model.config.get("motion_max_seq_length", FRAMES))
-
     def latent_unit(self, model: Denoiser) -> int:
         return 2 ** (len(model.config.block_out_channels) - 1)
 
@@ -210,8 +198,7 @@ class UNet(Family):
     ) -> dict[str, Any]:
         config = model.config
         words = words or (GLM_WORDS if config.get("encoder_hid_dim") else CLIP_WORDS)
-        texts = batch * values.frames if is_of(model, _MOTION) else batch  # one for every frame
-        inputs: dict[str, Any] = {"encoder_hidden_states": values(texts, words, text_width(model))}
+        inputs: dict[str, Any] = {"encoder_hidden_states": values(batch, words, text_width(model))}
         if added := example_additions(model, batch, values):
             inputs["added_cond_kwargs"] = added
         kind = config.get("class_embed_type")
@@ -231,8 +218,6 @@ class UNet(Family):
 
     def describe_further_needs(self, model: Denoiser) -> str:
         config = model.config
-        if is_video(model):
-            return "the frames of a video"
         if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
             return "pictures for an IP-Adapter"
         if config.get("addition_embed_type") not in (None, "text", "text_time"):
@@ -248,28 +233,11 @@ class UNet(Family):
         refines = count_time_ids(pipe.unet) == REFINER_IDS and pipe.text_encoder is None
         return ("text_encoder", "tokenizer") if refines else ()
 
-    def check_export(self, model: Denoiser) -> None:
-        if is_video(model):
-            raise ConvFusionError(
-                f"a {type(model).__name__} draws videos and is not exported: what is exported are "
-                "denoisers of pictures"
-            )
-
 
 def count_by_block(sites: Sequence[Site]) -> Counter[str]:
     """How many sites each block of a UNet has, by the block's path."""
     places = (re.match(r"(mid_block|\w+_blocks\.\d+)", site.path) for site in sites)
     return Counter(place.group(1) for place in places if place)
-
-
-def is_video(model: Denoiser) -> bool:
-    """Whether a UNet takes frames [B, C, T, H, W]."""
-    return is_of(model, _MOTION) or is_of(model, _VIDEO)
-
-
-def is_of(model: Denoiser, kind: str) -> bool:
-    """Whether a model is of a class of diffusers, by its name, or of one that derives from it."""
-    return any(parent.__name__ == kind for parent in type(model).__mro__)
 
 
 def example_additions(model: Denoiser, batch: int, values: Values) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
+from convfusion.families.carrier import read_rotary
 from convfusion.mixers.base import TokenMixer
 
 # What the layers that hold an attention's weights are called, in any class of them.
@@ -82,12 +83,15 @@ class ConvFusionProcessor:
     ) -> Tensor:
         """Mix tokens [B, N, C] on the grid that `grid`, [H, W, 0] or [T, H, W, 0], has as shape.
 
-        A rotary embedding is of the attention: a mixer has no use for one.
+        A rotary embedding is of the attention: a mixer has no use for one, but for the grid that
+        may travel behind it.
 
         Raises:
             ConvFusionError: there is no grid, it has not N places, or there are further tokens to
                 attend to, or a mask.
         """
+        if grid is None:
+            grid = read_rotary((*rotary, *others.values()))
         if grid is None:
             raise ConvFusionError(
                 f"no grid reached the converted self-attention {attention.site}: call the denoiser "
