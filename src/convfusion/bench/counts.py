@@ -18,12 +18,11 @@ import torch
 
 from convfusion.bench.models import BenchModel
 from convfusion.errors import ConvFusionError
-from convfusion.families import Site, example_inputs, list_sites, site_grid
+from convfusion.families import Site, example_inputs, family_of, list_sites, site_grid
 from convfusion.files import write_csv
 from convfusion.mixers import MIXERS, Mixer
-from convfusion.mixers.base import Grid
+from convfusion.mixers.base import Grid, projections
 from convfusion.mixers.delta_conv import DeltaConv
-from convfusion.mixers.halo import Halo
 from convfusion.operations import count, mixer_operations, peak_bytes
 from convfusion.surgery.config import ConvertConfig, uniform
 from convfusion.surgery.presets import choose_preset, get_preset
@@ -78,7 +77,7 @@ class Cost:
 
 def list_contenders(
     model: BenchModel,
-    kinds: Sequence[str] = RIVALS,
+    kinds: Sequence[str] | None = None,
     ratios: Sequence[float] = (0.5,),
     ranks: Sequence[tuple[float, float]] = RANKS[1:2],
 ) -> dict[str, ConvertConfig | None]:
@@ -86,7 +85,8 @@ def list_contenders(
 
     Args:
         model: ΔConvBlocks take the kernels of its preset.
-        kinds: names in `convfusion.mixers.MIXERS`, with their default settings.
+        kinds: names in `convfusion.mixers.MIXERS`, with their default settings; by default those
+            of `RIVALS` that work on grids of the model's rank.
         ratios: channel ratios of the ΔConvBlocks, each a contender.
         ranks: key and value ratios of the halo blocks, each a contender.
 
@@ -94,12 +94,13 @@ def list_contenders(
         ConvFusionError: an unknown kind, or a ratio that no block can have.
     """
     compared: dict[str, ConvertConfig | None] = {ATTENTION: None}
-    for kind in kinds:
+    family, rank = family_of(model.denoiser), list_sites(model.denoiser)[0].rank
+    for kind in [k for k in RIVALS if _works_on(k, rank)] if kinds is None else kinds:
         if kind not in MIXERS:
             raise ConvFusionError(f"no mixer {kind!r}; there are {', '.join(MIXERS)}")
         if kind == "halo":
             for key, value in ranks:
-                config = uniform(Halo(key_ratio=key, value_ratio=value))
+                config = uniform(replace(family.halo, key_ratio=key, value_ratio=value))
                 compared[f"{kind} {key:g} {value:g}"] = config
             continue
         if kind != "delta_conv":
@@ -111,6 +112,11 @@ def list_contenders(
                 {p: replace(m, ratio=ratio) for p, m in preset.items() if isinstance(m, DeltaConv)}
             )
     return compared
+
+
+def _works_on(kind: str, rank: int) -> bool:
+    """Whether a mixer works on grids of a rank, with its default settings or a family's."""
+    return kind in ("delta_conv", "halo") or rank in MIXERS[kind]().build(2, 1).ranks
 
 
 def denoiser_operations(model: BenchModel, size: tuple[int, int]) -> int:
@@ -184,7 +190,7 @@ def site_cost(attention: Any, mixer: Mixer | None, grid: Grid) -> tuple[int, int
         mixer: settings of what stands in its place; None for the attention itself.
         grid: (H, W) of its tokens.
     """
-    channels, count_of_tokens = attention.query_dim, math.prod(grid)
+    channels, count_of_tokens = projections(attention)[0].in_features, math.prod(grid)
     with torch.device("meta"):
         tokens = torch.empty(1, count_of_tokens, channels, dtype=torch.float16)
         module = mixer.build(channels, attention.heads) if mixer else copy.deepcopy(attention)
