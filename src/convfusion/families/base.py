@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families.carrier import Carrier
-from convfusion.mixers import Gate
+from convfusion.mixers import Gate, Halo, Mixer
 from convfusion.mixers.base import Grid
 
 Denoiser: TypeAlias = Any  # a diffusers ModelMixin and ConfigMixin; no type can say both
@@ -91,7 +91,9 @@ class Family(ABC):
         classes: names of the diffusers classes of its denoisers; subclasses count too.
         component: the attribute of a pipeline that holds the denoiser.
         latents: the argument of the denoiser's forward that the noisy latents go to.
-        presets: kernel sizes of its ΔConvBlocks by pattern over site paths, by name of the preset.
+        presets: by name of the preset and pattern over site paths, the kernel size of a ΔConvBlock,
+            or settings of any mixer.
+        halo: settings of halo blocks for grids of its rank.
         full_size: class and configuration of published denoisers by name, where they differ from
             the defaults of diffusers; `bench` and `plan` count and time them.
         fixed_size: whether its pipelines draw at the denoiser's own size only.
@@ -114,7 +116,8 @@ class Family(ABC):
     classes: ClassVar[tuple[str, ...]]
     component: ClassVar[str]
     latents: ClassVar[str]
-    presets: ClassVar[Mapping[str, Mapping[str, int]]]
+    presets: ClassVar[Mapping[str, Mapping[str, int | Mixer]]]
+    halo: ClassVar[Halo] = Halo()
     full_size: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
     fixed_size: ClassVar[bool] = False
     gives_latents: ClassVar[bool] = True

@@ -201,7 +201,7 @@ class UNet(Family):
         inputs: dict[str, Any] = {"encoder_hidden_states": values(batch, words, text_width(model))}
         if added := example_additions(model, batch, values):
             inputs["added_cond_kwargs"] = added
-        kind = config.get("class_embed_type")
+        kind = getattr(config, "class_embed_type", None)
         if kind in ("projection", "simple_projection"):
             inputs["class_labels"] = values(batch, config.projection_class_embeddings_input_dim)
         elif kind == "identity":
@@ -249,7 +249,7 @@ def example_additions(model: Denoiser, batch: int, values: Values) -> dict[str, 
         added = {"text_embeds": values(batch, pooled), "time_ids": values(batch, ids)}
     elif config.get("addition_embed_type") not in (None, "text"):
         raise unknown_setting(model, "addition_embed_type")
-    if config.get("encoder_hid_dim_type") == "ip_image_proj":
+    if getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj":
         layers = model.encoder_hid_proj.image_projection_layers
         added["image_embeds"] = [values(batch, *picture_shape(layer)) for layer in layers]
     return added
@@ -273,9 +273,9 @@ def text_width(model: Denoiser) -> int:
     """Of the tokens of the text, before any projection in the model."""
     config = model.config
     projection = getattr(model, "text_encoder_hid_proj", None)  # Kolors' beside an IP-Adapter
-    if config.get("encoder_hid_dim_type") == "text_proj" or projection is not None:
+    if getattr(config, "encoder_hid_dim_type", None) == "text_proj" or projection is not None:
         return config.encoder_hid_dim
-    if config.get("encoder_hid_dim_type") not in (None, "ip_image_proj"):
+    if getattr(config, "encoder_hid_dim_type", None) not in (None, "ip_image_proj"):
         raise unknown_setting(model, "encoder_hid_dim_type")
     widths = config.cross_attention_dim
     if isinstance(widths, int):

@@ -17,6 +17,7 @@ from convfusion.families.base import (
     Values,
 )
 from convfusion.families.carrier import RotaryCarrier
+from convfusion.mixers import DeltaConv, Halo
 
 UMT5_WORDS = 512  # tokens that its text encoder reads
 NATIVE_LATENTS = (60, 104)  # of 480×832 pixels
@@ -31,7 +32,8 @@ class Wan(Family):
     classes = (_CLASS,)
     component = "transformer"
     latents = "hidden_states"
-    presets = {"wan": {"*": 7}}
+    presets = {"wan": {"*": DeltaConv(kernel_size=7, frame_kernel_size=3, first_frame_branch=True)}}
+    halo = Halo(block=(2, 4, 4), window=(4, 8, 8), cells=(3, 4, 4))
     full_size = {
         "wan-1.3b": (
             _CLASS,
@@ -87,7 +89,7 @@ class Wan(Family):
         return made
 
     def describe_further_needs(self, model: Denoiser) -> str:
-        return "an embedding of the first frame" if model.config.image_dim is not None else ""
+        return "the frames of a video"
 
 
 WAN = Wan()

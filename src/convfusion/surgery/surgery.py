@@ -138,7 +138,7 @@ def convert(pipe_or_model: Any, config: ConvertConfig | str | None = None) -> St
     if config is None:
         config = presets.choose_preset(model)
     if isinstance(config, str) and not config.endswith(".json"):
-        config = presets.get_preset(config)
+        config = presets.get_preset(config, model)
     chosen = checked_config(config)
     mixers = build_mixers(model, sites, chosen)
     install(model, mixers, keep_attention=chosen.keep_attention)
