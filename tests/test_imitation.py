@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import DENOISERS, randomise
+from tiny_models import PLAIN, randomise
 from tiny_pipelines import stable_diffusion
 
 import convfusion
@@ -14,7 +14,7 @@ from convfusion.distill import DistillConfig, DistillTask, LossWeights, distill
 from convfusion.families import family_of
 from convfusion.surgery import mixers_of
 
-table = pytest.mark.parametrize("case", DENOISERS, ids=lambda case: case.name)
+table = pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 
 
 def task_and_inputs(case):

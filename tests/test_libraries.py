@@ -70,14 +70,11 @@ def test_the_tap_shows_the_hidden_state_right_after_its_site(case):
 
     def watched(model):
         for site in list_sites(model):
-            for path in (site.path.removesuffix(".attn1"), site.tap):
+            for path in (site.block, site.tap):
                 place = model.get_submodule(path)
                 place.register_forward_pre_hook(keep(path), with_kwargs=True)
         run(model, case, *case.sizes[0])
-        return [
-            torch.equal(seen[site.path.removesuffix(".attn1")], seen[site.tap])
-            for site in list_sites(model)
-        ]
+        return [torch.equal(seen[site.block], seen[site.tap]) for site in list_sites(model)]
 
     removed = case.model()
     convfusion.convert(removed, uniform(Removed()))

@@ -11,7 +11,9 @@ import torch
 from diffusers import (
     ControlNetModel,
     DiTTransformer2DModel,
+    HunyuanDiT2DModel,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet3DConditionModel,
     UNetMotionModel,
@@ -142,6 +144,42 @@ def controlnet() -> ControlNetModel:
     return model
 
 
+def hunyuan() -> HunyuanDiT2DModel:
+    return HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        hidden_size=16,
+        in_channels=4,
+        patch_size=2,
+        sample_size=16,
+        num_layers=4,
+        cross_attention_dim=16,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=16,
+        text_len=4,
+        text_len_t5=5,
+        use_style_cond_and_image_meta_size=False,
+    )
+
+
+def sd35() -> SD3Transformer2DModel:
+    """Of SD3.5 Medium: the first blocks have an attention of the image alone."""
+    return SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=12,
+        pos_embed_max_size=24,
+        dual_attention_layers=(0, 1),
+        qk_norm="rms_norm",
+    )
+
+
 @cache
 def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
     """A model whose values nobody needs."""
@@ -153,7 +191,8 @@ def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
 class Case:
     """A tiny model, how many sites it has, and its preset; its family tells what it takes.
 
-    `denoises` is false of a model that predicts no noise of its latents.
+    `denoises` is false of a model that predicts no noise of its latents, `plain` of one whose
+    queries and keys are normed or turned before they are compared.
     """
 
     name: str
@@ -162,6 +201,7 @@ class Case:
     preset: str
     square: bool = False
     denoises: bool = True
+    plain: bool = True
 
     def model(self) -> nn.Module:
         torch.manual_seed(1)
@@ -178,13 +218,15 @@ class Case:
             """Values for the shapes that the model's family tells, nested as they are."""
             if isinstance(values, dict):
                 return {key: fill(value, key) for key, value in values.items()}
+            if isinstance(values, tuple):
+                return tuple(fill(value, name) for value in values)
             if not isinstance(values, Tensor):
                 return values
             if name == "timestep":
-                return torch.arange(1, batch + 1) * 300
+                return (torch.arange(1, batch + 1) * 300).to(values.dtype)
             if not values.is_floating_point():
                 return torch.arange(batch)  # classes
-            if name.endswith("mask"):
+            if "mask" in name:
                 return torch.ones(values.shape)
             return torch.randn(values.shape, generator=generator)
 
@@ -205,8 +247,11 @@ CASES = [
     Case("motion", motion, 4, "motion_unet"),
     Case("video", video, 4, "motion_unet"),
     Case("controlnet", controlnet, 7, "controlnet-sd15", denoises=False),
+    Case("hunyuan", hunyuan, 4, "hunyuandit", plain=False),
+    Case("sd35", sd35, 2, "sd35-medium", plain=False),
 ]
 DENOISERS = [case for case in CASES if case.denoises]
+PLAIN = [case for case in DENOISERS if case.plain]
 
 
 def run(model: nn.Module, case: Case, height: int, width: int, batch: int = 2) -> Tensor:

@@ -1,6 +1,6 @@
 """Model families, a file each: what is particular to one kind of denoiser is said there alone."""
 
-from convfusion.families import controlnet, dit, motion, pixart, unet, wan
+from convfusion.families import controlnet, dit, hunyuan, motion, pixart, sd3, unet, wan
 from convfusion.families.base import (
     FAMILIES,
     Denoiser,
@@ -38,6 +38,8 @@ for _family in (
     dit.DIT,
     wan.WAN,
     motion.MOTION,
+    hunyuan.HUNYUAN_DIT,
+    sd3.SD3_MEDIUM,
     controlnet.CONTROLNET,  # after the others: what a pipeline with one converts is its denoiser
 ):
     register(_family)
@@ -61,6 +63,7 @@ __all__ = [
     "encode_conditioning",
     "example_inputs",
     "family_of",
+    "hunyuan",
     "latent_scale",
     "list_sites",
     "motion",
@@ -71,6 +74,7 @@ __all__ = [
     "pixel_unit",
     "pixel_unit_of",
     "register",
+    "sd3",
     "shorten_path",
     "site_grid",
     "supported_classes",

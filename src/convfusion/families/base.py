@@ -110,6 +110,7 @@ class Family(ABC):
         rotary: whether its self-attentions turn queries and keys by where they lie.
         shares_blocks_with: the family whose blocks fit this one and the other way round, since its
             sites have the same paths; by default there is none.
+        without_sites: what is said of a model that has none.
     """
 
     name: ClassVar[str]
@@ -129,6 +130,7 @@ class Family(ABC):
     frames: ClassVar[int] = 0
     rotary: ClassVar[bool] = False
     shares_blocks_with: ClassVar[str] = ""
+    without_sites: ClassVar[str] = "has no self-attention in transformer blocks to replace"
 
     @abstractmethod
     def list_sites(self, model: Denoiser) -> list[Site]:

@@ -31,23 +31,27 @@ class Carrier(Protocol):
 
 @dataclass(frozen=True)
 class KeywordCarrier:
-    """Sends the grid in `cross_attention_kwargs`, which reach every attention of the owner.
+    """Sends the grid in keywords which reach every attention of the owner.
 
     Attributes:
         patch: side of a patch; the grid is ⌊H/patch⌋ × ⌊W/patch⌋ of the owner's maps.
-        position: where `cross_attention_kwargs` stands among the positional arguments.
+        position: where the keywords stand among the positional arguments.
         maps: name of the owner's first argument, maps [B, C, H, W].
+        keywords: name of the argument that holds them.
     """
 
     patch: int
     position: int
     maps: str = "hidden_states"
+    keywords: str = "cross_attention_kwargs"
 
     @classmethod
-    def of(cls, owner: type[Any], patch: int) -> KeywordCarrier:
-        """For owners of a class, whose `forward` takes `cross_attention_kwargs`."""
+    def of(
+        cls, owner: type[Any], patch: int, keywords: str = "cross_attention_kwargs"
+    ) -> KeywordCarrier:
+        """For owners of a class, whose `forward` takes such keywords."""
         first = list(inspect.signature(owner.forward).parameters)[1]
-        return cls(patch, argument_position(owner, "cross_attention_kwargs"), first)
+        return cls(patch, argument_position(owner, keywords), first, keywords)
 
     def grid(self, args: tuple, kwargs: dict) -> tuple[int, int]:
         """(H, W) of the tokens, from the arguments of a call of the owner."""
@@ -63,8 +67,8 @@ class KeywordCarrier:
         if len(args) > self.position:
             extra = {**(args[self.position] or {}), GRID: grid}
             return (*args[: self.position], extra, *args[self.position + 1 :]), kwargs
-        extra = {**(kwargs.get("cross_attention_kwargs") or {}), GRID: grid}
-        return args, {**kwargs, "cross_attention_kwargs": extra}
+        extra = {**(kwargs.get(self.keywords) or {}), GRID: grid}
+        return args, {**kwargs, self.keywords: extra}
 
 
 def argument_position(kind: type[Any], name: str) -> int:

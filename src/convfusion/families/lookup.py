@@ -58,9 +58,7 @@ def list_sites(model: Denoiser) -> list[Site]:
     """
     sites = family_of(model).list_sites(model)
     if not sites:
-        raise UnsupportedModelError(
-            f"this {type(model).__name__} has no self-attention in transformer blocks to replace"
-        )
+        raise UnsupportedModelError(f"this {type(model).__name__} {family_of(model).without_sites}")
     return sites
 
 

@@ -28,6 +28,8 @@ PROJECTIONS = (
     *("to_query", "to_key", "to_value", "out_layer"),
 )
 
+NORMS = ("norm_q", "norm_k")  # of queries and keys, where they have any
+
 # Processors that compute an attention as it is, each in a way of its own: a mixer replaces that.
 _PLAIN = frozenset(
     {
@@ -35,6 +37,10 @@ _PLAIN = frozenset(
         "AttnProcessor2_0",
         "AttnProcessorNPU",
         "FusedAttnProcessor2_0",
+        "FusedHunyuanAttnProcessor2_0",
+        "FusedJointAttnProcessor2_0",
+        "HunyuanAttnProcessor2_0",
+        "JointAttnProcessor2_0",
         "SlicedAttnProcessor",
         "XFormersAttnProcessor",
         "XLAFlashAttnProcessor2_0",

@@ -35,6 +35,7 @@ from convfusion.surgery.layers import (
     unwrapped,
 )
 from convfusion.surgery.mixed import (
+    NORMS,
     PROJECTIONS,
     DroppedAttention,
     MixedAttention,
@@ -324,8 +325,8 @@ def _plain_attention(model: Denoiser, site: Site) -> Any:
 
 
 def _drop(attention: Any) -> None:
-    for name in PROJECTIONS:
-        if hasattr(attention, name):
+    for name in (*PROJECTIONS, *NORMS):
+        if isinstance(getattr(attention, name, None), nn.Module):
             delattr(attention, name)
     if not isinstance(attention, DroppedAttention):
         attention.__class__ = mixed_class(attention.stock, dropped=True)
