@@ -191,8 +191,9 @@ def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
 class Case:
     """A tiny model, how many sites it has, and its preset; its family tells what it takes.
 
-    `denoises` is false of a model that predicts no noise of its latents, `plain` of one whose
-    queries and keys are normed or turned before they are compared.
+    `distils` is false of a model that is not trained here: a ControlNet predicts no noise, and a
+    HunyuanDiT takes timesteps that are no integers. `plain` is false of one whose queries and keys
+    are normed or turned before they are compared.
     """
 
     name: str
@@ -200,7 +201,7 @@ class Case:
     sites: int
     preset: str
     square: bool = False
-    denoises: bool = True
+    distils: bool = True
     plain: bool = True
 
     def model(self) -> nn.Module:
@@ -246,12 +247,12 @@ CASES = [
     Case("dit", dit, 3, "dit", square=True),  # diffusers' DiT unpatchifies squares only
     Case("motion", motion, 4, "motion_unet"),
     Case("video", video, 4, "motion_unet"),
-    Case("controlnet", controlnet, 7, "controlnet-sd15", denoises=False),
-    Case("hunyuan", hunyuan, 4, "hunyuandit", plain=False),
+    Case("controlnet", controlnet, 7, "controlnet-sd15", distils=False),
+    Case("hunyuan", hunyuan, 4, "hunyuandit", distils=False, plain=False),
     Case("sd35", sd35, 2, "sd35-medium", plain=False),
 ]
-DENOISERS = [case for case in CASES if case.denoises]
-PLAIN = [case for case in DENOISERS if case.plain]
+DISTILLED = [case for case in CASES if case.distils]
+PLAIN = [case for case in DISTILLED if case.plain]
 
 
 def run(model: nn.Module, case: Case, height: int, width: int, batch: int = 2) -> Tensor:
