@@ -18,7 +18,7 @@ Names = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[MODEL]...",
-        help="sd15, sd21, sdxl, pixart, dit, mini or the folder of a pipeline. Default: all.",
+        help="sd15, sdxl, pixart, … (all families), mini or the folder of a pipeline. Default: all.",
     ),
 ]
 Sizes = Annotated[
