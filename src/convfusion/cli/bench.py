@@ -18,7 +18,7 @@ Names = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[MODEL]...",
-        help="sd15, sdxl, pixart, … (all families), mini or the folder of a pipeline. Default: all.",
+        help="sd15, sdxl, pixart, … (every family), mini or a pipeline's folder. Default: all.",
     ),
 ]
 Sizes = Annotated[

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Name = Annotated[
     str,
-    typer.Argument(help="sd15, sdxl, pixart, … (all families), mini or the folder of a pipeline."),
+    typer.Argument(help="sd15, sdxl, pixart, … (every family), mini or the folder of a pipeline."),
 ]
 Sizes = Annotated[list[str], typer.Option(help="WIDTHxHEIGHT in pixels. Repeat for more.")]
 Whole = Annotated[
