@@ -79,11 +79,9 @@ def flops(
         print_ending(out)
 
 
-def parse_mixers(mixers: str | None) -> Sequence[str]:
-    """The kinds that --mixers names, or those that are compared by default."""
-    from convfusion.bench.counts import RIVALS
-
-    return RIVALS if mixers is None else [kind.strip() for kind in mixers.split(",")]
+def parse_mixers(mixers: str | None) -> Sequence[str] | None:
+    """Names between commas; None where none are given."""
+    return None if mixers is None else [kind.strip() for kind in mixers.split(",")]
 
 
 def print_totals(costs: list[Cost]) -> None:
