@@ -22,10 +22,12 @@ NAMES = {
 }
 
 
-def flops_totals() -> dict[str, dict[tuple[int, int], dict[str, dict[str, str]]]]:
-    """Of results/flops.csv the totals, by model, size in pixels and mixer."""
+def flops_totals(
+    file: str = "flops.csv",
+) -> dict[str, dict[tuple[int, int], dict[str, dict[str, str]]]]:
+    """Of a CSV the totals, by model, size in pixels and mixer."""
     found = defaultdict(lambda: defaultdict(dict))
-    for row in read("flops.csv"):
+    for row in read(file):
         if row["place"] == "all":
             size = (int(row["width"]), int(row["height"]))
             found[row["model"]][size][row["mixer"]] = row
@@ -70,6 +72,23 @@ def flops_models() -> str:
     lines = [
         [f"{w}×{h}", *(times(by[w, h]["delta_conv 0.5"]) for by in found.values())]
         for w, h in sizes
+    ]
+    return table(heads, lines)
+
+
+def flops_video() -> str:
+    """Wan: operations of attention, and attention's over those of blocks."""
+    blocks = {
+        "delta_conv 0.5": "ΔConvBlock",
+        "halo 0.25 0.5": "halo 1/4, 1/2",
+        "halo 0.5 0.5": "halo 1/2, 1/2",
+    }
+    heads = ["model", "pixels", "attention, 10¹²", *(f"over {name}" for name in blocks.values())]
+    lines = [
+        [f"`{model}`", f"{width}×{height}", tera(by["attention"]["operations"])]
+        + [times(by[name]) for name in blocks]
+        for model, sizes in flops_totals("flops_video.csv").items()
+        for (width, height), by in sizes.items()
     ]
     return table(heads, lines)
 
@@ -351,6 +370,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "flops": flops,
     "flops models": flops_models,
     "flops memory": flops_memory,
+    "flops video": flops_video,
     "flops halo": flops_halo,
     "halo times": halo_times,
     "halo bfloat16": partial(halo_times, dtype="bfloat16"),

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from tiny_models import CASES
+from tiny_models import PLAIN
 
 import convfusion
 from convfusion import mini
@@ -114,7 +114,7 @@ def test_the_curve_falls_with_the_budget(pipe, calls, moments, tmp_path):
     assert not convfusion.status(pipe).converted
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.sites < 10], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in PLAIN if c.sites < 10], ids=lambda c: c.name)
 def test_every_family_is_measured(case):
     model = case.make().eval()
     found = measure_moments(model, [example_inputs(model, (16, 16), batch=2)])

@@ -209,7 +209,7 @@ MISTAKES = {
     "unknown model": (["generate", "no/such", "--prompt", "x"], "no/such"),
     "unknown preset": (
         ["convert", "MODEL", "--out", "OUT", "--config", "sd3"],
-        "no preset 'sd3'; there are default, sd15, sd21, sdxl, pixart, dit, halo",
+        "no preset 'sd3'; there are default, sd15, sd21, sdxl, pixart, dit",
     ),
     "no config": (["convert", "MODEL", "--out", "OUT", "--config", "x.json"], "x.json"),
     "bad size": (["generate", "MODEL", "--prompt", "x", "--size", "12"], "512x768"),

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_models import CASES, randomise
+from tiny_models import CASES, DISTILLED, randomise
 from tiny_pipelines import PIPELINES, block_weights, stable_diffusion
 
 import convfusion
@@ -28,7 +28,7 @@ from convfusion.surgery import attention_teacher, mixers_of
 
 pytestmark = pytest.mark.libraries
 
-table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+table = pytest.mark.parametrize("case", DISTILLED, ids=lambda case: case.name)
 TERMS = {
     "distill": LossWeights(distill=1, noise=0, feature=0),
     "noise": LossWeights(distill=0, noise=1, feature=0),

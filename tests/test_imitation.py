@@ -4,16 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import CASES, randomise
+from tiny_models import PLAIN, randomise
 from tiny_pipelines import stable_diffusion
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
 from convfusion.data import LatentDataset
 from convfusion.distill import DistillConfig, DistillTask, LossWeights, distill
+from convfusion.families import family_of
 from convfusion.surgery import mixers_of
 
-table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+table = pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 
 
 def task_and_inputs(case):
@@ -53,7 +54,7 @@ def test_the_loss_is_that_of_blocks_on_the_teachers_inputs(case):
         for handle in handles:
             handle.remove()
         height, width = case.sizes[0]
-        patch = 2 if case.name in ("pixart", "dit") else 1
+        patch = family_of(task.student).patch_size(task.student)
         expected = []
         for site in task.sites:
             tokens, target = seen[site.path]

@@ -25,7 +25,8 @@ else:
 
 ROOT = Path(__file__).parent.parent
 PINNED = {"torch", "tomli"}  # torch has one version in both; tomli is for Python 3.10 alone
-table = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# With nothing between the input of a block and its site, unlike a skip connection or an attention.
+DIRECT = [case for case in CASES if case.name not in ("hunyuan", "sd35")]
 
 
 def floors(lines):
@@ -56,7 +57,7 @@ def test_the_oldest_versions_that_are_declared_are_those_that_are_tested():
     assert all(newest.get(name) != version for name, version in oldest.items())  # only what differs
 
 
-@table
+@pytest.mark.parametrize("case", DIRECT, ids=lambda case: case.name)
 @torch.no_grad()
 def test_the_tap_shows_the_hidden_state_right_after_its_site(case):
     """With nothing in place of the attention it is what came in; with the attention it is not."""
@@ -70,14 +71,11 @@ def test_the_tap_shows_the_hidden_state_right_after_its_site(case):
 
     def watched(model):
         for site in list_sites(model):
-            for path in (site.path.removesuffix(".attn1"), site.tap):
+            for path in (site.block, site.tap):
                 place = model.get_submodule(path)
                 place.register_forward_pre_hook(keep(path), with_kwargs=True)
         run(model, case, *case.sizes[0])
-        return [
-            torch.equal(seen[site.path.removesuffix(".attn1")], seen[site.tap])
-            for site in list_sites(model)
-        ]
+        return [torch.equal(seen[site.block], seen[site.tap]) for site in list_sites(model)]
 
     removed = case.model()
     convfusion.convert(removed, uniform(Removed()))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CASES, run
+from tiny_models import CASES, PLAIN, run
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
@@ -204,7 +204,7 @@ def test_nothing_is_merged_where_no_region_fits():
 WHOLE = [Pooled(1), ToMe(0.0), Circular(100, mean_token=False), Neighbourhood(41)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 @pytest.mark.parametrize("mixer", WHOLE, ids=lambda mixer: type(mixer).__name__)
 @torch.no_grad()
 def test_at_its_limit_a_mixer_is_the_models_own_attention(case, mixer):

@@ -4,14 +4,19 @@ import copy
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from tiny_models import CASES, Case, randomise, run, sd15
 from torch import nn
 
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, Removed, uniform
 from convfusion.bench.models import denoiser_on_meta, full_size_configs
-from convfusion.families import list_sites
+from convfusion.families import family_of, list_sites
 from convfusion.mixers import MIXERS
 from convfusion.surgery import mixers_of
 
@@ -34,14 +39,14 @@ def naive_output(model: nn.Module, case: Case, height: int, width: int) -> torch
     stock = copy.deepcopy(model)
     mixers = mixers_of(stock)
     levels = {site.path: site.level for site in list_sites(stock)}
-    patch = 2 if case.name in ("pixart", "dit") else 1
+    patch = family_of(stock).patch_size(stock)
     convfusion.revert(stock)
     for path, mixer in mixers.items():
         factor = patch * 2 ** levels[path]
         grid = (-(-height // factor), -(-width // factor))
 
-        def forward(tokens, *args, mixer=mixer, grid=grid, **kwargs):
-            return mixer(tokens, grid)
+        def forward(hidden_states, *args, mixer=mixer, grid=grid, **kwargs):
+            return mixer(hidden_states, grid)
 
         stock.get_submodule(path).forward = forward
     return run(stock, case, height, width)
@@ -98,6 +103,9 @@ def test_save_load_revert(case, tmp_path):
 
 @table
 def test_checkpointing_with_two_sizes_in_flight(case):
+    if not case.model()._supports_gradient_checkpointing:
+        pytest.skip("diffusers has no gradient checkpointing for this class")
+
     def gradients(checkpointing: bool) -> list[torch.Tensor]:
         model = converted(case)
         if checkpointing:
@@ -191,19 +199,34 @@ def test_half_precision_and_meta(case):
     assert all(p.is_meta for p in model.parameters())
 
 
-# Sites and channels by level; parameters of the model; of its self-attention, in millions.
-LAYOUTS = {
+# Sites and channels by level; parameters of the model; of its self-attention, in millions;
+# and its preset, where that has another name.
+LAYOUTS: dict[str, tuple] = {
     "sd15": ({0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 859_520_964, 49.6),
     "sd21": ({0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 865_910_724, 49.6),
     "sdxl": ({1: (10, 640), 2: (60, 1280)}, 2_567_463_684, 409.7),
     "pixart": ({0: (28, 1152)}, 610_856_096, 148.8),
     "dit": ({0: (28, 1152)}, None, 148.8),
-}
+    "wan-1.3b": ({0: (30, 1536)}, 1_418_996_800, 283.4, "wan"),
+    "wan-14b": ({0: (40, 5120)}, 14_288_491_584, 4195.5, "wan"),
+    "animatediff": (
+        {0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 1_312_730_244, 49.6
+    ),
+    "modelscope": (
+        {0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 1_411_233_860, 49.6
+    ),
+    "hunyuandit": ({0: (40, 1408)}, 1_499_952_032, 317.4),
+    "sd35-medium": ({0: (13, 1536)}, 2_243_171_520, 122.8),
+    "controlnet-sd15": (
+        {0: (2, 320), 1: (2, 640), 2: (2, 1280), 3: (1, 1280)}, 361_279_120, 23.8
+    ),
+    "controlnet-sdxl": ({1: (4, 640), 2: (30, 1280)}, 1_251_014_160, 203.2),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", full_size_configs())
 def test_full_size_layouts_on_meta(name):
-    levels, parameters, attention = LAYOUTS[name]
+    levels, parameters, attention, *preset = LAYOUTS[name]
     model = denoiser_on_meta(*full_size_configs()[name])
     if parameters is not None:
         assert sum(p.numel() for p in model.parameters()) == parameters
@@ -215,7 +238,7 @@ def test_full_size_layouts_on_meta(name):
     assert found == levels
     weights = sum(row.attention_parameters for row in status.sites)
     assert round(weights / 1e6, 1) == attention
-    assert convfusion.surgery.presets.choose_preset(model) == name
+    assert convfusion.surgery.presets.choose_preset(model) == (preset or [name])[0]
 
 
 def test_patterns_choose_sites():
@@ -246,9 +269,20 @@ def test_patterns_choose_sites():
                 joint_attention_dim=8,
                 pooled_projection_dim=8,
             ),
-            "FluxTransformer2DModel is not supported; supported are DiTTransformer2DModel",
+            "FluxTransformer2DModel is not supported; supported are ControlNetModel, DiT",
         ),
         (lambda: UNet2DModel(block_out_channels=(8,) * 4, norm_num_groups=8), "UNet2DModel is not"),
+        (
+            lambda: SD3Transformer2DModel(
+                num_layers=1,
+                num_attention_heads=1,
+                attention_head_dim=8,
+                joint_attention_dim=8,
+                caption_projection_dim=8,
+                pooled_projection_dim=8,
+            ),
+            "SD3Transformer2DModel has no self-attention of the image alone.* share every",
+        ),
         (lambda: nn.Linear(2, 2), "Linear is not supported"),
         (lambda: "a path", "str has no `unet` or `transformer`"),
         (

@@ -8,10 +8,19 @@ from functools import cache
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    DiTTransformer2DModel,
+    HunyuanDiT2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+    UNetMotionModel,
+)
 from torch import Tensor, nn
 
-from convfusion.families import example_inputs
+from convfusion.families import example_inputs, family_of
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 DOWN, UP = "DownBlock2D", "UpBlock2D"
@@ -89,6 +98,88 @@ def dit() -> DiTTransformer2DModel:
     )
 
 
+def motion(**options: Any) -> UNetMotionModel:
+    """Of AnimateDiff; by default with two levels of its four."""
+    two_levels = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        "layers_per_block": 1,
+    }
+    return UNetMotionModel(
+        sample_size=16,
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        **(options or two_levels),
+    )
+
+
+def video() -> UNet3DConditionModel:
+    """Of ModelScope's text-to-video, with two levels of its four."""
+    return UNet3DConditionModel(
+        sample_size=16,
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+    )
+
+
+def controlnet() -> ControlNetModel:
+    """For `sd15`, with maps that are not zero, unlike at the beginning of a training."""
+    model = ControlNetModel(
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        block_out_channels=(8, 16, 16, 16),
+        attention_head_dim=2,
+        conditioning_embedding_out_channels=(4, 8),
+    )
+    for layer in (*model.controlnet_down_blocks, model.controlnet_mid_block):
+        nn.init.normal_(layer.weight, std=0.2)
+    return model
+
+
+def hunyuan() -> HunyuanDiT2DModel:
+    return HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        hidden_size=16,
+        in_channels=4,
+        patch_size=2,
+        sample_size=16,
+        num_layers=4,
+        cross_attention_dim=16,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=16,
+        text_len=4,
+        text_len_t5=5,
+        use_style_cond_and_image_meta_size=False,
+    )
+
+
+def sd35() -> SD3Transformer2DModel:
+    """Of SD3.5 Medium: the first blocks have an attention of the image alone."""
+    return SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=12,
+        pos_embed_max_size=24,
+        dual_attention_layers=(0, 1),
+        qk_norm="rms_norm",
+    )
+
+
 @cache
 def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
     """A model whose values nobody needs."""
@@ -98,13 +189,20 @@ def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny model, how many sites it has, and its preset; its family tells what it takes."""
+    """A tiny model, how many sites it has, and its preset; its family tells what it takes.
+
+    `distils` is false of a model that is not trained here: a ControlNet predicts no noise, and a
+    HunyuanDiT takes timesteps that are no integers. `plain` is false of one whose queries and keys
+    are normed or turned before they are compared.
+    """
 
     name: str
     make: Callable[[], nn.Module]
     sites: int
     preset: str
     square: bool = False
+    distils: bool = True
+    plain: bool = True
 
     def model(self) -> nn.Module:
         torch.manual_seed(1)
@@ -114,19 +212,22 @@ class Case:
         """Keyword arguments of one call on latents of this size."""
         generator = torch.Generator().manual_seed(height * 1000 + width)
         model = shapes_of(self.make)
-        made = example_inputs(model, (height, width), batch=batch, words=5, device="meta")
+        size = (2, height, width) if family_of(model).frames else (height, width)
+        made = example_inputs(model, size, batch=batch, words=5, device="meta")
 
         def fill(values: Any, name: str) -> Any:
             """Values for the shapes that the model's family tells, nested as they are."""
             if isinstance(values, dict):
                 return {key: fill(value, key) for key, value in values.items()}
+            if isinstance(values, tuple):
+                return tuple(fill(value, name) for value in values)
             if not isinstance(values, Tensor):
                 return values
             if name == "timestep":
-                return torch.arange(1, batch + 1) * 300
+                return (torch.arange(1, batch + 1) * 300).to(values.dtype)
             if not values.is_floating_point():
                 return torch.arange(batch)  # classes
-            if name.endswith("mask"):
+            if "mask" in name:
                 return torch.ones(values.shape)
             return torch.randn(values.shape, generator=generator)
 
@@ -144,11 +245,22 @@ CASES = [
     Case("sdxl", sdxl, 70, "sdxl"),
     Case("pixart", pixart, 3, "pixart"),
     Case("dit", dit, 3, "dit", square=True),  # diffusers' DiT unpatchifies squares only
+    Case("motion", motion, 4, "motion_unet"),
+    Case("video", video, 4, "motion_unet"),
+    Case("controlnet", controlnet, 7, "controlnet-sd15", distils=False),
+    Case("hunyuan", hunyuan, 4, "hunyuandit", distils=False, plain=False),
+    Case("sd35", sd35, 2, "sd35-medium", plain=False),
 ]
+DISTILLED = [case for case in CASES if case.distils]
+PLAIN = [case for case in DISTILLED if case.plain]
 
 
 def run(model: nn.Module, case: Case, height: int, width: int, batch: int = 2) -> Tensor:
-    return model(**case.inputs(height, width, batch))[0]
+    """What a model makes of its latents; of a ControlNet, all of its maps, one behind the other."""
+    output, *others = model(**case.inputs(height, width, batch))
+    if isinstance(output, Tensor):
+        return output
+    return torch.cat([each.flatten(1) for each in (*output, *others)], dim=1)
 
 
 def randomise(mixers: dict[str, nn.Module], std: float = 0.3) -> None:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of, list_sites, site_grid
+from convfusion.families import count_sequences, denoiser_of, list_sites, site_grid
 from convfusion.mixers import Circular, Neighbourhood
 from convfusion.mixers.base import Grid, TokenMixer
 from convfusion.ops import library
@@ -76,6 +76,8 @@ def pairs_in_windows(mixer: Neighbourhood | Circular, grid: Grid) -> int:
 def site_operations(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """Operations at each converted site for latents of (height, width), one sample.
 
+    A video whose frames are mixed each by itself is one sample.
+
     Returns:
         By site path, those of the attention with its four projections and those of the mixer.
 
@@ -94,7 +96,9 @@ def site_operations(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tupl
         mixer: Any = copy.deepcopy(attention.mixer).to("meta")
         tokens = _meta_tokens(attention, site.channels, grid)
         block = mixer_operations(mixer, tokens, grid)
-        counts[site.path] = (attention_operations(attention, site.channels, grid), block)
+        own = attention_operations(attention, site.channels, grid)
+        times = count_sequences(model, site)
+        counts[site.path] = (times * own, times * block)
     if not counts:
         raise ConvFusionError("this model is not converted: there is nothing to compare")
     return counts

@@ -28,15 +28,15 @@ def noise_schedule(scheduler: Any) -> tuple[Tensor, str]:
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """x_t = √ᾱ_t·x + √(1 − ᾱ_t)·ε, [B, C, H, W], for integer timesteps [B]."""
-    signal = alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
+    """x_t = √ᾱ_t·x + √(1 − ᾱ_t)·ε, [B, C, H, W] or [B, C, T, H, W], for integer timesteps [B]."""
+    signal = alphas_cumprod.to(latents.device)[timesteps].view(-1, *[1] * (latents.dim() - 1))
     return signal.sqrt() * latents + (1 - signal).sqrt() * noise
 
 
 def as_epsilon(
     output: Tensor, noisy: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: str
 ) -> Tensor:
-    """The noise that a denoiser's output stands for, [B, C, H, W] float32.
+    """The noise that a denoiser's output stands for, as the latents in float32.
 
     A learned variance (twice as many channels as the latents) is dropped. A v-prediction is
     turned by ε = √ᾱ·v + √(1−ᾱ)·x_t.
@@ -51,5 +51,6 @@ def as_epsilon(
         raise ConvFusionError(
             f"prediction type {prediction_type!r} is not supported: epsilon or v_prediction"
         )
-    signal = alphas_cumprod.to(timesteps.device)[timesteps].float().view(-1, 1, 1, 1)
+    signal = alphas_cumprod.to(timesteps.device)[timesteps].float()
+    signal = signal.view(-1, *[1] * (noisy.dim() - 1))
     return signal.sqrt() * output + (1 - signal).sqrt() * noisy.float()

@@ -16,7 +16,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, Site, denoiser_of
 from convfusion.families.carrier import argument_position
 from convfusion.families.watch import watch_attention
-from convfusion.mixers.base import Grid, project_heads
+from convfusion.mixers.base import Grid, project_heads, score_scale
 from convfusion.surgery import mixers_of
 
 
@@ -54,8 +54,9 @@ class Captured:
         if grid != self.grid:
             raise ConvFusionError("analyse pictures of one size at a time")
         queries, keys, _ = project_heads(attention, tokens)
+        scale = score_scale(attention)
         for query, key in zip(queries, keys, strict=True):
-            sums = measure_attention(query, key, attention.scale, grid, settings, self.mean_map)
+            sums = measure_attention(query, key, scale, grid, settings, self.mean_map)
             before = self.by_timestep.get(timestep)
             self.by_timestep[timestep] = sums if before is None else before + sums
             self.maps += 1

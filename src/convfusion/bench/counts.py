@@ -18,12 +18,18 @@ import torch
 
 from convfusion.bench.models import BenchModel
 from convfusion.errors import ConvFusionError
-from convfusion.families import Site, example_inputs, list_sites, site_grid
+from convfusion.families import (
+    Site,
+    count_sequences,
+    example_inputs,
+    family_of,
+    list_sites,
+    site_grid,
+)
 from convfusion.files import write_csv
 from convfusion.mixers import MIXERS, Mixer
-from convfusion.mixers.base import Grid
+from convfusion.mixers.base import Grid, projections
 from convfusion.mixers.delta_conv import DeltaConv
-from convfusion.mixers.halo import Halo
 from convfusion.operations import count, mixer_operations, peak_bytes
 from convfusion.surgery.config import ConvertConfig, uniform
 from convfusion.surgery.presets import choose_preset, get_preset
@@ -56,7 +62,7 @@ class Cost:
         place: the part of the model, such as `down_blocks.0`; `all` is a total.
         sites: how many sites of that place cost the same, or all that a total sums up.
         channels: C of the tokens; 0 in a total.
-        tokens: N; 0 in a total.
+        tokens: N of a sequence; 0 in a total.
         operations: of one forward of one site; in a total, of all sites.
         parameters: likewise.
         activation_bytes: the most that the tensors of one site take at once, in float16
@@ -78,7 +84,7 @@ class Cost:
 
 def list_contenders(
     model: BenchModel,
-    kinds: Sequence[str] = RIVALS,
+    kinds: Sequence[str] | None = None,
     ratios: Sequence[float] = (0.5,),
     ranks: Sequence[tuple[float, float]] = RANKS[1:2],
 ) -> dict[str, ConvertConfig | None]:
@@ -86,7 +92,8 @@ def list_contenders(
 
     Args:
         model: ΔConvBlocks take the kernels of its preset.
-        kinds: names in `convfusion.mixers.MIXERS`, with their default settings.
+        kinds: names in `convfusion.mixers.MIXERS`, with their default settings; by default those
+            of `RIVALS` that work on grids of the model's rank.
         ratios: channel ratios of the ΔConvBlocks, each a contender.
         ranks: key and value ratios of the halo blocks, each a contender.
 
@@ -94,12 +101,13 @@ def list_contenders(
         ConvFusionError: an unknown kind, or a ratio that no block can have.
     """
     compared: dict[str, ConvertConfig | None] = {ATTENTION: None}
-    for kind in kinds:
+    family, rank = family_of(model.denoiser), list_sites(model.denoiser)[0].rank
+    for kind in [k for k in RIVALS if _works_on(k, rank)] if kinds is None else kinds:
         if kind not in MIXERS:
             raise ConvFusionError(f"no mixer {kind!r}; there are {', '.join(MIXERS)}")
         if kind == "halo":
             for key, value in ranks:
-                config = uniform(Halo(key_ratio=key, value_ratio=value))
+                config = uniform(replace(family.halo, key_ratio=key, value_ratio=value))
                 compared[f"{kind} {key:g} {value:g}"] = config
             continue
         if kind != "delta_conv":
@@ -111,6 +119,11 @@ def list_contenders(
                 {p: replace(m, ratio=ratio) for p, m in preset.items() if isinstance(m, DeltaConv)}
             )
     return compared
+
+
+def _works_on(kind: str, rank: int) -> bool:
+    """Whether a mixer works on grids of a rank, with its default settings or a family's."""
+    return kind in ("delta_conv", "halo") or rank in MIXERS[kind]().build(2, 1).ranks
 
 
 def denoiser_operations(model: BenchModel, size: tuple[int, int]) -> int:
@@ -140,9 +153,11 @@ def operation_table(
         for group in groups
     }
 
+    sequences = count_sequences(model.denoiser, groups[0].first)
+
     @cache  # the same at every place of so many channels and tokens
     def cost(channels: int, heads: int, mixer: Any, grid: Grid) -> tuple[int, int, int]:
-        return site_cost(attentions[channels, heads], mixer, grid)
+        return site_cost(attentions[channels, heads], mixer, grid, sequences)
 
     rows = []
     for size, group in product(latents, groups):
@@ -176,17 +191,20 @@ def _groups(model: BenchModel, configs: Mapping[str, ConvertConfig | None]) -> l
     return list(groups.values())
 
 
-def site_cost(attention: Any, mixer: Mixer | None, grid: Grid) -> tuple[int, int, int]:
+def site_cost(
+    attention: Any, mixer: Mixer | None, grid: Grid, sequences: int = 1
+) -> tuple[int, int, int]:
     """Operations, parameters and activation bytes (float16) of one site, for one sample.
 
     Args:
         attention: the diffusers `Attention` of the site, on the meta device.
         mixer: settings of what stands in its place; None for the attention itself.
-        grid: (H, W) of its tokens.
+        grid: of its tokens.
+        sequences: of tokens on such a grid, for one sample.
     """
-    channels, count_of_tokens = attention.query_dim, math.prod(grid)
+    channels, count_of_tokens = projections(attention)[0].in_features, math.prod(grid)
     with torch.device("meta"):
-        tokens = torch.empty(1, count_of_tokens, channels, dtype=torch.float16)
+        tokens = torch.empty(sequences, count_of_tokens, channels, dtype=torch.float16)
         module = mixer.build(channels, attention.heads) if mixer else copy.deepcopy(attention)
     module = module.to(torch.float16)
     inputs = (tokens, grid) if mixer else (tokens,)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from convfusion.bench.timing import Timing, time_interleaved
 from convfusion.families import Denoiser, Site, example_inputs, list_sites
@@ -227,7 +228,8 @@ def denoiser_call(
                 return
             sample = next(iter(inputs.values())).requires_grad_()
             weights = [p for mixer in mixers.values() for p in mixer.parameters()]
-            torch.autograd.grad(forward(**inputs)[0].sum(), [sample, *weights])
+            outputs = tree_leaves(forward(**inputs))  # a ControlNet has several
+            torch.autograd.grad(sum(each.sum() for each in outputs), [sample, *weights])
 
     return run
 

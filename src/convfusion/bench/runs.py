@@ -20,7 +20,7 @@ from convfusion.bench.latency import (
 from convfusion.bench.models import BenchModel
 from convfusion.bench.rows import Row, make_rows
 from convfusion.bench.timing import describe_machine
-from convfusion.families import Denoiser, list_sites, site_grid
+from convfusion.families import Denoiser, count_sequences, list_sites, site_grid
 from convfusion.surgery.presets import choose_preset, get_preset
 
 Sizes = Sequence[tuple[int, int]]
@@ -68,13 +68,14 @@ def site_rows(
     config = get_preset(choose_preset(model.denoiser))
     for kind in site_kinds(model.denoiser, config):
         limits = Limits(under.limit)
+        batch = under.batch * count_sequences(model.denoiser, kind.site)
         for size in sizes:
             grid = site_grid(model.denoiser, kind.site, model.latents(size))
             tokens = math.prod(grid)
             on_case(f"{model.name} {kind.site.path} {grid[1]}×{grid[0]} tokens")
             kept, left_out = limits.split(variants, tokens)
             timed = time_site(
-                model.denoiser, kind.site, kept, grid, batch=under.batch, dtype=under.dtype,
+                model.denoiser, kind.site, kept, grid, batch=batch, dtype=under.dtype,
                 device=under.device, backward=under.backward, rounds=under.rounds,
             )  # fmt: skip
             limits.learn(timed, tokens)

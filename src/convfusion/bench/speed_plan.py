@@ -22,7 +22,13 @@ import torch
 from convfusion.bench.latency import SiteKind, Variant, denoiser_call, site_kinds, time_site
 from convfusion.bench.timing import Timing, time_interleaved
 from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of, example_inputs, family_of, site_grid
+from convfusion.families import (
+    count_sequences,
+    denoiser_of,
+    example_inputs,
+    family_of,
+    site_grid,
+)
 from convfusion.mixers import Removed
 from convfusion.mixers.base import Grid
 from convfusion.surgery import attention_teacher, mixers_of
@@ -238,6 +244,7 @@ def _plan_site(
     variants = {"attention": Variant(), "block": Variant(config)}
     times: dict[str, dict[int, float]] = {name: {} for name in variants}
     large = shrink_grid(grid, LARGEST)
+    batch *= count_sequences(model, kind.site)
     for timed in (shrink_grid(large, math.prod(large) // 4), large):
         by_name = time_site(
             model, kind.site, variants, timed, batch=batch, dtype=weight.dtype,

@@ -90,6 +90,8 @@ def choose_mixers(
     limit = parse_budget(budget) if isinstance(budget, str) else budget
     if mixers_of(model):
         raise ConvFusionError("this model is converted already: revert it before choosing mixers")
+    if any(site.rank != 2 for site in list_sites(model)):
+        raise ConvFusionError("a budget can be kept for pictures, and this model draws videos")
     latents = size or (moments.latents if moments else native_latents(model))
     if moments is None:
         return _choose_uniform(model, limit, latents, keep)

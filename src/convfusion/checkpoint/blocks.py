@@ -27,7 +27,7 @@ from torch import Tensor
 from convfusion.checkpoint import released
 from convfusion.checkpoint.named import BLOCKS, MANIFEST, PACKAGED, fetch_blocks
 from convfusion.errors import CheckpointError, ConvFusionError
-from convfusion.families import Denoiser, denoiser_of, family_of, list_sites
+from convfusion.families import Denoiser, block_family, denoiser_of, list_sites
 from convfusion.files import (
     FLOATS,
     few,
@@ -221,7 +221,7 @@ def _manifest(
     return {
         "format": FORMAT,
         "version": __version__,
-        "family": family_of(model).name,
+        "family": block_family(model),
         "base_model": public_name(named),
         **({} if digest is None else {"sha256": digest}),
         **joint_record(mixers.values()).to_dict(),
@@ -296,7 +296,7 @@ def check_digest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _check_family(model: Denoiser, manifest: dict[str, Any]) -> None:
-    family = family_of(model).name
+    family = block_family(model)
     if manifest.get("family") != family:
         raise CheckpointError(
             f"the checkpoint is for a {manifest.get('family')} model, and this is a {family}"

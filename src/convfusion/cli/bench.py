@@ -18,7 +18,7 @@ Names = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[MODEL]...",
-        help="sd15, sd21, sdxl, pixart, dit, mini or the folder of a pipeline. Default: all.",
+        help="sd15, sdxl, pixart, … (every family), mini or a pipeline's folder. Default: all.",
     ),
 ]
 Sizes = Annotated[
@@ -79,11 +79,9 @@ def flops(
         print_ending(out)
 
 
-def parse_mixers(mixers: str | None) -> Sequence[str]:
-    """The kinds that --mixers names, or those that are compared by default."""
-    from convfusion.bench.counts import RIVALS
-
-    return RIVALS if mixers is None else [kind.strip() for kind in mixers.split(",")]
+def parse_mixers(mixers: str | None) -> Sequence[str] | None:
+    """Names between commas; None where none are given."""
+    return None if mixers is None else [kind.strip() for kind in mixers.split(",")]
 
 
 def print_totals(costs: list[Cost]) -> None:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 Name = Annotated[
-    str, typer.Argument(help="sd15, sd21, sdxl, pixart, dit, mini or the folder of a pipeline.")
+    str,
+    typer.Argument(help="sd15, sdxl, pixart, … (every family), mini or the folder of a pipeline."),
 ]
 Sizes = Annotated[list[str], typer.Option(help="WIDTHxHEIGHT in pixels. Repeat for more.")]
 Whole = Annotated[

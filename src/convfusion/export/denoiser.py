@@ -136,6 +136,7 @@ def check_exportable(model: Denoiser) -> None:
             f"a {type(model).__name__} draws one size only and is not exported: what an export "
             "is for is one file for every size"
         )
+    family_of(model).check_export(model)
     if getattr(model.config, "encoder_hid_dim_type", None) == "ip_image_proj":
         raise ConvFusionError(
             "an IP-Adapter is not exported: pipe.unload_ip_adapter() takes it off"

@@ -1,6 +1,6 @@
 """Model families, a file each: what is particular to one kind of denoiser is said there alone."""
 
-from convfusion.families import dit, pixart, unet
+from convfusion.families import controlnet, dit, hunyuan, motion, pixart, sd3, unet, wan
 from convfusion.families.base import (
     FAMILIES,
     Denoiser,
@@ -14,8 +14,10 @@ from convfusion.families.base import (
 )
 from convfusion.families.carrier import Carrier, KeywordCarrier
 from convfusion.families.lookup import (
+    block_family,
     check_captioned,
     component_names,
+    count_sequences,
     denoiser_of,
     encode_conditioning,
     example_inputs,
@@ -30,7 +32,16 @@ from convfusion.families.lookup import (
     site_grid,
 )
 
-for _family in (unet.UNET, pixart.PIXART, dit.DIT):
+for _family in (
+    unet.UNET,
+    pixart.PIXART,
+    dit.DIT,
+    wan.WAN,
+    motion.MOTION,
+    hunyuan.HUNYUAN_DIT,
+    sd3.SD3_MEDIUM,
+    controlnet.CONTROLNET,  # after the others: what a pipeline with one converts is its denoiser
+):
     register(_family)
 
 __all__ = [
@@ -42,15 +53,20 @@ __all__ = [
     "Site",
     "Size",
     "TextReader",
+    "block_family",
     "check_captioned",
     "component_names",
+    "controlnet",
+    "count_sequences",
     "denoiser_of",
     "dit",
     "encode_conditioning",
     "example_inputs",
     "family_of",
+    "hunyuan",
     "latent_scale",
     "list_sites",
+    "motion",
     "native_latents",
     "native_size",
     "noisy_latents",
@@ -58,8 +74,10 @@ __all__ = [
     "pixel_unit",
     "pixel_unit_of",
     "register",
+    "sd3",
     "shorten_path",
     "site_grid",
     "supported_classes",
     "unet",
+    "wan",
 ]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families.carrier import Carrier
-from convfusion.mixers import Gate
+from convfusion.mixers import Gate, Halo, Mixer
+from convfusion.mixers.base import Grid
 
 Denoiser: TypeAlias = Any  # a diffusers ModelMixin and ConfigMixin; no type can say both
 Size: TypeAlias = tuple[int, int]  # (height, width)
@@ -90,7 +91,9 @@ class Family(ABC):
         classes: names of the diffusers classes of its denoisers; subclasses count too.
         component: the attribute of a pipeline that holds the denoiser.
         latents: the argument of the denoiser's forward that the noisy latents go to.
-        presets: kernel sizes of its ΔConvBlocks by pattern over site paths, by name of the preset.
+        presets: by name of the preset and pattern over site paths, the kernel size of a ΔConvBlock,
+            or settings of any mixer.
+        halo: settings of halo blocks for grids of its rank.
         full_size: class and configuration of published denoisers by name, where they differ from
             the defaults of diffusers; `bench` and `plan` count and time them.
         fixed_size: whether its pipelines draw at the denoiser's own size only.
@@ -104,13 +107,20 @@ class Family(ABC):
         attention_classes: what its self-attentions are; a subclass of these is refused.
         prompted: which sample of the batch that its pipelines guide one picture with is the one
             that sees the prompt.
+        frames: of the latents of its videos, as they are trained; 0 where it draws pictures. Where
+            the grids of its sites have two sides, each frame is mixed by itself.
+        rotary: whether its self-attentions turn queries and keys by where they lie.
+        shares_blocks_with: the family whose blocks fit this one and the other way round, since its
+            sites have the same paths; by default there is none.
+        without_sites: what is said of a model that has none.
     """
 
     name: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
     component: ClassVar[str]
     latents: ClassVar[str]
-    presets: ClassVar[Mapping[str, Mapping[str, int]]]
+    presets: ClassVar[Mapping[str, Mapping[str, int | Mixer]]]
+    halo: ClassVar[Halo] = Halo()
     full_size: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
     fixed_size: ClassVar[bool] = False
     gives_latents: ClassVar[bool] = True
@@ -120,6 +130,10 @@ class Family(ABC):
     input_docs: ClassVar[Mapping[str, str]] = {}
     attention_classes: ClassVar[tuple[type[nn.Module], ...]] = (Attention,)
     prompted: ClassVar[int] = -1
+    frames: ClassVar[int] = 0
+    rotary: ClassVar[bool] = False
+    shares_blocks_with: ClassVar[str] = ""
+    without_sites: ClassVar[str] = "has no self-attention in transformer blocks to replace"
 
     @abstractmethod
     def list_sites(self, model: Denoiser) -> list[Site]:
@@ -204,6 +218,9 @@ class Family(ABC):
     def check_guidance(self, model: Denoiser, guidance: float) -> None:
         """Raise a ConvFusionError for a guidance scale that a model cannot draw with."""
 
+    def check_export(self, model: Denoiser) -> None:
+        """Raise a ConvFusionError for a model that is not exported; by default, never."""
+
 
 class Values:
     """Makes fixed random values for a denoiser; on the meta device, shapes alone.
@@ -211,10 +228,11 @@ class Values:
     Args:
         model: whose dtype floating-point values have.
         device: of the values.
+        sides: of the latents that they go with: (height, width), of a video behind its frames.
     """
 
-    def __init__(self, model: Denoiser, device: torch.device | str) -> None:
-        self.device, self.dtype = device, model.dtype
+    def __init__(self, model: Denoiser, device: torch.device | str, sides: Grid) -> None:
+        self.device, self.dtype, self.sides = device, model.dtype, sides
         meta = str(device) == "meta"
         self._generator = None if meta else torch.Generator().manual_seed(0)
 

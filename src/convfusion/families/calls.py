@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of
+from convfusion.families import denoiser_of, family_of
 
 # Arguments of a call that have a name of their own here.
 OURS = {
@@ -54,6 +54,8 @@ def check_call(pipe: Any, prompts: Any, size: Any, options: Mapping[str, Any]) -
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConvFusionError("prompts must be a list of strings, also where there is only one")
     kind, named = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
+    if family_of(denoiser_of(pipe)).frames:
+        raise ConvFusionError(f"a {kind} draws videos, and pictures are drawn here: call it itself")
     open_ended = any(p.kind is p.VAR_KEYWORD for p in named.values())
     for name in options:
         if name in OURS:

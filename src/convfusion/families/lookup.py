@@ -13,12 +13,14 @@ from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families.base import (
     FAMILIES,
     Denoiser,
+    Family,
     Site,
     Size,
     Values,
     family_of,
     supported_classes,
 )
+from convfusion.mixers.base import Grid
 from convfusion.text import check_prompts
 
 
@@ -56,17 +58,43 @@ def list_sites(model: Denoiser) -> list[Site]:
     """
     sites = family_of(model).list_sites(model)
     if not sites:
-        raise UnsupportedModelError(
-            f"this {type(model).__name__} has no self-attention in transformer blocks to replace"
-        )
+        raise UnsupportedModelError(f"this {type(model).__name__} {family_of(model).without_sites}")
     return sites
 
 
-def site_grid(model: Denoiser, site: Site, latents: Size) -> Size:
-    """(H, W) of the tokens of a site for latents of (height, width)."""
-    patch = family_of(model).patch_size(model)
-    height, width = (-(-side // 2**site.level) // patch for side in latents)
-    return height, width
+def site_grid(model: Denoiser, site: Site, latents: Grid) -> Grid:
+    """The grid of the tokens of a site.
+
+    Args:
+        model: a denoiser of a known family.
+        site: of it.
+        latents: (height, width), or (frames, height, width) of a video, which without a number of
+            frames has the family's own.
+
+    Returns:
+        (H, W) or (T, H, W).
+    """
+    family = family_of(model)
+    patch = family.patch_size(model)
+    *frames, height, width = _with_frames(family, latents)
+    height, width = (-(-side // 2**site.level) // patch for side in (height, width))
+    return (*frames, height, width)[-site.rank :]  # of frames that are mixed each by itself
+
+
+def _with_frames(family: Family, latents: Grid) -> Grid:
+    """Sides of latents, with the family's own number of frames where none is told."""
+    return (family.frames, *latents) if family.frames and len(latents) == 2 else latents
+
+
+def count_sequences(model: Denoiser, site: Site) -> int:
+    """How many sequences of tokens a site mixes for one sample: 1, but for frames by themselves."""
+    return family_of(model).frames or 1 if site.rank == 2 else 1
+
+
+def block_family(model: Denoiser) -> str:
+    """The name of the family that the blocks of a denoiser are saved for."""
+    family = family_of(model)
+    return family.shares_blocks_with or family.name
 
 
 def native_latents(model: Denoiser) -> Size:
@@ -120,7 +148,7 @@ def check_captioned(pipe: Any) -> None:
 
 def example_inputs(
     model: Denoiser,
-    size: Size,
+    size: Grid,
     *,
     batch: int = 1,
     words: int | None = None,
@@ -130,7 +158,7 @@ def example_inputs(
 
     Args:
         model: a denoiser of a known family.
-        size: (height, width) of the latents.
+        size: (height, width) of the latents, or (frames, height, width) of a video's.
         batch: samples.
         words: tokens of the text; by default as many as the family's text encoder gives.
         device: of the tensors, by default the model's; `meta` gives shapes alone.
@@ -139,9 +167,10 @@ def example_inputs(
         ConvFusionError: the model takes something of a kind that is not known here.
     """
     family = family_of(model)
-    values = Values(model, model.device if device is None else device)
+    sides = _with_frames(family, size)
+    values = Values(model, model.device if device is None else device, sides)
     return {
-        family.latents: values(batch, model.config.in_channels, *size),
+        family.latents: values(batch, model.config.in_channels, *sides),
         "timestep": torch.full((batch,), 500, device=values.device),
         "return_dict": False,
         **family.example_conditioning(model, batch, words, values),

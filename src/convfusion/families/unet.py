@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import Transformer2DModel
@@ -25,6 +25,7 @@ from convfusion.families.base import (
     transformer_blocks,
 )
 from convfusion.families.carrier import KeywordCarrier
+from convfusion.mixers import Gate
 
 CLIP_WORDS = 77  # tokens that CLIP's text encoders read
 GLM_WORDS = 256  # and Kolors' ChatGLM
@@ -36,7 +37,7 @@ _PLACE = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.")
 
 # Kernel sizes of the paper's reference weights: about 60 % of the effective receptive field that
 # was measured at each level. SD2.1 has SD1.5's sites and takes its sizes.
-_SD15_KERNELS = {
+SD15_KERNELS = {
     "down_blocks.0.*": 7,
     "down_blocks.1.*": 9,
     "down_blocks.2.*": 5,
@@ -45,7 +46,7 @@ _SD15_KERNELS = {
     "up_blocks.2.*": 9,
     "up_blocks.3.*": 11,
 }
-_SDXL_KERNELS = {
+SDXL_KERNELS = {
     "down_blocks.1.*": 9,
     "down_blocks.2.*": 7,
     "mid_block.*": 9,
@@ -54,7 +55,7 @@ _SDXL_KERNELS = {
 }
 
 # How many sites each block has, which tells the layouts apart.
-_SD15_LAYOUT = {
+SD15_LAYOUT = {
     "down_blocks.0": 2,
     "down_blocks.1": 2,
     "down_blocks.2": 2,
@@ -63,7 +64,7 @@ _SD15_LAYOUT = {
     "up_blocks.2": 3,
     "up_blocks.3": 3,
 }
-_SDXL_LAYOUT = {
+SDXL_LAYOUT = {
     "down_blocks.1": 4,
     "down_blocks.2": 20,
     "mid_block": 10,
@@ -78,14 +79,14 @@ class UNet(Family):
     """UNets whose transformer blocks stand in `Transformer2DModel`s, each with its own grid."""
 
     name = "unet"
-    classes = (_CLASS,)
+    classes: ClassVar[tuple[str, ...]] = (_CLASS,)
     component = "unet"
     latents = "sample"
     presets = {
         "default": {"*": 7},
-        "sd15": _SD15_KERNELS,
-        "sd21": _SD15_KERNELS,
-        "sdxl": _SDXL_KERNELS,
+        "sd15": SD15_KERNELS,
+        "sd21": SD15_KERNELS,
+        "sdxl": SDXL_KERNELS,
     }
     full_size = {
         "sd15": (_CLASS, {"sample_size": 64, "cross_attention_dim": 768}),
@@ -119,7 +120,7 @@ class UNet(Family):
             },
         ),
     }
-    released_gate = "reference"
+    released_gate: ClassVar[Gate | None] = "reference"
     input_docs = {
         "sample": "noisy latents, scaled by the scheduler's scale_model_input",
         "timestep": TIMESTEP_DOCS,
@@ -153,12 +154,10 @@ class UNet(Family):
 
     def preset_for(self, model: Denoiser) -> str:
         """The preset whose layout of sites a model has, else `default`."""
-        sites = self.list_sites(model)
-        places = (re.match(r"(mid_block|\w+_blocks\.\d+)", site.path) for site in sites)
-        layout = Counter(place.group(1) for place in places if place)
-        if layout == _SDXL_LAYOUT:
+        layout = count_by_block(self.list_sites(model))
+        if layout == SDXL_LAYOUT:
             return "sdxl"
-        if layout == _SD15_LAYOUT:
+        if layout == SD15_LAYOUT:
             return "sd21" if model.config.cross_attention_dim == 1024 else "sd15"
         return "default"
 
@@ -202,16 +201,18 @@ class UNet(Family):
         inputs: dict[str, Any] = {"encoder_hidden_states": values(batch, words, text_width(model))}
         if added := example_additions(model, batch, values):
             inputs["added_cond_kwargs"] = added
-        kind = config.class_embed_type
+        kind = getattr(config, "class_embed_type", None)
         if kind in ("projection", "simple_projection"):
             inputs["class_labels"] = values(batch, config.projection_class_embeddings_input_dim)
         elif kind == "identity":
             inputs["class_labels"] = values(batch, model.time_embedding.linear_2.out_features)
-        elif kind == "timestep" or config.num_class_embeds is not None:
+        elif kind == "timestep" or config.get("num_class_embeds") is not None:
             inputs["class_labels"] = values.zeros(batch)
         elif kind is not None:
             raise unknown_setting(model, "class_embed_type")
-        if config.time_cond_proj_dim is not None:  # the guidance of a latent consistency model
+        if (
+            config.get("time_cond_proj_dim") is not None
+        ):  # the guidance of a latent consistency model
             inputs["timestep_cond"] = values(batch, config.time_cond_proj_dim)
         return inputs
 
@@ -233,16 +234,22 @@ class UNet(Family):
         return ("text_encoder", "tokenizer") if refines else ()
 
 
+def count_by_block(sites: Sequence[Site]) -> Counter[str]:
+    """How many sites each block of a UNet has, by the block's path."""
+    places = (re.match(r"(mid_block|\w+_blocks\.\d+)", site.path) for site in sites)
+    return Counter(place.group(1) for place in places if place)
+
+
 def example_additions(model: Denoiser, batch: int, values: Values) -> dict[str, Any]:
     """What goes into `added_cond_kwargs`: SDXL's numbers, pictures for IP-Adapters."""
     config, added = model.config, dict[str, Any]()
-    if config.addition_embed_type == "text_time":
+    if config.get("addition_embed_type") == "text_time":
         ids = count_time_ids(model)
         pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
         added = {"text_embeds": values(batch, pooled), "time_ids": values(batch, ids)}
-    elif config.addition_embed_type not in (None, "text"):
+    elif config.get("addition_embed_type") not in (None, "text"):
         raise unknown_setting(model, "addition_embed_type")
-    if config.encoder_hid_dim_type == "ip_image_proj":
+    if getattr(config, "encoder_hid_dim_type", None) == "ip_image_proj":
         layers = model.encoder_hid_proj.image_projection_layers
         added["image_embeds"] = [values(batch, *picture_shape(layer)) for layer in layers]
     return added
@@ -266,9 +273,9 @@ def text_width(model: Denoiser) -> int:
     """Of the tokens of the text, before any projection in the model."""
     config = model.config
     projection = getattr(model, "text_encoder_hid_proj", None)  # Kolors' beside an IP-Adapter
-    if config.encoder_hid_dim_type == "text_proj" or projection is not None:
+    if getattr(config, "encoder_hid_dim_type", None) == "text_proj" or projection is not None:
         return config.encoder_hid_dim
-    if config.encoder_hid_dim_type not in (None, "ip_image_proj"):
+    if getattr(config, "encoder_hid_dim_type", None) not in (None, "ip_image_proj"):
         raise unknown_setting(model, "encoder_hid_dim_type")
     widths = config.cross_attention_dim
     if isinstance(widths, int):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convfusion.errors import UnsupportedModelError
 from convfusion.families.base import Denoiser, Site, family_of
 from convfusion.families.lookup import list_sites
 from convfusion.mixers import Grid
@@ -24,7 +25,17 @@ def watch_attention(
     Args:
         model: not converted.
         see: called with the site, its diffusers `Attention`, its tokens [B, N, C] and their grid.
+
+    Raises:
+        UnsupportedModelError: its attentions turn queries and keys by a rotary embedding, so that
+            tokens alone do not tell what they look at.
     """
+    if family_of(model).rotary:
+        raise UnsupportedModelError(
+            f"the self-attention of a {type(model).__name__} turns its queries and keys by a "
+            "rotary embedding, which analysis and measured starts do not know yet: convert it "
+            "without"
+        )
     sites = list_sites(model)
     carrier = family_of(model).carrier(model)
     grids: dict[str, Grid] = {}  # by path of the owner

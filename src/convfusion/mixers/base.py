@@ -6,6 +6,7 @@ attention heads, which returns a `TokenMixer`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -127,20 +128,37 @@ def projections(attention: Any) -> tuple[Any, Any, Any, Any]:
     return attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
 
 
+def score_scale(attention: Any) -> float:
+    """What an attention multiplies q·k with; 1/√d unless it says otherwise."""
+    own = getattr(attention, "scale", None)
+    if own is not None:
+        return own
+    return (projections(attention)[0].out_features / attention.heads) ** -0.5
+
+
 def project_heads(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of an attention in float32: [B, N, C] → three of [B, h, N, d].
 
-    Norms of queries and keys are applied, rotary embeddings are not.
+    Norms of queries and keys are applied, of each head or across all of them; rotary embeddings
+    are not.
     """
     found = []
     layers = zip(projections(attention)[:3], ("norm_q", "norm_k", ""), strict=True)
     for layer, norm in layers:
         bias = None if layer.bias is None else layer.bias.float()
         mapped = F.linear(tokens.to(layer.weight.device, torch.float32), layer.weight.float(), bias)
-        heads = mapped.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
         normalise = getattr(attention, norm, None) if norm else None
+        if normalise is not None and spans_heads(normalise, attention):
+            mapped, normalise = normalise(mapped), None
+        heads = mapped.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
         found.append(heads if normalise is None else normalise(heads))
     return found[0], found[1], found[2]
+
+
+def spans_heads(norm: Any, attention: Any) -> bool:
+    """Whether a norm of queries or keys is taken over the channels of all heads together."""
+    shape = getattr(norm, "normalized_shape", None) or norm.dim  # as PyTorch and diffusers call it
+    return math.prod(shape) == projections(attention)[0].out_features
 
 
 def output_heads(attention: Any) -> Tensor:

@@ -27,7 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.mixers.base import TokenSample, output_heads, project_heads, projections
+from convfusion.mixers.base import (
+    TokenSample,
+    output_heads,
+    project_heads,
+    projections,
+    score_scale,
+)
 from convfusion.mixers.offsets import (
     QUERIES,
     OffsetMeans,
@@ -53,7 +59,7 @@ def set_from_sample(block: DeltaConvBlock, attention: Any, sample: Sequence[Toke
         queries, keys, _ = project_heads(attention, tokens)
         chosen = choose_queries(queries.shape[2], QUERIES)
         found += [
-            offset_means(query, key, attention.scale, grid, radius, chosen)
+            offset_means(query, key, score_scale(attention), grid, radius, chosen)
             for query, key in zip(queries, keys, strict=True)
         ]
     means = mean_offsets(found)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from convfusion.mixers.base import (
     output_heads,
     project_heads,
     projections,
+    score_scale,
+    spans_heads,
 )
 from convfusion.mixers.offsets import QUERIES, choose_queries, split_queries
 
@@ -72,7 +74,7 @@ def measure_moments(attention: Any, sample: Sequence[TokenSample]) -> HeadMoment
         tokens_seen += query.shape[0] * query.shape[2]
         chosen = choose_queries(query.shape[2], QUERIES).to(query.device)
         for part in split_queries(chosen, query.shape[0] * query.shape[1], query.shape[2]):
-            scores = query[:, :, part] @ key.transpose(2, 3) * attention.scale
+            scores = query[:, :, part] @ key.transpose(2, 3) * score_scale(attention)
             gathered = scores.softmax(-1) @ value
             squares += torch.einsum("bhnd,bhne->hde", gathered, gathered)
             total += gathered.sum((0, 2))
@@ -106,13 +108,15 @@ def cut_values(moments: HeadMoments, out: Tensor, rank: int) -> tuple[Tensor, Te
 def set_from_weights(mixer: HaloMixer, attention: Any) -> None:
     """Set a block by the attention's weights alone: moments as of white noise, and no ρ.
 
+    Norms of queries and keys are taken as the constants that they are for such noise, and a rotary
+    embedding is left out.
+
     Raises:
         ConvFusionError: the attention's heads or channels are not the block's.
     """
     _check_shape(mixer, attention)
     query, key, value = (
-        layer.weight.float().unflatten(0, (attention.heads, -1))
-        for layer in projections(attention)[:3]
+        layer.weight.float().unflatten(0, (attention.heads, -1)) for layer in fold_norms(attention)
     )
     bias = projections(attention)[2].bias
     mean = value.new_zeros(value.shape[:2])
@@ -141,7 +145,7 @@ def set_from_sample(mixer: HaloMixer, attention: Any, sample: Sequence[TokenSamp
     moments = measure_moments(attention, sample)
     read_q, read_k = _set_projections(mixer, attention, moments)
     eye = torch.eye(read_q.shape[2], device=read_q.device)
-    left_out = attention.scale * eye - read_q.transpose(1, 2) @ read_k  # [h, d, d]
+    left_out = score_scale(attention) * eye - read_q.transpose(1, 2) @ read_k  # [h, d, d]
     reach = [window - 1 for window in mixer.config.sides("window")]
     sums = counts = torch.zeros((), device=read_q.device)
     for tokens, grid in sample:
@@ -217,9 +221,9 @@ def _set_projections(
     mixer: HaloMixer, attention: Any, moments: HeadMoments
 ) -> tuple[Tensor, Tensor]:
     """Set all layers of a block; returns the readers of its scores, [h, r, d] each."""
-    query, key, value, out = projections(attention)
-    weights = output_heads(attention)
-    read_q, read_k = cut_scores(moments, attention.scale, mixer.key_rank)
+    query, key, value = fold_norms(attention)
+    out, weights = projections(attention)[3], output_heads(attention)
+    read_q, read_k = cut_scores(moments, score_scale(attention), mixer.key_rank)
     read_v, write = cut_values(moments, weights, mixer.value_rank)
     _read(mixer.to_q, [(query, read_q)])
     _read(mixer.to_kv, [(key, read_k), (value, read_v)])
@@ -229,6 +233,31 @@ def _set_projections(
     mixer.to_out.bias.copy_(bias if out.bias is None else bias + out.bias.float())
     mixer.far.zero_()
     return read_q, read_k
+
+
+class Projection(NamedTuple):
+    """Weight and bias of a linear layer, in float32."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def fold_norms(attention: Any) -> tuple[Projection, Projection, Projection]:
+    """Layers for queries, keys and values whose norms are constants: those of white noise."""
+    folded = []
+    for layer, name in zip(projections(attention)[:3], ("norm_q", "norm_k", ""), strict=True):
+        weight, bias = layer.weight.float(), layer.bias
+        bias = None if bias is None else bias.float()
+        if (norm := getattr(attention, name, None) if name else None) is not None:
+            heads = 1 if spans_heads(norm, attention) else attention.heads
+            squares = weight.square().sum(1) + (0 if bias is None else bias.square())
+            size = squares.unflatten(0, (heads, -1)).mean(1, keepdim=True).rsqrt()
+            gain = weight.new_ones(()) if norm.weight is None else norm.weight.float()
+            factor = (size * gain).expand(heads, len(weight) // heads).flatten()
+            weight = weight * factor[:, None]
+            bias = None if bias is None else bias * factor
+        folded.append(Projection(weight, bias))
+    return folded[0], folded[1], folded[2]
 
 
 def _read(layer: nn.Linear, parts: Sequence[tuple[Any, Tensor]]) -> None:

@@ -32,6 +32,8 @@ class GeneralisedLinear:
 class GeneralisedLinearMixer(ProjectedMixer):
     """φ(q)·(φ(k)ᵀ·v) over φ(q)·(sum of φ(k)ᵀ), in time and memory linear in N."""
 
+    ranks = (2, 3)
+
     def __init__(self, channels: int, heads: int, config: GeneralisedLinear) -> None:
         super().__init__(channels, heads, config)
         self.f_q = nonlinear(channels)

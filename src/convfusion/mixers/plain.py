@@ -68,6 +68,8 @@ class Depthwise:
 class RemovedMixer(TokenMixer):
     """Zeros in the shape of the tokens."""
 
+    ranks = (2, 3)
+
     def __init__(self, config: Removed) -> None:
         super().__init__()
         self.config = config
@@ -80,6 +82,7 @@ class RemovedMixer(TokenMixer):
 class MeanOnlyMixer(TokenMixer):
     """proj(mean over tokens), at every token."""
 
+    ranks = (2, 3)
     has_measured_start = True
 
     def __init__(self, channels: int, config: MeanOnly) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convfusion.mixers.base import output_heads, project_heads, projections
+from convfusion.mixers.base import output_heads, project_heads, projections, score_scale
 from convfusion.mixers.offsets import split_queries
 
 
@@ -25,7 +25,7 @@ def attend_at(attention: Any, tokens: Tensor, chosen: Tensor) -> Tensor:
     parts = []
     maps_of_each = query.shape[0] * query.shape[1]
     for part in split_queries(chosen.to(query.device), maps_of_each, query.shape[2]):
-        maps = (query[:, :, part] @ key.transpose(2, 3) * attention.scale).softmax(-1)
+        maps = (query[:, :, part] @ key.transpose(2, 3) * score_scale(attention)).softmax(-1)
         parts.append(torch.einsum("bhnd,hcd->bnc", maps @ value, weights))
     output = torch.cat(parts, dim=1)
     return output if bias is None else output + bias.float()

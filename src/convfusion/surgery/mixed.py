@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
+from convfusion.families.carrier import read_rotary
 from convfusion.mixers.base import TokenMixer
 
 # What the layers that hold an attention's weights are called, in any class of them.
@@ -27,6 +28,8 @@ PROJECTIONS = (
     *("to_query", "to_key", "to_value", "out_layer"),
 )
 
+NORMS = ("norm_q", "norm_k")  # of queries and keys, where they have any
+
 # Processors that compute an attention as it is, each in a way of its own: a mixer replaces that.
 _PLAIN = frozenset(
     {
@@ -34,6 +37,10 @@ _PLAIN = frozenset(
         "AttnProcessor2_0",
         "AttnProcessorNPU",
         "FusedAttnProcessor2_0",
+        "FusedHunyuanAttnProcessor2_0",
+        "FusedJointAttnProcessor2_0",
+        "HunyuanAttnProcessor2_0",
+        "JointAttnProcessor2_0",
         "SlicedAttnProcessor",
         "XFormersAttnProcessor",
         "XLAFlashAttnProcessor2_0",
@@ -82,12 +89,15 @@ class ConvFusionProcessor:
     ) -> Tensor:
         """Mix tokens [B, N, C] on the grid that `grid`, [H, W, 0] or [T, H, W, 0], has as shape.
 
-        A rotary embedding is of the attention: a mixer has no use for one.
+        A rotary embedding is of the attention: a mixer has no use for one, but for the grid that
+        may travel behind it.
 
         Raises:
             ConvFusionError: there is no grid, it has not N places, or there are further tokens to
                 attend to, or a mask.
         """
+        if grid is None:
+            grid = read_rotary((*rotary, *others.values()))
         if grid is None:
             raise ConvFusionError(
                 f"no grid reached the converted self-attention {attention.site}: call the denoiser "

@@ -3,7 +3,7 @@
 A site's attention becomes a `MixedAttention`, of a subclass of its own class, with the mixer as its
 child `mixer`. So the module tree, every stock name and every stock weight stay where they were, and
 reverting is a change of class. No diffusers forward code is copied: the grid of the tokens comes
-with the cross-attention keywords, put there by a hook of the module that knows it.
+with the other arguments, put there by a hook of a module that knows it (`families.carrier`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
+from torch import nn
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families import Denoiser, Site, denoiser_of, family_of, list_sites
@@ -33,6 +35,7 @@ from convfusion.surgery.layers import (
     unwrapped,
 )
 from convfusion.surgery.mixed import (
+    NORMS,
     PROJECTIONS,
     DroppedAttention,
     MixedAttention,
@@ -136,7 +139,7 @@ def convert(pipe_or_model: Any, config: ConvertConfig | str | None = None) -> St
     if config is None:
         config = presets.choose_preset(model)
     if isinstance(config, str) and not config.endswith(".json"):
-        config = presets.get_preset(config)
+        config = presets.get_preset(config, model)
     chosen = checked_config(config)
     mixers = build_mixers(model, sites, chosen)
     install(model, mixers, keep_attention=chosen.keep_attention)
@@ -322,36 +325,37 @@ def _plain_attention(model: Denoiser, site: Site) -> Any:
 
 
 def _drop(attention: Any) -> None:
-    for name in PROJECTIONS:
-        if hasattr(attention, name):
+    for name in (*PROJECTIONS, *NORMS):
+        if isinstance(getattr(attention, name, None), nn.Module):
             delattr(attention, name)
     if not isinstance(attention, DroppedAttention):
         attention.__class__ = mixed_class(attention.stock, dropped=True)
-
-
-def _hooked(model: Denoiser) -> Iterator[tuple[Any, Any]]:
-    """The modules that need a hook while the model is converted, each with its hook."""
-    hook = family_of(model).carrier(model)
-    sites = list_sites(model)
-    reached = sorted({site.owner for site in sites if _is_converted(model, site)})
-    for path in reached:
-        owner = model.get_submodule(path)
-        yield owner, hook
-        for block in owner.modules():
-            if isinstance(block, BasicTransformerBlock):
-                for module in (block.attn1, block.attn2):
-                    if module is not None and not isinstance(module, MixedAttention):
-                        yield module, drop_grid
 
 
 def _connect(model: Denoiser) -> None:
     _disconnect(model)  # what is left where another library has replaced every site
     guard(model)
     model._convfusion_sites = tuple(mixers_of(model))
+    carrier = family_of(model).carrier(model)
+    reached = sorted({s.owner for s in list_sites(model) if _is_converted(model, s)})
+    owners = [model.get_submodule(path) for path in reached]
     model._convfusion_hooks = [
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-        for module, hook in ((model, watch_plugins), *_hooked(model))
+        model.register_forward_pre_hook(watch_plugins, with_kwargs=True),
+        *(carrier.attach(owner) for owner in owners),
+        *(
+            attention.register_forward_pre_hook(drop_grid, with_kwargs=True)
+            for attention in _list_unconverted(owners)
+        ),
     ]
+
+
+def _list_unconverted(owners: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The attentions in reach of a grid that have no use for one."""
+    for owner in owners:
+        for module in owner.modules():
+            kinds = (Attention, AttentionModuleMixin)
+            if isinstance(module, kinds) and not isinstance(module, MixedAttention):
+                yield module
 
 
 def _disconnect(model: Denoiser) -> None:
