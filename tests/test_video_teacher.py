@@ -1,6 +1,7 @@
 """The small video model in Wan's layout: its clips say what they show, and it is made again."""
 
 import importlib
+import json
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -30,7 +31,7 @@ def teacher(video):
 
 
 @pytest.fixture
-def train(teacher, monkeypatch):
+def train(video, teacher, monkeypatch):
     """The whole recipe on models that are as small as they can be: called with a run's folder."""
     vae = importlib.import_module("video_vae")
 
@@ -62,7 +63,8 @@ def train(teacher, monkeypatch):
     monkeypatch.setattr(vae, "MEASURED", range(2))
     monkeypatch.setattr(teacher, "make_transformer", make_transformer)
     monkeypatch.setattr(teacher, "DRAWN", range(1))
-    monkeypatch.setattr(teacher, "DRAW_STEPS", 2)
+    monkeypatch.setattr(teacher, "JUDGED", 1)
+    monkeypatch.setattr(video, "STEPS", 2)
 
     def run(folder, steps):
         given = ("--steps", str(steps), "--vae-steps", "2", *TRAIN, *EVEN)
@@ -165,6 +167,16 @@ def test_a_clip_is_made_of_its_side_and_number_alone(video):
     assert video.Clip("key", "spins", "grey", 30, 1, (0, 0)).caption == "key spins on grey"
 
 
+def test_motion_and_ground_are_read_off_a_clip(video):
+    measure = importlib.import_module("video_measure")
+    for number in range(0, 240, 3):
+        one = video.clip("train", number)
+        frames = video.draw(one)
+        assert measure.motion_of(frames) == one.motion
+        assert measure.ground_of(frames) == one.ground
+        assert measure.motion_of(frames[..., :1, :1].expand_as(frames)) is None
+
+
 def test_the_autoencoder_sees_no_held_out_pair(video, monkeypatch):
     vae = importlib.import_module("video_vae")
     seen = []
@@ -250,12 +262,18 @@ def test_what_is_packaged_draws_as_what_was_trained(train, video, teacher, tmp_p
     assert isinstance(pipe, WanPipeline)
     assert isinstance(pipe.transformer.blocks[0].attn2.processor, WanAttnProcessor)
     assert {p.dtype for p in pipe.transformer.parameters()} == {torch.float32}
-    drawn = teacher.draw_clips(pipe, ["dog face moves left on pink"] * 2)
+    drawn = video.generate(pipe, ["dog face moves left on pink"] * 2)
     assert drawn.shape == (2, 3, 17, 64, 64)
     assert not torch.equal(drawn[0], drawn[1])  # a seed each
-    trained = teacher.draw_clips(video.load_video(run / "teacher"), ["dog face moves left on pink"])
+    trained = video.generate(video.load_video(run / "teacher"), ["dog face moves left on pink"])
     torch.testing.assert_close(drawn[:1], trained, atol=0.02, rtol=0)
     assert (run / "teacher-000002.png").exists()
+    assert (kept / "drawn.png").exists()
+    facts = json.loads((kept / "video.json").read_text())
+    assert facts["steps"] == 2
+    for side in ("train", "results"):
+        assert set(facts[side]) == {"psnr", "velocity", "motion", "ground"}
+        assert 0.5 < facts[side]["velocity"] < 2  # it says next to nothing yet
     latents, captions = video.latents(pipe.vae, "choice", 3)
     assert latents.shape == (3, 8, 5, 16, 16)
     assert captions == [video.clip("choice", number).caption for number in range(3)]

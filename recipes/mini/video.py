@@ -27,6 +27,8 @@ KEPT = Path(__file__).parent / "video"
 SHEET = KEPT / "emoji.png"
 FRAMES, SIZE = 17, 64  # of a clip; pixels
 TILE, TILES_PER_ROW = 32, 8  # of the sheet; pixels and emoji
+STRIP = (0, 4, 8, 12, 16)  # frames that are shown of a clip
+GUIDANCE, STEPS = 3.0, 20  # that clips are drawn with
 EMOJI = (
     "dog face", "cat face", "frog face", "pig face", "panda face", "lion face", "monkey face",
     "rabbit face", "penguin", "octopus", "tropical fish", "honeybee", "butterfly", "lady beetle",
@@ -167,6 +169,28 @@ def load_video(folder: Path = KEPT) -> WanPipeline:
     )
     pipe.transformer.eval()
     return pipe
+
+
+def generate(pipe: WanPipeline, captions: list[str]) -> torch.Tensor:
+    """Clips [B, 3, 17, 64, 64] in [0, 1] that the model draws, each from the seed of its number."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        captions,
+        height=SIZE,
+        width=SIZE,
+        num_frames=FRAMES,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=[torch.Generator().manual_seed(number) for number in range(len(captions))],
+        output_type="pt",
+    ).frames.transpose(1, 2)
+
+
+def save_strips(clips: torch.Tensor, path: Path) -> None:
+    """A picture of some frames of clips [B, 3, 17, H, W] in [0, 1], one clip a row."""
+    frames = clips[:, :, STRIP, :, :].float().cpu()
+    rows = frames.permute(0, 3, 2, 4, 1).flatten(0, 1).flatten(1, 2)
+    Image.fromarray((rows * 255).round().byte().numpy()).save(path)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,19 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import UMT5Config, UMT5EncoderModel
 from video import (
     EMOJI,
-    FRAMES,
     GROUNDS,
     KEPT,
     SHEET,
-    SIZE,
     TILE,
     TILES_PER_ROW,
     clip,
+    generate,
     latents,
+    load_video,
     pairs,
+    save_strips,
 )
+from video_measure import measure
 from video_vae import CHANNELS, train_vae
 
 from convfusion.checkpoint.pipelines import in_dtype
@@ -55,8 +58,8 @@ WORDS = 11  # the longest caption has 8 tokens, its end included
 DROP_CAPTION = 0.1
 SHIFT = 3.0  # of the timesteps, Wan's for small sizes
 DRAWN = range(0, 40, 5)  # clips of the list `choice` whose captions are drawn while training
-STRIP = (0, 4, 8, 12, 16)  # frames that are shown of each
-GUIDANCE, DRAW_STEPS = 3.0, 20
+NOTED = ("vae_steps", "picture_steps", "batch", "seed")
+JUDGED = 40  # clips of a list that the result is measured on
 
 
 def make_sheet(run: Path) -> None:
@@ -205,28 +208,6 @@ def make_pipeline(run: Path, tokenizer: Any, parts: Any) -> WanPipeline:
     )
 
 
-def draw_clips(pipe: WanPipeline, captions: list[str]) -> torch.Tensor:
-    """Clips [B, 3, 17, 64, 64] in [0, 1], drawn from captions by a seed each, its number."""
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(
-        captions,
-        height=SIZE,
-        width=SIZE,
-        num_frames=FRAMES,
-        num_inference_steps=DRAW_STEPS,
-        guidance_scale=GUIDANCE,
-        generator=[torch.Generator().manual_seed(number) for number in range(len(captions))],
-        output_type="pt",
-    ).frames.transpose(1, 2)
-
-
-def save_strips(clips: torch.Tensor, path: Path) -> None:
-    """A picture of some frames of each clip, one clip a row."""
-    frames = clips[:, :, STRIP, :, :].float().cpu()
-    rows = frames.permute(0, 3, 2, 4, 1).flatten(0, 1).flatten(1, 2)
-    Image.fromarray((rows * 255).round().byte().numpy()).save(path)
-
-
 def train_teacher(run: Path, args: argparse.Namespace, device: str) -> None:
     """Train the transformer with its text encoder and write `run/teacher`."""
     torch.manual_seed(args.seed)
@@ -245,19 +226,26 @@ def train_teacher(run: Path, args: argparse.Namespace, device: str) -> None:
         if step % args.sample_every == 0 or step == args.steps:
             pipe = make_pipeline(run, tokenizer, copy.deepcopy(ema.module).eval())
             captions = [clip("choice", number).caption for number in DRAWN]
-            save_strips(draw_clips(pipe, captions), run / f"teacher-{step:06d}.png")
+            save_strips(generate(pipe, captions), run / f"teacher-{step:06d}.png")
             pipe.save_pretrained(run / "teacher")
+            made = {name: getattr(args, name) for name in NOTED} | {"steps": step}
+            (run / "teacher.json").write_text(json.dumps(made))
 
     schedule = Schedule(args.steps, args.decay_steps, args.lr, warmup=200, weight_decay=0.01)
     fit(parts, loss, schedule, run / "teacher.pt", average=ema, on_step=show)
 
 
 def package(run: Path) -> None:
-    """Keep the trained pipeline in float16 beside the sheet of emoji."""
+    """Keep the trained pipeline in float16 beside the sheet of emoji: measured, with a picture."""
     pipe = WanPipeline.from_pretrained(run / "teacher", **in_dtype(torch.float16))
     pipe.save_pretrained(KEPT)
+    pipe = load_video(KEPT)  # the kept weights, not the trained ones
+    facts = json.loads((run / "teacher.json").read_text()) | measure(pipe, JUDGED)
+    (KEPT / "video.json").write_text(json.dumps(facts, indent=1) + "\n")
+    captions = [clip("results", number).caption for number in DRAWN]
+    save_strips(generate(pipe, captions), KEPT / "drawn.png")
     size = sum(f.stat().st_size for f in KEPT.rglob("*") if f.is_file())
-    print(f"{size / 1e6:.1f} MB")
+    print(f"{size / 1e6:.1f} MB", facts)
 
 
 def parse_args() -> argparse.Namespace:
