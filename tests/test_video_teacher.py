@@ -269,6 +269,8 @@ def test_what_is_packaged_draws_as_what_was_trained(train, video, teacher, tmp_p
     torch.testing.assert_close(drawn[:1], trained, atol=0.02, rtol=0)
     assert (run / "teacher-000002.png").exists()
     assert (kept / "drawn.png").exists()
+    for file in kept.rglob("*.json"):
+        assert str(tmp_path) not in file.read_text(), file
     facts = json.loads((kept / "video.json").read_text())
     assert facts["steps"] == 2
     for side in ("train", "results"):

@@ -77,7 +77,7 @@ def make_sheet(run: Path) -> None:
 
 
 def make_transformer() -> WanTransformer3DModel:
-    """3.4M parameters: six blocks of width 192 with six heads."""
+    """3.3M parameters: six blocks of width 192 with six heads."""
     transformer = WanTransformer3DModel(
         num_attention_heads=6,
         attention_head_dim=32,
@@ -239,6 +239,7 @@ def package(run: Path) -> None:
     """Keep the trained pipeline in float16 beside the sheet of emoji: measured, with a picture."""
     pipe = WanPipeline.from_pretrained(run / "teacher", **in_dtype(torch.float16))
     pipe.save_pretrained(KEPT)
+    forget_folder(KEPT)
     pipe = load_video(KEPT)  # the kept weights, not the trained ones
     facts = json.loads((run / "teacher.json").read_text()) | measure(pipe, JUDGED)
     (KEPT / "video.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -246,6 +247,14 @@ def package(run: Path) -> None:
     save_strips(generate(pipe, captions), KEPT / "drawn.png")
     size = sum(f.stat().st_size for f in KEPT.rglob("*") if f.is_file())
     print(f"{size / 1e6:.1f} MB", facts)
+
+
+def forget_folder(kept: Path) -> None:
+    """Drop the name of the folder that a pipeline was read from, which diffusers saves with it."""
+    for file in (kept / "model_index.json", *kept.glob("*/config.json")):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def parse_args() -> argparse.Namespace:
