@@ -279,3 +279,20 @@ def test_what_is_packaged_draws_as_what_was_trained(train, video, teacher, tmp_p
     latents, captions = video.latents(pipe.vae, "choice", 3)
     assert latents.shape == (3, 8, 5, 16, 16)
     assert captions == [video.clip("choice", number).caption for number in range(3)]
+
+
+@pytest.mark.skipif(not (MINI / "video" / "video.json").exists(), reason="it is not trained yet")
+def test_what_is_kept_is_small_and_draws(video, monkeypatch):
+    assert sum(file.stat().st_size for file in video.KEPT.rglob("*") if file.is_file()) <= 12e6
+    pipe = video.load_video()
+    monkeypatch.setattr(video, "STEPS", 2)
+    drawn = video.generate(pipe, [video.clip("choice", 0).caption])
+    assert drawn.shape == (1, 3, 17, 64, 64)
+    assert drawn.isfinite().all()
+    clip = video.draw(video.clip("results", 0))[None]
+    with torch.no_grad():
+        error = (pipe.vae(clip).sample - clip).div(2).square().mean()
+    facts = json.loads((video.KEPT / "video.json").read_text())
+    assert -10 * error.log10() == pytest.approx(facts["results"]["psnr"], abs=5)
+    latents = video.encode(pipe.vae, clip)
+    assert 0.7 < latents.std() < 1.4
