@@ -263,8 +263,8 @@ def parse_args() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("emoji")
     option = commands.add_parser("train").add_argument
-    option("--vae-steps", type=int, default=1500)
-    option("--vae-decay-steps", type=int, default=700, help="linear to 0 at the end")
+    option("--vae-steps", type=int, default=1800)
+    option("--vae-decay-steps", type=int, default=900, help="linear to 0 at the end")
     option("--clips", type=int, default=1440, help="that the transformer is trained on")
     option("--steps", type=int, default=3600)
     option("--picture-steps", type=int, default=900, help="of them on first frames alone")
