@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from convfusion.distill.config import LossWeights
 from convfusion.distill.losses import feature_losses, weigh_steps, weighted_mse
 from convfusion.families import Denoiser, Site, list_sites
-from convfusion.families.watch import watch_attention
+from convfusion.families.watch import watch_tokens
 from convfusion.mixers.base import Grid
 from convfusion.schedule import noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of
@@ -168,7 +168,7 @@ class DistillTask(nn.Module):
         watched = {site.path: self.teacher.get_submodule(site.path) for site in self.sites}
         with (
             torch.no_grad(),
-            watch_attention(self.teacher, see),
+            watch_tokens(self.teacher, see),
             collected(watched, "output") as outputs,
         ):
             self.teacher(
