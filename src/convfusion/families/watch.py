@@ -36,6 +36,13 @@ def watch_attention(
             "rotary embedding, which analysis and measured starts do not know yet: convert it "
             "without"
         )
+    with watch_tokens(model, see):
+        yield
+
+
+@contextmanager
+def watch_tokens(model: Denoiser, see: Callable[[Site, Any, Tensor, Grid], None]) -> Iterator[None]:
+    """The same, of any denoiser: what an attention looks at may depend on more than its tokens."""
     sites = list_sites(model)
     carrier = family_of(model).carrier(model)
     grids: dict[str, Grid] = {}  # by path of the owner
