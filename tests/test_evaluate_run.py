@@ -144,7 +144,12 @@ def test_errors_along_the_way_are_those_of_the_denoisers():
     assert not torch.allclose(noises[950][:1], start)
     conditioning = encode_conditioning(pipe, PROMPTS[:2], (16, 16))
     by_hand = epsilon_errors(
-        pipe.unet, teacher, noise_schedule(pipe.scheduler), final, noises, conditioning
+        pipe.unet,
+        teacher,
+        noise_schedule(pipe.scheduler, pipe.unet),
+        final,
+        noises,
+        conditioning,
     )
     assert [row[-1] for row in found] == pytest.approx(by_hand[0].tolist(), rel=1e-4)
 

@@ -19,6 +19,7 @@ from convfusion.families import Denoiser, denoiser_of, family_of, native_size, p
 from convfusion.families.calls import check_call, cut_options
 from convfusion.families.patches import copied_without_patches, replaced_attributes, wrapped_method
 from convfusion.progress import Bar, Progress
+from convfusion.schedule import is_flow
 from convfusion.text import check_prompts, one_line
 
 SEEDS = 2**64  # of torch's generators
@@ -171,6 +172,8 @@ def check_numbers(seeds: Iterable[int], steps: int, guidance: float, batch_size:
 
 def check_steps(pipe: Any, steps: int) -> None:
     """Raise a ConvFusionError if there are more steps than timesteps to take."""
+    if is_flow(pipe.scheduler):
+        return  # its times are real numbers, of which there are as many as one likes
     timesteps = getattr(pipe.scheduler.config, "num_train_timesteps", math.inf)
     scheduler = copied_without_patches(pipe.scheduler)
     if steps <= timesteps:

@@ -44,11 +44,12 @@ def held_out_error(
         batch_size: samples at once.
         seed: of the noises; each sample has its own at every timestep.
     """
-    schedule = (task.alphas_cumprod, task.prediction_type)
     errors = []
     for clean, noises, conditioning in noised(data, batch_size, seed):
         told = place_conditioning(conditioning, task.student)
-        batch_errors = epsilon_errors(task.student, task.teacher, schedule, clean, noises, told)
+        batch_errors = epsilon_errors(
+            task.student, task.teacher, task.schedule, clean, noises, told
+        )
         errors.append(batch_errors.flatten())
     return torch.cat(errors).mean().item() if errors else None
 

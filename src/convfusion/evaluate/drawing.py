@@ -233,7 +233,7 @@ def _measure_epsilon(
         t: torch.stack([_make_noise(latents[0], settings.seeds[i], t) for i in rows])
         for t in settings.timesteps
     }
-    schedule = noise_schedule(pipe.scheduler)
+    schedule = noise_schedule(pipe.scheduler, denoiser_of(pipe))
     conditioning = encode_conditioning(pipe, [settings.prompts[i] for i in rows], size)
     errors = epsilon_errors(denoiser_of(pipe), teacher, schedule, latents, noises, conditioning)
     return errors.T.tolist()

@@ -157,7 +157,7 @@ def check_settings(pipe: Any, settings: EvaluationSettings) -> None:
     check_call(pipe, list(settings.prompts), settings.size, {})
     size = size_of(pipe, settings)
     check_steps(pipe, settings.steps)
-    count = len(noise_schedule(pipe.scheduler)[0])
+    count = len(noise_schedule(pipe.scheduler, denoiser_of(pipe)))
     if max(settings.timesteps) >= count:
         raise ConvFusionError(
             f"the timestep {max(settings.timesteps)} is beyond the last, {count - 1}"

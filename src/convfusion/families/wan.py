@@ -80,7 +80,10 @@ class Wan(Family):
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
         embeds, _ = pipe.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, device=pipe.transformer.device
+            list(prompts),
+            do_classifier_free_guidance=False,
+            max_sequence_length=UMT5_WORDS,
+            device=pipe.transformer.device,
         )
         return {"encoder_hidden_states": embeds}
 
@@ -93,7 +96,7 @@ class Wan(Family):
         return made
 
     def describe_further_needs(self, model: Denoiser) -> str:
-        return "the frames of a video"
+        return "an embedding of its first frame" if model.config.image_dim is not None else ""
 
 
 WAN = Wan()

@@ -38,7 +38,14 @@ def watch_attention(
             "rotary embedding, which analysis and measured starts do not know yet: convert it "
             "without"
         )
-    sites = list_sites(model)
+    with watch_tokens(model, see):
+        yield
+
+
+@contextmanager
+def watch_tokens(model: Denoiser, see: Callable[[Site, Any, TokenSample], None]) -> Iterator[None]:
+    """The same, of any denoiser: what an attention looks at may depend on more than its tokens."""
+    sites, family = list_sites(model), family_of(model)
     carrier = family.carrier(model)
     turns: dict[Grid, Turn] = {}  # the last of each grid
     grids: dict[str, Grid] = {}  # by path of the owner
