@@ -54,7 +54,7 @@ def measure_moments(
 
     Args:
         pipe_or_model: a pipeline or denoiser that is not converted.
-        calls: keyword arguments of the denoiser, such as `generate.record_calls` gives; a few dozen
+        calls: keyword arguments of the denoiser, such as `recording.record_calls` gives; some dozen
             pictures over all timesteps are enough.
         memory: GiB on the CPU for tokens, over all sites.
         seed: of the choice of tokens, and of the calls for sensitivities.
