@@ -10,7 +10,7 @@ from test_wan import SIZES, make
 from tiny_models import CASES
 
 import convfusion
-from convfusion import ConvFusionError, Halo, uniform
+from convfusion import ConvFusionError, DeltaConv, Halo, MeanOnly, uniform
 from convfusion.errors import UnsupportedModelError
 from convfusion.families import Family, example_inputs, family_of, list_sites
 from convfusion.families.rotary import PairTurn
@@ -180,3 +180,23 @@ def test_a_halo_block_starts_nearer_than_from_weights_alone(kind, halo):
     after = convfusion.start_from_attention(model, calls)
     assert after.keys() == before.keys()
     assert all(after[path] < 0.9 * before[path] for path in sites)
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        DeltaConv(3),
+        DeltaConv(3, frame_kernel_size=3, first_frame_branch=True),
+        MeanOnly(),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_other_blocks_start_from_the_attention_of_videos_too(mixer):
+    model, calls = wan_calls()
+    expected = model(**calls[0])[0]
+    convfusion.convert(model, uniform(mixer))
+    before = (model(**calls[0])[0] - expected).norm()
+    errors = convfusion.start_from_attention(model, calls)
+    assert len(errors) == 3 and all(0 <= error < 1.2 for error in errors.values())
+    assert (model(**calls[0])[0] - expected).norm() < before

@@ -111,7 +111,7 @@ def _advise_on_wide(wide: Sequence[SiteAnalysis], others: bool) -> str:
     advice = (
         f"{_begin(_name(wide))} {looks} further than that, so the maps alone recommend no layer."
     )
-    if max(max(site.grid) for site in wide) <= SMALL:
+    if max(max(site.grid[-2:]) for site in wide) <= SMALL:
         advice += (
             f" On grids of at most {SMALL}×{SMALL} tokens that is no verdict against blocks, "
             "whose kernels span most of the grid anyway: try them."
