@@ -125,6 +125,11 @@ def set_to_mean_attention(
         block.mean_proj.weight.copy_(weight)
 
 
+def _divide(values: Tensor, by: Tensor) -> Tensor:
+    """A quotient that is 0 where nothing is there to divide by."""
+    return torch.where(by > 0, values / by.clamp(min=1e-8), 0.0)
+
+
 def _count_frames(grid: Grid) -> int:
     """T of a grid (T, H, W); 1 of a picture."""
     return grid[0] if len(grid) == 3 else 1
@@ -134,16 +139,21 @@ def split_frames(means: OffsetMeans) -> tuple[Tensor, Tensor, Tensor]:
     """Kernels along the frames and within them, and the attention that they leave.
 
     Returns:
-        [h, 1, K_t] and [h, K, K], whose product is nearest to a_h(Δ); and r_h [h]. Of pictures the
-        first is 1.
+        [h, 1, K_t] and [h, K, K], whose product is nearest to a_h(Δ), where an offset counts as
+        often as queries have a key there; and r_h [h]. Of pictures the first is 1.
     """
     kernels = means.kernels
     if kernels.dim() == 3:
         return kernels.new_ones(len(kernels), 1, 1), kernels, means.outside().to(kernels)
-    left, strength, right = torch.linalg.svd(kernels.flatten(2), full_matrices=False)
+    share = means.share.to(kernels)  # the product of one along the frames and one within them
+    root = share.sqrt()
+    left, strength, right = torch.linalg.svd((kernels * root).flatten(2), full_matrices=False)
+    middle = [side // 2 for side in share.shape]
+    over, inner = root[:, middle[1], middle[2]], root[middle[0]]
     sign = left[..., 0].sum(1).sign()  # attention is positive, and so are both of its factors
-    across = left[..., 0] * sign[:, None]
-    within = (right[:, 0] * strength[:, :1] * sign[:, None]).unflatten(1, kernels.shape[2:])
+    across = _divide(left[..., 0], over) * sign[:, None]
+    within = _divide((right[:, 0] * strength[:, :1]).unflatten(1, inner.shape), inner)
+    within = within * sign[:, None, None]
     total = across.sum(1).clamp(min=1e-8)
     across, within = across / total[:, None], within * total[:, None, None]
     nearest = means._replace(kernels=across[:, :, None, None] * within[:, None])

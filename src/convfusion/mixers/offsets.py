@@ -120,7 +120,8 @@ def sum_by_offset(
         reach: the largest offset along each axis.
 
     Returns:
-        [h, D] and [D]; the offsets lie row by row from −reach to +reach, D = Π(2·reach + 1).
+        [h, D + 1] and [D + 1]; the offsets lie row by row from −reach to +reach,
+        D = Π(2·reach + 1), and last come all pairs that are farther apart.
     """
     device, length = query.device, math.prod(2 * most + 1 for most in reach)
     lines = place_offsets(grid, reach, device)
@@ -132,7 +133,7 @@ def sum_by_offset(
         scores = (query[:, :, part] @ key.transpose(2, 3)).sum(0).flatten(1)
         sums.index_add_(1, place, scores)
         counts += torch.bincount(place, minlength=length + 1) * query.shape[0]
-    return sums[:, :-1], counts[:-1]
+    return sums, counts
 
 
 def place_offsets(
