@@ -58,7 +58,7 @@ WORDS = 11  # the longest caption has 8 tokens, its end included
 DROP_CAPTION = 0.1
 SHIFT = 3.0  # of the timesteps, Wan's for small sizes
 DRAWN = range(0, 40, 5)  # clips of the list `choice` whose captions are drawn while training
-NOTED = ("vae_steps", "picture_steps", "batch", "seed")
+NOTED = ("vae_steps", "vae_clips", "clips", "picture_steps", "batch", "seed")
 JUDGED = 40  # clips of a list that the result is measured on
 
 
@@ -162,13 +162,15 @@ class Batches:
         """
         only_first = step < self.args.picture_steps
         size = self.args.batch * (self.latents.shape[2] if only_first else 1)
-        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
+        device, seed = self.latents.device, self.args.seed * 1_000_003 + step
+        generator = torch.Generator().manual_seed(seed)
         picks = torch.randint(len(self.latents), (size,), generator=generator)
         dropped = torch.rand(size, generator=generator) < DROP_CAPTION
-        clean = self.latents[picks.to(self.latents.device)].float()
+        clean = self.latents[picks.to(device)].float()
         clean = clean[:, :, :1] if only_first else clean
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
-        u = torch.rand(size, 1, 1, 1, 1, generator=generator).to(clean)
+        generator = torch.Generator(device).manual_seed(seed)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        u = torch.rand(size, 1, 1, 1, 1, generator=generator, device=device)
         texts = [
             "" if drop else self.captions[pick]
             for pick, drop in zip(picks.tolist(), dropped.tolist(), strict=True)
@@ -217,7 +219,7 @@ def train_teacher(run: Path, args: argparse.Namespace, device: str) -> None:
     for block in parts["transformer"].blocks:
         block.attn2.set_processor(PaddedAttention())
     batches = Batches(args, *training_latents(run, args.clips, device))
-    ema = AveragedModel(parts, avg_fn=ema_step)
+    ema = AveragedModel(parts, multi_avg_fn=ema_step)
 
     def loss(step: int) -> torch.Tensor:
         return flow_loss(parts, tokenizer, batches(step))
@@ -265,6 +267,7 @@ def parse_args() -> argparse.Namespace:
     option = commands.add_parser("train").add_argument
     option("--vae-steps", type=int, default=1800)
     option("--vae-decay-steps", type=int, default=900, help="linear to 0 at the end")
+    option("--vae-clips", type=int, default=0, help="whole clips a step, for a GPU; 0: pieces")
     option("--clips", type=int, default=1440, help="that the transformer is trained on")
     option("--steps", type=int, default=3600)
     option("--picture-steps", type=int, default=900, help="of them on first frames alone")
@@ -285,7 +288,7 @@ def main() -> None:
     if args.command == "emoji":
         make_sheet(args.run)
     elif args.command == "train":
-        train_vae(run, args.vae_steps, args.vae_decay_steps, device)
+        train_vae(run, args.vae_steps, args.vae_decay_steps, args.vae_clips, device)
         train_teacher(run, args, device)
     else:
         package(run)

@@ -72,7 +72,7 @@ def site_rows(
         for size in sizes:
             grid = site_grid(model.denoiser, kind.site, model.latents(size))
             tokens = math.prod(grid)
-            on_case(f"{model.name} {kind.site.path} {grid[1]}×{grid[0]} tokens")
+            on_case(f"{model.name} {kind.site.path} {'×'.join(map(str, reversed(grid)))} tokens")
             kept, left_out = limits.split(variants, tokens)
             timed = time_site(
                 model.denoiser, kind.site, kept, grid, batch=batch, dtype=under.dtype,
@@ -180,10 +180,10 @@ def with_random_weights(denoiser: Denoiser, device: torch.device, dtype: torch.d
 
 
 def with_compiled(variants: Mapping[str, Variant]) -> dict[str, Variant]:
-    """The variants, and after each ΔConvBlock the same one compiled."""
+    """The variants, and after each ΔConvBlock and halo block the same one compiled."""
     both = {}
     for name, variant in variants.items():
         both[name] = variant
-        if name.startswith("delta_conv"):
+        if name.startswith(("delta_conv", "halo")):
             both[f"{name} compiled"] = replace(variant, compiled=True)
     return both

@@ -31,7 +31,9 @@ Whole = Annotated[
         help="Time the whole denoiser, or each site (self-attention layer) by itself.",
     ),
 ]
-Compiled = Annotated[bool, typer.Option(help="Also time the ΔConvBlocks under torch.compile.")]
+Compiled = Annotated[
+    bool, typer.Option(help="Also time ΔConvBlocks and halo blocks under torch.compile.")
+]
 Backward = Annotated[bool, typer.Option(help="Also compute gradients.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Timed calls of each variant.")]
 WarmUp = Annotated[
