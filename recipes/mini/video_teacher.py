@@ -15,6 +15,7 @@ import copy
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,9 @@ def train_teacher(run: Path, args: argparse.Namespace, device: str) -> None:
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
     parts = {"transformer": make_transformer(), "text": make_text_encoder(tokenizer)}
+    if args.start:
+        pipe = load_video(args.start)
+        parts = {"transformer": pipe.transformer.train(), "text": pipe.text_encoder.train()}
     parts = torch.nn.ModuleDict(parts).to(device)
     for block in parts["transformer"].blocks:
         block.attn2.set_processor(PaddedAttention())
@@ -230,11 +234,20 @@ def train_teacher(run: Path, args: argparse.Namespace, device: str) -> None:
             captions = [clip("choice", number).caption for number in DRAWN]
             save_strips(generate(pipe, captions), run / f"teacher-{step:06d}.png")
             pipe.save_pretrained(run / "teacher")
-            made = {name: getattr(args, name) for name in NOTED} | {"steps": step}
-            (run / "teacher.json").write_text(json.dumps(made))
+            (run / "teacher.json").write_text(json.dumps(describe_training(args, step)))
 
     schedule = Schedule(args.steps, args.decay_steps, args.lr, warmup=200, weight_decay=0.01)
     fit(parts, loss, schedule, run / "teacher.pt", average=ema, on_step=show)
+
+
+def describe_training(args: argparse.Namespace, step: int) -> dict[str, Any]:
+    """What was trained for how long; of a training that another went before, both."""
+    made: dict[str, Any] = {name: getattr(args, name) for name in NOTED} | {"steps": step}
+    if args.start:
+        before = json.loads((args.start.parent / "teacher.json").read_text())
+        made = {**made, **{name: before[name] for name in NOTED if name.startswith("vae")}}
+        made["before"] = before
+    return made
 
 
 def package(run: Path) -> None:
@@ -275,6 +288,11 @@ def parse_args() -> argparse.Namespace:
     option("--batch", type=int, default=8)
     option("--lr", type=float, default=1e-3)
     option("--seed", type=int, default=0)
+    option(
+        "--start",
+        type=Path,
+        help="folder of a pipeline: its autoencoder is kept, and the rest trained on",
+    )
     option("--sample-every", type=int, default=500)
     commands.add_parser("package")
     return parser.parse_args()
@@ -288,7 +306,10 @@ def main() -> None:
     if args.command == "emoji":
         make_sheet(args.run)
     elif args.command == "train":
-        train_vae(run, args.vae_steps, args.vae_decay_steps, args.vae_clips, device)
+        if args.start:
+            shutil.copytree(args.start / "vae", run / "vae", dirs_exist_ok=True)
+        else:
+            train_vae(run, args.vae_steps, args.vae_decay_steps, args.vae_clips, device)
         train_teacher(run, args, device)
     else:
         package(run)

@@ -202,6 +202,7 @@ def time_denoiser(
     *,
     batch: int = 2,
     backward: bool = False,
+    recorded: bool = False,
     rounds: int = 3,
     warm_up: bool = True,
     on_call: Callable[[str], None] | None = None,
@@ -214,6 +215,8 @@ def time_denoiser(
         latents: (height, width).
         batch: samples; two are one picture under classifier-free guidance.
         backward: work out the gradients of the latents and of what stands at the sites too.
+        recorded: time the replays of a CUDA graph of each variant: what the GPU does, without what
+            Python takes to ask for it.
         rounds: counted ones.
         warm_up: call each once before, uncounted.
         on_call: told the name of a variant before each of its calls.
@@ -221,6 +224,8 @@ def time_denoiser(
     inputs = example_inputs(model, latents, batch=batch)
     device = next(model.parameters()).device
     calls = {name: denoiser_call(model, v, inputs, backward) for name, v in variants.items()}
+    if recorded:
+        calls = {name: record_graph(call) for name, call in calls.items()}
     timings = time_interleaved(calls, device, rounds, on_call, warm_up)
     return {name: Measured(timing) for name, timing in timings.items()}
 
@@ -245,6 +250,18 @@ def denoiser_call(
             torch.autograd.grad(sum(each.sum() for each in outputs), [sample, *weights])
 
     return run
+
+
+def record_graph(call: Run) -> Run:
+    """The replay of a call on a CUDA device, recorded after three calls that warm it up."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 @contextmanager
