@@ -27,6 +27,7 @@ from convfusion.cli.options import (
     Data,
     Device,
     Every,
+    Frames,
     Out,
     Revision,
     SettingsFile,
@@ -86,6 +87,7 @@ def distill(
     settings: SettingsFile = None,
     data: Data = None,
     size: Size = None,
+    frames: Frames = None,
     buckets: Buckets = None,
     config: Config = None,
     every: Every = None,
@@ -109,7 +111,13 @@ def distill(
     from convfusion.surgery import mixers_of
 
     named: dict[str, Any] = {"model": model, "data": data, "size": size, "buckets": buckets}
-    named |= {"revision": revision, "config": config, "every": every, "first": first}
+    named |= {
+        "frames": frames,
+        "revision": revision,
+        "config": config,
+        "every": every,
+        "first": first,
+    }
     named |= {"recipe": recipe, "precision": precision}
     run = gather_settings(settings, {**named, "distill": training}, out, resume=resume)
     check_run(run, None if dry_run else out, dry_run=dry_run, resume=resume)
@@ -275,8 +283,10 @@ def prepare_source(run: RunSettings) -> Callable[[Any, Path], Any]:
     if not run.data:
         if not is_embedded(run.model):
             raise ConvFusionError("--data is needed: pictures with captions, prompts, or a cache")
-        if run.size or run.buckets:
-            raise ConvFusionError("--size and --buckets are for data of your own: give --data too")
+        if run.size or run.frames or run.buckets:
+            raise ConvFusionError(
+                "--size, --frames and --buckets are for data of your own: give --data too"
+            )
         return lambda pipe, out: mini.training_data()
     if (Path(run.data) / "cache.json").is_file():
         return lambda pipe, out: open_cached(pipe, run, size)
@@ -287,7 +297,12 @@ def prepare_source(run: RunSettings) -> Callable[[Any, Path], Any]:
             "its folder as --data"
         )
 
-    options = {"size": size, "buckets": run.buckets, "num_workers": run.distill.workers}
+    options = {
+        "size": size,
+        "frames": run.frames or None,
+        "buckets": run.buckets,
+        "num_workers": run.distill.workers,
+    }
     return lambda pipe, out: encode(
         pipe, fit_guidance(source, run.model, pipe), out / "cache", **options
     )
@@ -297,7 +312,7 @@ def open_cached(pipe: Any, run: RunSettings, size: tuple[int, int] | None) -> An
     """The cache that a run names, if it has the buckets that the run asks for."""
     from convfusion.data import open_cache
 
-    cache = open_cache(pipe, run.data, size=size)
+    cache = open_cache(pipe, run.data, size=size, frames=run.frames or None)
     if run.buckets and not cache.buckets:
         raise ConvFusionError(
             f"{run.data} was built without --buckets: build it again, or give --no-buckets"
@@ -305,18 +320,21 @@ def open_cached(pipe: Any, run: RunSettings, size: tuple[int, int] | None) -> An
     return cache
 
 
-def choose_plan_size(run: RunSettings) -> tuple[int, int] | None:
-    """(height, width) that a dry run tries: as asked for, or the largest that a cache has."""
+def choose_plan_size(run: RunSettings) -> tuple[int, ...] | None:
+    """What a dry run tries: as asked for, or the largest that a cache has.
+
+    It is (height, width), or (frames, height, width) of clips.
+    """
     from convfusion.data.store import LatentCache
 
     if run.size:
-        return parse_size(run.size)
+        return (*([run.frames] if run.frames else []), *parse_size(run.size))
     if run.data and (Path(run.data) / "cache.json").is_file():
         return max(LatentCache(run.data).sizes, key=math.prod)
     return None
 
 
-def print_plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None) -> None:
+def print_plan(pipe: Any, config: DistillConfig, size: tuple[int, ...] | None) -> None:
     """What would train, and what it would take."""
     from rich.table import Table
 
