@@ -266,7 +266,7 @@ def describe_error(error: float, count: int) -> str:
     if not math.isfinite(error):
         return f"{text}not finite, so these blocks are of no use. Try a lower --learning-rate."
     return (
-        f"{text}{error:.2e}. The noise predicted with the blocks differs from that predicted with "
+        f"{text}{error:.2e}. What is predicted with the blocks differs from what is predicted with "
         f"attention by {math.sqrt(error):.1%} of its size."
     )
 
