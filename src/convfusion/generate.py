@@ -61,28 +61,48 @@ def generate(
     """
     seeds = list(range(len(prompts))) if seeds is None else seeds
     check_drawing(pipe, prompts, seeds, steps, guidance, size, batch_size, options)
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, **options}
+    images: list[Image.Image] = []
+    for drawn in draw_batches(pipe, prompts, seeds, size, batch_size, progress, settings):
+        images.extend(drawn.images)  # `+=` would add an array of numpy, which old diffusers give
+    return images
+
+
+def draw_batches(
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    size: tuple[int, int] | None,
+    batch_size: int,
+    progress: bool | None,
+    options: Mapping[str, Any],
+) -> Iterator[Any]:
+    """Call a pipeline for one batch of prompts after the other, as `check_drawing` allows.
+
+    Args:
+        pipe, prompts, seeds, size, batch_size, progress: as for `generate`.
+        options: further arguments of the pipeline's call.
+
+    Yields:
+        What the call returned.
+    """
     family = family_of(denoiser_of(pipe))
     sides = {}
     if size is not None and not family.fixed_size:
         sides = {"height": size[0], "width": size[1]}
     options = {**family.call_options, **options}
-    images: list[Image.Image] = []
     batches = math.ceil(len(prompts) / batch_size)
     with shown_steps(pipe, batches, progress), silent(pipe):
         for start in range(0, len(prompts), batch_size):
             stop = start + batch_size
             embedded = options.get("prompt_embeds") is not None
             part = None if embedded else family.call_prompts(pipe, prompts[start:stop])
-            drawn = pipe(
+            yield pipe(
                 **{family.prompt_argument: part},
-                num_inference_steps=steps,
-                guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[start:stop]],
                 **sides,
                 **cut_options(pipe, options, start, stop, len(prompts)),
-            ).images
-            images.extend(drawn)  # `+=` would add an array of numpy, which old diffusers give
-    return images
+            )
 
 
 @torch.no_grad()
@@ -144,9 +164,11 @@ def check_drawing(
     size: tuple[int, int] | None,
     batch_size: int,
     options: Mapping[str, Any],
+    *,
+    clips: bool = False,
 ) -> None:
     """Raise a ConvFusionError unless a pipeline can draw this; see `generate`."""
-    check_call(pipe, prompts, size, options)
+    check_call(pipe, prompts, size, options, clips=clips)
     if len(seeds) != len(prompts):
         raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
     check_prompts(prompts)
@@ -292,8 +314,9 @@ def describe_picture(
     negative_prompt: str = "",
     model: str = "",
     blocks: str = "",
+    frames: int | None = None,
 ) -> dict[str, str]:
-    """How a picture was drawn, as the text chunks of its PNG; see `write_picture`.
+    """How a picture or clip was drawn, as the text chunks of its PNG; see `write_picture`.
 
     Beside a key for each value there is `parameters`, all of them in the form that other
     programs read.
@@ -303,17 +326,20 @@ def describe_picture(
         prompt, seed, steps, guidance, negative_prompt: as for `generate`.
         model: what the pipeline is called.
         blocks: what its trained blocks are called.
+        frames: of a clip.
     """
     from convfusion import __version__
 
     version = f"ConvFusion {__version__}"
     sampler = type(pipe.scheduler).__name__
     settings = {"Steps": steps, "Sampler": sampler, "CFG scale": guidance, "Seed": seed}
+    settings |= {"Frames": frames} if frames is not None else {}
     settings |= {"Model": model, "Blocks": blocks, "Version": version}
     lines = [one_line(prompt)]
     lines += [f"Negative prompt: {one_line(negative_prompt)}"] if negative_prompt else []
     lines.append(", ".join(f"{k}: {one_line(v)}" for k, v in settings.items() if v != ""))
     record = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "steps": steps}
+    record |= {"frames": frames} if frames is not None else {}
     record |= {"guidance": guidance, "model": model, "blocks": blocks, "version": version}
     chunks = {name: str(value) for name, value in record.items() if value != ""}
     return {"parameters": "\n".join(lines), **chunks}

@@ -127,8 +127,7 @@ def write_clip(
     """
     path = Path(path)
     check_clip_name(path)
-    if not 0 < fps <= 1000:
-        raise ConvFusionError(f"a clip has between 0 and 1000 frames a second, not {fps:g}")
+    check_fps(fps)
     encode = _encode_gif if path.suffix.lower() == GIF else _encode_mp4
     files.write_bytes(path, encode(frames, fps, dict(record or {})))
 
@@ -139,6 +138,12 @@ def check_clip_name(path: Path) -> None:
         raise ConvFusionError(f"{path} should end in .mp4 or .gif: clips are written so")
     if path.suffix.lower() == ".mp4":
         check_installed("av", advice="give a name that ends in .gif, which needs no package")
+
+
+def check_fps(fps: float) -> None:
+    """Raise a ConvFusionError for a number of frames a second that no file has."""
+    if not 0 < fps <= 1000:
+        raise ConvFusionError(f"a clip has more than 0 and up to 1000 frames a second, not {fps:g}")
 
 
 def draw_strip(frames: np.ndarray, count: int = STRIP_FRAMES) -> Image.Image:

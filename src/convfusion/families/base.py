@@ -109,6 +109,7 @@ class Family(ABC):
             that sees the prompt.
         frames: of the latents of its videos, as they are trained; 0 where it draws pictures. Where
             the grids of its sites have two sides, each frame is mixed by itself.
+        frame_rate: frames a second that its videos are shown at.
         rotary: whether its self-attentions turn queries and keys by where they lie.
         shares_blocks_with: the family whose blocks fit this one and the other way round, since its
             sites have the same paths; by default there is none.
@@ -131,6 +132,7 @@ class Family(ABC):
     attention_classes: ClassVar[tuple[type[nn.Module], ...]] = (Attention,)
     prompted: ClassVar[int] = -1
     frames: ClassVar[int] = 0
+    frame_rate: ClassVar[int] = 16
     rotary: ClassVar[bool] = False
     shares_blocks_with: ClassVar[str] = ""
     without_sites: ClassVar[str] = "has no self-attention in transformer blocks to replace"
@@ -217,6 +219,9 @@ class Family(ABC):
 
     def check_guidance(self, model: Denoiser, guidance: float) -> None:
         """Raise a ConvFusionError for a guidance scale that a model cannot draw with."""
+
+    def check_frames(self, model: Denoiser, frames: int) -> None:
+        """Raise a ConvFusionError for a number of frames that a model cannot draw."""
 
     def check_export(self, model: Denoiser) -> None:
         """Raise a ConvFusionError for a model that is not exported; by default, never."""
