@@ -55,8 +55,8 @@ def set_from_sample(block: DeltaConvBlock, attention: Any, sample: Sequence[Toke
         ConvFusionError: that mean is not finite.
     """
     radius, found = block.config.kernel_size // 2, []
-    for tokens, grid in sample:
-        queries, keys, _ = project_heads(attention, tokens)
+    for tokens, grid, turn in sample:
+        queries, keys, _ = project_heads(attention, tokens, turn)
         chosen = choose_queries(queries.shape[2], QUERIES)
         found += [
             offset_means(query, key, score_scale(attention), grid, radius, chosen)

@@ -96,6 +96,59 @@ def mean_offsets(parts: list[OffsetMeans]) -> OffsetMeans:
     return OffsetMeans(torch.where(total > 0, sums / total, 0.0), total / len(parts))
 
 
+def sum_by_offset(
+    query: Tensor, key: Tensor, grid: Grid, reach: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Sums of q·k over the pairs at each offset of a key from its query, and their numbers.
+
+    Args:
+        query, key: [B, h, N, d], row by row on the grid.
+        grid: (H, W) or (T, H, W).
+        reach: the largest offset along each axis.
+
+    Returns:
+        [h, D] and [D]; the offsets lie row by row from −reach to +reach, D = Π(2·reach + 1).
+    """
+    device, sides = query.device, [2 * most + 1 for most in reach]
+    lines = [torch.arange(side, device=device) for side in grid]
+    inside = [(line - line[:, None]).abs() <= most for line, most in zip(lines, reach, strict=True)]
+    offsets = [
+        (line - line[:, None]).clamp(-most, most) + most
+        for line, most in zip(lines, reach, strict=True)
+    ]
+    length = 1
+    for side in sides:
+        length *= side
+    sums = query.new_zeros(query.shape[1], length + 1)
+    counts = query.new_zeros(length + 1)
+    chosen = choose_queries(query.shape[2], QUERIES).to(device)
+    for part in split_queries(chosen, query.shape[0] * query.shape[1], query.shape[2]):
+        place, near = take_rows(offsets, sides, grid, part), take_rows(inside, None, grid, part)
+        place = torch.where(near, place, length).flatten()  # the last one is thrown away
+        scores = (query[:, :, part] @ key.transpose(2, 3)).sum(0).flatten(1)
+        sums.index_add_(1, place, scores)
+        counts += torch.bincount(place, minlength=length + 1) * query.shape[0]
+    return sums[:, :-1], counts[:-1]
+
+
+def take_rows(
+    lines: Sequence[Tensor], sizes: Sequence[int] | None, grid: Grid, queries: Tensor
+) -> Tensor:
+    """What some queries have of every key, [Q, N], put together from what holds along each axis."""
+    parts, rest = [], queries
+    for line, side in zip(reversed(lines), reversed(grid), strict=True):
+        parts.append(line[rest % side])  # [Q, side]
+        rest = rest // side
+    parts.reverse()
+    total = parts[0]
+    for axis, part in enumerate(parts[1:], 1):
+        if sizes is None:
+            total = (total[:, :, None] & part[:, None]).flatten(1)
+        else:
+            total = (total[:, :, None] * sizes[axis] + part[:, None]).flatten(1)
+    return total
+
+
 def ring_sums(maps: Tensor, distances: Tensor, count: int) -> Tensor:
     """Σ over queries and the keys at distance d from them; [M, Q, N] → float64 [M, D].
 
