@@ -65,7 +65,9 @@ Recipe = Annotated[
 ]
 ValidationPrompt = Annotated[
     list[str] | None,
-    typer.Option(help="Prompt of a validation picture. Default: the first four captions."),
+    typer.Option(
+        help="Prompt of a validation picture. Default: the first captions, 4 or of clips 2."
+    ),
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue from the last checkpoint in --out.")
@@ -211,9 +213,12 @@ def train(
     from convfusion.distill.card import write_card
     from convfusion.distill.settings import as_toml, run_settings
     from convfusion.distill.validation import draw_validation
+    from convfusion.families import native_frames
     from convfusion.files import write_text
 
-    drawn = prompts or list(dict.fromkeys(data.captions))[:4]
+    clips = native_frames(pipe) > 0
+    drawn = prompts or list(dict.fromkeys(data.captions))[: 2 if clips else 4]
+    size = data.largest if clips else None
     scale = choose_guidance(run.model, pipe)
     with Progress(show) as progress:
         bar = progress.add("distilling", total=run.distill.steps, done=done)
@@ -232,17 +237,19 @@ def train(
             out,
             resume=resume,
             on_step=on_step,
-            validate=lambda pipe, step: draw_validation(pipe, drawn, scale),
+            validate=lambda pipe, step: draw_validation(pipe, drawn, scale, size),
         )
     if not show:
         return
     if not result.stopped:
         write_card(out, pipe, run, result)
-    print_outcome(run, out, result, drawn[0])
+    print_outcome(run, out, result, drawn[0], size)
 
 
-def print_outcome(run: RunSettings, out: Path, result: DistillResult, prompt: str) -> None:
-    """How a run ended, what it wrote, and how to go on."""
+def print_outcome(
+    run: RunSettings, out: Path, result: DistillResult, prompt: str, size: tuple[int, ...] | None
+) -> None:
+    """How a run ended, what it wrote, and how to go on; `size` is that of clips."""
     if result.skipped:
         typer.echo(f"Skipped {result.skipped} steps whose loss or gradient was not finite.")
     if result.stopped:
@@ -256,8 +263,13 @@ def print_outcome(run: RunSettings, out: Path, result: DistillResult, prompt: st
     if result.epsilon_error is not None:
         verdict = describe_error(result.epsilon_error, run.distill.held_out)
     base = "mini-teacher" if is_embedded(run.model) else run.model
-    command = ("convfusion", "compare", base, "--blocks", out, "--prompt", prompt)
-    print_ending(out, verdict=verdict, next_command=(*command, "--out", "comparison.png"))
+    given = (base, "--blocks", out, "--prompt", prompt)
+    command: tuple[Any, ...] = ("convfusion", "compare", *given, "--out", "comparison.png")
+    if size is not None:
+        frames, height, width = size
+        sides = ("--frames", str(frames), "--size", f"{width}x{height}")
+        command = ("convfusion", "generate", *given, *sides, "--out", "clips")
+    print_ending(out, verdict=verdict, next_command=command)
 
 
 def describe_error(error: float, count: int) -> str:
@@ -330,7 +342,7 @@ def choose_plan_size(run: RunSettings) -> tuple[int, ...] | None:
     if run.size:
         return (*([run.frames] if run.frames else []), *parse_size(run.size))
     if run.data and (Path(run.data) / "cache.json").is_file():
-        return max(LatentCache(run.data).sizes, key=math.prod)
+        return LatentCache(run.data).largest
     return None
 
 

@@ -25,9 +25,10 @@ from convfusion.data.sources import Drawing
 from convfusion.data.workers import ignore_interrupts
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, encode_conditioning, family_of
+from convfusion.families.calls import frames_argument
 from convfusion.families.conditioning import flatten_conditioning
 from convfusion.families.patches import replaced_attributes
-from convfusion.generate import generate, silent
+from convfusion.generate import draw_batches, generate
 
 
 @dataclass(frozen=True)
@@ -287,18 +288,15 @@ def draw_latents(pipe: Any, samples: Sequence[Sample], size: Extent, drawing: Dr
 
 def _draw_videos(pipe: Any, samples: Sequence[Sample], size: Extent, drawing: Drawing) -> Tensor:
     frames, height, width = size
-    with silent(pipe):
-        drawn = pipe(
-            prompt=[sample.caption for sample in samples],
-            num_frames=frames,
-            height=height,
-            width=width,
-            num_inference_steps=drawing.steps,
-            guidance_scale=drawing.guidance,
-            generator=[torch.Generator().manual_seed(sample.seed) for sample in samples],
-            output_type="latent",
-        )
-    return drawn.frames.float().cpu()
+    prompts, seeds = [each.caption for each in samples], [each.seed for each in samples]
+    options = {
+        "num_inference_steps": drawing.steps,
+        "guidance_scale": drawing.guidance,
+        "output_type": "latent",
+        str(frames_argument(pipe)): frames,
+    }
+    drawn = draw_batches(pipe, prompts, seeds, (height, width), len(prompts), False, options)
+    return torch.cat([batch.frames for batch in drawn]).float().cpu()
 
 
 @contextmanager

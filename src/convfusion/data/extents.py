@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from convfusion.clips import check_frames
 from convfusion.data.buckets import Extent, Size, choose_step, list_buckets, list_lengths
 from convfusion.data.clip_folders import ClipFolder
 from convfusion.data.samples import Source
@@ -53,7 +54,7 @@ def choose_length(pipe: Any, source: Source, frames: int | None) -> tuple[int, .
         ConvFusionError: the source is not what the pipeline draws, or there are no latents of so
             many frames.
     """
-    own, scale, clips = native_frames(pipe), frame_scale(pipe), isinstance(source, ClipFolder)
+    own, clips = native_frames(pipe), isinstance(source, ClipFolder)
     if not own:
         if clips:
             raise ConvFusionError(f"{source.spec} holds clips, and this pipeline draws pictures")
@@ -66,10 +67,5 @@ def choose_length(pipe: Any, source: Source, frames: int | None) -> tuple[int, .
             "(videos, GIFs or folders of frames, with captions beside them) or prompts"
         )
     frames = own if frames is None else frames
-    if frames <= scale or frames % scale != 1 % scale:
-        near = max(1, round((frames - 1) / scale)) * scale + 1
-        raise ConvFusionError(
-            f"{frames} frames cannot be encoded: their number must be 1 more than a multiple of "
-            f"{scale}; the nearest is {near}"
-        )
+    check_frames(pipe, frames)
     return (frames,)

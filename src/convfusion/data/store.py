@@ -13,6 +13,7 @@ safetensors are read: a cache from outside cannot run code.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -122,6 +123,11 @@ class LatentCache:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def largest(self) -> Extent:
+        """The size with the most pixels, over all frames."""
+        return max(self.sizes, key=math.prod)
 
     def take(
         self, indices: Sequence[int], dropped: Sequence[bool]
