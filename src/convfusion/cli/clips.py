@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,16 @@ from convfusion.imports import EXTRAS, is_installed
 if TYPE_CHECKING:
     import numpy as np
 
+Frames = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Frames of a clip, for models that draw videos. Default: the model's."
+    ),
+]
+Speed = Annotated[
+    float | None,
+    typer.Option("--fps", help="Frames a second of a clip. Default: the model's own."),
+]
 CLIPS = (".mp4", ".gif")  # that are written
 
 

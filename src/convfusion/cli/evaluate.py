@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.analyze import read_prompts
+from convfusion.cli.clips import Frames
 from convfusion.cli.console import INTERRUPTED, console, fail, print_ending
 from convfusion.cli.models import (
     check_blocks,
@@ -32,6 +33,7 @@ from convfusion.cli.options import (
     check_folder,
     parse_size,
 )
+from convfusion.errors import ConvFusionError
 
 MINI_SAMPLES = 64
 
@@ -76,6 +78,7 @@ def evaluate(
     guidance: Guidance = None,
     seed: FirstSeed = 0,
     size: Size = None,
+    frames: Frames = None,
     real: Real = None,
     extractor: Network = "efficientnet-lite0",
     clip: ClipModel = None,
@@ -85,8 +88,8 @@ def evaluate(
 ) -> None:
     """Draw with student and teacher from equal seeds, and measure whether they are equally good.
 
-    Writes report.html, evaluation.json, evaluation.csv, samples.csv and the pictures. Under a
-    launcher such as torchrun, processes share the drawing.
+    Writes report.html, evaluation.json, evaluation.csv, samples.csv and the pictures, or the clips
+    of a model that draws videos. Under a launcher such as torchrun, processes share the drawing.
     """
     from convfusion.evaluate import open_clip, open_extractor, plan_evaluation
     from convfusion.imports import check_installed
@@ -112,6 +115,7 @@ def evaluate(
     pipe, other = open_pipelines(model, blocks, teacher, precision, device)
     if guidance is None:
         settings = replace(settings, guidance=choose_guidance(model, pipe))
+    settings = replace(settings, frames=choose_frames(pipe, frames, real))
     evaluation = run(
         pipe,
         settings,
@@ -152,6 +156,22 @@ def choose_prompts(model: str, file: Path | None) -> list[str]:
     if file is None and is_embedded(model):
         return list(mini.held_out_data("results").captions)
     return read_prompts(model, file)
+
+
+def choose_frames(pipe: Any, frames: int | None, real: str | None) -> int | None:
+    """Frames of the clips that a pipeline draws; None where it draws pictures.
+
+    Raises:
+        ConvFusionError: frames are asked of pictures, or clips are to be compared with real ones.
+    """
+    from convfusion.families import native_frames
+
+    own = native_frames(pipe)
+    if frames is not None and not own:
+        raise ConvFusionError(f"a {type(pipe).__name__} draws pictures: leave --frames out")
+    if own and real is not None:
+        raise ConvFusionError("--real is for pictures, and this model draws videos")
+    return (frames or own) if own else None
 
 
 def open_pipelines(
@@ -221,7 +241,8 @@ def print_outcome(evaluation: Any, out: Path) -> None:
     from convfusion.evaluate.verdict import give_verdict
 
     print_evaluation(evaluation)
-    names = ("report.html", "evaluation.json", "evaluation.csv", "samples.csv")
+    names = ["report.html", "evaluation.json", "evaluation.csv", "samples.csv"]
+    names += ["frames.csv"] if evaluation.motion else []
     print_ending(*(out / name for name in names), verdict=give_verdict(evaluation))
 
 

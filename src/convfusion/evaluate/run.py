@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from convfusion.clips import check_frames
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import measure
 from convfusion.evaluate.clip import Clip
@@ -25,6 +26,7 @@ from convfusion.evaluate.drawing import (
 from convfusion.evaluate.extractors import Extractor, Features
 from convfusion.evaluate.images import SSIM_SIDE
 from convfusion.evaluate.measure import REAL
+from convfusion.evaluate.motion import measure_motion
 from convfusion.evaluate.pair import teacher_denoiser
 from convfusion.evaluate.real import RealPictures
 from convfusion.evaluate.results import Evaluation
@@ -34,7 +36,7 @@ from convfusion.families.calls import check_call
 from convfusion.folders import locked, remove_remains
 from convfusion.generate import check_guidance, check_size, check_steps
 from convfusion.imports import check_installed
-from convfusion.schedule import noise_schedule
+from convfusion.schedule import is_flow, noise_schedule
 
 Progress = Callable[[str, int], None]
 
@@ -80,7 +82,7 @@ def evaluate(
         if records is None:
             return None
         on_progress("measuring", len(settings))
-        seen = measure.extract_features(extractor, folder, len(settings))
+        seen = measure.extract_features(extractor, folder, settings)
         if real is not None:
             seen[REAL] = extractor(real)
         clips = {}
@@ -121,6 +123,8 @@ def _check_possible(
     identity = identify_pictures(pipe, reference, settings)
     check_place(folder, identity)
     if real is not None:
+        if settings.frames is not None:
+            raise ConvFusionError("real pictures are compared with pictures, not with clips")
         check_real(real)
     return identity
 
@@ -140,11 +144,12 @@ def _sum_up(
         curves=measure.average_curves(settings, records),
         distributions=measure.compare_sets(seen, settings.prompts),
         scores=measure.score_sets(seen, clips, settings.prompts),
+        motion=None if settings.frames is None else measure_motion(folder, settings),
     )
 
 
 def write_results(evaluation: Evaluation, folder: Path) -> None:
-    """Write `evaluation.json`, `evaluation.csv`, `samples.csv` and `report.html`."""
+    """Write `report.html` and what `Evaluation.save` does."""
     from convfusion.evaluate.page import write_page  # with matplotlib
 
     evaluation.save(folder)
@@ -154,7 +159,10 @@ def write_results(evaluation: Evaluation, folder: Path) -> None:
 def check_settings(pipe: Any, settings: EvaluationSettings) -> None:
     """Raise a ConvFusionError unless a pipeline can draw this."""
     check_captioned(pipe)
-    check_call(pipe, list(settings.prompts), settings.size, {})
+    clips = settings.frames is not None
+    check_call(pipe, list(settings.prompts), settings.size, {}, clips=clips)
+    if settings.frames is not None:
+        check_frames(pipe, settings.frames)
     size = size_of(pipe, settings)
     check_steps(pipe, settings.steps)
     count = len(noise_schedule(pipe.scheduler, denoiser_of(pipe)))
@@ -196,7 +204,13 @@ def _describe_settings(pipe: Any, settings: EvaluationSettings) -> dict[str, Any
         "guidance": settings.guidance,
         "size": list(size_of(pipe, settings)),
         "batch_size": settings.batch_size,
+        **({"predicts": "velocity"} if is_flow(pipe.scheduler) else {}),
+        **({} if settings.frames is None else _describe_clips(pipe, settings.frames)),
     }
+
+
+def _describe_clips(pipe: Any, frames: int) -> dict[str, Any]:
+    return {"frames": frames, "frame_rate": family_of(denoiser_of(pipe)).frame_rate}
 
 
 def _describe_network(extractor: Extractor) -> dict[str, Any]:
