@@ -41,16 +41,13 @@ def show_clips(evaluation: Evaluation, folder: Path) -> str:
     prompts = [sample.prompt for sample in chosen]
     total = evaluation.settings["frames"]
     clips = {
-        words: [read_clip(clip_of(folder, side, sample.index), total) for sample in chosen]
+        words: [_read_small(clip_of(folder, side, sample.index), total) for sample in chosen]
         for side, words in WORDS.items()
     }
     shown = spread_frames(total, MOVING)
     sheets = [_draw_moment(clips, prompts, number) for number in shown]
     rate = evaluation.settings["frame_rate"] * len(shown) / total
-    strips = {
-        words: [draw_strip(np.stack([_enlarge(frame) for frame in clip])) for clip in row[:STRIPS]]
-        for words, row in clips.items()
-    }
+    strips = {words: [draw_strip(clip) for clip in row[:STRIPS]] for words, row in clips.items()}
     sheet = report.draw_grid(strips, prompts[:STRIPS], columns=1)
     return (
         report.show_animation(sheets, rate, "Clips by prompt and model, moving")
@@ -63,9 +60,7 @@ def _draw_moment(
     clips: Mapping[str, Sequence[np.ndarray]], prompts: Sequence[str], number: int
 ) -> Image.Image:
     """A grid of one frame of all clips."""
-    rows = {
-        words: [_fit(Image.fromarray(clip[number])) for clip in row] for words, row in clips.items()
-    }
+    rows = {words: [Image.fromarray(clip[number]) for clip in row] for words, row in clips.items()}
     return report.draw_grid(rows, prompts)
 
 
@@ -94,18 +89,15 @@ def show_motion(evaluation: Evaluation, motion: Motion) -> str:
     )
 
 
-def _fit(frame: Image.Image) -> Image.Image:
-    """A frame as the page shows it: a large one is shrunk."""
-    scale = SIDE / max(frame.size)
-    if scale >= 1:
-        return frame
-    size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
-    return frame.resize(size, Image.Resampling.LANCZOS)
-
-
-def _enlarge(frame: np.ndarray) -> np.ndarray:
-    """A frame of a strip: shrunk if it is large, and with larger pixels if it is small."""
-    image = _fit(Image.fromarray(frame))
-    scale = max(1, SIDE // max(image.size))
-    size = (image.width * scale, image.height * scale)
-    return np.array(image.resize(size, Image.Resampling.NEAREST))
+def _read_small(path: Path, frames: int) -> np.ndarray:
+    """A clip as the page shows it: shrunk if it is large, and with larger pixels if it is small."""
+    clip = read_clip(path, frames)
+    longest = max(clip.shape[1:3])
+    if longest <= SIDE:
+        scale = SIDE // longest
+        return clip.repeat(scale, axis=1).repeat(scale, axis=2)
+    height, width = (max(1, round(side * SIDE / longest)) for side in clip.shape[1:3])
+    pictures = (Image.fromarray(frame) for frame in clip)
+    return np.stack(
+        [np.array(p.resize((width, height), Image.Resampling.LANCZOS)) for p in pictures]
+    )
