@@ -56,6 +56,32 @@ def test_the_block_is_the_equation(gate, ratio):
     assert torch.allclose(block(x, grid), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("frame_kernel", [0, 3])
+@torch.no_grad()
+def test_the_block_of_a_video_is_the_equation(frame_kernel):
+    """Kernels that are products, written out with a convolution in three dimensions."""
+    channels, heads, grid, side = 8, 2, (4, 5, 6), 3
+    attention = attention_with_bias(channels, heads)
+    block = DeltaConv(side, ratio=2.0, frame_kernel_size=frame_kernel).build(channels)
+    block.init_from(attention)
+    along = torch.rand(heads, frame_kernel or 1, 1, 1)
+    kernels = along * torch.rand(heads, 1, side, side) / 20
+    away = torch.tensor([1, 0, 1])
+    share = (1 - away / 5)[:, None] * (1 - away / 6)
+    share = (1 - away / 4)[:, None, None] * share if frame_kernel else share[None]
+    set_to_mean_attention(block, attention, OffsetMeans(kernels.double(), share))
+    x = torch.randn(2, 120, channels)
+    values = x @ attention.to_v.weight.T
+    maps = values.transpose(1, 2).unflatten(2, grid)
+    weights = kernels.repeat_interleave(channels // heads, 0)[:, None]
+    padding = (frame_kernel // 2, 1, 1)
+    mixed = torch.nn.functional.conv3d(maps, weights, padding=padding, groups=channels)
+    rest = (1 - (kernels * share).flatten(1).sum(1)).repeat_interleave(channels // heads)
+    mixed = mixed.flatten(2).transpose(1, 2) + rest * values.mean(1, keepdim=True)
+    expected = attention.to_out[0](mixed + attention.to_v.bias)
+    assert torch.allclose(block(x, grid), expected, atol=1e-5)
+
+
 @torch.no_grad()
 def test_few_channels_keep_the_leading_directions():
     value, out = torch.randn(6, 16), torch.randn(16, 6)
@@ -86,7 +112,7 @@ def test_offset_means_against_the_whole_map():
                 counts[i, j] += 1
             else:
                 beyond += maps[:, q, k] / 35
-    found = offset_means(query, key, 0.5, grid, radius, torch.arange(35))
+    found = offset_means(query, key, 0.5, grid, [radius] * 2, torch.arange(35))
     assert torch.allclose(found.kernels, sums / counts, atol=1e-6)
     assert torch.allclose(found.share, counts.double() / 35)
     assert torch.allclose(found.outside(), beyond, atol=1e-6)
@@ -101,7 +127,7 @@ def test_uniform_attention_leaves_the_mean_branch_what_no_window_holds(grid, sid
     held = [max(abs(a - c), abs(b - d)) <= side // 2 for a, b in places for c, d in places]
     zeros = torch.zeros(2, len(places), 4)
     chosen = choose_queries(len(places), 64)
-    means = offset_means(zeros, zeros, 1.0, grid, side // 2, chosen)
+    means = offset_means(zeros, zeros, 1.0, grid, [side // 2] * 2, chosen)
     expected = 1 - sum(held) / len(held)
     assert means.outside().tolist() == pytest.approx([expected] * 2, abs=1e-6)
     attention = attention_with_bias(8, 2)
@@ -118,6 +144,15 @@ def test_uniform_attention_leaves_the_mean_branch_what_no_window_holds(grid, sid
     assert missed < (1e-10 if all(held) else 0.2)
 
 
+def test_uniform_attention_of_a_video_is_counted_along_all_sides():
+    grid, zeros = (3, 4, 5), torch.zeros(1, 60, 4)
+    means = offset_means(zeros, zeros, 1.0, grid, [1, 2, 2], torch.arange(60))
+    torch.testing.assert_close(means.kernels, torch.full((1, 3, 5, 5), 1 / 60).double())
+    places = torch.cartesian_prod(*map(torch.arange, grid))
+    near = (places[None] - places[:, None]).abs() <= torch.tensor([1, 2, 2])
+    assert means.outside().item() == pytest.approx(1 - near.all(2).double().mean().item())
+
+
 @torch.no_grad()
 def test_pictures_of_several_grids_count_alike():
     """A small grid says nothing of offsets beyond it, and each grid has its own borders."""
@@ -126,7 +161,7 @@ def test_pictures_of_several_grids_count_alike():
     for grid in ((4, 4), (8, 8), (3, 9)):
         tokens = grid[0] * grid[1]
         query, key = torch.randn(2, 2, tokens, 4)
-        found.append(offset_means(query, key, 0.5, grid, 3, torch.arange(tokens)))
+        found.append(offset_means(query, key, 0.5, grid, [3, 3], torch.arange(tokens)))
     means = mean_offsets(found)
     beyond = torch.stack([each.outside() for each in found])
     assert beyond[0].abs().max() < 1e-6  # the window reaches across 4×4

@@ -125,7 +125,7 @@ def measure_site(
         sample: tokens that the site was seen with.
         change: the ε-error of the denoiser with a mixer at this site alone.
     """
-    grid, sample = sample[0][1], gather_pictures(sample)
+    grid, sample = sample[0].grid, gather_pictures(sample)
 
     def error(mixer: Mixer) -> float:
         return _start(model, site, mixer, sample)[1]
@@ -160,12 +160,14 @@ def gather_pictures(sample: Sequence[TokenSample], most: int = PICTURES) -> list
     count = min(most, len(sample))
     batches: list[TokenSample] = []
     for number in range(count):
-        tokens, grid = sample[number * len(sample) // count]
+        next_one = sample[number * len(sample) // count]
         last = batches[-1] if batches else None
-        if last and last[1] == grid and last[0][..., 0].numel() + tokens.shape[1] <= TOKENS:
-            batches[-1] = (torch.cat([last[0], tokens]), grid)
+        alike = last is not None and last.grid == next_one.grid and last.turn is next_one.turn
+        if last and alike and last.tokens[..., 0].numel() + next_one.tokens.shape[1] <= TOKENS:
+            tokens = torch.cat([last.tokens, next_one.tokens])
+            batches[-1] = last._replace(tokens=tokens)
         else:
-            batches.append((tokens, grid))
+            batches.append(next_one)
     return batches
 
 

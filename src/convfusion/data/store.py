@@ -3,7 +3,8 @@
     cache.json               what it rests on, what is in it, what was skipped
     empty.safetensors        the conditioning of the empty caption, for each size
     chunks/UNIT-CHUNK.json   captions of up to 64 consecutive samples of the source, and what failed
-    chunks/UNIT-CHUNK.safetensors   their `WxH/latents` and `WxH/<conditioning>`
+    chunks/UNIT-CHUNK.safetensors   their `WxH/latents` and `WxH/<conditioning>`,
+                                    of clips `WxHxFRAMES/…`
 
 The record of a chunk is written after its tensors, so a chunk that has one is whole. Only JSON and
 safetensors are read: a cache from outside cannot run code.
@@ -12,6 +13,7 @@ safetensors are read: a cache from outside cannot run code.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from convfusion.data.buckets import Size
+from convfusion.data.buckets import Extent
 from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.files import read_json, read_tensors, write_text
 from convfusion.text import LIST_BYTES
@@ -43,7 +45,7 @@ class LatentCache:
     Attributes:
         captions: of every sample.
         groups: indices of the samples, those of one size together.
-        sizes: (height, width) in pixels of each group.
+        sizes: (height, width) in pixels of each group; of clips (frames, height, width).
         skipped: by reason, {"count": …, "names": the first 20}.
         manifest: what `cache.json` says.
 
@@ -122,6 +124,11 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self.captions)
 
+    @property
+    def largest(self) -> Extent:
+        """The size with the most pixels, over all frames."""
+        return max(self.sizes, key=math.prod)
+
     def take(
         self, indices: Sequence[int], dropped: Sequence[bool]
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -177,9 +184,9 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _parse_size(name: str) -> Size:
-    width, _, height = name.partition("x")
-    return int(height), int(width)
+def _parse_size(name: str) -> Extent:
+    width, height, *frames = map(int, name.split("x"))
+    return (*frames, height, width)
 
 
 def _parse_dtype(name: str) -> torch.dtype:

@@ -13,7 +13,7 @@ from convfusion.distill.config import LossWeights
 from convfusion.distill.losses import feature_losses, weigh_steps, weighted_mse
 from convfusion.families import Denoiser, Site, list_sites
 from convfusion.families.watch import watch_tokens
-from convfusion.mixers.base import Grid
+from convfusion.mixers.base import Grid, TokenSample
 from convfusion.schedule import noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of
 
@@ -161,8 +161,8 @@ class DistillTask(nn.Module):
         """
         inputs: dict[str, tuple[Tensor, Grid]] = {}
 
-        def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
-            inputs[site.path] = (tokens, grid)
+        def see(site: Site, attention: Any, seen: TokenSample) -> None:
+            inputs[site.path] = (seen.tokens, seen.grid)
 
         noisy = self._noisy(latents, noise, timesteps)
         watched = {site.path: self.teacher.get_submodule(site.path) for site in self.sites}

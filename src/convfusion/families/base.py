@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families.carrier import Carrier
 from convfusion.mixers import Gate, Halo, Mixer
-from convfusion.mixers.base import Grid
+from convfusion.mixers.base import Grid, Turn
 
 Denoiser: TypeAlias = Any  # a diffusers ModelMixin and ConfigMixin; no type can say both
 Size: TypeAlias = tuple[int, int]  # (height, width)
@@ -110,7 +110,8 @@ class Family(ABC):
         frames: of the latents of its videos, as they are trained; 0 where it draws pictures. Where
             the grids of its sites have two sides, each frame is mixed by itself.
         frame_rate: frames a second that its videos are shown at.
-        rotary: whether its self-attentions turn queries and keys by where they lie.
+        rotary: whether its self-attentions turn queries and keys by where they lie. Such a family
+            has a `find_turn` of its own where analysis and measured starts know it.
         shares_blocks_with: the family whose blocks fit this one and the other way round, since its
             sites have the same paths; by default there is none.
         without_sites: what is said of a model that has none.
@@ -183,6 +184,18 @@ class Family(ABC):
             words: tokens of the text; None for as many as its text encoder gives.
             values: makes a tensor of random values of a shape, in the model's dtype.
         """
+
+    def find_turn(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Turn | None:
+        """The rotary embedding that a self-attention of this family is called with.
+
+        Args:
+            args, kwargs: of the call of the attention.
+
+        Returns:
+            What queries and keys [B, h, N, d] are given to, such as a `rotary.PairTurn`; None in a
+            family without.
+        """
+        return None
 
     def preset_for(self, model: Denoiser) -> str:
         """The name of the preset that fits a model; by default, the first."""

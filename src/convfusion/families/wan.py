@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers.models.transformers.transformer_wan import WanAttention
@@ -17,6 +17,7 @@ from convfusion.families.base import (
     Values,
 )
 from convfusion.families.carrier import RotaryCarrier
+from convfusion.families.rotary import PairTurn
 from convfusion.mixers import DeltaConv, Halo
 
 UMT5_WORDS = 512  # tokens that its text encoder reads
@@ -67,6 +68,9 @@ class Wan(Family):
 
     def carrier(self, model: Denoiser) -> RotaryCarrier:
         return RotaryCarrier(tuple(model.config.patch_size))
+
+    def find_turn(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> PairTurn:
+        return PairTurn.of((*args, *kwargs.values()))
 
     def patch_size(self, model: Denoiser) -> int:
         return model.config.patch_size[-1]

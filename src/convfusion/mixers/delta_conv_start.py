@@ -16,6 +16,10 @@ Near a border some of the keys are missing, for the attention as for the convolu
     r_h = 1 − Σ_Δ a_h(Δ)·(H − |Δy|)·(W − |Δx|)/(H·W)
 
 which is 0 where the window reaches across the grid from every token.
+
+Of a video, Δ has an offset in time too, and a_h(Δ) is replaced by the product of a kernel along the
+frames and one within them that is nearest to it, in the least squares. Where the block has no
+kernels along the frames, what a query gives to other frames than its own is left to the mean.
 """
 
 from __future__ import annotations
@@ -54,12 +58,14 @@ def set_from_sample(block: DeltaConvBlock, attention: Any, sample: Sequence[Toke
     Raises:
         ConvFusionError: that mean is not finite.
     """
-    radius, found = block.config.kernel_size // 2, []
-    for tokens, grid in sample:
-        queries, keys, _ = project_heads(attention, tokens)
+    config, found = block.config, []
+    within, across = config.kernel_size // 2, config.frame_kernel_size // 2
+    for tokens, grid, turn in sample:
+        queries, keys, _ = project_heads(attention, tokens, turn)
         chosen = choose_queries(queries.shape[2], QUERIES)
+        radii = [across, within, within][-len(grid) :]
         found += [
-            offset_means(query, key, score_scale(attention), grid, radius, chosen)
+            offset_means(query, key, score_scale(attention), grid, radii, chosen)
             for query, key in zip(queries, keys, strict=True)
         ]
     means = mean_offsets(found)
@@ -80,12 +86,17 @@ def set_to_mean_attention(block: DeltaConvBlock, attention: Any, means: OffsetMe
         attention: the diffusers attention that it stands for.
         means: attention at each offset within the kernel.
     """
-    heads, side = means.kernels.shape[:2]
+    if means.kernels.dim() == 4:
+        within, across = split_kernels(means.kernels)
+        means = means._replace(kernels=across[..., None, None] * within[:, None])
+    else:
+        within, across = means.kernels, None
+    heads, side = means.kernels.shape[0], means.kernels.shape[-1]
     half = block.proj_in.out_features // 2
     each = half // heads  # directions per head; channels that remain stay unused
     value = projections(attention)[2].weight.float().unflatten(0, (heads, -1))  # [h, d, C]
     out = output_heads(attention)  # [h, C, d]
-    kernels = means.kernels.to(value.device, torch.float32)
+    within = within.to(value.device, torch.float32)
     stage = block.convs[0].get_parameter("weight")
     stage[half:] = 0.0
     stage[half:, 0, side // 2, side // 2] = 1.0  # what is constant stays so, at the border too
@@ -99,11 +110,29 @@ def set_to_mean_attention(block: DeltaConvBlock, attention: Any, means: OffsetMe
         place = slice(head * each, (head + 1) * each)
         read, write = leading_directions(value[head], out[head], each)
         block.proj_in.weight[place] = read.to(stage.dtype)
-        stage[place] = kernels[head].to(stage.dtype)
+        stage[place] = within[head].to(stage.dtype)
+        if across is not None and block.config.frame_kernel_size:
+            along = block.frame_convs[0].get_parameter("weight")  # a constant stays so there too
+            along[place] = across[head].to(along.device, along.dtype)
         block.proj_out.weight[:, place] = (write / factor).to(stage.dtype)
     if block.mean_proj is not None:
         outside = means.outside().to(value.device, torch.float32)
         block.mean_proj.weight.copy_(torch.einsum("h,hcd,hde->ce", outside, out, value))
+
+
+def split_kernels(kernels: Tensor) -> tuple[Tensor, Tensor]:
+    """The product of a kernel within frames and one along them that is nearest to each kernel.
+
+    Args:
+        kernels: [h, K_t, K, K], none of them negative.
+
+    Returns:
+        [h, K, K], and [h, K_t] of length 1.
+    """
+    left, strength, right = torch.linalg.svd(kernels.flatten(2), full_matrices=False)
+    sign = left[:, :, 0].sum(1).sign()[:, None]  # both of one sign, as the kernels are
+    within = (sign * strength[:, :1] * right[:, 0]).unflatten(1, kernels.shape[2:])
+    return within, sign * left[:, :, 0]
 
 
 def leading_directions(value: Tensor, out: Tensor, count: int) -> tuple[Tensor, Tensor]:
