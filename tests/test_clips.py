@@ -195,6 +195,8 @@ def test_a_strip_shows_the_first_frame_the_last_and_some_between(tmp_path):
     for place, number in enumerate((0, 4, 8, 12, 16)):
         left = place * (8 + GAP)
         assert np.array_equal(strip[:, left : left + 8], clip[number])
+    large = np.zeros((2, 400, 800, 3), np.uint8)
+    assert draw_strip(large).size == (2 * 320 + GAP, 160)
     save_strip(clip, tmp_path / "strip.png", 5)
     with Image.open(tmp_path / "strip.png") as file:
         assert np.array_equal(np.array(file), strip)

@@ -18,7 +18,9 @@ from convfusion import ConvFusionError, DeltaConv, uniform
 from convfusion.cli import app
 from convfusion.clips import generate_clips
 from convfusion.data import read_clip
+from convfusion.data.clips import draw_strip
 from convfusion.evaluate import EvaluationSettings, evaluate, psnr, ssim
+from convfusion.evaluate.comparison import REMOVED, TEACHER, compare_blocks
 from convfusion.evaluate.drawn import clip_of, picture_of
 from convfusion.evaluate.motion import measure_change, measure_flicker, ratio_of_means
 from convfusion.evaluate.real import open_real
@@ -179,6 +181,23 @@ def test_what_cannot_be_compared_is_told_before_it_is_drawn(tmp_path):
             asked = settings(**fields)
             evaluate(pipe, asked, tmp_path / "out", extractor=thumbnails(), **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_strips_have_the_mean_psnr_of_frames(tmp_path):
+    pipe = student()
+    convfusion.save(pipe, tmp_path / "blocks")
+    options = {"size": (16, 16), "steps": 2, "guidance": 1.0, "progress": False}
+    compared = compare_blocks(
+        wan(), {"mine": tmp_path / "blocks"}, PROMPTS[:2], removed=True, frames=5, **options
+    )
+    assert list(compared.rows) == [TEACHER, "mine", REMOVED]
+    options |= {"frames": 5, "seeds": [0, 0]}
+    shown, taught = (generate_clips(each, list(PROMPTS[:2]), **options) for each in (pipe, wan()))
+    values = [np.mean([*map(psnr, *pair)]) for pair in zip(shown, taught, strict=True)]
+    assert compared.psnr["mine"].value == pytest.approx(np.mean(values))
+    for row, clips in ((TEACHER, taught), ("mine", shown)):
+        for strip, clip in zip(compared.rows[row], clips, strict=True):
+            assert np.array_equal(np.asarray(strip), np.asarray(draw_strip(clip)))
 
 
 def test_the_command_has_frames_for_videos_only(tmp_path):

@@ -27,6 +27,24 @@ Speed = Annotated[
 CLIPS = (".mp4", ".gif")  # that are written
 
 
+def choose_frames(pipe: Any, frames: int | None) -> int | None:
+    """Frames of the clips that a pipeline draws, its own if none are told; None for pictures.
+
+    Raises:
+        ConvFusionError: a pipeline of pictures is asked for frames, or clips cannot have so many.
+    """
+    from convfusion.clips import check_frames
+    from convfusion.families import native_frames
+
+    own = native_frames(pipe)
+    if not own:
+        if frames is not None:
+            raise ConvFusionError(f"a {type(pipe).__name__} draws pictures: leave --frames out")
+        return None
+    check_frames(pipe, frames or own)
+    return frames or own
+
+
 def check_clips(
     pipe: Any, out: Path, frames: int | None, fps: float | None, **unused: bool
 ) -> bool:

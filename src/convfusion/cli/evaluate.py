@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.analyze import read_prompts
-from convfusion.cli.clips import Frames
+from convfusion.cli.clips import Frames, choose_frames
 from convfusion.cli.console import INTERRUPTED, console, fail, print_ending
 from convfusion.cli.models import (
     check_blocks,
@@ -115,7 +115,9 @@ def evaluate(
     pipe, other = open_pipelines(model, blocks, teacher, precision, device)
     if guidance is None:
         settings = replace(settings, guidance=choose_guidance(model, pipe))
-    settings = replace(settings, frames=choose_frames(pipe, frames, real))
+    settings = replace(settings, frames=choose_frames(pipe, frames))
+    if real is not None and settings.frames is not None:
+        raise ConvFusionError("--real is for pictures, and this model draws videos")
     evaluation = run(
         pipe,
         settings,
@@ -156,22 +158,6 @@ def choose_prompts(model: str, file: Path | None) -> list[str]:
     if file is None and is_embedded(model):
         return list(mini.held_out_data("results").captions)
     return read_prompts(model, file)
-
-
-def choose_frames(pipe: Any, frames: int | None, real: str | None) -> int | None:
-    """Frames of the clips that a pipeline draws; None where it draws pictures.
-
-    Raises:
-        ConvFusionError: frames are asked of pictures, or clips are to be compared with real ones.
-    """
-    from convfusion.families import native_frames
-
-    own = native_frames(pipe)
-    if frames is not None and not own:
-        raise ConvFusionError(f"a {type(pipe).__name__} draws pictures: leave --frames out")
-    if own and real is not None:
-        raise ConvFusionError("--real is for pictures, and this model draws videos")
-    return (frames or own) if own else None
 
 
 def open_pipelines(

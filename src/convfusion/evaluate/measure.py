@@ -18,8 +18,8 @@ from convfusion.evaluate.clip import Clip
 from convfusion.evaluate.drawing import OTHER, SIDES, STUDENT, TEACHER
 from convfusion.evaluate.drawn import read_drawn
 from convfusion.evaluate.extractors import Extractor, Features
-from convfusion.evaluate.images import mean_of_psnr, ssim
-from convfusion.evaluate.motion import frame_psnrs, read_sides
+from convfusion.evaluate.images import frame_psnrs, mean_of_psnr, ssim
+from convfusion.evaluate.motion import read_sides
 from convfusion.evaluate.scores import (
     KernelDistance,
     Mean,

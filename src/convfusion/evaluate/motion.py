@@ -20,7 +20,7 @@ import numpy as np
 
 from convfusion.evaluate.drawing import OTHER, SIDES, STUDENT, TEACHER
 from convfusion.evaluate.drawn import read_drawn
-from convfusion.evaluate.images import mean_of_psnr, psnr
+from convfusion.evaluate.images import frame_psnrs, mean_of_psnr
 from convfusion.evaluate.scores import Mean, mean_of, standard_error
 from convfusion.evaluate.settings import EvaluationSettings
 
@@ -84,12 +84,6 @@ def read_sides(folder: Path, settings: EvaluationSettings) -> Iterator[dict[str,
     drawn = [read_drawn(folder, side, len(settings), settings.frames) for side in SIDES]
     for clips in zip(*drawn, strict=True):
         yield dict(zip(SIDES, clips, strict=True))
-
-
-def frame_psnrs(clip: np.ndarray, reference: np.ndarray) -> list[float | None]:
-    """PSNR in dB of each frame of two clips [T, H, W, 3]; None of equal frames."""
-    values = [psnr(frame, other) for frame, other in zip(clip, reference, strict=True)]
-    return [value if np.isfinite(value) else None for value in values]
 
 
 def ratio_of_means(
