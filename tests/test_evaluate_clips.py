@@ -15,15 +15,17 @@ from typer.testing import CliRunner
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
+from convfusion.checkpoint.figures import fill_table, read_rows
 from convfusion.cli import app
 from convfusion.clips import generate_clips
-from convfusion.data import read_clip
+from convfusion.data import read_clip, write_clip
 from convfusion.data.clips import draw_strip
 from convfusion.evaluate import EvaluationSettings, evaluate, psnr, ssim
 from convfusion.evaluate.comparison import REMOVED, TEACHER, compare_blocks
 from convfusion.evaluate.drawn import clip_of, picture_of
+from convfusion.evaluate.measure import look_at_clips
 from convfusion.evaluate.motion import measure_change, measure_flicker, ratio_of_means
-from convfusion.evaluate.real import open_real
+from convfusion.evaluate.real import open_real, open_real_clips
 from convfusion.evaluate.scores import Mean
 from convfusion.surgery import mixers_of
 
@@ -153,6 +155,16 @@ def test_tables_and_page_tell_of_motion(finished):
     assert "pictures" not in page.partition("<body>")[2].replace("wide tables and pictures", "")
 
 
+def test_a_model_card_tells_of_motion(finished):
+    folder, _ = finished
+    record = json.loads((folder / "evaluation.json").read_text())
+    card = fill_table(record, read_rows(folder / "evaluation.csv"))
+    assert "| against the base model's clips |" in card
+    assert "\n| velocity error, 0 is equal |" in card and "ε-error" not in card
+    assert "\n| flicker, 1 is as much |" in card
+    assert "3 clips of 3 prompts, 5 frames of 16×16 pixels" in card
+
+
 def test_clips_that_are_damaged_are_drawn_again(finished, tmp_path):
     folder, _ = finished
     again = tmp_path / "out"
@@ -168,14 +180,19 @@ def test_clips_that_are_damaged_are_drawn_again(finished, tmp_path):
 
 def test_what_cannot_be_compared_is_told_before_it_is_drawn(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "real.png")
+    (tmp_path / "real").mkdir()
     image = stable_diffusion()
     convfusion.convert(image, uniform(DeltaConv(kernel_size=3)))
     real = open_real(str(tmp_path), (16, 16))
+    write_clip(brightness(1, 2, 3, 4, 5).repeat(4, 1).repeat(4, 2), tmp_path / "real" / "a.gif", 8)
+    write_clip(brightness(1, 2).repeat(4, 1).repeat(4, 2), tmp_path / "real" / "short.gif", 8)
+    clips = open_real_clips(str(tmp_path / "real"), 5, (16, 16))
     for pipe, fields, options, message in (
         (student(), {"frames": None}, {}, "draws videos, and pictures are drawn here"),
         (student(), {"frames": 6}, {}, "1 more than a multiple of 4"),
         (image, {}, {}, "draws pictures, which have no frames"),
-        (student(), {}, {"real": real}, "real pictures are compared with pictures"),
+        (student(), {}, {"real": real}, "clips with real clips"),
+        (student(), {}, {"real": clips}, "1 of the clips of real can be used, and 2 or more"),
     ):
         with pytest.raises(ConvFusionError, match=message):
             asked = settings(**fields)
@@ -200,14 +217,45 @@ def test_rows_of_strips_have_the_mean_psnr_of_frames(tmp_path):
             assert np.array_equal(np.asarray(strip), np.asarray(draw_strip(clip)))
 
 
+def test_real_clips_are_one_more_set(finished, tmp_path):
+    folder, _ = finished
+    again = tmp_path / "out"
+    shutil.copytree(folder, again)
+    real = tmp_path / "real"
+    real.mkdir()
+    made = np.random.default_rng(0).integers(0, 256, (3, 7, 20, 20, 3), dtype=np.uint8)
+    for number, clip in enumerate(made):
+        (real / str(number)).mkdir()
+        for frame, picture in enumerate(clip):
+            Image.fromarray(picture).save(real / str(number) / f"{frame}.png")
+    Image.open(real / "0" / "0.png").save(real / "still.gif")
+    opened = open_real_clips(str(real), 5, (16, 16))
+    found = evaluate(student(), settings(), again, extractor=thumbnails(), real=opened)
+    assert found.real == {
+        "name": "real", "samples": 3, "skipped": {"fewer frames than asked for": 1},
+    }  # fmt: skip
+    rows = [row for row in found.distributions if row.reference == "real"]
+    assert [row.pictures for row in rows] == ["student", "teacher", "teacher-other-seed"]
+    assert {row.reference_samples for row in rows} == {3}
+    seen = [
+        thumbnails()(Image.fromarray(f) for f in read_clip(path, 5, (16, 16))).features.mean(0)
+        for path in opened.paths[:3]
+    ]
+    looked = look_at_clips(thumbnails(), opened, 5).features
+    torch.testing.assert_close(looked, torch.stack(seen))
+    assert "Against real clips" in (again / "report.html").read_text()
+
+
 def test_the_command_has_frames_for_videos_only(tmp_path):
     wan().save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("red\ngreen\n")
     Image.new("RGB", (16, 16)).save(tmp_path / "real.png")
     rest = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    video = str(tmp_path / "model")
     for model, options, message in (
         ("mini", ("--frames", "5"), "draws pictures: leave --frames out"),
-        (str(tmp_path / "model"), ("--real", str(tmp_path)), "--real is for pictures"),
+        (video, ("--frames", "6"), "1 more than a multiple of 4"),
+        (video, ("--real", str(tmp_path)), f"{tmp_path} has no clips"),
     ):
         shown = CliRunner().invoke(app, ["evaluate", model, *options, *rest])
         assert shown.exit_code != 0 and message in f"{shown.output} {shown.exception}"

@@ -33,7 +33,6 @@ from convfusion.cli.options import (
     check_folder,
     parse_size,
 )
-from convfusion.errors import ConvFusionError
 
 MINI_SAMPLES = 64
 
@@ -53,7 +52,10 @@ FirstSeed = Annotated[
 ]
 Real = Annotated[
     str | None,
-    typer.Option(help="Real pictures: a folder, or any data that `convfusion cache` takes."),
+    typer.Option(
+        help="Real pictures: a folder, or any data that `convfusion cache` takes. Of a model that "
+        "draws videos, a folder of clips."
+    ),
 ]
 Network = Annotated[
     str,
@@ -116,8 +118,6 @@ def evaluate(
     if guidance is None:
         settings = replace(settings, guidance=choose_guidance(model, pipe))
     settings = replace(settings, frames=choose_frames(pipe, frames))
-    if real is not None and settings.frames is not None:
-        raise ConvFusionError("--real is for pictures, and this model draws videos")
     evaluation = run(
         pipe,
         settings,
@@ -181,14 +181,16 @@ def name_sides(model: str, blocks: str | None, teacher: str | None) -> tuple[str
 def open_real_pictures(
     pipe: Any, model: str, spec: str | None, prompts: Path | None, settings: Any
 ) -> Any:
-    """Real pictures to compare with; the embedded model has some for its own prompts."""
+    """Real pictures or clips to compare with; the embedded model has some for its own prompts."""
     from convfusion import mini
     from convfusion.evaluate.drawing import read_rank
-    from convfusion.evaluate.real import decoded, open_real
+    from convfusion.evaluate.real import decoded, open_real, open_real_clips
     from convfusion.evaluate.settings import size_of
     from convfusion.families import latent_scale
 
     size = size_of(pipe, settings)
+    if spec is not None and settings.frames is not None:
+        return open_real_clips(spec, settings.frames, size)
     if spec is not None:
         return open_real(spec, size)
     if not is_embedded(model) or prompts is not None:
@@ -215,10 +217,11 @@ def check_networks(*names: str | None) -> None:
 
 
 def check_real(spec: str | None) -> None:
-    """Raise a ConvFusionError unless there are real pictures where they are said to be."""
+    """Raise a ConvFusionError unless there are real pictures or clips where they should be."""
+    from convfusion.data.clips import has_clips
     from convfusion.evaluate.real import open_real
 
-    if spec is not None:
+    if spec is not None and not has_clips(spec):
         open_real(spec, (1, 1))
 
 
@@ -238,7 +241,7 @@ def print_evaluation(evaluation: Any) -> None:
     from rich.text import Text
 
     from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER
-    from convfusion.evaluate.page import WORDS
+    from convfusion.evaluate.page import name_set
     from convfusion.evaluate.results import list_metrics
 
     groups: dict[str, dict[str, dict[str, str]]] = {}
@@ -252,9 +255,11 @@ def print_evaluation(evaluation: Any) -> None:
     table.add_column("")
     sides = (STUDENT, TEACHER, OTHER)
     for side in sides:
-        table.add_column(WORDS[side].replace(", ", ",\n"), justify="right")
+        words = name_set(side, evaluation.noun)
+        table.add_column(words.replace(", ", ",\n"), justify="right")
     for reference, metric_rows in groups.items():
-        against = f"against {WORDS.get(reference, reference)}" if reference else "by itself"
+        words = name_set(reference, evaluation.noun)
+        against = f"against {words}" if reference else "by itself"
         table.add_section()
         table.add_row(Text(against, style="bold"))
         for metric, cells in metric_rows.items():

@@ -104,6 +104,11 @@ def list_clips(folder: str | Path) -> list[Path]:
     return [folder / name for name in sorted(clips, key=lambda name: name.split("/"))]
 
 
+def has_clips(folder: str | Path) -> bool:
+    """Whether there is a GIF or a video in a folder or its subfolders."""
+    return Path(folder).is_dir() and any(map(is_clip, list_files(Path(folder)).files))
+
+
 def is_clip(name: str) -> bool:
     """Whether a file is a clip, by the end of its name."""
     return name.lower().endswith((GIF, *VIDEOS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -279,12 +279,16 @@ def _extract(
     extractor: Extractor, folder: Path, settings: EvaluationSettings, side: str
 ) -> Features:
     drawn = read_drawn(folder, side, len(settings), settings.frames)
-    looked = spread_frames(settings.frames or 1, LOOKED_AT)
-    seen = extractor(Image.fromarray(frame) for clip in drawn for frame in clip[looked])
     if settings.frames is None:
-        return seen
-    by_clip = seen.features.unflatten(0, (len(settings), len(looked)))
-    return Features(by_clip.mean(dim=1), None)
+        return extractor(Image.fromarray(picture) for (picture,) in drawn)
+    return look_at_clips(extractor, drawn, settings.frames)
+
+
+def look_at_clips(extractor: Extractor, clips: Iterable[np.ndarray], frames: int) -> Features:
+    """The mean features of some frames of each clip [T, H, W, 3], without logits."""
+    looked = spread_frames(frames, LOOKED_AT)
+    seen = extractor(Image.fromarray(frame) for clip in clips for frame in clip[looked])
+    return Features(seen.features.unflatten(0, (-1, len(looked))).mean(dim=1), None)
 
 
 def score_with_clip(

@@ -80,6 +80,11 @@ def build_page(evaluation: Evaluation, folder: Path) -> str:
     return report.fill_page("Student and teacher", "\n".join(body))
 
 
+def name_set(side: str, noun: str) -> str:
+    """What a table calls a set of pictures or clips."""
+    return WORDS.get(side, side).replace("pictures", noun)
+
+
 def _show_grid(evaluation: Evaluation, folder: Path) -> str:
     count = min(SHOWN, len(evaluation.samples))
     chosen = [
@@ -156,7 +161,7 @@ def _show_sets(evaluation: Evaluation) -> str:
             f"the teacher’s {evaluation.noun} from other noises; the grey row is the floor: what "
             "the teacher reaches against itself",
         ),
-        (REAL, "real pictures; the grey rows are the teacher’s, from two noises"),
+        (REAL, f"real {evaluation.noun}; the grey rows are the teacher’s, from two noises"),
     ):
         rows = [row for row in evaluation.distributions if row.reference == reference]
         if rows:
@@ -164,7 +169,7 @@ def _show_sets(evaluation: Evaluation) -> str:
             tables.append(
                 report.show_table(
                     (*heads, *near),
-                    [_show_distribution(row) for row in rows],
+                    [_show_distribution(row, evaluation.noun) for row in rows],
                     kind="dense",
                     grey=[row.pictures != STUDENT for row in rows],
                 )
@@ -177,10 +182,10 @@ def _show_sets(evaluation: Evaluation) -> str:
     )
 
 
-def _show_distribution(row: Distribution) -> tuple[str, ...]:
+def _show_distribution(row: Distribution, noun: str) -> tuple[str, ...]:
     near = (row.precision, row.recall, row.density, row.coverage)
     return (
-        WORDS[row.pictures],
+        name_set(row.pictures, noun),
         f"{row.samples} against {row.reference_samples}",
         f"{row.frechet:.4g}",
         format_thousandths(row.kid, row.kid_error),
@@ -202,7 +207,7 @@ def _name_gaps(evaluation: Evaluation) -> str:
             f"{count}× {html.escape(reason)}"
             for reason, count in evaluation.real["skipped"].items()
         )
-        notes.append(f"Real pictures that could not be used and are left out: {reasons}.")
+        notes.append(f"Real {evaluation.noun} that could not be used and are left out: {reasons}.")
     return f'<p class="note">{" ".join(notes)}</p>' if notes else ""
 
 
@@ -247,15 +252,18 @@ def _show_scores(evaluation: Evaluation) -> str:
         )
     if not columns:
         return ""
-    first = [(WORDS[row.pictures], str(row.samples)) for row in evaluation.scores]
+    noun = evaluation.noun
+    first = [(name_set(row.pictures, noun), str(row.samples)) for row in evaluation.scores]
     table = [(*names, *cells) for names, *cells in zip(first, *columns, strict=True)]
-    note = (
-        '<p class="note">Class score: exp of the mean KL divergence between the classes that the '
-        "network sees in one picture and in all; the inception score’s formula on this network’s "
-        "classes. It grows with the number of pictures.</p>"
-    )
     grey = [row.pictures != STUDENT for row in evaluation.scores]
-    return report.show_table(heads, table, kind="dense", grey=grey) + note
+    shown = report.show_table(heads, table, kind="dense", grey=grey)
+    if all(row.class_score is None for row in evaluation.scores):
+        return shown
+    return (
+        f'{shown}<p class="note">Class score: exp of the mean KL divergence between the classes '
+        "that the network sees in one picture and in all; the inception score’s formula on this "
+        "network’s classes. It grows with the number of pictures.</p>"
+    )
 
 
 def _show_worst(evaluation: Evaluation, folder: Path) -> str:

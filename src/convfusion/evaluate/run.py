@@ -28,7 +28,7 @@ from convfusion.evaluate.images import SSIM_SIDE
 from convfusion.evaluate.measure import REAL
 from convfusion.evaluate.motion import measure_motion
 from convfusion.evaluate.pair import teacher_denoiser
-from convfusion.evaluate.real import RealPictures
+from convfusion.evaluate.real import RealClips, RealPictures
 from convfusion.evaluate.results import Evaluation
 from convfusion.evaluate.settings import EvaluationSettings, identify_pictures, size_of
 from convfusion.families import check_captioned, denoiser_of, family_of
@@ -48,7 +48,7 @@ def evaluate(
     *,
     extractor: Extractor,
     teacher: Any = None,
-    real: RealPictures | None = None,
+    real: RealPictures | RealClips | None = None,
     clip: Clip | None = None,
     names: tuple[str, str] = ("student", "its own attention"),
     on_progress: Progress = lambda stage, done: None,
@@ -61,7 +61,7 @@ def evaluate(
         out: folder for pictures and results: new, empty, or begun with the same settings.
         extractor: of the features that distances rest on.
         teacher: another pipeline, or None for the attention that the student's blocks replaced.
-        real: pictures to compare with as well.
+        real: pictures to compare with as well; clips where clips are drawn.
         clip: for the CLIP score.
         names: of student and teacher, in the report.
         on_progress: called with the stage of the work and the samples done.
@@ -84,7 +84,7 @@ def evaluate(
         on_progress("measuring", len(settings))
         seen = measure.extract_features(extractor, folder, settings)
         if real is not None:
-            seen[REAL] = extractor(real)
+            seen[REAL] = _look_at_real(extractor, real)
         clips = {}
         if clip is not None and texts is not None:
             clips = measure.score_with_clip(clip, folder, settings, texts)
@@ -115,7 +115,7 @@ def _check_possible(
     reference: Any,
     settings: EvaluationSettings,
     folder: Path,
-    real: RealPictures | None,
+    real: RealPictures | RealClips | None,
 ) -> dict[str, Any]:
     """Everything that can be known before a picture is drawn; what the pictures rest on."""
     check_installed("torchmetrics", "matplotlib", extra="eval")
@@ -123,10 +123,19 @@ def _check_possible(
     identity = identify_pictures(pipe, reference, settings)
     check_place(folder, identity)
     if real is not None:
-        if settings.frames is not None:
-            raise ConvFusionError("real pictures are compared with pictures, not with clips")
+        if isinstance(real, RealClips) != (settings.frames is not None):
+            raise ConvFusionError(
+                "pictures are compared with real pictures (`open_real`), and clips with real clips "
+                "(`open_real_clips`)"
+            )
         check_real(real)
     return identity
+
+
+def _look_at_real(extractor: Extractor, real: RealPictures | RealClips) -> Features:
+    if isinstance(real, RealClips):
+        return measure.look_at_clips(extractor, real, real.frames)
+    return extractor(real)
 
 
 def _sum_up(
@@ -185,13 +194,14 @@ def check_settings(pipe: Any, settings: EvaluationSettings) -> None:
         )
 
 
-def check_real(real: RealPictures) -> None:
-    """Raise a ConvFusionError unless there are two real pictures that can be used."""
+def check_real(real: RealPictures | RealClips) -> None:
+    """Raise a ConvFusionError unless there are two real pictures or clips that can be used."""
     usable = len(list(islice(real, 2)))
     if usable < 2:
         reasons = ", ".join(f"{n}× {reason}" for reason, n in real.skipped.items())
+        noun = "clips" if isinstance(real, RealClips) else "pictures"
         raise ConvFusionError(
-            f"{usable or 'none'} of the pictures of {real.spec} can be used, and 2 or more are "
+            f"{usable or 'none'} of the {noun} of {real.spec} can be used, and 2 or more are "
             "needed" + (f" ({reasons})" if reasons else "")
         )
 
@@ -218,5 +228,5 @@ def _describe_network(extractor: Extractor) -> dict[str, Any]:
     return {"name": extractor.name, "weights": extractor.weights, "side": side}
 
 
-def _describe_real(real: RealPictures, seen: Features) -> dict[str, Any]:
+def _describe_real(real: RealPictures | RealClips, seen: Features) -> dict[str, Any]:
     return {"name": real.spec, "samples": len(seen.features), "skipped": dict(real.skipped)}
