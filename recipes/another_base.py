@@ -25,7 +25,7 @@ from convfusion.demo import configure_distillation, measure_error
 from convfusion.distill import distill
 from convfusion.evaluate import epsilon_error
 from convfusion.families import encode_conditioning
-from convfusion.schedule import add_noise, noise_schedule
+from convfusion.schedule import noise_schedule
 from experiment import KEPT, Recipe, Table, digest, student_folder, weights_of
 from rivals import HALO, OURS, blocks_of, rate_of, rival
 
@@ -57,7 +57,7 @@ def fine_tune(design: str, steps: int) -> Any:
 
 def train(pipe: Any, data: LatentDataset, steps: int) -> None:
     """The usual loss ‖ε − ε̂‖² on batches of 32; every weight of the denoiser learns."""
-    alphas_cumprod, _ = noise_schedule(pipe.scheduler)
+    schedule = noise_schedule(pipe.scheduler, pipe.unet)
     optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(0)
     pipe.unet.train()
@@ -67,7 +67,7 @@ def train(pipe: Any, data: LatentDataset, steps: int) -> None:
         timesteps = torch.randint(1000, (32,), generator=generator)
         with torch.no_grad():
             told = encode_conditioning(pipe, [data.captions[i] for i in picks], (64, 64))
-        noisy = add_noise(data.latents[picks], noise, timesteps, alphas_cumprod)
+        noisy = schedule.add_noise(data.latents[picks], noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):
             found = pipe.unet(noisy, timestep=timesteps, return_dict=False, **told)[0]
         loss = F.mse_loss(found.float(), noise)

@@ -77,7 +77,7 @@ def measure_errors(pipe: Any, kinds: dict[str, Any], part: mini.HeldOut) -> dict
     generator = torch.Generator().manual_seed(123_456)  # as `epsilon_error` has it
     noises = {t: torch.randn(data.latents.shape, generator=generator) for t in TIMESTEPS}
     told = encode_conditioning(pipe, data.captions, (64, 64))
-    schedule = noise_schedule(pipe.scheduler)
+    schedule = noise_schedule(pipe.scheduler, pipe.unet)
     teacher = attention_teacher(pipe.unet)
     seen = {
         name: predictions(model, schedule, data.latents, noises, told)

@@ -43,7 +43,7 @@ def main() -> None:
                 "width": width,
                 "cutoff": filters.cutoff,
                 "order": filters.order,
-                "of_itself": receptive_field(attention_score_mass(sums.rings[0])),
+                "of_itself": receptive_field(attention_score_mass(sums.rings[0, 0])),
                 "positive": found.receptive_field,
                 "magnitude": found.receptive_field_magnitude,
             }

@@ -67,7 +67,7 @@ def predict(pipe: Any, size: Size) -> list[Tensor]:
     """The noise that a pipeline sees in the framed pictures, at each timestep."""
     data = framed(size, JUDGED)
     told = encode_conditioning(pipe, data.captions, size)
-    schedule = noise_schedule(pipe.scheduler)
+    schedule = noise_schedule(pipe.scheduler, denoiser_of(pipe))
     return predictions(denoiser_of(pipe), schedule, data.latents, noises(data), told)
 
 

@@ -217,7 +217,7 @@ MISTAKES = {
     "no data": (["distill", "MODEL", "--out", "OUT"], "--data is needed"),
     "size without data": (
         ["distill", "mini", "--out", "OUT", "--size", "128x128"],
-        "--size and --buckets are for data of your own",
+        "--size, --frames and --buckets are for data of your own",
     ),
     "no folder": (["distill", "MODEL", "--out", "OUT", "--data", "nowhere"], "does not exist"),
     "no data to plan for": (["distill", "MODEL", "--dry-run", "--data", "x"], "does not exist"),

@@ -13,7 +13,6 @@ from convfusion.distill.batches import BatchIndices
 from convfusion.distill.losses import feature_losses, min_snr_weight, weighted_mse
 from convfusion.families import encode_conditioning
 from convfusion.families.dit import DIT
-from convfusion.schedule import add_noise, as_epsilon
 from convfusion.surgery import presets
 
 pytestmark = pytest.mark.libraries
@@ -31,22 +30,6 @@ def test_losses_equal_their_formulas():
     features = feature_losses({"a": one, "b": other}, {"a": other, "b": other + 1})
     torch.testing.assert_close(features["a"], (one - other).pow(2).mean())
     torch.testing.assert_close(features["b"], torch.tensor(1.0))
-
-
-def test_velocity_and_learned_variance_become_epsilon():
-    schedule = torch.linspace(0.99, 0.01, 1000)
-    steps = torch.tensor([10, 700])
-    signal = schedule[steps].view(-1, 1, 1, 1)
-    clean, noise = torch.randn(2, 2, 4, 6, 6).unbind()
-    noisy = add_noise(clean, noise, steps, schedule)
-    torch.testing.assert_close(noisy, signal.sqrt() * clean + (1 - signal).sqrt() * noise)
-    velocity = signal.sqrt() * noise - (1 - signal).sqrt() * clean
-    found = as_epsilon(velocity, noisy, steps, schedule, "v_prediction")
-    torch.testing.assert_close(found, noise, rtol=1e-4, atol=1e-5)
-    with_variance = torch.cat([noise, torch.randn_like(noise)], dim=1)
-    assert torch.equal(as_epsilon(with_variance, noisy, steps, schedule, "epsilon"), noise)
-    with pytest.raises(ConvFusionError, match="'sample' is not supported"):
-        as_epsilon(noise, noisy, steps, schedule, "sample")
 
 
 def test_batches_depend_on_seed_and_step_alone():

@@ -20,7 +20,8 @@ from convfusion import ConvFusionError
 from convfusion import files as files_module
 from convfusion.evaluate import drawing as drawing_module
 from convfusion.evaluate import epsilon_errors, evaluate, psnr
-from convfusion.evaluate.drawing import picture_of, recorded_latents
+from convfusion.evaluate.drawing import recorded_latents
+from convfusion.evaluate.drawn import picture_of
 from convfusion.evaluate.real import open_real
 from convfusion.families import encode_conditioning
 from convfusion.fingerprint import fingerprint
@@ -144,7 +145,12 @@ def test_errors_along_the_way_are_those_of_the_denoisers():
     assert not torch.allclose(noises[950][:1], start)
     conditioning = encode_conditioning(pipe, PROMPTS[:2], (16, 16))
     by_hand = epsilon_errors(
-        pipe.unet, teacher, noise_schedule(pipe.scheduler), final, noises, conditioning
+        pipe.unet,
+        teacher,
+        noise_schedule(pipe.scheduler, pipe.unet),
+        final,
+        noises,
+        conditioning,
     )
     assert [row[-1] for row in found] == pytest.approx(by_hand[0].tolist(), rel=1e-4)
 

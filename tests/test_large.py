@@ -48,9 +48,9 @@ def test_its_finest_self_attention_has_32x32_tokens(large):
     grids = {}
     pipe.set_progress_bar_config(disable=True)
 
-    def see(site, attention, tokens, grid):
-        assert tokens.shape[1] == grid[0] * grid[1]
-        grids[site.path] = tuple(grid)
+    def see(site, attention, given):
+        assert given.tokens.shape[1] == given.grid[0] * given.grid[1]
+        grids[site.path] = given.grid
 
     with watch_attention(pipe.unet, see):
         latents = pipe("x", num_inference_steps=1, output_type="latent").images

@@ -4,6 +4,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from convfusion.mixers import MeanOnly
+from convfusion.mixers.base import TokenSample
 from convfusion.mixers.sampling import attend_at
 from convfusion.surgery.start import measure_imitation
 
@@ -14,7 +15,8 @@ def make_attention():
     torch.manual_seed(0)
     attention = Attention(query_dim=16, heads=2, dim_head=8, bias=True).eval()
     attention.to_q.weight *= 6
-    return attention, [(torch.randn(3, 24, 16) + torch.randn(3, 1, 16), (4, 6)) for _ in range(4)]
+    made = [torch.randn(3, 24, 16) + torch.randn(3, 1, 16) for _ in range(4)]
+    return attention, [TokenSample(tokens, (4, 6)) for tokens in made]
 
 
 @torch.no_grad()
@@ -24,8 +26,8 @@ def test_its_mean_output_is_the_attentions():
     mixer.init_from(attention)
     before = measure_imitation(mixer, attention, sample)
     mixer.start_from(attention, sample)
-    given = torch.cat([attention(tokens) for tokens, _ in sample])
-    found = torch.cat([mixer(tokens, grid) for tokens, grid in sample])
+    given = torch.cat([attention(each.tokens) for each in sample])
+    found = torch.cat([mixer(each.tokens, each.grid) for each in sample])
     assert torch.allclose(found.mean((0, 1)), given.mean((0, 1)), atol=1e-5)
     assert measure_imitation(mixer, attention, sample) < before
 

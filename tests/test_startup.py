@@ -1,5 +1,6 @@
 """Blocks that start as the mean of the attention they replace."""
 
+import itertools
 from typing import get_args
 
 import pytest
@@ -36,7 +37,7 @@ def test_the_block_is_the_equation(gate, ratio):
     kernels = torch.rand(heads, side, side, dtype=torch.float64) / side**2
     away = torch.tensor([1, 0, 1])
     share = (1 - away / 5)[:, None] * (1 - away / 6)
-    set_to_mean_attention(block, attention, OffsetMeans(kernels, share))
+    set_to_mean_attention(block, attention, OffsetMeans(kernels, share, torch.zeros(heads)))
     x = torch.randn(2, 30, channels)
     values = (x @ attention.to_v.weight.T).unflatten(-1, (heads, -1))  # the bias comes at the end
     mean = values.mean(dim=1)
@@ -86,7 +87,7 @@ def test_offset_means_against_the_whole_map():
                 counts[i, j] += 1
             else:
                 beyond += maps[:, q, k] / 35
-    found = offset_means(query, key, 0.5, grid, radius, torch.arange(35))
+    found = offset_means(query, key, 0.5, grid, (radius, radius), torch.arange(35))
     assert torch.allclose(found.kernels, sums / counts, atol=1e-6)
     assert torch.allclose(found.share, counts.double() / 35)
     assert torch.allclose(found.outside(), beyond, atol=1e-6)
@@ -101,7 +102,7 @@ def test_uniform_attention_leaves_the_mean_branch_what_no_window_holds(grid, sid
     held = [max(abs(a - c), abs(b - d)) <= side // 2 for a, b in places for c, d in places]
     zeros = torch.zeros(2, len(places), 4)
     chosen = choose_queries(len(places), 64)
-    means = offset_means(zeros, zeros, 1.0, grid, side // 2, chosen)
+    means = offset_means(zeros, zeros, 1.0, grid, [side // 2] * 2, chosen)
     expected = 1 - sum(held) / len(held)
     assert means.outside().tolist() == pytest.approx([expected] * 2, abs=1e-6)
     attention = attention_with_bias(8, 2)
@@ -126,7 +127,7 @@ def test_pictures_of_several_grids_count_alike():
     for grid in ((4, 4), (8, 8), (3, 9)):
         tokens = grid[0] * grid[1]
         query, key = torch.randn(2, 2, tokens, 4)
-        found.append(offset_means(query, key, 0.5, grid, 3, torch.arange(tokens)))
+        found.append(offset_means(query, key, 0.5, grid, (3, 3), torch.arange(tokens)))
     means = mean_offsets(found)
     beyond = torch.stack([each.outside() for each in found])
     assert beyond[0].abs().max() < 1e-6  # the window reaches across 4×4
@@ -193,3 +194,55 @@ def test_it_starts_closer_to_the_teacher():
     calls = draw_noised_batches(pipe, mini.training_data(), pictures=8)
     convfusion.start_from_attention(pipe, calls)
     assert measure_error(pipe, held_out) < 0.9 * before
+
+
+@pytest.mark.parametrize("first_frame", [False, True])
+@torch.no_grad()
+def test_a_video_block_is_the_mean_of_an_attention_that_separates(first_frame):
+    """Near keys by a kernel along the frames times one within them; the rest evenly, or first."""
+    channels, heads, grid = 8, 2, (4, 3, 5)
+    attention = attention_with_bias(channels, heads)
+    block = DeltaConv(3, ratio=2.0, frame_kernel_size=3, first_frame_branch=first_frame)
+    block = block.build(channels)
+    block.init_from(attention)
+    across, within = torch.rand(heads, 3) / 3, torch.rand(heads, 3, 3) / 9
+    kernels = (across[:, :, None, None] * within[:, None]).double()
+    share = (1 - torch.tensor([1, 0, 1]) / 4)[:, None, None]
+    share = share * (1 - torch.tensor([1, 0, 1]) / 3)[:, None] * (1 - torch.tensor([1, 0, 1]) / 5)
+    means = OffsetMeans(kernels, share, torch.zeros(heads))
+    outside = means.outside().float()
+    excess = outside / 2 if first_frame else torch.zeros(heads)
+    means = means._replace(first=excess + (outside - excess) / 4)
+    set_to_mean_attention(block, attention, means, frames=4)
+    x = torch.randn(2, 60, channels)
+    values = (x @ attention.to_v.weight.T).unflatten(-1, (heads, -1)).transpose(1, 2)
+    weights = torch.zeros(heads, 60, 60)
+    places = list(itertools.product(range(4), range(3), range(5)))
+    for (i, a), (j, b) in itertools.product(enumerate(places), repeat=2):
+        offset = [n - m + 1 for m, n in zip(a, b, strict=True)]
+        if all(0 <= each <= 2 for each in offset):
+            weights[:, i, j] = kernels[:, offset[0], offset[1], offset[2]].float()
+    weights += ((outside - excess) / 60)[:, None, None]
+    weights[..., :15] += (excess / 15)[:, None, None]
+    mixed = (weights @ values).transpose(1, 2).flatten(2) + attention.to_v.bias
+    assert torch.allclose(block(x, grid), attention.to_out[0](mixed), atol=1e-5)
+
+
+@torch.no_grad()
+def test_offsets_of_a_video_and_its_first_frame():
+    torch.manual_seed(1)
+    grid, radii = (3, 4, 3), (1, 0, 1)
+    query, key = torch.randn(2, 2, 36, 4)
+    maps = torch.softmax(query @ key.transpose(1, 2), dim=-1)
+    found = offset_means(query, key, 1.0, grid, radii, torch.arange(36))
+    assert found.kernels.shape == (2, 3, 1, 3)
+    places = list(itertools.product(*map(range, grid)))
+    first, same = torch.zeros(2), []
+    for (i, a), (j, b) in itertools.product(enumerate(places), repeat=2):
+        near = all(abs(m - n) <= most for m, n, most in zip(a, b, radii, strict=True))
+        if b[0] == 0 and not near:
+            first += maps[:, i, j] / 36
+        if (b[0] - a[0], b[1] - a[1], b[2] - a[2]) == (1, 0, -1):
+            same.append(maps[:, i, j])
+    torch.testing.assert_close(found.first.float(), first)
+    torch.testing.assert_close(found.kernels[:, 2, 0, 0].float(), torch.stack(same).mean(0))

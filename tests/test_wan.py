@@ -10,7 +10,6 @@ from tiny_models import randomise
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, DeltaConv, Halo, MeanOnly, Removed, uniform
 from convfusion.bench.models import denoiser_on_meta, full_size_configs
-from convfusion.errors import UnsupportedModelError
 from convfusion.families import example_inputs, list_sites, site_grid
 from convfusion.mixers import Depthwise, GeneralisedLinear, mixer_from_dict, mixer_to_dict
 from convfusion.operations import site_operations
@@ -133,12 +132,6 @@ def test_a_copy_stands_alone():
 def test_a_mixer_for_pictures_is_refused(mixer):
     with pytest.raises(ConvFusionError, match=r"grid of \(frames, height, width\)"):
         convfusion.convert(make(), uniform(mixer))
-
-
-def test_what_needs_the_rotary_embedding_is_refused():
-    model = converted(uniform(NEAR))
-    with pytest.raises(UnsupportedModelError, match="turns its queries and keys"):
-        convfusion.start_from_attention(model, [example_inputs(model, SIZES[0])])
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,19 @@ from __future__ import annotations
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiTPipeline,
+    FlowMatchEulerDiscreteScheduler,
     PixArtSigmaPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tiny_models import dit, pixart, sdxl
 from transformers import (
@@ -21,6 +28,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from convfusion import mini
@@ -97,10 +106,15 @@ def stable_diffusion_xl() -> StableDiffusionXLPipeline:
     )
 
 
-def pixart_sigma() -> PixArtSigmaPipeline:
-    torch.manual_seed(3)
+def word_tokenizer() -> T5Tokenizer:
+    """Of three words."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(piece, -1.0) for piece in ("▁red", "▁green", "▁apple")]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16)
+
+
+def pixart_sigma() -> PixArtSigmaPipeline:
+    torch.manual_seed(3)
     text = T5Config(
         vocab_size=8,
         d_model=12,
@@ -111,7 +125,7 @@ def pixart_sigma() -> PixArtSigmaPipeline:
         tie_word_embeddings=False,
     )
     return PixArtSigmaPipeline(
-        tokenizer=T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16),
+        tokenizer=word_tokenizer(),
         text_encoder=T5EncoderModel(text).eval(),
         vae=autoencoder(),
         transformer=pixart().eval(),
@@ -126,6 +140,83 @@ def dit_pipeline() -> DiTPipeline:
         vae=autoencoder(),
         scheduler=DDIMScheduler(clip_sample=False),
         id2label={0: "red", 1: "green", 2: "apple"},
+    )
+
+
+def stable_diffusion_3() -> StableDiffusion3Pipeline:
+    """Of SD3.5 Medium, without its third text encoder, which one may leave out."""
+    torch.manual_seed(3)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=24,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    vae = autoencoder()
+    vae.register_to_config(shift_factor=0.1)  # which its pipelines ask for
+    return StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(text_config(8)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(8)).eval(),
+        text_encoder_3=None,
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        tokenizer_3=None,
+    )
+
+
+def wan() -> WanPipeline:
+    """For videos, 4× smaller per side and in time: 5 frames of 16×16 have 2×2×2 tokens."""
+    torch.manual_seed(3)
+    text = UMT5Config(
+        vocab_size=8,
+        d_model=12,
+        d_kv=6,
+        d_ff=12,
+        num_layers=1,
+        num_heads=2,
+        tie_word_embeddings=False,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.5, 1.0, 2.0],
+        scale_factor_temporal=4,
+        scale_factor_spatial=4,
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=12,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    return WanPipeline(
+        tokenizer=word_tokenizer(),
+        text_encoder=UMT5EncoderModel(text).eval(),
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
     )
 
 

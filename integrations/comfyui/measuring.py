@@ -23,7 +23,7 @@ from convfusion.evaluate.epsilon import relative_error
 from convfusion.families import list_sites, shorten_path
 from convfusion.families.watch import TokenReservoir
 from convfusion.mixers import Mixer, Removed
-from convfusion.mixers.base import TokenMixer, projections
+from convfusion.mixers.base import TokenMixer, TokenSample, projections
 from convfusion.surgery import ConvertConfig, build_mixers, install, uniform
 from convfusion.surgery.layers import FLOATS
 from convfusion.surgery.start import start_mixer
@@ -87,7 +87,7 @@ class WatchedSite:
         if self.mixer is not None:
             return run_block(self.mixer, x, grid)
         if self.tokens is not None:
-            self.tokens.add(path, x, grid)
+            self.tokens.add(path, TokenSample(x, grid))
         return self.attention(x, context, value, mask, transformer_options)
 
 

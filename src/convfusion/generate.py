@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,10 +14,18 @@ from PIL import Image, PngImagePlugin
 
 from convfusion import files
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, denoiser_of, family_of, native_size, pixel_unit
+from convfusion.families import (
+    Denoiser,
+    denoiser_of,
+    family_of,
+    frame_scale,
+    native_size,
+    pixel_unit,
+)
 from convfusion.families.calls import check_call, cut_options
 from convfusion.families.patches import copied_without_patches, replaced_attributes, wrapped_method
 from convfusion.progress import Bar, Progress
+from convfusion.schedule import is_flow
 from convfusion.text import check_prompts, one_line
 
 SEEDS = 2**64  # of torch's generators
@@ -60,78 +67,48 @@ def generate(
     """
     seeds = list(range(len(prompts))) if seeds is None else seeds
     check_drawing(pipe, prompts, seeds, steps, guidance, size, batch_size, options)
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, **options}
+    images: list[Image.Image] = []
+    for drawn in draw_batches(pipe, prompts, seeds, size, batch_size, progress, settings):
+        images.extend(drawn.images)  # `+=` would add an array of numpy, which old diffusers give
+    return images
+
+
+def draw_batches(
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    size: tuple[int, int] | None,
+    batch_size: int,
+    progress: bool | None,
+    options: Mapping[str, Any],
+) -> Iterator[Any]:
+    """Call a pipeline for one batch of prompts after the other, as `check_drawing` allows.
+
+    Args:
+        pipe, prompts, seeds, size, batch_size, progress: as for `generate`.
+        options: further arguments of the pipeline's call.
+
+    Yields:
+        What the call returned.
+    """
     family = family_of(denoiser_of(pipe))
     sides = {}
     if size is not None and not family.fixed_size:
         sides = {"height": size[0], "width": size[1]}
     options = {**family.call_options, **options}
-    images: list[Image.Image] = []
     batches = math.ceil(len(prompts) / batch_size)
     with shown_steps(pipe, batches, progress), silent(pipe):
         for start in range(0, len(prompts), batch_size):
             stop = start + batch_size
             embedded = options.get("prompt_embeds") is not None
             part = None if embedded else family.call_prompts(pipe, prompts[start:stop])
-            drawn = pipe(
+            yield pipe(
                 **{family.prompt_argument: part},
-                num_inference_steps=steps,
-                guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[start:stop]],
                 **sides,
                 **cut_options(pipe, options, start, stop, len(prompts)),
-            ).images
-            images.extend(drawn)  # `+=` would add an array of numpy, which old diffusers give
-    return images
-
-
-@torch.no_grad()
-def record_calls(
-    pipe: Any,
-    prompts: list[str],
-    *,
-    looks: int = 8,
-    batch_size: int = 8,
-    **settings: Any,
-) -> list[dict[str, Any]]:
-    """Draw prompts, and keep what the denoiser was called with at some of the steps.
-
-    Args:
-        pipe: a pipeline whose self-attention stands.
-        prompts: what to draw; the pictures are thrown away.
-        looks: calls that are kept of every batch, evenly spread over its steps.
-        batch_size: prompts drawn at once.
-        settings: as for `generate`, except `batch_size`.
-
-    Returns:
-        Keyword arguments of the denoiser, call by call, such as
-        `convfusion.start_from_attention` takes.
-
-    Raises:
-        ConvFusionError: as `generate` does, or `looks` is less than 1.
-    """
-    if looks < 1:
-        raise ConvFusionError(f"looks must be at least 1, not {looks}")
-    model = denoiser_of(pipe)
-    signature = inspect.signature(type(model).forward)
-    calls: list[dict[str, Any]] = []
-
-    def keep(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        bound = signature.bind(module, *args, **kwargs).arguments
-        calls.append({**dict(list(bound.items())[1:]), "return_dict": False})
-
-    kept: list[dict[str, Any]] = []
-    seeds = settings.pop("seeds", None) or list(range(len(prompts)))
-    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            calls.clear()
-            generate(pipe, prompts[part], seeds=seeds[part], batch_size=batch_size, **settings)
-            count = min(looks, len(calls))
-            kept += [calls[(2 * i + 1) * len(calls) // (2 * count)] for i in range(count)]
-    finally:
-        handle.remove()
-    return kept
+            )
 
 
 def check_drawing(
@@ -143,9 +120,11 @@ def check_drawing(
     size: tuple[int, int] | None,
     batch_size: int,
     options: Mapping[str, Any],
+    *,
+    clips: bool = False,
 ) -> None:
     """Raise a ConvFusionError unless a pipeline can draw this; see `generate`."""
-    check_call(pipe, prompts, size, options)
+    check_call(pipe, prompts, size, options, clips=clips)
     if len(seeds) != len(prompts):
         raise ConvFusionError(f"there are {len(prompts)} prompts and {len(seeds)} seeds")
     check_prompts(prompts)
@@ -171,6 +150,8 @@ def check_numbers(seeds: Iterable[int], steps: int, guidance: float, batch_size:
 
 def check_steps(pipe: Any, steps: int) -> None:
     """Raise a ConvFusionError if there are more steps than timesteps to take."""
+    if is_flow(pipe.scheduler):
+        return  # its times are real numbers, of which there are as many as one likes
     timesteps = getattr(pipe.scheduler.config, "num_train_timesteps", math.inf)
     scheduler = copied_without_patches(pipe.scheduler)
     if steps <= timesteps:
@@ -198,6 +179,21 @@ def check_size(pipe: Any, size: tuple[int, int]) -> None:
             f"{size[1]}×{size[0]} cannot be drawn: both sides must be multiples of {unit}; "
             f"the nearest size is {near[1]}×{near[0]}"
         )
+
+
+def check_frames(pipe: Any, frames: int) -> None:
+    """Raise a ConvFusionError unless a video pipeline can draw clips of so many frames."""
+    if frames < 1:
+        raise ConvFusionError(f"a clip has at least 1 frame, not {frames}")
+    scale = frame_scale(pipe)
+    if (frames - 1) % scale:
+        near = max(0, round((frames - 1) / scale)) * scale + 1
+        raise ConvFusionError(
+            f"{frames} frames cannot be drawn: their number must be 1 more than a multiple of "
+            f"{scale}; the nearest is {near}"
+        )
+    denoiser = denoiser_of(pipe)
+    family_of(denoiser).check_frames(denoiser, frames)
 
 
 def check_guidance(pipe: Any, guidance: float) -> None:
@@ -289,8 +285,9 @@ def describe_picture(
     negative_prompt: str = "",
     model: str = "",
     blocks: str = "",
+    frames: int | None = None,
 ) -> dict[str, str]:
-    """How a picture was drawn, as the text chunks of its PNG; see `write_picture`.
+    """How a picture or clip was drawn, as the text chunks of its PNG; see `write_picture`.
 
     Beside a key for each value there is `parameters`, all of them in the form that other
     programs read.
@@ -300,17 +297,20 @@ def describe_picture(
         prompt, seed, steps, guidance, negative_prompt: as for `generate`.
         model: what the pipeline is called.
         blocks: what its trained blocks are called.
+        frames: of a clip.
     """
     from convfusion import __version__
 
     version = f"ConvFusion {__version__}"
     sampler = type(pipe.scheduler).__name__
     settings = {"Steps": steps, "Sampler": sampler, "CFG scale": guidance, "Seed": seed}
+    settings |= {"Frames": frames} if frames is not None else {}
     settings |= {"Model": model, "Blocks": blocks, "Version": version}
     lines = [one_line(prompt)]
     lines += [f"Negative prompt: {one_line(negative_prompt)}"] if negative_prompt else []
     lines.append(", ".join(f"{k}: {one_line(v)}" for k, v in settings.items() if v != ""))
     record = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "steps": steps}
+    record |= {"frames": frames} if frames is not None else {}
     record |= {"guidance": guidance, "model": model, "blocks": blocks, "version": version}
     chunks = {name: str(value) for name, value in record.items() if value != ""}
     return {"parameters": "\n".join(lines), **chunks}

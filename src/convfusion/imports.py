@@ -43,6 +43,7 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
     "gradio": "app",
+    "av": "video",
 }
 
 

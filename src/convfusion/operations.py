@@ -73,10 +73,11 @@ def pairs_in_windows(mixer: Neighbourhood | Circular, grid: Grid) -> int:
     return within + height * width * mixer.mean_token
 
 
-def site_operations(pipe_or_model: Any, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """Operations at each converted site for latents of (height, width), one sample.
+def site_operations(pipe_or_model: Any, size: Grid) -> dict[str, tuple[int, int]]:
+    """Operations at each converted site for the latents of one sample.
 
-    A video whose frames are mixed each by itself is one sample.
+    Their size is (height, width), or (frames, height, width) of a video, which is one sample even
+    if its frames are mixed each by itself.
 
     Returns:
         By site path, those of the attention with its four projections and those of the mixer.

@@ -26,7 +26,7 @@ from convfusion.files import write_picture, write_text
 from convfusion.generate import generate
 from convfusion.mixers import MeanOnly, Mixer, Neighbourhood, Removed
 from convfusion.report import draw_grid
-from convfusion.schedule import as_epsilon, noise_schedule
+from convfusion.schedule import noise_schedule
 from convfusion.surgery import convert, revert
 from convfusion.surgery.config import ConvertConfig
 
@@ -98,7 +98,7 @@ def ablate(
     """
     check_prompts(prompts)
     model = stock_denoiser(pipe)
-    noise_schedule(pipe.scheduler)
+    noise_schedule(pipe.scheduler, denoiser_of(pipe))
     chosen = choose_timesteps(pipe, steps, timesteps)
     for config in tried.values():
         check_windows(pipe, config, size)
@@ -156,14 +156,12 @@ def check_windows(pipe: Any, config: ConvertConfig, size: tuple[int, int] | None
 def replay(pipe: Any, calls: list[DenoiserCall]) -> dict[float, float]:
     """Mean ‖ε̂ − ε̃‖²/‖ε̃‖² of a changed denoiser at each timestep, on recorded calls."""
     model = denoiser_of(pipe)
-    schedule, kind = noise_schedule(pipe.scheduler)
+    schedule = noise_schedule(pipe.scheduler, model)
     errors: dict[float, list[torch.Tensor]] = {}
     for call in calls:
         output = model(*call.args, **{**call.kwargs, "return_dict": False})[0]
         noisy = call.noisy
         steps = torch.full((len(noisy),), round(call.timestep), device=noisy.device)
-        changed, stock = (
-            as_epsilon(o, noisy, steps, schedule, kind) for o in (output, call.output)
-        )
+        changed, stock = (schedule.read_output(o, noisy, steps) for o in (output, call.output))
         errors.setdefault(call.timestep, []).append(relative_error(changed, stock))
     return {t: torch.cat(parts).mean().item() for t, parts in errors.items()}

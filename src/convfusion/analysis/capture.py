@@ -16,7 +16,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, Site, denoiser_of
 from convfusion.families.carrier import argument_position
 from convfusion.families.watch import watch_attention
-from convfusion.mixers.base import Grid, project_heads, score_scale
+from convfusion.mixers.base import Grid, TokenSample, project_heads, score_scale
 from convfusion.surgery import mixers_of
 
 
@@ -43,20 +43,18 @@ class Captured:
         return cls(grid, {}, torch.zeros(queries, tokens.shape[1], device=tokens.device))
 
     @torch.no_grad()
-    def add(
-        self, attention: Any, tokens: Tensor, grid: Grid, timestep: float, settings: Measure
-    ) -> None:
-        """Measure the attention of a batch of tokens [B, N, C].
+    def add(self, attention: Any, given: TokenSample, timestep: float, settings: Measure) -> None:
+        """Measure the attention of a batch of tokens.
 
         Raises:
             ConvFusionError: the grid is another than before, or a map is not finite.
         """
-        if grid != self.grid:
+        if given.grid != self.grid:
             raise ConvFusionError("analyse pictures of one size at a time")
-        queries, keys, _ = project_heads(attention, tokens)
+        queries, keys, _ = project_heads(attention, given.tokens, given.turn)
         scale = score_scale(attention)
         for query, key in zip(queries, keys, strict=True):
-            sums = measure_attention(query, key, scale, grid, settings, self.mean_map)
+            sums = measure_attention(query, key, scale, given.grid, settings, self.mean_map)
             before = self.by_timestep.get(timestep)
             self.by_timestep[timestep] = sums if before is None else before + sums
             self.maps += 1
@@ -175,12 +173,12 @@ def attention_capture(
         timestep = call_timestep(model, args, kwargs)
         now[:] = [timestep] if timestep in timesteps else []
 
-    def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
+    def see(site: Site, attention: Any, given: TokenSample) -> None:
         for timestep in now:
             if site.path not in seen:
-                seen[site.path] = Captured.blank(grid, settings, tokens)
+                seen[site.path] = Captured.blank(given.grid, settings, given.tokens)
             try:
-                seen[site.path].add(attention, tokens, grid, timestep, settings)
+                seen[site.path].add(attention, given, timestep, settings)
             except ConvFusionError as error:
                 raise ConvFusionError(f"{site.path}, timestep {timestep}: {error}") from None
 

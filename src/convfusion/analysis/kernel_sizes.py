@@ -12,6 +12,7 @@ from convfusion.surgery.config import ConvertConfig
 
 SHARE_OF_FIELD = 0.6  # the kernels of the paper's reference weights over the ERF measured there
 REACH = 2 * SHARE_OF_FIELD  # what their coarser stage covers, at half the resolution
+FIRST = 1.5  # times its uniform share that a first frame receives where there is a branch
 LARGEST = 13  # beyond it another stage is cheaper than a larger kernel
 SMALLEST = 3
 
@@ -31,6 +32,10 @@ def recommend(
     where K = 3 alone covers the field. No ERF at all, uniform attention, counts as 1. These are
     the proportions of the paper's own kernels.
 
+    Of videos the kernel along the frames is the odd number nearest to 0.6·ERF in frames, at most
+    the number that reaches across them; 1, each frame by itself, is none. There is a branch for the
+    first frame where its tokens receive 1.5 times the uniform share from later frames.
+
     Sites that are flagged as artefacts say nothing about locality: they take the median field of
     the other sites on their grid, else of all others, else their own.
 
@@ -43,12 +48,14 @@ def recommend(
     sites = {}
     for site in analysis.sites:
         kernel, stages = kernel_for(_field(site, analysis.sites, magnitude), site.grid)
-        sites[site.path] = replace(base, kernel_size=kernel, stages=stages)
+        block = replace(base, kernel_size=kernel, stages=stages)
+        sites[site.path] = _with_frames(block, site)
     return ConvertConfig(sites=sites, **options)
 
 
 def kernel_for(field: float, grid: Grid) -> tuple[int, int]:
-    """Kernel size and stages for an effective receptive field on a grid (H, W)."""
+    """Kernel size and stages for an effective receptive field in space on a grid."""
+    grid = grid[-2:]
     widest = min(LARGEST, 2 * max(grid) - 1)
     kernel = min(max(_nearest_odd(SHARE_OF_FIELD * field), SMALLEST), max(widest, 1))
     stages = 1
@@ -56,6 +63,17 @@ def kernel_for(field: float, grid: Grid) -> tuple[int, int]:
         while kernel * 2 ** (stages - 1) < REACH * field and min(grid) >= 2 ** (stages + 1):
             stages += 1
     return kernel, stages
+
+
+def _with_frames(block: DeltaConv, site: SiteAnalysis) -> DeltaConv:
+    """A block with what a video needs beside."""
+    mean = site.mean
+    if mean.frames is None:
+        return block
+    kernel = min(_nearest_odd(SHARE_OF_FIELD * (mean.frames.receptive_field or 1)), LARGEST)
+    kernel = min(kernel, 2 * site.grid[0] - 1)
+    first = (mean.gathering.first_frame or 0) >= FIRST
+    return replace(block, frame_kernel_size=kernel if kernel > 1 else 0, first_frame_branch=first)
 
 
 def _nearest_odd(value: float) -> int:

@@ -11,12 +11,14 @@ from PIL import Image
 from convfusion import report
 from convfusion.analysis import plots
 from convfusion.analysis.kernel_sizes import recommend
-from convfusion.analysis.study import Analysis, SiteAnalysis
+from convfusion.analysis.statistics import name_grid
+from convfusion.analysis.study import Analysis, FrameAnalysis, SiteAnalysis
 from convfusion.analysis.verdict import check_claims, give_verdict
 from convfusion.families import shorten_path
 from convfusion.files import write_picture, write_text
 from convfusion.mixers.delta_conv import DeltaConv
 
+WINDOWS = ((1, 3), (3, 3), (3, 7), (5, 9))  # frames and side, of the table of videos
 CAPTIONS = {
     "receptive_fields": (
         "Effective receptive field",
@@ -47,6 +49,18 @@ CAPTIONS = {
         "Where five queries attend, averaged over heads, timesteps and pictures. A ring marks the "
         "query. Each map has its own scale, from 0 (black).",
     ),
+    "frame_mass": (
+        "Attention score mass in time",
+        "Share of attention within so many frames round the query's own, at any place in them; of "
+        "the mean map. At 1 it is what stays in the query's own frame. Frames are those of the "
+        "latents.",
+    ),
+    "strips": (
+        "Mean maps, frame by frame",
+        "Where one query attends, averaged over heads, timesteps and videos: the token in the "
+        "middle of the middle frame, marked by a ring. All frames of a layer have one scale, from "
+        "0 (black).",
+    ),
 }
 
 
@@ -75,13 +89,18 @@ def write_report(analysis: Analysis, folder: str | Path, control: Analysis | Non
 
 def draw_figures(analysis: Analysis, control: Analysis | None) -> dict[str, Figure]:
     """Every figure by name, in the order of the page."""
-    return {
+    of_video = any(site.frames is not None for site in analysis.sites)
+    figures = {
         "receptive_fields": plots.receptive_fields(analysis, control),
         "score_mass": plots.score_mass(analysis),
+    }
+    if of_video:
+        figures["frame_mass"] = plots.frame_mass(analysis)
+    return figures | {
         "slopes": plots.slopes(analysis),
         "decay": plots.decay(analysis),
         "timesteps": plots.timesteps(analysis),
-        "mean_maps": plots.mean_maps(analysis),
+        "strips" if of_video else "mean_maps": plots.mean_maps(analysis),
     }
 
 
@@ -109,6 +128,14 @@ def build_page(analysis: Analysis, images: dict[str, Image.Image], control: Anal
         "is the share of the map, and of its low-frequency part, that all queries have in common. "
         "Decay: power with its exponent, exponential with its length in tokens. "
         "The last column is what <code>kernels.json</code> recommends.</p>",
+        *_show_frames(analysis),
+        "<h2>Where attention gathers</h2>",
+        _show_gathering(analysis),
+        '<p class="note">How many times the attention that uniform attention would give it a token '
+        "receives, in single maps: one of the first frame, from queries of later frames; one in a "
+        "corner of its frame; one of the strongest hundredth of a map; and the strongest one. "
+        "1 is nothing special. A block that looks around each token misses what gathers far from "
+        "it.</p>",
     ]
     for name, image in images.items():
         title, text = CAPTIONS[name]
@@ -124,8 +151,65 @@ def _show_layers(analysis: Analysis) -> str:
     for site in analysis.sites:
         block = kernels[site.path]
         assert isinstance(block, DeltaConv)
-        rows.append((*_write_cells(site), f"{block.kernel_size}, {block.stages} st."))
+        rows.append((*_write_cells(site), _write_kernel(block)))
     return report.show_table((*heads, "sinks", "kernel"), rows, kind="dense")
+
+
+def _write_kernel(block: DeltaConv) -> str:
+    frames = f", {block.frame_kernel_size} frames" if block.frame_kernel_size else ""
+    return f"{block.kernel_size}, {block.stages} st.{frames}"
+
+
+def _show_frames(analysis: Analysis) -> list[str]:
+    """The table of space and time, of videos."""
+    rows = []
+    for site in analysis.sites:
+        if site.frames is None or site.mean.frames is None:
+            continue
+        own, all_own = site.mean.frames.score_mass[0], site.frames.uniform_score_mass[0]
+        rows.append(
+            (
+                html.escape(shorten_path(site.path)),
+                name_grid(site.grid),
+                f"{site.mean.receptive_field or '–'} of {site.uniform_receptive_field}",
+                f"{site.mean.frames.receptive_field or '–'} of "
+                f"{site.frames.uniform_receptive_field}",
+                f"{own:.0%} ({all_own:.0%})",
+                *(_write_window(site.frames, *window) for window in WINDOWS),
+            )
+        )
+    if not rows:
+        return []
+    windows = (f"{frames}×{side}×{side}" for frames, side in WINDOWS)
+    heads = ("layer", "grid", "ERF in space", "ERF in frames", "own frame", *windows)
+    return [
+        "<h2>In space and in time</h2>",
+        report.show_table(heads, rows, kind="dense"),
+        '<p class="note">ERF of the mean map, and that of uniform attention on the grid. Then the '
+        "share of the attention that stays in the query's own frame, and within windows of so many "
+        "frames, rows and columns round the query; in brackets the share of uniform attention, "
+        "which is the share of all tokens that lie there. Frames are those of the latents.</p>",
+    ]
+
+
+def _write_window(frames: FrameAnalysis, count: int, side: int) -> str:
+    """Shares of a window, which is clipped to the grid: of the attention, and of uniform one."""
+    shares = []
+    for table in (frames.within, frames.uniform_within):
+        line = table[min(count // 2, len(table) - 1)]
+        shares.append(line[min(side // 2, len(line) - 1)])
+    return f"{shares[0]:.0%} ({shares[1]:.0%})"
+
+
+def _show_gathering(analysis: Analysis) -> str:
+    rows = []
+    for site in analysis.sites:
+        found = site.single.gathering
+        numbers = (found.first_frame, found.corners, found.few, found.strongest)
+        cells = ("–" if number is None else f"{number:.2f}×" for number in numbers)
+        rows.append((html.escape(shorten_path(site.path)), name_grid(site.grid), *cells))
+    heads = ("layer", "grid", "first frame", "corners", "strongest 1 %", "strongest token")
+    return report.show_table(heads, rows, kind="dense")
 
 
 def _write_cells(site: SiteAnalysis) -> tuple[str, ...]:
@@ -133,7 +217,7 @@ def _write_cells(site: SiteAnalysis) -> tuple[str, ...]:
     fit = mean.decay
     return (
         html.escape(shorten_path(site.path)),
-        f"{site.grid[0]}×{site.grid[1]}",
+        name_grid(site.grid),
         f"{mean.receptive_field or '–'}, {single.receptive_field or '–'}",
         str(site.uniform_receptive_field),
         f"{mean.entropy:.2f}, {single.entropy:.2f}",

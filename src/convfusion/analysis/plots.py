@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
-from convfusion.analysis.statistics import DecayFit, fitted_distances, windows
+from convfusion.analysis.statistics import DecayFit, fitted_distances, name_grid, windows
 from convfusion.analysis.study import Analysis, SiteAnalysis
 from convfusion.families import shorten_path
 from convfusion.report import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, SKY
 
 COLUMNS = 4
+STRIP = 9  # frames of a video that are shown, beside the query's own
 
 Panel = Callable[[Axes, SiteAnalysis], None]
 
@@ -36,6 +37,25 @@ def score_mass(analysis: Analysis) -> Figure:
 
     lines = {"attention": BLUE, "high-frequency part, Λ⁺": ORANGE, "uniform attention": GREY}
     return _panels(analysis, panel, "window side K in tokens", "share of mass in K×K", lines)
+
+
+def frame_mass(analysis: Analysis) -> Figure:
+    """The share of attention within some frames round the query's, of videos."""
+
+    def panel(axes: Axes, site: SiteAnalysis) -> None:
+        if site.frames is None or site.mean.frames is None:
+            axes.text(0.5, 0.5, "each frame by itself", transform=axes.transAxes, **_NOTE)
+            return
+        counts = range(1, 2 * len(site.frames.uniform_score_mass), 2)
+        axes.plot(counts, site.frames.uniform_score_mass, "--", color=GREY)
+        axes.plot(counts, site.mean.frames.score_mass, color=BLUE)
+        if site.mean.frames.score_mass_high:
+            axes.plot(counts, site.mean.frames.score_mass_high, color=ORANGE)
+        axes.axhline(analysis.config.share, color=FAINT, zorder=0)
+        axes.set_ylim(0, 1.03)
+
+    lines = {"attention": BLUE, "high-frequency part, Λ⁺": ORANGE, "uniform attention": GREY}
+    return _panels(analysis, panel, "window in frames", "share of mass in the window", lines)
 
 
 def slopes(analysis: Analysis) -> Figure:
@@ -106,7 +126,7 @@ def receptive_fields(analysis: Analysis, control: Analysis | None = None) -> Fig
         untrained_field = control.sites[y].mean.receptive_field if control is not None else None
         if untrained_field:
             axes.plot(untrained_field, y + 0.25, "x", color=GREY)
-    grids = [f"{shorten_path(s.path)}  ({s.grid[0]}×{s.grid[1]})" for s in analysis.sites]
+    grids = [f"{shorten_path(s.path)}  ({name_grid(s.grid)})" for s in analysis.sites]
     marks = [f"{g} *" if s.artefact else g for g, s in zip(grids, analysis.sites, strict=True)]
     axes.set_yticks(range(rows), marks)
     axes.set_ylim(rows - 0.4, -0.6)
@@ -152,28 +172,60 @@ def timesteps(analysis: Analysis) -> Figure:
         axes.set_xlabel("timestep (noise → picture)", fontsize=9)
         _clean(axes)
     handles = [
-        _handle(f"{g[0]}×{g[1]} tokens", colors[i % len(colors)]) for i, g in enumerate(levels)
+        _handle(f"{name_grid(g)} tokens", colors[i % len(colors)]) for i, g in enumerate(levels)
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=9)
     return figure
 
 
 def mean_maps(analysis: Analysis) -> Figure:
-    """The mean map of a few queries, marked, one row per layer; each map on its own scale."""
+    """The mean map of a few queries, marked, one row per layer; each map on its own scale.
+
+    Of videos it is a film strip: the frames of one query's map, all of them on one scale.
+    """
     rows = len(analysis.sites)
-    columns = max(len(site.shown) for site in analysis.sites)
+    strips = [_list_pictures(site) for site in analysis.sites]
+    columns = max(map(len, strips))
     figure = Figure(figsize=(1.6 * columns + 1.6, 1.55 * rows + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    for row, site in zip(grid, analysis.sites, strict=True):
-        label = f"{shorten_path(site.path)}\n{site.grid[0]}×{site.grid[1]}"
+    for row, site, strip in zip(grid, analysis.sites, strips, strict=True):
+        label = f"{shorten_path(site.path)}\n{name_grid(site.grid)}"
         row[0].text(-0.12, 0.5, label, transform=row[0].transAxes, **_ROW)
-        for axes, image, (y, x) in zip(row, site.shown, site.shown_at, strict=False):
-            axes.imshow(image, cmap="magma", vmin=0)
-            axes.plot(x, y, "o", markersize=7, markerfacecolor="none", markeredgecolor="white")
-            axes.plot(x, y, "o", markersize=9, markerfacecolor="none", markeredgecolor="black")
+        for axes, picture in zip(row, strip, strict=False):
+            axes.imshow(picture.values, cmap="magma", vmin=0, vmax=picture.most)
+            axes.set_title(picture.title, fontsize=7, pad=2)
+            if picture.query is not None:
+                y, x = picture.query
+                for size, color in ((7, "white"), (9, "black")):
+                    style = {"markerfacecolor": "none", "markeredgecolor": color}
+                    axes.plot(x, y, "o", markersize=size, **style)
     return figure
+
+
+class _Picture(NamedTuple):
+    """A map of [H][W]: its values, the brightest that is shown, where the query is, its title."""
+
+    values: Any
+    most: float | None
+    query: tuple[int, ...] | None
+    title: str = ""
+
+
+def _list_pictures(site: SiteAnalysis) -> list[_Picture]:
+    """What is shown of a layer: maps of several queries, or frames of one query's map."""
+    if site.frames is None:
+        return [
+            _Picture(values, None, place)
+            for values, place in zip(site.shown, site.shown_at, strict=True)
+        ]
+    video, (at, *place) = np.array(site.shown[0]), site.shown_at[0]
+    places = {round(i) for i in np.linspace(0, len(video) - 1, min(len(video), STRIP))}
+    return [
+        _Picture(video[i], video.max(), tuple(place) if i == at else None, f"frame {i + 1}")
+        for i in sorted(places | {at})
+    ]
 
 
 _NOTE: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9, "color": GREY}
@@ -196,7 +248,7 @@ def _panels(
     for axes, site in zip(every, analysis.sites, strict=False):
         panel(axes, site)
         mark = "  * sinks" if site.artefact else ""
-        title = f"{shorten_path(site.path)}  ({site.grid[0]}×{site.grid[1]}){mark}"
+        title = f"{shorten_path(site.path)}  ({name_grid(site.grid)}){mark}"
         axes.set_title(title, fontsize=9)
         _clean(axes)
     for axes in list(figure.axes)[len(analysis.sites) :]:

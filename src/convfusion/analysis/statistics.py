@@ -1,11 +1,12 @@
 """What can be said about an attention map: pure functions, each with its equation.
 
-Maps are rows of attention, [..., Q, N]: Q queries that attend to N = H·W keys, which lie row by
-row on a grid (H, W). Rings are sums over keys by their Chebyshev distance from the query,
-d = max(|Δrow|, |Δcolumn|), so that a K×K window holds the rings 0 … (K−1)/2; near the border the
-window is clipped, since no keys lie outside. The definitions of score mass, high-frequency part
-and effective receptive field follow Dong et al., "Can We Achieve Efficient Diffusion without
-Self-Attention?", ICCV 2025.
+Maps are rows of attention, [..., Q, N]: Q queries that attend to N keys, which lie row by row on a
+grid: (H, W), or (T, H, W) of a video. A picture is a video of one frame. Rings are sums over keys
+by their distance from the query: in frames |Δframe|, and in space the Chebyshev distance
+d = max(|Δrow|, |Δcolumn|), so that a K×K window holds the rings 0 … (K−1)/2, and one of K frames
+those of |Δframe| ≤ (K−1)/2; near the border a window is clipped, since no keys lie outside. The
+definitions of score mass, high-frequency part and effective receptive field follow Dong et al.,
+"Can We Achieve Efficient Diffusion without Self-Attention?", ICCV 2025; those in time are ours.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class HighPass:
     """A Butterworth high-pass filter over a query's map.
 
     Attributes:
-        cutoff: frequency that is halved, in cycles per side of the grid (of √(H·W) tokens).
+        cutoff: frequency that is halved, in cycles per side of the grid (of √(H·W) tokens), and
+            along the frames in cycles per video.
         order: steepness n.
     """
 
@@ -45,16 +47,19 @@ class HighPass:
             )
 
     def response(self, grid: Grid) -> Tensor:
-        """1 / (1 + (cutoff/f)^(2·order)), 0 at f = 0; [H, W//2 + 1] as `rfft2` orders it.
+        """1 / (1 + (cutoff/f)^(2·order)), 0 at f = 0; [(T,) H, W//2 + 1] as `rfftn` orders it.
 
-        f = √(H·W)·hypot(u/H, v/W) for the wave of u cycles down and v cycles across.
+        f² = H·W·((u/H)² + (v/W)²) + w² for the wave of u cycles down, v across and w in time.
         """
-        height, width = grid
+        frames, height, width = as_video(grid)
         rows = torch.fft.fftfreq(height, dtype=torch.float64)
         columns = torch.fft.rfftfreq(width, dtype=torch.float64)
-        frequency = math.sqrt(height * width) * torch.hypot(rows[:, None], columns[None])
+        within = math.sqrt(height * width) * torch.hypot(rows[:, None], columns[None])
+        over = frames * torch.fft.fftfreq(frames, dtype=torch.float64)
+        frequency = torch.hypot(over[:, None, None], within)
         # The constant wave has f = 0: (cutoff/0) is infinite, and its response 0.
-        return 1 / (1 + (self.cutoff / frequency) ** (2 * self.order))
+        response = 1 / (1 + (self.cutoff / frequency) ** (2 * self.order))
+        return response.reshape(*grid[:-1], -1)
 
 
 DEFAULT_HIGH_PASS = HighPass()
@@ -92,32 +97,64 @@ class DecayFit:
         return bias + amplitude * shapes[law]
 
 
+def as_video(grid: Grid) -> tuple[int, int, int]:
+    """(T, H, W) of a grid: a picture is a video of one frame."""
+    frames, height, width = (1, *grid)[-3:]
+    return frames, height, width
+
+
+def name_grid(grid: Grid) -> str:
+    """Such as 16×16, or 5×8×8 of a video."""
+    return "×".join(map(str, grid))
+
+
 def chebyshev(queries: Tensor, grid: Grid) -> Tensor:
-    """max(|Δrow|, |Δcolumn|) from queries [Q], token indices, to every key: int64 [Q, N]."""
-    height, width = grid
-    keys = torch.arange(height * width, device=queries.device)
-    rows = (queries[:, None] // width - keys[None] // width).abs()
+    """max(|Δrow|, |Δcolumn|) from queries [Q], token indices, to every key: int64 [Q, N].
+
+    Keys of other frames lie as far as those of the query's own.
+    """
+    frames, height, width = as_video(grid)
+    keys = torch.arange(frames * height * width, device=queries.device)
+    rows = (queries[:, None] // width % height - keys[None] // width % height).abs()
     columns = (queries[:, None] % width - keys[None] % width).abs()
     return torch.maximum(rows, columns)
 
 
+def frame_distances(queries: Tensor, grid: Grid) -> Tensor:
+    """|Δframe| from queries [Q] to every key: int64 [Q, N]; 0 on a picture."""
+    frames, height, width = as_video(grid)
+    keys = torch.arange(frames * height * width, device=queries.device)
+    return (queries[:, None] // (height * width) - keys[None] // (height * width)).abs()
+
+
 def rings(grid: Grid) -> int:
-    """D, the number of distances from 0 to the largest on a grid."""
-    return max(grid)
+    """D, the number of distances in space from 0 to the largest on a grid."""
+    return max(grid[-2:])
 
 
 def windows(grid: Grid) -> list[int]:
-    """The odd window sides K = 2·d + 1, one for each distance d on a grid."""
+    """The odd window sides K = 2·d + 1, one for each distance d in space on a grid."""
     return [2 * d + 1 for d in range(rings(grid))]
 
 
 def attention_score_mass(ring_sums: Tensor) -> Tensor:
     """ASM(K) = Σ_{d < K/2} ring(d) / Σ_d ring(d), at K = 1, 3, 5, …; [..., D] → [..., D].
 
+    The same holds of rings by frames, [..., T].
+
     Rings are summed over queries before they are normalised. The high-frequency part has both
     signs and sums to 0: give the rings of Λ⁺ = max(Λ, 0), the attention above its surroundings.
     """
     return ring_sums.cumsum(-1) / ring_sums.sum(-1, keepdim=True)
+
+
+def window_mass(ring_sums: Tensor) -> Tensor:
+    """Share of the attention within 1, 3, 5, … frames and 1, 3, 5, … tokens a side; [T, D] to it.
+
+    Args:
+        ring_sums: by distance in frames and in space, summed over queries.
+    """
+    return ring_sums.cumsum(0).cumsum(1) / ring_sums.sum()
 
 
 def mass_within(score_mass: Tensor, window: int, grid: Grid) -> float:
@@ -126,10 +163,11 @@ def mass_within(score_mass: Tensor, window: int, grid: Grid) -> float:
     Raises:
         ConvFusionError: K < 1, or the window is larger than the grid.
     """
-    if not 1 <= window <= max(grid):
+    widest = rings(grid)
+    if not 1 <= window <= widest:
         raise ConvFusionError(
-            f"a window of {window} does not fit a grid of {grid[0]}×{grid[1]}: "
-            f"its side must lie between 1 and {max(grid)}"
+            f"a window of {window} does not fit a grid of {name_grid(grid)}: "
+            f"its side must lie between 1 and {widest}"
         )
     return score_mass[(window - 1) // 2].item()
 
@@ -140,7 +178,7 @@ def growth_exponent(score_mass: Tensor, grid: Grid) -> float | None:
     Uniform attention over a large grid has s = 2 (somewhat less where windows are clipped), and
     attention within the smallest window 0. None where the grid has fewer than two such K.
     """
-    sides = [k for k in windows(grid) if 3 <= k <= min(grid)]
+    sides = [k for k in windows(grid) if 3 <= k <= min(grid[-2:])]
     masses = [score_mass[(k - 1) // 2].item() for k in sides]
     if len(sides) < 2 or min(masses) <= 0:
         return None
@@ -164,9 +202,10 @@ def high_pass(maps: Tensor, grid: Grid, response: Tensor) -> Tensor:
     The map is taken as periodic, as a discrete Fourier transform does. A − Λ is the low-frequency
     part; it keeps the sum of the map, 1.
     """
-    spectrum = torch.fft.rfft2(maps.unflatten(-1, grid))
+    axes = tuple(range(-len(grid), 0))
+    spectrum = torch.fft.rfftn(maps.unflatten(-1, grid), dim=axes)
     spectrum *= response.to(maps.device, maps.dtype)
-    return torch.fft.irfft2(spectrum, s=grid).flatten(-2)
+    return torch.fft.irfftn(spectrum, s=grid, dim=axes).flatten(-len(grid))
 
 
 def entropy(maps: Tensor) -> Tensor:
@@ -259,8 +298,8 @@ _FITTED = {"power": 3, "quadratic": 2, "exponential": 3, "none": 1}  # numbers i
 
 
 def fitted_distances(grid: Grid) -> int:
-    """The largest distance that `fit_decay` looks at."""
-    return 3 * min(grid) // 4
+    """The largest distance in space that `fit_decay` looks at."""
+    return 3 * min(grid[-2:]) // 4
 
 
 def _best(

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from convfusion.analysis.places import Gathering, measure_gathering, read_gathering
 from convfusion.analysis.statistics import (
     DEFAULT_HIGH_PASS,
     DecayFit,
     HighPass,
+    as_video,
     attention_score_mass,
     bias_share,
     chebyshev,
     entropy,
     fit_decay,
+    frame_distances,
     growth_exponent,
     high_pass,
+    name_grid,
     receptive_field,
     rings,
     sink_tokens,
@@ -59,7 +64,7 @@ class Measure:
 
     def chosen_queries(self, grid: Grid) -> Tensor:
         """Token indices in ascending order, the shown ones among them: the same for every map."""
-        tokens = grid[0] * grid[1]
+        tokens = math.prod(grid)
         if tokens <= self.queries:
             return torch.arange(tokens)
         generator = torch.Generator().manual_seed(self.seed)
@@ -73,8 +78,14 @@ class Measure:
 
 
 def shown_queries(grid: Grid) -> Tensor:
-    """The few queries whose maps are worth a look: the middle, three others and the last token."""
-    height, width = grid
+    """The few queries whose maps are worth a look.
+
+    Of a picture the middle, three others and the last token; of a video, whose maps are many
+    pictures each, the middle of the middle frame.
+    """
+    frames, height, width = as_video(grid)
+    if len(grid) == 3:
+        return torch.tensor([((frames // 2) * height + height // 2) * width + width // 2])
     tokens = [int(r * height) * width + int(c * width) for r, c in SHOWN]
     return torch.tensor(list(dict.fromkeys([*tokens, height * width - 1])))
 
@@ -90,15 +101,18 @@ class AttentionSums:
     grid: Grid
     queries: int  # per picture
     pictures: int
-    counts: Tensor  # [D] keys at each distance, over one picture's queries
-    rings: Tensor  # [M, D] attention by distance
-    high_rings: Tensor  # [M, D] Λ⁺ by distance
-    magnitude_rings: Tensor  # [M, D] |Λ| by distance
+    counts: (
+        Tensor  # [T, D] keys at each distance in frames and in space, over one picture's queries
+    )
+    rings: Tensor  # [M, T, D] attention by distance
+    high_rings: Tensor  # [M, T, D] Λ⁺ by distance
+    magnitude_rings: Tensor  # [M, T, D] |Λ| by distance
     entropy: Tensor  # [M] sum over queries
     energy: Tensor  # [3, M] Σ‖A‖², Σ‖Λ‖², Σ‖A−Λ‖²
     overlap: Tensor  # [2, M] sum over pictures of `bias_share` of A and of A − Λ
     sink_mass: Tensor  # [M] sum over pictures of the share of attention that sinks take
     sinks: Tensor  # [M, N] number of pictures in which a token is a sink
+    places: Tensor  # [4, M] sum over pictures of what `Gathering` says
 
     def __add__(self, other: AttentionSums) -> AttentionSums:
         if (self.grid, self.queries) != (other.grid, other.queries):
@@ -130,18 +144,18 @@ def measure_attention(
         query: [h, N, d] of h heads; worked in float32 whatever its dtype.
         key: [h, N, d].
         scale: usually 1/√d.
-        grid: (H, W) with H·W = N.
+        grid: (H, W) or (T, H, W) with N places.
         settings: what to measure.
         mean_map: float32 [Q, N], to which the mean over heads of the chosen queries is added.
 
     Raises:
-        ConvFusionError: N ≠ H·W, or an attention map is not finite.
+        ConvFusionError: the grid has not N places, or an attention map is not finite.
     """
-    heads, tokens = len(query), grid[0] * grid[1]
+    heads, tokens = len(query), math.prod(grid)
     if query.shape != key.shape or query.shape[1] != tokens:
         raise ConvFusionError(
             f"queries {tuple(query.shape)} and keys {tuple(key.shape)} do not lie on a grid of "
-            f"{grid[0]}×{grid[1]}"
+            f"{name_grid(grid)}"
         )
     chosen = settings.chosen_queries(grid).to(query.device)
     key = key.float().transpose(1, 2)
@@ -177,19 +191,26 @@ class _Totals:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=precise(device), device=device)
 
-        count, tokens = rings(grid), grid[0] * grid[1]
+        self.apart = (as_video(grid)[0], rings(grid))  # distances in frames, and in space
+        count, tokens = math.prod(self.apart), math.prod(grid)
         self.grid, self.response, self.queries = grid, split.response(grid), 0
         self.counts = zeros(count)
         self.rings, self.high_rings = zeros(maps, count), zeros(maps, count)
         self.magnitude_rings = zeros(maps, count)
+        self.late, self.to_first = 0, zeros(maps)
         self.entropy, self.energy = zeros(maps), zeros(3, maps)
         self.columns, self.squares = zeros(maps, tokens), zeros(maps, tokens)
         self.low_columns = zeros(maps, tokens)
 
     def add(self, maps: Tensor, queries: Tensor) -> None:
         """Take in the maps [M, Q, N] of some queries; they are overwritten."""
-        count, distances = rings(self.grid), chebyshev(queries, self.grid)
+        count, frame = math.prod(self.apart), maps.shape[2] // self.apart[0]
+        distances = frame_distances(queries, self.grid) * self.apart[1]
+        distances += chebyshev(queries, self.grid)
         self.queries += len(queries)
+        late = queries >= frame
+        self.late += int(late.sum())
+        self.to_first += maps[:, late, :frame].sum((1, 2))
         self.counts += torch.bincount(distances.flatten(), minlength=count)
         self.rings += ring_sums(maps, distances, count)
         self.entropy += entropy(maps).sum(1)
@@ -209,19 +230,36 @@ class _Totals:
             raise ConvFusionError("an attention map is not finite (NaN or infinity)")
         squared = torch.stack([self.columns.square().sum(1), self.low_columns.square().sum(1)])
         sinks = sink_tokens(self.columns, self.squares, self.queries)
+        places = measure_gathering(self.columns, self.queries, self.to_first, self.late, self.grid)
         sums = {
-            "counts": self.counts,
-            "rings": self.rings,
-            "high_rings": self.high_rings,
-            "magnitude_rings": self.magnitude_rings,
+            "counts": self.counts.unflatten(-1, self.apart),
+            "rings": self.rings.unflatten(-1, self.apart),
+            "high_rings": self.high_rings.unflatten(-1, self.apart),
+            "magnitude_rings": self.magnitude_rings.unflatten(-1, self.apart),
             "entropy": self.entropy,
             "energy": self.energy,
             "overlap": bias_share(squared, self.energy[[0, 2]], self.queries),
             "sink_mass": (self.columns * sinks).sum(1) / self.queries,
             "sinks": sinks.double(),
+            "places": places,
         }
         on_cpu = {name: value.cpu().double() for name, value in sums.items()}
         return AttentionSums(self.grid, self.queries, pictures=1, **on_cpu)
+
+
+@dataclass(frozen=True)
+class FrameStatistics:
+    """What the sums of one kind of map say about the frames of a video.
+
+    Attributes:
+        score_mass: share of the attention within K frames round the query's, [T] at K = 1, 3, …
+        score_mass_high: the same of Λ⁺; None where there is no high-frequency part.
+        receptive_field: ERF in frames, of Λ⁺.
+    """
+
+    score_mass: list[float]
+    score_mass_high: list[float] | None
+    receptive_field: int | None
 
 
 @dataclass(frozen=True)
@@ -229,7 +267,7 @@ class MapStatistics:
     """What the sums of one kind of map say: statistics of single maps, averaged over them.
 
     Attributes:
-        score_mass: ASM of the attention at K = 1, 3, 5, …, [D].
+        score_mass: ASM of the attention in space, in whatever frame, at K = 1, 3, 5, …, [D].
         score_mass_high: ASM of Λ⁺ = max(Λ, 0), what the query attends to more than to its smooth
             surroundings; None where there is no high-frequency part.
         growth: exponent of the raw curve, see `growth_exponent`.
@@ -242,6 +280,8 @@ class MapStatistics:
         entropy: 0 one-hot, 1 uniform.
         decay: how the attention falls off with the distance, above a constant bias; or None.
         sink_mass: share of all attention that goes to sink tokens.
+        gathering: how much more than others the first frame, corners and a few tokens receive.
+        frames: what is said of frames; None of a picture.
     """
 
     score_mass: list[float]
@@ -255,6 +295,8 @@ class MapStatistics:
     entropy: float
     decay: DecayFit | None
     sink_mass: float
+    gathering: Gathering
+    frames: FrameStatistics | None
 
 
 def summarise(sums: AttentionSums, share: float = 0.8) -> list[MapStatistics]:
@@ -263,10 +305,10 @@ def summarise(sums: AttentionSums, share: float = 0.8) -> list[MapStatistics]:
 
 
 def _summarise(sums: AttentionSums, index: int, share: float) -> MapStatistics:
-    high, raw = sums.high_rings[index], sums.rings[index]
-    some = high.sum() > NOTHING * raw.sum()
+    high, raw = sums.high_rings[index].sum(0), sums.rings[index].sum(0)
+    some = bool(high.sum() > NOTHING * raw.sum())
     mass, mass_high = attention_score_mass(raw), attention_score_mass(high)
-    mass_magnitude = attention_score_mass(sums.magnitude_rings[index])
+    mass_magnitude = attention_score_mass(sums.magnitude_rings[index].sum(0))
     energy = sums.energy[:, index]
     return MapStatistics(
         score_mass=mass.tolist(),
@@ -278,11 +320,22 @@ def _summarise(sums: AttentionSums, index: int, share: float) -> MapStatistics:
         bias_share=(sums.overlap[0, index] / sums.pictures).item(),
         bias_share_low=(sums.overlap[1, index] / sums.pictures).item(),
         entropy=(sums.entropy[index] / (sums.pictures * sums.queries)).item(),
-        decay=fit_decay(raw / (sums.counts * sums.pictures).clamp(min=1), sums.grid),
+        decay=fit_decay(raw / (sums.counts.sum(0) * sums.pictures).clamp(min=1), sums.grid),
         sink_mass=(sums.sink_mass[index] / sums.pictures).item(),
+        gathering=read_gathering(sums.places[:, index] / sums.pictures, sums.grid),
+        frames=_summarise_frames(sums, index, share, some) if len(sums.grid) == 3 else None,
+    )
+
+
+def _summarise_frames(sums: AttentionSums, index: int, share: float, some: bool) -> FrameStatistics:
+    high = attention_score_mass(sums.high_rings[index].sum(1))
+    return FrameStatistics(
+        score_mass=attention_score_mass(sums.rings[index].sum(1)).tolist(),
+        score_mass_high=high.tolist() if some else None,
+        receptive_field=receptive_field(high, share) if some else None,
     )
 
 
 def uniform_score_mass(sums: AttentionSums) -> Tensor:
     """ASM of uniform attention for the same queries: the covered share of the grid, [D]."""
-    return attention_score_mass(sums.counts)
+    return attention_score_mass(sums.counts.sum(0))

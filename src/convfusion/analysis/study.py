@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +19,14 @@ from convfusion.analysis.capture import (
     choose_timesteps,
     counted_calls,
 )
-from convfusion.analysis.statistics import HighPass, receptive_field
+from convfusion.analysis.statistics import (
+    HighPass,
+    attention_score_mass,
+    receptive_field,
+    window_mass,
+)
 from convfusion.analysis.streaming import (
+    AttentionSums,
     MapStatistics,
     Measure,
     measure_map,
@@ -31,8 +38,8 @@ from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, Site, denoiser_of, list_sites
 from convfusion.files import write_text
 from convfusion.fingerprint import fingerprint
-from convfusion.generate import generate
 from convfusion.mixers.base import Grid
+from convfusion.recording import run_denoiser
 
 SCHEMA = "convfusion-analysis-1"
 SINK_SHARE = 0.2  # a layer is flagged when sinks take this share of its attention
@@ -48,6 +55,7 @@ class AnalysisConfig:
         timesteps: where to look, among those that the scheduler visits; by default five.
         guidance: classifier-free guidance; both of its halves count.
         size: (height, width) of the pictures, by default the pipeline's own.
+        frames: of videos, by default as many as the denoiser was trained on.
         share: of the high-frequency attention that the effective receptive field holds.
         measure: filter, queries, memory and seed.
         filters: further filters, tried on the mean map to show how far the ERF depends on them.
@@ -62,10 +70,31 @@ class AnalysisConfig:
     measure: Measure = field(default_factory=Measure)
     filters: tuple[HighPass, ...] = OTHER_FILTERS
     batch_size: int = 4
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ConvFusionError(f"share must lie between 0 and 1, not {self.share}")
+
+
+@dataclass(frozen=True)
+class FrameAnalysis:
+    """What was found of the frames that a self-attention over videos looks at.
+
+    Attributes:
+        uniform_receptive_field: ERF in frames that uniform attention has on this grid.
+        uniform_score_mass: share of the keys within 1, 3, 5, … frames round the query's, [T].
+        profile: mean attention of the mean map to a key that lies 0, 1, 2, … frames away.
+        within: share of the mean map within a window, `[T][D]`: of 1, 3, 5, … frames and of
+            1, 3, 5, … tokens a side.
+        uniform_within: the same of uniform attention.
+    """
+
+    uniform_receptive_field: int
+    uniform_score_mass: list[float]
+    profile: list[float]
+    within: list[list[float]]
+    uniform_within: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -75,13 +104,13 @@ class SiteAnalysis:
     Attributes:
         path: of the attention module.
         level: how often the latents were halved before it.
-        grid: (H, W) of its tokens.
+        grid: (H, W) or (T, H, W) of its tokens.
         queries: measured per map.
         uniform_receptive_field: ERF that uniform attention has on this grid: the K whose clipped
             windows cover `share` of the keys. An ERF near it is no locality.
         uniform_score_mass: the covered share itself at K = 1, 3, 5, …
-        profile: mean attention of the mean map to a key at distance 0, 1, 2, …, which `mean.decay`
-            is fitted to; 0 where the measured queries have no key.
+        profile: mean attention of the mean map to a key at distance 0, 1, 2, … in space, which
+            `mean.decay` is fitted to; 0 where the measured queries have no key.
         mean: statistics of the mean map, over heads, timesteps and pictures: the paper's A^l. It
             is what attention does whatever the picture.
         single: statistics of single maps (the mean over heads of one picture at one timestep),
@@ -89,9 +118,12 @@ class SiteAnalysis:
         heads: as `single`, of each head.
         timesteps: as `single`, at each timestep.
         filters: ERF of the mean map under other filters.
-        sinks: (row, column) of tokens that are sinks in at least half of the single maps.
+        sinks: (row, column), or (frame, row, column), of tokens that are sinks in at least half of
+            the single maps.
         artefact: sinks take so much of the attention that the ERF says nothing about locality.
-        shown: the mean map `[S][H][W]` of a few queries, `shown_at` their (row, column).
+        shown: the mean map `[S][H][W]` or `[S][T][H][W]` of a few queries, `shown_at` where they
+            lie, as sinks do.
+        frames: what is said of frames; None of a picture.
     """
 
     path: str
@@ -106,10 +138,11 @@ class SiteAnalysis:
     heads: list[MapStatistics]
     timesteps: dict[float, MapStatistics]
     filters: list[dict[str, Any]]
-    sinks: list[tuple[int, int]]
+    sinks: list[tuple[int, ...]]
     artefact: bool
-    shown: list[list[list[float]]]
-    shown_at: list[tuple[int, int]]
+    shown: list[Any]
+    shown_at: list[tuple[int, ...]]
+    frames: FrameAnalysis | None
 
 
 @dataclass(frozen=True)
@@ -150,7 +183,7 @@ def analyze(
     """Analyse the self-attention of a pipeline while it draws the prompts.
 
     Args:
-        pipe: a text-to-image or DiT pipeline that is not converted.
+        pipe: a pipeline of pictures or videos that is not converted.
         prompts: what to draw; for DiT class names or numbers. Seeds are 0, 1, 2, …
         config: how.
         on_call: called after each call of the denoiser, for a progress bar.
@@ -163,12 +196,13 @@ def analyze(
     model = denoiser_of(pipe)
     timesteps = choose_timesteps(pipe, config.steps, config.timesteps)
     with attention_capture(pipe, timesteps, config.measure) as seen, counted_calls(model, on_call):
-        generate(
+        run_denoiser(
             pipe,
             prompts,
             steps=config.steps,
             guidance=config.guidance,
             size=config.size,
+            frames=config.frames,
             batch_size=config.batch_size,
         )
     return Analysis(
@@ -199,6 +233,7 @@ def _analyse_site(site: Site, seen: Captured, config: AnalysisConfig) -> SiteAna
     uniform = uniform_score_mass(sums)
     uniform_field = receptive_field(uniform, config.share)
     assert uniform_field is not None  # the covered share is finite
+    profile = sums.rings[0].sum(0) / sums.counts.sum(0).clamp(min=1)
     often = (singles.sinks[-1] >= singles.pictures / 2).nonzero().flatten().tolist()
     shown = shown_queries(grid)
     rows = torch.isin(measure.chosen_queries(grid), shown)
@@ -209,17 +244,38 @@ def _analyse_site(site: Site, seen: Captured, config: AnalysisConfig) -> SiteAna
         queries=sums.queries,
         uniform_receptive_field=uniform_field,
         uniform_score_mass=uniform.tolist(),
-        profile=(sums.rings[0] / sums.counts.clamp(min=1)).tolist(),
+        profile=profile.tolist(),
         mean=mean,
         single=single,
         heads=heads,
         timesteps={t: summarise(p, config.share)[-1] for t, p in seen.by_timestep.items()},
         filters=[_with_filter(mean_map, grid, config, other) for other in config.filters],
-        sinks=[divmod(token, grid[1]) for token in often],
+        sinks=[_place(token, grid) for token in often],
         artefact=single.sink_mass >= SINK_SHARE,
         shown=mean_map[rows.to(mean_map.device)].unflatten(1, grid).tolist(),
-        shown_at=[divmod(token, grid[1]) for token in sorted(shown.tolist())],
+        shown_at=[_place(token, grid) for token in sorted(shown.tolist())],
+        frames=_analyse_frames(sums, config.share) if len(grid) == 3 else None,
     )
+
+
+def _analyse_frames(sums: AttentionSums, share: float) -> FrameAnalysis:
+    """What the sums of a mean map say of frames."""
+    counts, rings = sums.counts.sum(1), sums.rings[0]
+    uniform = attention_score_mass(counts)
+    field = receptive_field(uniform, share)
+    assert field is not None  # the covered share is finite
+    return FrameAnalysis(
+        uniform_receptive_field=field,
+        uniform_score_mass=uniform.tolist(),
+        profile=(rings.sum(1) / counts.clamp(min=1)).tolist(),
+        within=window_mass(rings).tolist(),
+        uniform_within=window_mass(sums.counts).tolist(),
+    )
+
+
+def _place(token: int, grid: Grid) -> tuple[int, ...]:
+    """(row, column) or (frame, row, column) of a token."""
+    return tuple(int(each) for each in np.unravel_index(token, grid))
 
 
 def _with_filter(

@@ -20,7 +20,7 @@ from convfusion.analysis.statistics import (
 from convfusion.app.studio import Studio
 from convfusion.errors import ConvFusionError
 from convfusion.families import Site, family_of
-from convfusion.mixers.base import Grid, project_heads
+from convfusion.mixers.base import Grid, TokenSample, Turn, project_heads, score_scale
 from convfusion.mixers.offsets import ring_sums
 from convfusion.surgery import mixers_of
 
@@ -37,11 +37,13 @@ class Seen:
         site: the self-attention.
         tokens: [1, N, C], of the sample that sees the prompt.
         grid: (H, W) with H·W = N.
+        turn: the rotary embedding of its attention, if there is one.
     """
 
     site: Site
     tokens: Tensor
     grid: Grid
+    turn: Turn | None = None
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ def watch_call(studio: Studio, call: DenoiserCall) -> list[Seen]:
     seen: list[Seen] = []
     prompted = family_of(studio.teacher).prompted
 
-    def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
-        seen.append(Seen(site, tokens[prompted][None].detach().clone(), grid))
+    def see(site: Site, attention: Any, given: TokenSample) -> None:
+        tokens = given.tokens[prompted][None].detach().clone()
+        seen.append(Seen(site, tokens, given.grid, given.turn))
 
     studio.repeat(call, see)
     return seen
@@ -128,7 +131,9 @@ def look_from(studio: Studio, seen: Sequence[Seen], point: tuple[float, float]) 
                 path=each.site.path,
                 grid=each.grid,
                 query=(row, column),
-                attention=_reach(attend(attention, each.tokens, token), each.grid, token),
+                attention=_reach(
+                    attend(attention, each.tokens, token, each.turn), each.grid, token
+                ),
                 block=None if block is None else _reach(block, each.grid, token),
                 uniform=_score_mass(torch.ones_like(distances, dtype=torch.float32), distances),
                 mixer="" if mixer is None else str(mixer.config),
@@ -138,14 +143,14 @@ def look_from(studio: Studio, seen: Sequence[Seen], point: tuple[float, float]) 
 
 
 @torch.no_grad()
-def attend(attention: Any, tokens: Tensor, token: int) -> Tensor:
+def attend(attention: Any, tokens: Tensor, token: int, turn: Turn | None = None) -> Tensor:
     """softmax(scale·q·kᵀ) of one query, the mean over heads: tokens [1, N, C] → [N] on the CPU.
 
     Raises:
         ConvFusionError: it is not finite.
     """
-    queries, keys, _ = project_heads(attention, tokens)
-    scores = queries[0, :, token : token + 1] @ keys[0].transpose(1, 2) * attention.scale
+    queries, keys, _ = project_heads(attention, tokens, turn)
+    scores = queries[0, :, token : token + 1] @ keys[0].transpose(1, 2) * score_scale(attention)
     return _checked(scores.softmax(-1).mean((0, 1)).float().cpu())
 
 

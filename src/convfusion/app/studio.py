@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from convfusion.analysis.capture import (
     DenoiserCall,
@@ -29,7 +28,8 @@ from convfusion.evaluate.images import psnr
 from convfusion.families import Denoiser, Site, denoiser_of, family_of, list_sites, native_size
 from convfusion.families.watch import watch_attention
 from convfusion.generate import check_drawing, generate, swapped_denoiser
-from convfusion.mixers import Grid, Removed
+from convfusion.mixers import Removed
+from convfusion.mixers.base import TokenSample
 from convfusion.surgery import attention_back, attention_teacher, convert, mixers_of
 from convfusion.surgery.config import uniform
 
@@ -249,7 +249,7 @@ class Studio:
             raise
 
     @torch.no_grad()
-    def repeat(self, call: DenoiserCall, see: Callable[[Site, Any, Tensor, Grid], None]) -> None:
+    def repeat(self, call: DenoiserCall, see: Callable[[Site, Any, TokenSample], None]) -> None:
         """Call the teacher once more with what it was given, and show what its attention is given.
 
         Args:

@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from convfusion.cli.clips import (
+    CLIPS,
+    Frames,
+    Speed,
+    check_clips,
+    draw_clips,
+    name_clips,
+    write_clips,
+)
 from convfusion.cli.console import print_ending
 from convfusion.cli.models import (
     check_blocks,
@@ -45,7 +54,7 @@ if TYPE_CHECKING:
 
 Pictures = Annotated[
     Path,
-    typer.Option(help="Folder for the pictures, or the name of one picture, such as x.png."),
+    typer.Option(help="Folder for pictures or clips, or the name of one, such as x.png or x.mp4."),
 ]
 Direct = Annotated[
     bool, typer.Option("--direct", help="Draw a large size in one pass, without the ladder.")
@@ -103,17 +112,20 @@ def generate(
     steps: Steps = 25,
     guidance: Guidance = None,
     seed: Seeds = None,
+    frames: Frames = None,
+    fps: Speed = None,
     hybrid: Hybrid = False,
     revision: Revision = None,
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
-    """Draw pictures. `mini` draws with trained halo blocks, `mini-teacher` with attention.
+    """Draw pictures or clips. `mini` draws with trained halo blocks, `mini-teacher` with attention.
 
     A size beyond one and a half times the model's own is drawn as a ladder: first at the model's
     own size, then enlarged and partly redrawn. Each enlargement is a rung.
 
-    Every PNG stores its prompt, seed and settings as text.
+    Every PNG and clip stores its prompt, seed and settings as text. A model that draws videos
+    writes each clip as mp4, with a strip of its frames beside it.
     """
     from convfusion.generate import check_numbers
     from convfusion.highres import Ladder
@@ -134,14 +146,21 @@ def generate(
     )
     wanted = parse_size(size) if size else None
     options = {"negative_prompt": negative_prompt} if negative_prompt else {}
-    pipe = _open(model, blocks, precision, device, revision, texts, wanted, options)
+    pipe = open_pipeline(model, precision, device, revision)
+    clips = check_clips(pipe, out, frames, fps, hybrid=hybrid, memory=memory > 0)
+    _prepare(pipe, blocks, texts, wanted, options, clips)
     scale = choose_guidance(model, pipe) if guidance is None else guidance
     check_negative_prompt(negative_prompt, scale)
     settings = {"steps": steps, "guidance": scale, **options}
+    names = {"model": name_pipeline(model), "blocks": name_source(blocks) if blocks else ""}
+    if clips:
+        drawn = draw_clips(pipe, texts, seeds, wanted, frames, settings)
+        files = zip(name_clips(out, seeds, is_file), drawn, texts, seeds, strict=True)
+        print_ending(*write_clips(pipe, files, fps, **settings, **names))
+        return
     with keep_cheaper_attention(pipe, wanted) if hybrid else nullcontext():
         images = _draw(pipe, texts, wanted, ladder, {"seeds": seeds, **settings})
-    paths = [out] if is_file else number_pictures(out, seeds)
-    names = {"model": name_pipeline(model), "blocks": name_source(blocks) if blocks else ""}
+    paths = [out] if is_file else number_files(out, seeds)
     write_pictures(pipe, zip(paths, images, texts, seeds, strict=True), **settings, **names)
     print_ending(*paths)
 
@@ -176,32 +195,38 @@ def check_negative_prompt(text: str, guidance: float) -> None:
 
 
 def check_pictures(out: Path, count: int) -> bool:
-    """Whether `out` names the file of one picture, and not a folder.
+    """Whether `out` names the file of one picture or clip, and not a folder.
 
     Raises:
         ConvFusionError: it can be neither, or the file is there, or there are more pictures.
     """
+    from convfusion.data.clips import check_clip_name
     from convfusion.data.pictures import PICTURES
 
-    if out.suffix.lower() not in PICTURES:
+    is_clip = out.suffix.lower() in CLIPS
+    if not is_clip and out.suffix.lower() not in PICTURES:
         check_folder(out)
         return False
     if count > 1:
+        kind = "clip" if is_clip else "picture"
         raise ConvFusionError(
-            f"{out} is one picture, and there are {count} prompts and seeds: name a folder"
+            f"{out} is one {kind}, and there are {count} prompts and seeds: name a folder"
         )
-    if out.is_file():
-        raise ConvFusionError(f"{out} exists already: choose another name")
+    written = (out, out.with_suffix(".png")) if is_clip else (out,)  # with the strip of a clip
+    if there := next((path for path in written if path.is_file()), None):
+        raise ConvFusionError(f"{there} exists already: choose another name")
     check_file(out)
+    if is_clip:
+        check_clip_name(out)
     return True
 
 
-def number_pictures(folder: Path, seeds: list[int]) -> list[Path]:
-    """Names of new pictures, counted on from those that the folder has."""
+def number_files(folder: Path, seeds: list[int], kind: str = ".png") -> list[Path]:
+    """Names of new pictures or clips, counted on from those that the folder has."""
     folder.mkdir(parents=True, exist_ok=True)
-    there = [path.name[:5] for path in folder.glob("?????-seed*.png")]
+    there = [path.name[:5] for path in folder.glob("?????-seed*.png")]  # beside clips, too
     first = max((int(number) + 1 for number in there if number.isdecimal()), default=0)
-    return [folder / f"{first + i:05d}-seed{seed}.png" for i, seed in enumerate(seeds)]
+    return [folder / f"{first + i:05d}-seed{seed}{kind}" for i, seed in enumerate(seeds)]
 
 
 def write_pictures(
@@ -229,28 +254,24 @@ def keep_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractC
     return attention_back(pipe, kept)
 
 
-def _open(
-    model: str,
+def _prepare(
+    pipe: Any,
     blocks: str | None,
-    precision: str,
-    device: str | None,
-    revision: str | None,
     prompts: list[str],
     size: tuple[int, int] | None,
     options: dict[str, str],
-) -> Any:
-    """The pipeline with its blocks, which can draw what is asked for."""
+    clips: bool,
+) -> None:
+    """Put blocks into a pipeline, which can draw what is asked for."""
     from convfusion.families.calls import check_call
     from convfusion.generate import check_size
 
-    pipe = open_pipeline(model, precision, device, revision)
-    check_call(pipe, prompts, size, options)
+    check_call(pipe, prompts, size, options, clips=clips)
     if blocks is not None:
         equip(pipe, blocks, None)
     if size:
         check_size(pipe, size)
     warn_if_untrained(pipe)
-    return pipe
 
 
 def _draw(pipe: Any, prompts: list[str], size: Any, ladder: Any, settings: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from convfusion.imports import lazy
 
 if TYPE_CHECKING:
     from convfusion.data.cache import build_cache, open_cache
+    from convfusion.data.clips import list_clips, read_clip, save_strip, write_clip
     from convfusion.data.latents import LatentDataset, TrainingData, hold_out, prepare_data
     from convfusion.data.sources import Drawing, open_source
     from convfusion.data.store import LatentCache
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 _HOME = {
     "build_cache": "cache",
     "open_cache": "cache",
+    "list_clips": "clips",
+    "read_clip": "clips",
+    "save_strip": "clips",
+    "write_clip": "clips",
     "LatentDataset": "latents",
     "TrainingData": "latents",
     "hold_out": "latents",

@@ -40,8 +40,9 @@ class TrainingData(Protocol):
             dropped: for each, whether to take the empty caption in place of its own.
 
         Returns:
-            Clean, scaled latents [B, C, h, w] in float32, and the denoiser's further arguments as
-            `flatten_conditioning` names them, each [B, …] or None; all on the CPU.
+            Clean, scaled latents [B, C, h, w], or [B, C, t, h, w] of videos, in float32, and the
+            denoiser's further arguments as `flatten_conditioning` names them, each [B, …] or None;
+            all on the CPU.
         """
         ...
 
@@ -51,7 +52,7 @@ class LatentDataset:
     """Latents in memory, each with its caption.
 
     Attributes:
-        latents: [P, C, h, w], scaled as the denoiser expects them.
+        latents: [P, C, h, w], or [P, C, t, h, w] of videos, scaled as the denoiser expects them.
         captions: P captions.
     """
 

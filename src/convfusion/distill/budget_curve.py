@@ -155,7 +155,8 @@ class _Judge:
     """The ε-error of a denoiser to what it predicted when this was made, on samples held out."""
 
     def __init__(self, pipe: Any, apart: TrainingData, batch_size: int, seed: int) -> None:
-        self.model, self.schedule = denoiser_of(pipe), noise_schedule(pipe.scheduler)
+        self.model = denoiser_of(pipe)
+        self.schedule = noise_schedule(pipe.scheduler, self.model)
         self.batches = []
         for latents, noises, conditioning in noised(apart, batch_size, seed):
             told = place_conditioning(conditioning, self.model)

@@ -23,6 +23,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of
 from convfusion.files import write_csv, write_picture, write_text
 from convfusion.fingerprint import fingerprint
+from convfusion.mixers import Grid
 from convfusion.operations import site_operations
 from convfusion.surgery import mixers_of
 from convfusion.surgery.config import ConvertConfig, select_sites
@@ -40,7 +41,7 @@ class ReplacementCurve:
         by_imitation: the site with the least imitation error first.
         dearest: the other way round.
         by_epsilon: the site with the least ε-error alone first.
-        latents: (height, width) that operations were counted for.
+        latents: (height, width), or (frames, height, width), that operations were counted for.
         teacher: fingerprint of the stock denoiser.
     """
 
@@ -49,7 +50,7 @@ class ReplacementCurve:
     by_imitation: tuple[Point, ...]
     dearest: tuple[Point, ...]
     by_epsilon: tuple[Point, ...]
-    latents: tuple[int, int]
+    latents: Grid
     teacher: str
 
     @property
@@ -149,8 +150,8 @@ def replacement_curve(
         task, apart, subsets, batch_size=size, seed=seed, on_progress=on_progress
     )
     errors = dict(zip(subsets, measured, strict=True))
-    height, width = apart.take(apart.groups[0][:1], [False])[0].shape[-2:]
-    flops = site_operations(model, (height, width))
+    latents = tuple(apart.take(apart.groups[0][:1], [False])[0].shape[2:])
+    flops = site_operations(model, latents)
     whole = sum(attention for attention, _ in flops.values())
 
     def points(order: list[str]) -> tuple[Point, ...]:
@@ -166,7 +167,7 @@ def replacement_curve(
         by_imitation=points(orders[0]),
         dearest=points(orders[1]),
         by_epsilon=points(orders[2]),
-        latents=(height, width),
+        latents=latents,
         teacher=fingerprint(task.teacher),
     )
 

@@ -180,17 +180,16 @@ def subset_errors(
 
     On equal samples and noises; with all sites it is `held_out_error`.
     """
-    schedule = (task.alphas_cumprod, task.prediction_type)
     paths = mixers_of(task.student).keys()
     errors: list[list[Tensor]] = [[] for _ in subsets]
     total = len(subsets) * sum(-(-len(group) // batch_size) for group in held_out.groups)
     done = 0
     for latents, noises, conditioning in noised(held_out, batch_size, seed):
         told = place_conditioning(conditioning, task.student)
-        taught = predictions(task.teacher, schedule, latents, noises, told)
+        taught = predictions(task.teacher, task.schedule, latents, noises, told)
         for subset, batch_errors in zip(subsets, errors, strict=True):
             with attention_back(task.student, paths - subset):
-                learned = predictions(task.student, schedule, latents, noises, told)
+                learned = predictions(task.student, task.schedule, latents, noises, told)
             pairs = zip(learned, taught, strict=True)
             batch_errors.append(torch.stack([relative_error(*pair) for pair in pairs]).flatten())
             done += 1

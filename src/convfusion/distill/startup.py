@@ -11,7 +11,8 @@ from convfusion.data.latents import LatentDataset, TrainingData, prepare_data
 from convfusion.distill.batches import BatchIndices
 from convfusion.families import Denoiser, denoiser_of, family_of
 from convfusion.families.conditioning import place_conditioning
-from convfusion.schedule import add_noise, noise_schedule
+from convfusion.families.watch import can_watch
+from convfusion.schedule import noise_schedule
 from convfusion.surgery import mixers_of
 from convfusion.surgery.record import record_of
 
@@ -37,21 +38,27 @@ def draw_noised_batches(
     denoiser, ready = denoiser_of(pipe), prepare_data(pipe, data)
     batches = BatchIndices(ready.groups, min(batch_size, pictures), seed)
     generator = torch.Generator().manual_seed(seed)
-    schedule, _ = noise_schedule(pipe.scheduler)
+    schedule = noise_schedule(pipe.scheduler, denoiser)
     for number in range(-(-pictures // batch_size)):
         part = batches[number]
         clean, conditioning = ready.take(part, [False] * len(part))
         noise = torch.randn(clean.shape, generator=generator)
-        timesteps = torch.randint(0, len(schedule), (len(part),), generator=generator)
-        noisy = add_noise(clean, noise, timesteps, schedule)
+        steps = torch.randint(0, len(schedule), (len(part),), generator=generator)
+        noisy = schedule.add_noise(clean, noise, steps)
         yield {
             family_of(denoiser).latents: noisy.to(denoiser.device, denoiser.dtype),
-            "timestep": timesteps.to(denoiser.device),
+            "timestep": schedule.tell(steps).to(denoiser.device),
             "return_dict": False,
             **place_conditioning(conditioning, denoiser),
         }
 
 
 def blocks_to_start(student: Denoiser) -> set[str]:
-    """The paths of the mixers that neither training nor a start has changed since `convert`."""
+    """The paths of the mixers that neither training nor a start has changed since `convert`.
+
+    There is none where a rotary embedding of a kind that is not known turns queries and keys: such
+    blocks begin as `convert` left them.
+    """
+    if not can_watch(student):
+        return set()
     return {p for p, mixer in mixers_of(student).items() if not record_of(mixer).is_started}

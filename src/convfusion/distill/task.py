@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.distill.config import LossWeights
-from convfusion.distill.losses import feature_losses, min_snr_weight, weighted_mse
+from convfusion.distill.losses import feature_losses, weigh_steps, weighted_mse
 from convfusion.families import Denoiser, Site, list_sites
-from convfusion.families.watch import watch_attention
-from convfusion.mixers.base import Grid
-from convfusion.schedule import add_noise, as_epsilon, noise_schedule
+from convfusion.families.watch import watch_tokens
+from convfusion.mixers.base import Grid, TokenSample
+from convfusion.schedule import noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of
 
 
@@ -84,7 +84,7 @@ class DistillTask(nn.Module):
         self.student = student
         self._unregistered = (attention_teacher(student),)
         self.weights = weights
-        self.alphas_cumprod, self.prediction_type = noise_schedule(scheduler)
+        self.schedule = noise_schedule(scheduler, student)
         self.sites = [site for site in list_sites(student) if site.path in mixers_of(student)]
 
     @property
@@ -103,9 +103,9 @@ class DistillTask(nn.Module):
         """The terms of `imitation` (each block alone), or of `losses` (end to end).
 
         Args:
-            latents: clean and scaled, [B, C, h, w].
+            latents: clean and scaled, [B, C, h, w] or [B, C, t, h, w].
             noise: as the latents.
-            timesteps: [B], integers.
+            timesteps: [B], integers: steps of the schedule.
             conditioning: further keyword arguments of the denoiser.
             alone: choose `imitation`.
         """
@@ -118,17 +118,18 @@ class DistillTask(nn.Module):
         """The weighted terms of L; arguments as for `forward`."""
         noisy = self._noisy(latents, noise, timesteps)
         with torch.no_grad(), hidden_states(self.teacher, self.sites) as taught:
-            target = self._epsilon(self.teacher, noisy, timesteps, conditioning)
+            target = self._predict(self.teacher, noisy, timesteps, conditioning)
         with hidden_states(self.student, self.sites) as learned:
-            output = self._epsilon(self.student, noisy, timesteps, conditioning)
+            output = self._predict(self.student, noisy, timesteps, conditioning)
         weights = self.weights
-        snr = min_snr_weight(self.alphas_cumprod, timesteps, weights.snr_gamma)
+        weight = weigh_steps(self.schedule, timesteps, weights.snr_gamma)
         terms: dict[str, Tensor] = {}
         sites: dict[str, Tensor] = {}
         if weights.distill:
-            terms["distill"] = weights.distill * weighted_mse(output, target, snr)
+            terms["distill"] = weights.distill * weighted_mse(output, target, weight)
         if weights.noise:
-            terms["noise"] = weights.noise * weighted_mse(output, noise, snr)
+            truth = self.schedule.find_target(latents, noise)
+            terms["noise"] = weights.noise * weighted_mse(output, truth, weight)
         if weights.feature:
             features = feature_losses(learned, taught)
             terms["feature"] = weights.feature * torch.stack(list(features.values())).sum()
@@ -160,27 +161,33 @@ class DistillTask(nn.Module):
         """
         inputs: dict[str, tuple[Tensor, Grid]] = {}
 
-        def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
-            inputs[site.path] = (tokens, grid)
+        def see(site: Site, attention: Any, seen: TokenSample) -> None:
+            inputs[site.path] = (seen.tokens, seen.grid)
 
         noisy = self._noisy(latents, noise, timesteps)
         watched = {site.path: self.teacher.get_submodule(site.path) for site in self.sites}
         with (
             torch.no_grad(),
-            watch_attention(self.teacher, see),
+            watch_tokens(self.teacher, see),
             collected(watched, "output") as outputs,
         ):
-            self.teacher(noisy, timestep=timesteps, return_dict=False, **conditioning)
+            self.teacher(
+                noisy,
+                timestep=self.schedule.tell(timesteps),
+                return_dict=False,
+                **conditioning,
+            )
         return {
             path: (mixer(*inputs[path]).float(), outputs[path].float())
             for path, mixer in mixers_of(self.student).items()
         }
 
     def _noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        return add_noise(latents, noise, timesteps, self.alphas_cumprod).to(self.student.dtype)
+        return self.schedule.add_noise(latents, noise, timesteps).to(self.student.dtype)
 
-    def _epsilon(
+    def _predict(
         self, model: Denoiser, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Any]
     ) -> Tensor:
-        output = model(noisy, timestep=timesteps, return_dict=False, **conditioning)[0]
-        return as_epsilon(output, noisy, timesteps, self.alphas_cumprod, self.prediction_type)
+        told = self.schedule.tell(timesteps)
+        output = model(noisy, timestep=told, return_dict=False, **conditioning)[0]
+        return self.schedule.read_output(output, noisy, timesteps)

@@ -64,7 +64,7 @@ class Trainer:
         ready = prepare_data(pipe, data)
         self.data, self.held_out = hold_out(ready, config.held_out, config.seed)
         process = (self.accelerator.process_index, self.accelerator.num_processes)
-        count = len(self.task.alphas_cumprod)
+        count = len(self.task.schedule)
         self.batches = StepBatches(self.data, config, count, process)
         self.rests_on = saved_state.rests_on(pipe, data) if out is not None else {}
         self.state = saved_state.RunState()

@@ -1,4 +1,7 @@
-"""How far the noise that a student sees is from what its teacher sees."""
+"""How far the noise that a student sees is from what its teacher sees.
+
+The ε of a flow is its velocity: these errors are then ‖v̂ − ṽ‖²/‖ṽ‖².
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ import torch
 from torch import Tensor
 
 from convfusion.families import Denoiser, denoiser_of, encode_conditioning, latent_scale
-from convfusion.schedule import add_noise, as_epsilon, noise_schedule
+from convfusion.schedule import Schedule, noise_schedule
 
 TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # where ε-errors are measured
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """‖ε̂ − ε̃‖² / ‖ε̃‖² of each sample of [B, C, H, W]; [B] float64."""
+    """‖ε̂ − ε̃‖² / ‖ε̃‖² of each sample of [B, …]; [B] float64."""
     taught = teacher.double()
     difference = (student.double() - taught).square().flatten(1).sum(dim=1)
     return difference / taught.square().flatten(1).sum(dim=1)
@@ -36,14 +39,14 @@ def epsilon_error(
     Args:
         pipe: the student's pipeline.
         teacher: the denoiser to compare with.
-        latents: clean and scaled, [P, C, h, w].
+        latents: clean and scaled, [P, C, h, w] or [P, C, t, h, w].
         prompts: P prompts.
         timesteps: all are tried for every latent.
         seed: of the noises.
         batch_size: latents per forward pass.
     """
     student = denoiser_of(pipe)
-    schedule = noise_schedule(pipe.scheduler)
+    schedule = noise_schedule(pipe.scheduler, student)
     scale = latent_scale(pipe)
     size = (latents.shape[-2] * scale, latents.shape[-1] * scale)
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +67,7 @@ def epsilon_error(
 def epsilon_errors(
     student: Denoiser,
     teacher: Denoiser,
-    schedule: tuple[Tensor, str],
+    schedule: Schedule,
     latents: Tensor,
     noises: Mapping[int, Tensor],
     conditioning: dict[str, Any],
@@ -75,7 +78,7 @@ def epsilon_errors(
         student: what is judged.
         teacher: what it is compared with.
         schedule: as `noise_schedule` gives it.
-        latents: clean and scaled, [B, C, h, w].
+        latents: clean and scaled, [B, C, h, w] or [B, C, t, h, w].
         noises: by timestep, as the latents.
         conditioning: further keyword arguments of both denoisers, on their device.
 
@@ -91,21 +94,21 @@ def epsilon_errors(
 @torch.no_grad()
 def predictions(
     model: Denoiser,
-    schedule: tuple[Tensor, str],
+    schedule: Schedule,
     latents: Tensor,
     noises: Mapping[int, Tensor],
     conditioning: dict[str, Any],
 ) -> list[Tensor]:
-    """The noise ε that a denoiser sees in a batch, at each timestep: [B, C, h, w] each.
+    """The noise or velocity that a denoiser sees in a batch, at each step: as the latents each.
 
     Arguments as for `epsilon_errors`.
     """
-    alphas_cumprod, kind = schedule
     clean = latents.to(model.device, torch.float32)
     outputs = []
     for t, noise in noises.items():
         steps = torch.full((len(clean),), t, device=clean.device)
-        noisy = add_noise(clean, noise.to(clean.device), steps, alphas_cumprod).to(model.dtype)
-        output = model(noisy, timestep=steps, return_dict=False, **conditioning)[0]
-        outputs.append(as_epsilon(output, noisy, steps, alphas_cumprod, kind))
+        noisy = schedule.add_noise(clean, noise.to(clean.device), steps).to(model.dtype)
+        told = schedule.tell(steps)
+        output = model(noisy, timestep=told, return_dict=False, **conditioning)[0]
+        outputs.append(schedule.read_output(output, noisy, steps))
     return outputs

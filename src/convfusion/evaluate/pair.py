@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, denoiser_of
 from convfusion.fingerprint import differences, identity
@@ -24,7 +22,7 @@ def teacher_denoiser(pipe: Any, teacher: Any = None) -> Denoiser:
         ConvFusionError: the student has no attention of its own to compare with, its noise
             schedule is not supported, or the other pipeline is no twin.
     """
-    noise_schedule(pipe.scheduler)
+    noise_schedule(pipe.scheduler, denoiser_of(pipe))
     if teacher is not None:
         check_twins(pipe, teacher)
         return denoiser_of(teacher).eval()
@@ -61,6 +59,6 @@ def check_twins(pipe: Any, teacher: Any) -> None:
         raise ConvFusionError(
             f"this is not its teacher's twin: another {', another '.join(other_parts)}"
         )
-    (signal, kind), (signal_2, kind_2) = (noise_schedule(p.scheduler) for p in (pipe, teacher))
-    if kind != kind_2 or not torch.equal(signal.cpu(), signal_2.cpu()):
+    own, others = (noise_schedule(p.scheduler, denoiser_of(p)) for p in (pipe, teacher))
+    if not own.is_same(others):
         raise ConvFusionError("this is not its teacher's twin: the two have other noise schedules")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families.carrier import Carrier
 from convfusion.mixers import Gate, Halo, Mixer
-from convfusion.mixers.base import Grid
+from convfusion.mixers.base import Grid, Turn
 
 Denoiser: TypeAlias = Any  # a diffusers ModelMixin and ConfigMixin; no type can say both
 Size: TypeAlias = tuple[int, int]  # (height, width)
@@ -109,7 +109,9 @@ class Family(ABC):
             that sees the prompt.
         frames: of the latents of its videos, as they are trained; 0 where it draws pictures. Where
             the grids of its sites have two sides, each frame is mixed by itself.
-        rotary: whether its self-attentions turn queries and keys by where they lie.
+        frame_rate: frames a second that its videos are shown at.
+        rotary: whether its self-attentions turn queries and keys by where they lie. Such a family
+            has a `find_turn` of its own where analysis and measured starts know it.
         shares_blocks_with: the family whose blocks fit this one and the other way round, since its
             sites have the same paths; by default there is none.
         without_sites: what is said of a model that has none.
@@ -131,6 +133,7 @@ class Family(ABC):
     attention_classes: ClassVar[tuple[type[nn.Module], ...]] = (Attention,)
     prompted: ClassVar[int] = -1
     frames: ClassVar[int] = 0
+    frame_rate: ClassVar[int] = 16
     rotary: ClassVar[bool] = False
     shares_blocks_with: ClassVar[str] = ""
     without_sites: ClassVar[str] = "has no self-attention in transformer blocks to replace"
@@ -182,6 +185,18 @@ class Family(ABC):
             values: makes a tensor of random values of a shape, in the model's dtype.
         """
 
+    def find_turn(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Turn | None:
+        """The rotary embedding that a self-attention of this family is called with.
+
+        Args:
+            args, kwargs: of the call of the attention.
+
+        Returns:
+            What queries and keys [B, h, N, d] are given to, such as a `rotary.PairTurn`; None in a
+            family without.
+        """
+        return None
+
     def preset_for(self, model: Denoiser) -> str:
         """The name of the preset that fits a model; by default, the first."""
         return next(iter(self.presets))
@@ -217,6 +232,9 @@ class Family(ABC):
 
     def check_guidance(self, model: Denoiser, guidance: float) -> None:
         """Raise a ConvFusionError for a guidance scale that a model cannot draw with."""
+
+    def check_frames(self, model: Denoiser, frames: int) -> None:
+        """Raise a ConvFusionError for a number of frames that a model cannot draw."""
 
     def check_export(self, model: Denoiser) -> None:
         """Raise a ConvFusionError for a model that is not exported; by default, never."""

@@ -22,6 +22,8 @@ OURS = {
     "generator": "seeds",
     "height": "size",
     "width": "size",
+    "num_frames": "frames",
+    "video_length": "frames",
 }
 # What some pipelines cannot draw without, though their signatures may have None for it; each with
 # what may take its place.
@@ -42,7 +44,9 @@ _WHOLE = re.compile(
 )
 
 
-def check_call(pipe: Any, prompts: Any, size: Any, options: Mapping[str, Any]) -> None:
+def check_call(
+    pipe: Any, prompts: Any, size: Any, options: Mapping[str, Any], *, clips: bool = False
+) -> None:
     """Raise a ConvFusionError unless a pipeline can be called so, for every prompt once.
 
     Args:
@@ -50,12 +54,12 @@ def check_call(pipe: Any, prompts: Any, size: Any, options: Mapping[str, Any]) -
         prompts: what to draw.
         size: of the pictures, or None.
         options: further arguments of the call.
+        clips: whether clips of video are drawn, and not pictures.
     """
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConvFusionError("prompts must be a list of strings, also where there is only one")
     kind, named = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
-    if family_of(denoiser_of(pipe)).frames:
-        raise ConvFusionError(f"a {kind} draws videos, and pictures are drawn here: call it itself")
+    _check_kind(pipe, clips)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in named.values())
     for name in options:
         if name in OURS:
@@ -64,11 +68,12 @@ def check_call(pipe: Any, prompts: Any, size: Any, options: Mapping[str, Any]) -
             raise ConvFusionError(f"a {kind} takes no {name}")
     if "self" in named and not {"prompt", "class_labels"} & named.keys():
         raise ConvFusionError(f"a {kind} takes no prompts, so it cannot draw them")
-    if options.get("num_images_per_prompt", 1) != 1:
-        raise ConvFusionError(
-            "one picture is drawn for each prompt: give the prompt again, with another seed, in "
-            "place of num_images_per_prompt"
-        )
+    for name in ("num_images_per_prompt", "num_videos_per_prompt"):
+        if options.get(name, 1) != 1:
+            raise ConvFusionError(
+                f"one {'clip' if clips else 'picture'} is drawn for each prompt: give the prompt "
+                f"again, with another seed, in place of {name}"
+            )
     if not options.get("return_dict", True):
         raise ConvFusionError("pictures are returned as a list: leave return_dict out")
     if size is not None and "self" in named and not {"height", "class_labels"} & named.keys():
@@ -78,6 +83,26 @@ def check_call(pipe: Any, prompts: Any, size: Any, options: Mapping[str, Any]) -
     for name, value in options.items():
         for each in _split_by_net(pipe, name, value):
             _check_count(name, each, len(prompts))
+
+
+def frames_argument(pipe: Any) -> str | None:
+    """The argument of a pipeline's call that says how many frames a clip has; None: it has none."""
+    named = inspect.signature(type(pipe).__call__).parameters
+    return next((n for n, ours in OURS.items() if ours == "frames" and n in named), None)
+
+
+def _check_kind(pipe: Any, clips: bool) -> None:
+    """Raise a ConvFusionError for clips of a pipeline that draws pictures, and the reverse."""
+    kind, of_videos = type(pipe).__name__, bool(family_of(denoiser_of(pipe)).frames)
+    if of_videos and not clips:
+        raise ConvFusionError(
+            f"a {kind} draws videos, and pictures are drawn here: `convfusion generate --frames` "
+            "and `convfusion.clips.generate_clips` draw clips"
+        )
+    if clips and not of_videos:
+        raise ConvFusionError(f"a {kind} draws pictures, which have no frames")
+    if clips and frames_argument(pipe) is None:
+        raise ConvFusionError(f"a {kind} takes no number of frames: call it itself")
 
 
 def _check_needed(pipe: Any, named: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -102,7 +127,9 @@ def _check_needed(pipe: Any, named: Mapping[str, Any], options: Mapping[str, Any
             "further arguments of generate in Python"
         )
     denoiser, vae = denoiser_of(pipe), getattr(pipe, "vae", None)
-    latents = vae.config.get("latent_channels") if vae is not None else None
+    latents = None
+    if vae is not None:
+        latents = vae.config.get("latent_channels", vae.config.get("z_dim"))  # of videos
     if not NEEDED.keys() & named.keys() and latents not in (None, denoiser.config.in_channels):
         raise ConvFusionError(
             f"this {type(denoiser).__name__} takes {denoiser.config.in_channels} channels, and a "

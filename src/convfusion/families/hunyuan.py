@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from convfusion.errors import ConvFusionError
 from convfusion.families.base import Denoiser, Family, Site, Size, Values
 from convfusion.families.carrier import argument_position
+from convfusion.families.rotary import PairTurn
 
 NUMBERS = 6  # that older ones take of their picture: its size, the wanted size, and the crop
 
@@ -95,6 +96,9 @@ class HunyuanDiT(Family):
     def carrier(self, model: Denoiser) -> GivenRotaryCarrier:
         position = argument_position(HunyuanDiT2DModel, _ROTARY)
         return GivenRotaryCarrier(model.config.patch_size, position)
+
+    def find_turn(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> PairTurn:
+        return PairTurn.of((*args, *kwargs.values()))
 
     def patch_size(self, model: Denoiser) -> int:
         return model.config.patch_size

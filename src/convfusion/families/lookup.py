@@ -134,7 +134,7 @@ def check_captioned(pipe: Any) -> None:
     model, vae = denoiser_of(pipe), getattr(pipe, "vae", None)
     channels, latents = model.config.in_channels, None
     if vae is not None:
-        latents = vae.config.get("latent_channels")
+        latents = vae.config.get("latent_channels", vae.config.get("z_dim"))  # of videos
     more = family_of(model).describe_further_needs(model)
     if latents not in (None, channels):
         more = f"{channels} channels, and its latents have {latents}: a picture or mask"
@@ -179,8 +179,24 @@ def example_inputs(
 
 def latent_scale(pipe: Any) -> int:
     """Pixels per latent, along a side."""
-    scale = getattr(pipe, "vae_scale_factor", None)  # DiT pipelines have none
-    return scale or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    for name in ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio"):
+        if scale := getattr(pipe, name, None):
+            return scale
+    return 2 ** (len(pipe.vae.config.block_out_channels) - 1)  # of DiT, whose pipelines tell none
+
+
+def frame_scale(pipe: Any) -> int:
+    """Frames of a video per frame of its latents; its first frame has one of its own."""
+    for name in ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"):
+        if scale := getattr(pipe, name, None):
+            return scale
+    return 1
+
+
+def native_frames(pipe: Any) -> int:
+    """Frames of the videos that a pipeline's denoiser was trained on; 0 where it draws pictures."""
+    frames = family_of(denoiser_of(pipe)).frames
+    return (frames - 1) * frame_scale(pipe) + 1 if frames else 0
 
 
 def native_size(pipe: Any) -> Size:

@@ -30,6 +30,7 @@ class MotionUNet(UNet):
         "modelscope": (_VIDEO, {"sample_size": 32}),
     }
     frames = 16
+    frame_rate = 8
     released_gate = None
     shares_blocks_with = "unet"
 
@@ -50,6 +51,13 @@ class MotionUNet(UNet):
 
     def describe_further_needs(self, model: Denoiser) -> str:
         return "the frames of a video"
+
+    def check_frames(self, model: Denoiser, frames: int) -> None:
+        most = model.config.get("motion_max_seq_length")
+        if most is not None and frames > most:
+            raise ConvFusionError(
+                f"this {type(model).__name__} draws clips of {most} frames at most, not {frames}"
+            )
 
     def check_export(self, model: Denoiser) -> None:
         raise ConvFusionError(

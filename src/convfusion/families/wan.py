@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers.models.transformers.transformer_wan import WanAttention
@@ -17,6 +17,7 @@ from convfusion.families.base import (
     Values,
 )
 from convfusion.families.carrier import RotaryCarrier
+from convfusion.families.rotary import PairTurn
 from convfusion.mixers import DeltaConv, Halo
 
 UMT5_WORDS = 512  # tokens that its text encoder reads
@@ -68,6 +69,9 @@ class Wan(Family):
     def carrier(self, model: Denoiser) -> RotaryCarrier:
         return RotaryCarrier(tuple(model.config.patch_size))
 
+    def find_turn(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> PairTurn:
+        return PairTurn.of((*args, *kwargs.values()))
+
     def patch_size(self, model: Denoiser) -> int:
         return model.config.patch_size[-1]
 
@@ -76,7 +80,10 @@ class Wan(Family):
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
         embeds, _ = pipe.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, device=pipe.transformer.device
+            list(prompts),
+            do_classifier_free_guidance=False,
+            max_sequence_length=UMT5_WORDS,
+            device=pipe.transformer.device,
         )
         return {"encoder_hidden_states": embeds}
 
@@ -89,7 +96,7 @@ class Wan(Family):
         return made
 
     def describe_further_needs(self, model: Denoiser) -> str:
-        return "the frames of a video"
+        return "an embedding of its first frame" if model.config.image_dim is not None else ""
 
 
 WAN = Wan()

@@ -7,37 +7,52 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convfusion.errors import UnsupportedModelError
-from convfusion.families.base import Denoiser, Site, family_of
+from convfusion.families.base import Denoiser, Family, Site, family_of
 from convfusion.families.lookup import list_sites
 from convfusion.mixers import Grid
-from convfusion.mixers.base import TokenSample
+from convfusion.mixers.base import TokenSample, Turn
 
 
 @contextmanager
 def watch_attention(
-    model: Denoiser, see: Callable[[Site, Any, Tensor, Grid], None]
+    model: Denoiser, see: Callable[[Site, Any, TokenSample], None]
 ) -> Iterator[None]:
     """Show every self-attention call of a denoiser to a function, before it happens.
 
     Args:
         model: not converted.
-        see: called with the site, its diffusers `Attention`, its tokens [B, N, C] and their grid.
+        see: called with the site, its diffusers attention, and what that is given. Calls with the
+            same rotary embedding have the same `turn`.
 
     Raises:
-        UnsupportedModelError: its attentions turn queries and keys by a rotary embedding, so that
-            tokens alone do not tell what they look at.
+        UnsupportedModelError: its attentions turn queries and keys by a rotary embedding of a kind
+            that is not known, so that tokens alone do not tell what they look at.
     """
-    if family_of(model).rotary:
+    if not can_watch(model):
         raise UnsupportedModelError(
             f"the self-attention of a {type(model).__name__} turns its queries and keys by a "
             "rotary embedding, which analysis and measured starts do not know yet: convert it "
             "without"
         )
-    sites = list_sites(model)
-    carrier = family_of(model).carrier(model)
+    with watch_tokens(model, see):
+        yield
+
+
+def can_watch(model: Denoiser) -> bool:
+    """Whether what the self-attentions of a denoiser look at is known."""
+    family = family_of(model)
+    return not family.rotary or type(family).find_turn is not Family.find_turn
+
+
+@contextmanager
+def watch_tokens(model: Denoiser, see: Callable[[Site, Any, TokenSample], None]) -> Iterator[None]:
+    """The same, of any denoiser: what an attention looks at may depend on more than its tokens."""
+    sites, family = list_sites(model), family_of(model)
+    carrier = family.carrier(model)
+    turns: dict[Grid, Turn] = {}  # the last of each grid
     grids: dict[str, Grid] = {}  # by path of the owner
 
     def grid_reader(owner: str) -> Callable:
@@ -48,7 +63,12 @@ def watch_attention(
 
     def attention_reader(site: Site) -> Callable:
         def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            see(site, module, args[0] if args else kwargs["hidden_states"], grids[site.owner])
+            tokens, grid = args[0] if args else kwargs["hidden_states"], grids[site.owner]
+            turn = family.find_turn(args, kwargs)
+            if turn is not None:
+                known = turns.get(grid)
+                turn = turns[grid] = known if known and known.equals(turn) else turn
+            see(site, module, TokenSample(tokens, grid, turn))
 
         return read
 
@@ -68,8 +88,9 @@ def watch_attention(
 class TokenReservoir:
     """Some of the tokens that each of several sites is given.
 
-    Whole pictures are kept, each as [1, N, C] with its grid: all of them where they fit, else a
-    random choice among all that were seen, in which every picture has the same chance.
+    Whole pictures are kept, each as [1, N, C] with its grid and rotary embedding: all of them where
+    they fit, else a random choice among all that were seen, in which every picture has the same
+    chance.
 
     Args:
         paths: of the sites.
@@ -87,17 +108,17 @@ class TokenReservoir:
         self._generator = torch.Generator().manual_seed(seed)
         self._room = memory * 2**30 / max(1, len(self.kept))  # bytes of a site
 
-    def add(self, path: str, tokens: Tensor, grid: Grid) -> None:
-        """Look at the tokens [B, N, C] of a call; those of further paths are passed over."""
+    def add(self, path: str, seen: TokenSample) -> None:
+        """Look at what an attention was called with; those of further paths are passed over."""
         if path not in self.kept:
             return
-        kept, lots = self.kept[path], self._lots[path]
+        kept, lots, tokens = self.kept[path], self._lots[path], seen.tokens
         fit = max(2, int(self._room // (tokens[0].numel() * tokens.element_size())))
         most = self._most[path] = min(self._most.get(path, fit), fit)
         drawn = torch.rand(len(tokens), generator=self._generator)  # those of the least lots stay
         for picture, lot in zip(tokens.detach(), drawn, strict=True):
             if len(lots) < most or lot < max(lots):
-                kept.append((picture[None].cpu().clone(), grid))
+                kept.append(seen._replace(tokens=picture[None].cpu().clone()))
                 lots.append(lot.item())
             while len(lots) > most:
                 last = lots.index(max(lots))
@@ -119,8 +140,8 @@ def sample_attention(
     """
     reservoir = TokenReservoir(paths, memory, seed)
 
-    def see(site: Site, attention: Any, tokens: Tensor, grid: Grid) -> None:
-        reservoir.add(site.path, tokens, grid)
+    def see(site: Site, attention: Any, seen: TokenSample) -> None:
+        reservoir.add(site.path, seen)
 
     with watch_attention(model, see):
         yield reservoir.kept

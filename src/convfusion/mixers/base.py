@@ -8,18 +8,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from convfusion.errors import ConvFusionError
 
 Grid = tuple[int, ...]  # (H, W), or (T, H, W) of a video
-TokenSample = tuple[
-    Tensor, Grid
-]  # tokens [B, N, C] that an attention was seen with, and their grid
+
+
+class Turn(Protocol):
+    """A rotary embedding: what turns queries and keys by where they lie."""
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """Queries or keys [B, h, N, d] as they are compared."""
+
+    def equals(self, other: Any) -> bool:
+        """Whether another one turns every token alike."""
+
+
+class TokenSample(NamedTuple):
+    """What an attention was seen with.
+
+    Attributes:
+        tokens: [B, N, C].
+        grid: of the tokens.
+        turn: what turns its queries and keys by where they lie; None without rotary embedding.
+    """
+
+    tokens: Tensor
+    grid: Grid
+    turn: Turn | None = None
 
 
 class TokenMixer(nn.Module):
@@ -136,12 +158,24 @@ def score_scale(attention: Any) -> float:
     return (projections(attention)[0].out_features / attention.heads) ** -0.5
 
 
-def project_heads(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project_heads(
+    attention: Any, tokens: Tensor, turn: Turn | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of an attention in float32: [B, N, C] → three of [B, h, N, d].
 
-    Norms of queries and keys are applied, of each head or across all of them; rotary embeddings
-    are not.
+    Norms of queries and keys are applied, of each head or across all of them.
+
+    Args:
+        attention: a diffusers attention.
+        tokens: [B, N, C] of any device and dtype.
+        turn: its rotary embedding, where it has one: see `TokenSample`.
     """
+    query, key, value = normed_heads(attention, tokens)
+    return (query, key, value) if turn is None else (turn(query), turn(key), value)
+
+
+def normed_heads(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `project_heads`, before a rotary embedding turns queries and keys."""
     found = []
     layers = zip(projections(attention)[:3], ("norm_q", "norm_k", ""), strict=True)
     for layer, norm in layers:
@@ -149,10 +183,16 @@ def project_heads(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tenso
         mapped = F.linear(tokens.to(layer.weight.device, torch.float32), layer.weight.float(), bias)
         normalise = getattr(attention, norm, None) if norm else None
         if normalise is not None and spans_heads(normalise, attention):
-            mapped, normalise = normalise(mapped), None
+            mapped, normalise = _normalise(normalise, mapped), None
         heads = mapped.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-        found.append(heads if normalise is None else normalise(heads))
+        found.append(heads if normalise is None else _normalise(normalise, heads))
     return found[0], found[1], found[2]
+
+
+def _normalise(norm: nn.Module, mapped: Tensor) -> Tensor:
+    """A norm in float32, whatever the dtype of its weights."""
+    weights = {name: weight.float() for name, weight in norm.named_parameters()}
+    return functional_call(norm, weights, (mapped,))
 
 
 def spans_heads(norm: Any, attention: Any) -> bool:

@@ -12,33 +12,44 @@ For each head, with second moments Σ over a sample of the tokens that the atten
    singular vectors U_n of W_o·Σ_a^½ write, U_nᵀ·W_o·W_v reads, and what the cut takes from the mean
    of a goes to the bias.
 3. ρ(Δ) is the mean over all pairs at the offset Δ of the score that the cut has left out; λ = 0.
+
+Where the attention norms its queries and keys, which no linear layer does, q and k are the linear
+maps of x that are nearest to the normed ones (`fit_norms`). Where a rotary embedding R turns them,
+a linear layer cannot either, since R depends on the place: the score q_i·R_iᵀ·R_j·k_j is cut to
+rank r as q·D·k with D = E[R_iᵀ·R_j] over the keys of the window (`average_turn`), which keeps the
+channels that turn slowly; and what depends on the offset alone goes to ρ, which is measured against
+the scores as the attention has them. λ is then the mean of ρ, in the exponent, over what lies
+outside of windows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
 from convfusion.mixers.base import (
-    Grid,
     TokenSample,
     output_heads,
     project_heads,
     projections,
     score_scale,
-    spans_heads,
 )
-from convfusion.mixers.offsets import QUERIES, choose_queries, split_queries
+from convfusion.mixers.nearest_layers import (
+    Layers,
+    average_turns,
+    fit_norms,
+    fold_norms,
+    take_roots,
+)
+from convfusion.mixers.offsets import QUERIES, choose_queries, split_queries, sum_by_offset
 
 if TYPE_CHECKING:
     from convfusion.mixers.halo import HaloMixer
-
-NOTHING = 1e-6  # of the largest eigenvalue: what lies below it is rounding
 
 
 @dataclass(frozen=True)
@@ -59,19 +70,26 @@ class HeadMoments:
 
 
 @torch.no_grad()
-def measure_moments(attention: Any, sample: Sequence[TokenSample]) -> HeadMoments:
-    """The moments of a sample; each picture's softmax is worked out for at most 256 queries."""
+def measure_moments(attention: Any, sample: Sequence[TokenSample], layers: Layers) -> HeadMoments:
+    """The moments of a sample; each picture's softmax is worked out for at most 256 queries.
+
+    Args:
+        attention: a diffusers attention.
+        sample: what it was seen with.
+        layers: for its queries, keys and values, without norms; see `fit_norms`.
+    """
     query_sum: Any = 0
     key_sum: Any = 0
     squares: Any = 0
     total: Any = 0
     tokens_seen = queries_seen = 0
-    for tokens, _ in sample:
-        query, key, value = project_heads(attention, tokens)
+    for tokens, _, turn in sample:
+        query, key = (layer.split(tokens, attention.heads) for layer in layers[:2])
         key = key - key.mean(2, keepdim=True)
         query_sum += torch.einsum("bhnd,bhne->hde", query, query)
         key_sum += torch.einsum("bhnd,bhne->hde", key, key)
         tokens_seen += query.shape[0] * query.shape[2]
+        query, key, value = project_heads(attention, tokens, turn)
         chosen = choose_queries(query.shape[2], QUERIES).to(query.device)
         for part in split_queries(chosen, query.shape[0] * query.shape[1], query.shape[2]):
             scores = query[:, :, part] @ key.transpose(2, 3) * score_scale(attention)
@@ -84,11 +102,21 @@ def measure_moments(attention: Any, sample: Sequence[TokenSample]) -> HeadMoment
     return HeadMoments(query_sum / tokens_seen, key_sum / tokens_seen, covariance, mean)
 
 
-def cut_scores(moments: HeadMoments, scale: float, rank: int) -> tuple[Tensor, Tensor]:
-    """Readers R_q and R_k [h, r, d] with (R_q·q)·(R_k·k) nearest to scale·q·k."""
+def cut_scores(
+    moments: HeadMoments, scale: float, rank: int, turned: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Readers R_q and R_k [h, r, d] with (R_q·q)·(R_k·k) nearest to scale·q·k, or to scale·q·D·k.
+
+    Args:
+        moments: of queries and keys.
+        scale: of the scores.
+        rank: r.
+        turned: D, [h, d, d]; see `average_turn`.
+    """
     root_q, inverse_q = take_roots(moments.query)
     root_k, inverse_k = take_roots(moments.key)
-    left, strength, right = torch.linalg.svd(root_q @ root_k)
+    product = root_q @ root_k if turned is None else root_q @ turned @ root_k
+    left, strength, right = torch.linalg.svd(product)
     size = (strength[:, None, :rank] * scale).sqrt()
     read_q = inverse_q @ left[:, :, :rank] * size
     read_k = inverse_k @ right.transpose(1, 2)[:, :, :rank] * size
@@ -123,7 +151,8 @@ def set_from_weights(mixer: HaloMixer, attention: Any) -> None:
     if bias is not None:
         mean = bias.float().unflatten(0, (attention.heads, -1))
     squares = [each @ each.transpose(1, 2) for each in (query, key, value)]
-    _set_projections(mixer, attention, HeadMoments(squares[0], squares[1], squares[2], mean))
+    moments = HeadMoments(squares[0], squares[1], squares[2], mean)
+    _set_projections(mixer, attention, moments, fold_norms(attention))
     mixer.relative.zero_()
 
 
@@ -132,81 +161,47 @@ def set_from_sample(mixer: HaloMixer, attention: Any, sample: Sequence[TokenSamp
     """Set a block by the moments of a sample; see the module's equations.
 
     Raises:
-        ConvFusionError: the attention's heads or channels are not the block's, or it normalises
-            its queries or keys, which no linear layer can.
+        ConvFusionError: the attention's heads or channels are not the block's.
     """
     _check_shape(mixer, attention)
-    norms = (getattr(attention, name, None) for name in ("norm_q", "norm_k"))
-    if any(norm is not None for norm in norms):
-        raise ConvFusionError(
-            "a halo block cannot start from an attention that normalises its queries and keys: "
-            'convert without measuring, or distil with start = "converted"'
-        )
-    moments = measure_moments(attention, sample)
-    read_q, read_k = _set_projections(mixer, attention, moments)
-    eye = torch.eye(read_q.shape[2], device=read_q.device)
-    left_out = score_scale(attention) * eye - read_q.transpose(1, 2) @ read_k  # [h, d, d]
-    reach = [window - 1 for window in mixer.config.sides("window")]
+    layers, window = fit_norms(attention, sample), mixer.config.sides("window")
+    moments = measure_moments(attention, sample, layers)
+    turned = average_turns(sample, window, moments.query)
+    read_q, read_k = _set_projections(mixer, attention, moments, layers, turned)
+    scale = score_scale(attention)
     sums = counts = torch.zeros((), device=read_q.device)
-    for tokens, grid in sample:
-        query, key, _ = project_heads(attention, tokens)
-        key = key - key.mean(2, keepdim=True)
-        more = sum_by_offset(query @ left_out, key, grid, reach)
+    for tokens, grid, turn in sample:
+        query, key, _ = project_heads(attention, tokens, turn)
+        own_query, own_key = (layer.split(tokens, attention.heads) for layer in layers[:2])
+        query = torch.cat([query * scale, -own_query @ read_q.transpose(1, 2)], dim=3)
+        own_key = (own_key - own_key.mean(2, keepdim=True)) @ read_k.transpose(1, 2)
+        if turn is None:  # else what keys have in common tells where they are
+            key = key - key.mean(2, keepdim=True)
+        key = torch.cat([key, own_key], dim=3)
+        more = sum_by_offset(query, key, grid, [side - 1 for side in window])
         sums, counts = sums + more[0], counts + more[1]
-    mixer.relative.copy_((sums / counts.clamp(min=1)).unflatten(1, mixer.relative.shape[1:]))
+    means = sums / counts.clamp(min=1)
+    mixer.relative.copy_(means[:, :-1].unflatten(1, mixer.relative.shape[1:]))
+    if turned is not None:
+        mixer.far.copy_(_find_far(means, counts, window))
 
 
-def sum_by_offset(
-    query: Tensor, key: Tensor, grid: Grid, reach: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Sums of q·k over the pairs at each offset of a key from its query, and their numbers.
+def _find_far(means: Tensor, counts: Tensor, window: Sequence[int]) -> Tensor:
+    """λ of each head: log E[exp ρ(Δ)] over the pairs that are no neighbours, [h].
 
     Args:
-        query, key: [B, h, N, d], row by row on the grid.
-        grid: (H, W) or (T, H, W).
-        reach: the largest offset along each axis.
-
-    Returns:
-        [h, D] and [D]; the offsets lie row by row from −reach to +reach, D = Π(2·reach + 1).
+        means: ρ by offset and, last, of all that are farther apart, [h, D + 1].
+        counts: pairs, [D + 1].
+        window: its side along each axis.
     """
-    device, sides = query.device, [2 * most + 1 for most in reach]
-    lines = [torch.arange(side, device=device) for side in grid]
-    inside = [(line - line[:, None]).abs() <= most for line, most in zip(lines, reach, strict=True)]
-    offsets = [
-        (line - line[:, None]).clamp(-most, most) + most
-        for line, most in zip(lines, reach, strict=True)
-    ]
-    length = 1
-    for side in sides:
-        length *= side
-    sums = query.new_zeros(query.shape[1], length + 1)
-    counts = query.new_zeros(length + 1)
-    chosen = choose_queries(query.shape[2], QUERIES).to(device)
-    for part in split_queries(chosen, query.shape[0] * query.shape[1], query.shape[2]):
-        place, near = _take_rows(offsets, sides, grid, part), _take_rows(inside, None, grid, part)
-        place = torch.where(near, place, length).flatten()  # the last one is thrown away
-        scores = (query[:, :, part] @ key.transpose(2, 3)).sum(0).flatten(1)
-        sums.index_add_(1, place, scores)
-        counts += torch.bincount(place, minlength=length + 1) * query.shape[0]
-    return sums[:, :-1], counts[:-1]
-
-
-def _take_rows(
-    lines: Sequence[Tensor], sizes: Sequence[int] | None, grid: Grid, queries: Tensor
-) -> Tensor:
-    """What some queries have of every key, [Q, N], put together from what holds along each axis."""
-    parts, rest = [], queries
-    for line, side in zip(reversed(lines), reversed(grid), strict=True):
-        parts.append(line[rest % side])  # [Q, side]
-        rest = rest // side
-    parts.reverse()
-    total = parts[0]
-    for axis, part in enumerate(parts[1:], 1):
-        if sizes is None:
-            total = (total[:, :, None] & part[:, None]).flatten(1)
-        else:
-            total = (total[:, :, None] * sizes[axis] + part[:, None]).flatten(1)
-    return total
+    near = torch.ones((), dtype=torch.bool, device=counts.device)
+    for side in window:
+        away = torch.arange(1 - side, side, device=counts.device).abs()
+        near = near[..., None] & (away <= side // 2)
+    apart = counts * ~torch.cat([near.flatten(), near.new_zeros(1)])
+    if not apart.any():
+        return torch.zeros_like(means[:, 0])
+    return (means + (apart / apart.sum()).log()).logsumexp(1)
 
 
 def _check_shape(mixer: HaloMixer, attention: Any) -> None:
@@ -218,12 +213,16 @@ def _check_shape(mixer: HaloMixer, attention: Any) -> None:
 
 
 def _set_projections(
-    mixer: HaloMixer, attention: Any, moments: HeadMoments
+    mixer: HaloMixer,
+    attention: Any,
+    moments: HeadMoments,
+    layers: Layers,
+    turned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Set all layers of a block; returns the readers of its scores, [h, r, d] each."""
-    query, key, value = fold_norms(attention)
+    query, key, value = layers
     out, weights = projections(attention)[3], output_heads(attention)
-    read_q, read_k = cut_scores(moments, score_scale(attention), mixer.key_rank)
+    read_q, read_k = cut_scores(moments, score_scale(attention), mixer.key_rank, turned)
     read_v, write = cut_values(moments, weights, mixer.value_rank)
     _read(mixer.to_q, [(query, read_q)])
     _read(mixer.to_kv, [(key, read_k), (value, read_v)])
@@ -233,31 +232,6 @@ def _set_projections(
     mixer.to_out.bias.copy_(bias if out.bias is None else bias + out.bias.float())
     mixer.far.zero_()
     return read_q, read_k
-
-
-class Projection(NamedTuple):
-    """Weight and bias of a linear layer, in float32."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-def fold_norms(attention: Any) -> tuple[Projection, Projection, Projection]:
-    """Layers for queries, keys and values whose norms are constants: those of white noise."""
-    folded = []
-    for layer, name in zip(projections(attention)[:3], ("norm_q", "norm_k", ""), strict=True):
-        weight, bias = layer.weight.float(), layer.bias
-        bias = None if bias is None else bias.float()
-        if (norm := getattr(attention, name, None) if name else None) is not None:
-            heads = 1 if spans_heads(norm, attention) else attention.heads
-            squares = weight.square().sum(1) + (0 if bias is None else bias.square())
-            size = squares.unflatten(0, (heads, -1)).mean(1, keepdim=True).rsqrt()
-            gain = weight.new_ones(()) if norm.weight is None else norm.weight.float()
-            factor = (size * gain).expand(heads, len(weight) // heads).flatten()
-            weight = weight * factor[:, None]
-            bias = None if bias is None else bias * factor
-        folded.append(Projection(weight, bias))
-    return folded[0], folded[1], folded[2]
 
 
 def _read(layer: nn.Linear, parts: Sequence[tuple[Any, Tensor]]) -> None:
@@ -273,13 +247,3 @@ def _read(layer: nn.Linear, parts: Sequence[tuple[Any, Tensor]]) -> None:
         biases.append(bias)
     layer.weight.copy_(torch.cat(weights, dim=1).flatten(0, 1))
     layer.bias.copy_(torch.cat(biases, dim=1).flatten())
-
-
-def take_roots(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The square root of a second moment [h, d, d], and the inverse of that root."""
-    values, basis = torch.linalg.eigh(moment)
-    values = values.clamp(min=0)
-    kept = values > values.amax(-1, keepdim=True) * NOTHING + 1e-20
-    inverse = torch.where(kept, values.clamp(min=1e-30).rsqrt(), 0.0)
-    across = basis.transpose(1, 2)
-    return (basis * values.sqrt()[:, None]) @ across, (basis * inverse[:, None]) @ across

@@ -103,8 +103,9 @@ class MeanOnlyMixer(TokenMixer):
         """Uniform attention, whose bias is such that the mean output is the attention's."""
         self.init_from(attention)
         missed = []
-        for tokens, _ in sample:
-            given = attend_at(attention, tokens, choose_queries(tokens.shape[1], QUERIES))
+        for tokens, _, turn in sample:
+            chosen = choose_queries(tokens.shape[1], QUERIES)
+            given = attend_at(attention, tokens, chosen, turn)
             mean = tokens.to(given).mean(dim=1)
             missed.append((given.mean(dim=1) - F.linear(mean, self.proj.weight.float())).mean(0))
         self.proj.bias.copy_(torch.stack(missed).mean(0))

@@ -7,20 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convfusion.mixers.base import output_heads, project_heads, projections, score_scale
+from convfusion.mixers.base import Turn, output_heads, project_heads, projections, score_scale
 from convfusion.mixers.offsets import split_queries
 
 
 @torch.no_grad()
-def attend_at(attention: Any, tokens: Tensor, chosen: Tensor) -> Tensor:
+def attend_at(attention: Any, tokens: Tensor, chosen: Tensor, turn: Turn | None = None) -> Tensor:
     """The output of an attention at some queries, in float32: [B, N, C] → [B, Q, C].
 
     Args:
         attention: a diffusers attention.
         tokens: all of them, of any device and dtype.
         chosen: indices of Q queries.
+        turn: the rotary embedding of the attention, where it has one.
     """
-    query, key, value = project_heads(attention, tokens)
+    query, key, value = project_heads(attention, tokens, turn)
     weights, bias = output_heads(attention), projections(attention)[3].bias
     parts = []
     maps_of_each = query.shape[0] * query.shape[1]

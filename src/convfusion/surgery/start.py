@@ -37,7 +37,7 @@ def start_from_attention(
 
     Args:
         pipe_or_model: a converted pipeline or denoiser with its attention kept.
-        calls: keyword arguments of the denoiser, such as `generate.record_calls` gives; a few dozen
+        calls: keyword arguments of the denoiser, such as `recording.record_calls` gives; some dozen
             pictures over all timesteps are enough.
         only: paths of the sites whose mixers are set; None sets all that can be.
         memory: GiB on the CPU for tokens, over all sites.
@@ -101,13 +101,13 @@ def measure_imitation(mixer: Any, attention: Any, sample: Sequence[TokenSample])
     Args:
         mixer: on the attention's device.
         attention: a diffusers attention.
-        sample: tokens and their grids.
+        sample: what it was seen with.
     """
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     own = next(iter(mixer.parameters()), None)
-    for tokens, grid in sample:
+    for tokens, grid, turn in sample:
         chosen = choose_queries(tokens.shape[1], QUERIES)
-        target = attend_at(attention, tokens, chosen)
+        target = attend_at(attention, tokens, chosen, turn)
         placed = tokens.to(target.device, torch.float32 if own is None else own.dtype)
         mixed = mixer(placed, grid)[:, chosen.to(target.device)].float()
         error = (mixed - target).double().square().sum()
