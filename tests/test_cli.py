@@ -217,7 +217,7 @@ MISTAKES = {
     "no data": (["distill", "MODEL", "--out", "OUT"], "--data is needed"),
     "size without data": (
         ["distill", "mini", "--out", "OUT", "--size", "128x128"],
-        "--size and --buckets are for data of your own",
+        "--size, --frames and --buckets are for data of your own",
     ),
     "no folder": (["distill", "MODEL", "--out", "OUT", "--data", "nowhere"], "does not exist"),
     "no data to plan for": (["distill", "MODEL", "--dry-run", "--data", "x"], "does not exist"),
@@ -332,6 +332,13 @@ def test_a_run_says_where_it_begins_and_what_it_sets_aside(run, model, pictures,
     assert code == 0 and "Continuing after step 1." in said, err
     code, said, err = run("distill", "mini", "--every", 2, "--dry-run")
     assert code == 0 and "4 of 7" in said and "the blocks that it has are set aside" in said, err
+
+
+def test_bench_latency_times_graphs_on_cuda_alone(run):
+    options = ("mini", "--size", "64x64", "--whole", "--recorded", "--device", "cpu")
+    code, _, err = run("bench", "latency", *options)
+    assert code == 2
+    assert "CUDA graphs, which cpu does not have" in err
 
 
 def test_bench_flops_shows_and_writes_what_things_cost(run, tmp_path):

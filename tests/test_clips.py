@@ -1,6 +1,7 @@
 """Clips: folders of frames, GIFs and videos are read alike, damage is told, writing keeps them."""
 
 import os
+import struct
 import sys
 
 import numpy as np
@@ -80,6 +81,24 @@ def test_other_videos_are_read(tmp_path, name):
     codec = "libvpx-vp9" if name == "clip.webm" else "libx264"
     write_video(make_clip(), str(tmp_path / name), codec)
     assert close(read_clip(tmp_path / name, 7), make_clip(), 6)
+
+
+@needs_av
+@pytest.mark.parametrize(
+    ("matrix", "quarters"), [((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 3)]
+)
+def test_a_video_that_was_turned_is_turned_back(tmp_path, matrix, quarters):
+    """The track's matrix (a, b, c, d) takes (x, y) to (ax + cy, bx + dy), where y is downwards."""
+    clip = make_clip(3)
+    write_clip(clip, tmp_path / "clip.mp4", 10)
+    data = bytearray((tmp_path / "clip.mp4").read_bytes())
+    a, b, c, d = (number << 16 for number in matrix)
+    place = data.index(b"tkhd") + 44  # behind version, times, number, length and layers
+    assert struct.unpack_from(">9i", data, place) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    struct.pack_into(">5i", data, place, a, b, 0, c, d)
+    (tmp_path / "turned.mp4").write_bytes(data)
+    upright = np.rot90(clip, -quarters, axes=(1, 2))
+    assert close(read_clip(tmp_path / "turned.mp4", 3), upright, 3)
 
 
 @needs_av
@@ -176,6 +195,8 @@ def test_a_strip_shows_the_first_frame_the_last_and_some_between(tmp_path):
     for place, number in enumerate((0, 4, 8, 12, 16)):
         left = place * (8 + GAP)
         assert np.array_equal(strip[:, left : left + 8], clip[number])
+    large = np.zeros((2, 400, 800, 3), np.uint8)
+    assert draw_strip(large).size == (2 * 320 + GAP, 160)
     save_strip(clip, tmp_path / "strip.png", 5)
     with Image.open(tmp_path / "strip.png") as file:
         assert np.array_equal(np.array(file), strip)

@@ -20,7 +20,8 @@ from convfusion import ConvFusionError
 from convfusion import files as files_module
 from convfusion.evaluate import drawing as drawing_module
 from convfusion.evaluate import epsilon_errors, evaluate, psnr
-from convfusion.evaluate.drawing import picture_of, recorded_latents
+from convfusion.evaluate.drawing import recorded_latents
+from convfusion.evaluate.drawn import picture_of
 from convfusion.evaluate.real import open_real
 from convfusion.families import encode_conditioning
 from convfusion.fingerprint import fingerprint

@@ -8,7 +8,10 @@ from diffusers import (
     AutoencoderKLWan,
     DDIMScheduler,
     DiTPipeline,
+    FlowMatchEulerDiscreteScheduler,
     PixArtSigmaPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -137,6 +140,38 @@ def dit_pipeline() -> DiTPipeline:
         vae=autoencoder(),
         scheduler=DDIMScheduler(clip_sample=False),
         id2label={0: "red", 1: "green", 2: "apple"},
+    )
+
+
+def stable_diffusion_3() -> StableDiffusion3Pipeline:
+    """Of SD3.5 Medium, without its third text encoder, which one may leave out."""
+    torch.manual_seed(3)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=24,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    vae = autoencoder()
+    vae.register_to_config(shift_factor=0.1)  # which its pipelines ask for
+    return StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(text_config(8)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(8)).eval(),
+        text_encoder_3=None,
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        tokenizer_3=None,
     )
 
 

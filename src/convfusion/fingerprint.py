@@ -63,12 +63,12 @@ def identity(pipe: Any) -> dict[str, Any]:
         pipelines of this class have and this one was loaded without.
     """
     parts: dict[str, Any] = {}
-    for name in ("vae", "text_encoder", "text_encoder_2"):
+    for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
         if hasattr(pipe, name):
             parts[name] = module_identity(getattr(pipe, name))
     if parts.get("vae"):
         parts["vae"].pop("sample_size", None)  # of its training: no number depends on it
-    for name in ("tokenizer", "tokenizer_2"):
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         if hasattr(pipe, name):
             parts[name] = _tokenizer_identity(getattr(pipe, name))
     if labels := getattr(pipe, "labels", None):  # the class names of a DiT

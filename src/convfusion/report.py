@@ -82,11 +82,26 @@ def show_picture(image: Image.Image, words: str) -> str:
         image: becomes a part of the page.
         words: what it shows, for those who cannot see it; plain text.
     """
-    alt, sizes = html.escape(words), f"--width: {image.width}px; --narrowest: {NARROWEST}px"
+    return _show(embed_picture(image), image.width, words)
+
+
+def show_animation(pictures: Sequence[Image.Image], rate: float, words: str) -> str:
+    """Pictures of one size that follow each other again and again, as `show_picture` shows one.
+
+    Args:
+        pictures: in their order.
+        rate: how many are shown in a second.
+        words: what they show, for those who cannot see it; plain text.
+    """
+    return _show(embed_animation(pictures, rate), pictures[0].width, words)
+
+
+def _show(address: str, width: int, words: str) -> str:
+    alt, sizes = html.escape(words), f"--width: {width}px; --narrowest: {NARROWEST}px"
     return (
         f'<label class="picture" style="{sizes}"><input type="checkbox" '
         f'aria-label="Full size: {alt}"><span class="scroll"><img alt="{alt}" '
-        f'src="{embed_picture(image)}"></span></label>'
+        f'src="{address}"></span></label>'
     )
 
 
@@ -245,6 +260,15 @@ def embed_picture(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def embed_animation(pictures: Sequence[Image.Image], rate: float) -> str:
+    """Pictures, `rate` of them in a second, as a `data:` address of a WebP that repeats."""
+    buffer = io.BytesIO()
+    first, *rest = pictures
+    delay = round(1000 / rate)
+    first.save(buffer, "WEBP", save_all=True, append_images=rest, duration=delay, quality=85)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def render_figure(figure: Figure) -> Image.Image:

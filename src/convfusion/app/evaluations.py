@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from convfusion.errors import ConvFusionError
-from convfusion.evaluate.drawing import SIDES, STUDENT, TEACHER, picture_of
+from convfusion.evaluate.drawing import SIDES, STUDENT, TEACHER
+from convfusion.evaluate.drawn import picture_of
 from convfusion.evaluate.measure import SampleResult
 from convfusion.evaluate.results import read_samples
 from convfusion.text import one_line

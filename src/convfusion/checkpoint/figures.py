@@ -25,6 +25,8 @@ ROWS = (
     ("psnr", "PSNR in dB, higher is closer", ".1f", 1.0),
     ("ssim", "SSIM, 1 is equal", ".3f", 1.0),
     ("cosine", "cosine of features, 1 is equal", ".3f", 1.0),
+    ("change_ratio", "change from frame to frame, 1 is as much", ".2f", 1.0),
+    ("flicker_ratio", "flicker, 1 is as much", ".2f", 1.0),
 )
 EXCESS = "excess_kernel_distance"
 
@@ -77,20 +79,25 @@ def fill_table(
     record: Mapping[str, Any], rows: Mapping[tuple[str, str, str], tuple[float, float | None]]
 ) -> str:
     """The table and what is to be known of it."""
+    drawn = record["settings"]
+    frames = drawn.get("frames")
+    noun = "pictures" if frames is None else "clips"
     lines = [
-        "| against the base model's pictures | these blocks | the base model, another seed |",
+        f"| against the base model's {noun} | these blocks | the base model, another seed |",
         "| --- | ---: | ---: |",
     ]
     for metric, name, form, factor in ROWS:
         ours = rows.get((metric, STUDENT, TEACHER))
         other = rows.get((metric, OTHER, TEACHER))
+        if metric == "epsilon_error" and drawn.get("predicts") == "velocity":
+            name = name.replace("ε-error", "velocity error")
         if ours is not None:
             lines.append(f"| {name} | {told(ours, form, factor)} | {told(other, form, factor)} |")
-    drawn = record["settings"]
     height, width = drawn["size"]
+    length = f"{int(frames)} frames of " if frames else ""
     note = (
-        f"Means with standard errors over {int(drawn['samples'])} pictures of "
-        f"{int(drawn['prompts'])} prompts, {int(width)}×{int(height)} pixels, "
+        f"Means with standard errors over {int(drawn['samples'])} {noun} of "
+        f"{int(drawn['prompts'])} prompts, {length}{int(width)}×{int(height)} pixels, "
         f"{int(drawn['steps'])} steps, guidance {float(drawn['guidance']):g}. The blocks drew them "
         "from the seeds of the base model; the last column is what chance alone comes to."
     )
@@ -98,8 +105,8 @@ def fill_table(
     if excess is not None and excess[1] is not None:
         network = markdown_text(record["extractor"]["name"])
         note += (
-            " Compared as sets with further pictures of the base model, the kernel distance of the "
-            f"blocks' pictures exceeds that of its own by {told(excess, '.2f', 1e3)} thousandths "
+            f" Compared as sets with further {noun} of the base model, the kernel distance of the "
+            f"blocks' {noun} exceeds that of its own by {told(excess, '.2f', 1e3)} thousandths "
             f"({network}); up to two standard errors is chance."
         )
     return "\n".join([*lines, "", note, "", f"Measured by ConvFusion {version_of(record)}."])

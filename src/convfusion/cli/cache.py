@@ -12,6 +12,7 @@ from convfusion.cli.console import console, print_ending
 from convfusion.cli.models import check_loading, choose_guidance, open_pipeline
 from convfusion.cli.options import (
     Device,
+    Frames,
     Model,
     Precision,
     Revision,
@@ -24,8 +25,8 @@ from convfusion.progress import Progress
 Pictures = Annotated[
     str,
     typer.Option(
-        help="Pictures with captions: a folder, a table, tar shards or hf:NAME. Or a .txt file "
-        "of prompts, which the model then draws itself."
+        help="Pictures with captions: a folder, a table, tar shards or hf:NAME. Or a folder of "
+        "clips. Or a .txt file of prompts, which the model then draws itself."
     ),
 ]
 Continued = Annotated[
@@ -35,7 +36,8 @@ Buckets = Annotated[
     bool,
     typer.Option(
         "--buckets/--no-buckets",
-        help="Group pictures by their ratio of sides instead of cropping them to one size.",
+        help="Group pictures by their ratio of sides instead of cropping them to one size, and "
+        "clips also by their length.",
     ),
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]
@@ -66,6 +68,7 @@ def cache(
     data: Pictures,
     out: Continued,
     size: Size = None,
+    frames: Frames = None,
     buckets: Buckets = False,
     workers: Workers = 4,
     batch_size: Encoded = 8,
@@ -81,7 +84,7 @@ def cache(
     precision: Precision = "float32",
     device: Device = None,
 ) -> None:
-    """Encode pictures and captions once, for `convfusion distill --data OUT`.
+    """Encode pictures or clips and their captions once, for `convfusion distill --data OUT`.
 
     If it is stopped, the same command continues it.
     """
@@ -101,6 +104,7 @@ def cache(
         source,
         out,
         size=wanted,
+        frames=frames,
         buckets=buckets,
         num_workers=workers,
         batch_size=batch_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,35 @@ from convfusion.imports import EXTRAS, is_installed
 if TYPE_CHECKING:
     import numpy as np
 
+Frames = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Frames of a clip, for models that draw videos. Default: the model's."
+    ),
+]
+Speed = Annotated[
+    float | None,
+    typer.Option("--fps", help="Frames a second of a clip. Default: the model's own."),
+]
 CLIPS = (".mp4", ".gif")  # that are written
+
+
+def choose_frames(pipe: Any, frames: int | None) -> int | None:
+    """Frames of the clips that a pipeline draws, its own if none are told; None for pictures.
+
+    Raises:
+        ConvFusionError: a pipeline of pictures is asked for frames, or clips cannot have so many.
+    """
+    from convfusion.clips import check_frames
+    from convfusion.families import native_frames
+
+    own = native_frames(pipe)
+    if not own:
+        if frames is not None:
+            raise ConvFusionError(f"a {type(pipe).__name__} draws pictures: leave --frames out")
+        return None
+    check_frames(pipe, frames or own)
+    return frames or own
 
 
 def check_clips(

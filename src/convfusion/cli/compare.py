@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from convfusion.cli.clips import Frames, choose_frames
 from convfusion.cli.console import console, print_ending
 from convfusion.cli.generate import gather_prompts
 from convfusion.cli.models import (
@@ -73,6 +74,7 @@ def compare(
     out: Grid = Path("comparison.png"),
     columns: Columns = 5,
     size: Size = None,
+    frames: Frames = None,
     steps: Steps = 25,
     guidance: Guidance = None,
     batch_size: BatchSize = 4,
@@ -84,7 +86,7 @@ def compare(
 
     All rows share prompts and seeds, so that pictures in a column can be compared. PSNR, in
     decibels, tells how close each row is to the teacher's; higher is closer. `mini` compares its
-    own trained blocks, and has prompts of its own.
+    own trained blocks, and has prompts of its own. Clips are shown as strips of their frames.
     """
     from convfusion.evaluate.comparison import compare_blocks
     from convfusion.families.calls import check_call
@@ -99,7 +101,8 @@ def compare(
     wanted = parse_size(size) if size else None
     options = {"negative_prompt": negative_prompt} if negative_prompt else {}
     pipe = open_pipeline(model, precision, device, revision)
-    check_call(pipe, texts, wanted, options)
+    count = choose_frames(pipe, frames)
+    check_call(pipe, texts, wanted, options, clips=count is not None)
     if wanted:
         check_size(pipe, wanted)
     check_rows(model, pipe, students)
@@ -109,6 +112,7 @@ def compare(
         texts,
         seeds,
         removed=removed,
+        frames=count,
         progress=True,
         steps=steps,
         guidance=choose_guidance(model, pipe) if guidance is None else guidance,
@@ -116,10 +120,11 @@ def compare(
         batch_size=batch_size,
         **options,
     )
-    compared.grid(columns).save(out)
-    print_comparison(compared)
+    compared.grid(columns if count is None else 1).save(out)  # strips are wide
+    print_comparison(compared, "pictures" if count is None else "clips")
     command = ["convfusion", "evaluate", model]
     command += ["--blocks", blocks[0]] if blocks else []
+    command += ["--frames", str(frames)] if frames else []
     print_ending(out, next_command=(*command, "--out", "convfusion-evaluation"))
 
 
@@ -180,15 +185,15 @@ def check_rows(model: str, pipe: Any, students: dict[str, str]) -> None:
         )
 
 
-def print_comparison(compared: Comparison) -> None:
+def print_comparison(compared: Comparison, noun: str) -> None:
     """The PSNR of each student's row to the teacher's."""
     from rich.table import Table
 
     from convfusion.report import format_psnr
 
     count = len(compared.captions)
-    pictures = "1 picture" if count == 1 else f"{count} pictures each"
-    table = Table(title=f"Closeness to the teacher's pictures, {pictures}")
+    told = f"1 {noun.rstrip('s')}" if count == 1 else f"{count} {noun} each"
+    table = Table(title=f"Closeness to the teacher's {noun}, {told}")
     table.add_column("blocks")
     table.add_column("PSNR, higher is closer", justify="right")
     for name, psnr in compared.psnr.items():

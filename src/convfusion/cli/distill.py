@@ -27,6 +27,7 @@ from convfusion.cli.options import (
     Data,
     Device,
     Every,
+    Frames,
     Out,
     Revision,
     SettingsFile,
@@ -64,7 +65,9 @@ Recipe = Annotated[
 ]
 ValidationPrompt = Annotated[
     list[str] | None,
-    typer.Option(help="Prompt of a validation picture. Default: the first four captions."),
+    typer.Option(
+        help="Prompt of a validation picture. Default: the first captions, 4 or of clips 2."
+    ),
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue from the last checkpoint in --out.")
@@ -86,6 +89,7 @@ def distill(
     settings: SettingsFile = None,
     data: Data = None,
     size: Size = None,
+    frames: Frames = None,
     buckets: Buckets = None,
     config: Config = None,
     every: Every = None,
@@ -109,7 +113,13 @@ def distill(
     from convfusion.surgery import mixers_of
 
     named: dict[str, Any] = {"model": model, "data": data, "size": size, "buckets": buckets}
-    named |= {"revision": revision, "config": config, "every": every, "first": first}
+    named |= {
+        "frames": frames,
+        "revision": revision,
+        "config": config,
+        "every": every,
+        "first": first,
+    }
     named |= {"recipe": recipe, "precision": precision}
     run = gather_settings(settings, {**named, "distill": training}, out, resume=resume)
     check_run(run, None if dry_run else out, dry_run=dry_run, resume=resume)
@@ -203,9 +213,12 @@ def train(
     from convfusion.distill.card import write_card
     from convfusion.distill.settings import as_toml, run_settings
     from convfusion.distill.validation import draw_validation
+    from convfusion.families import native_frames
     from convfusion.files import write_text
 
-    drawn = prompts or list(dict.fromkeys(data.captions))[:4]
+    clips = native_frames(pipe) > 0
+    drawn = prompts or list(dict.fromkeys(data.captions))[: 2 if clips else 4]
+    size = data.largest if clips else None
     scale = choose_guidance(run.model, pipe)
     with Progress(show) as progress:
         bar = progress.add("distilling", total=run.distill.steps, done=done)
@@ -224,17 +237,19 @@ def train(
             out,
             resume=resume,
             on_step=on_step,
-            validate=lambda pipe, step: draw_validation(pipe, drawn, scale),
+            validate=lambda pipe, step: draw_validation(pipe, drawn, scale, size),
         )
     if not show:
         return
     if not result.stopped:
         write_card(out, pipe, run, result)
-    print_outcome(run, out, result, drawn[0])
+    print_outcome(run, out, result, drawn[0], size)
 
 
-def print_outcome(run: RunSettings, out: Path, result: DistillResult, prompt: str) -> None:
-    """How a run ended, what it wrote, and how to go on."""
+def print_outcome(
+    run: RunSettings, out: Path, result: DistillResult, prompt: str, size: tuple[int, ...] | None
+) -> None:
+    """How a run ended, what it wrote, and how to go on; `size` is that of clips."""
     if result.skipped:
         typer.echo(f"Skipped {result.skipped} steps whose loss or gradient was not finite.")
     if result.stopped:
@@ -248,8 +263,13 @@ def print_outcome(run: RunSettings, out: Path, result: DistillResult, prompt: st
     if result.epsilon_error is not None:
         verdict = describe_error(result.epsilon_error, run.distill.held_out)
     base = "mini-teacher" if is_embedded(run.model) else run.model
-    command = ("convfusion", "compare", base, "--blocks", out, "--prompt", prompt)
-    print_ending(out, verdict=verdict, next_command=(*command, "--out", "comparison.png"))
+    given = (base, "--blocks", out, "--prompt", prompt)
+    command: tuple[Any, ...] = ("convfusion", "compare", *given, "--out", "comparison.png")
+    if size is not None:
+        frames, height, width = size
+        sides = ("--frames", str(frames), "--size", f"{width}x{height}")
+        command = ("convfusion", "generate", *given, *sides, "--out", "clips")
+    print_ending(out, verdict=verdict, next_command=command)
 
 
 def describe_error(error: float, count: int) -> str:
@@ -258,7 +278,7 @@ def describe_error(error: float, count: int) -> str:
     if not math.isfinite(error):
         return f"{text}not finite, so these blocks are of no use. Try a lower --learning-rate."
     return (
-        f"{text}{error:.2e}. The noise predicted with the blocks differs from that predicted with "
+        f"{text}{error:.2e}. What is predicted with the blocks differs from what is predicted with "
         f"attention by {math.sqrt(error):.1%} of its size."
     )
 
@@ -275,8 +295,10 @@ def prepare_source(run: RunSettings) -> Callable[[Any, Path], Any]:
     if not run.data:
         if not is_embedded(run.model):
             raise ConvFusionError("--data is needed: pictures with captions, prompts, or a cache")
-        if run.size or run.buckets:
-            raise ConvFusionError("--size and --buckets are for data of your own: give --data too")
+        if run.size or run.frames or run.buckets:
+            raise ConvFusionError(
+                "--size, --frames and --buckets are for data of your own: give --data too"
+            )
         return lambda pipe, out: mini.training_data()
     if (Path(run.data) / "cache.json").is_file():
         return lambda pipe, out: open_cached(pipe, run, size)
@@ -287,7 +309,12 @@ def prepare_source(run: RunSettings) -> Callable[[Any, Path], Any]:
             "its folder as --data"
         )
 
-    options = {"size": size, "buckets": run.buckets, "num_workers": run.distill.workers}
+    options = {
+        "size": size,
+        "frames": run.frames or None,
+        "buckets": run.buckets,
+        "num_workers": run.distill.workers,
+    }
     return lambda pipe, out: encode(
         pipe, fit_guidance(source, run.model, pipe), out / "cache", **options
     )
@@ -297,7 +324,7 @@ def open_cached(pipe: Any, run: RunSettings, size: tuple[int, int] | None) -> An
     """The cache that a run names, if it has the buckets that the run asks for."""
     from convfusion.data import open_cache
 
-    cache = open_cache(pipe, run.data, size=size)
+    cache = open_cache(pipe, run.data, size=size, frames=run.frames or None)
     if run.buckets and not cache.buckets:
         raise ConvFusionError(
             f"{run.data} was built without --buckets: build it again, or give --no-buckets"
@@ -305,18 +332,21 @@ def open_cached(pipe: Any, run: RunSettings, size: tuple[int, int] | None) -> An
     return cache
 
 
-def choose_plan_size(run: RunSettings) -> tuple[int, int] | None:
-    """(height, width) that a dry run tries: as asked for, or the largest that a cache has."""
+def choose_plan_size(run: RunSettings) -> tuple[int, ...] | None:
+    """What a dry run tries: as asked for, or the largest that a cache has.
+
+    It is (height, width), or (frames, height, width) of clips.
+    """
     from convfusion.data.store import LatentCache
 
     if run.size:
-        return parse_size(run.size)
+        return (*([run.frames] if run.frames else []), *parse_size(run.size))
     if run.data and (Path(run.data) / "cache.json").is_file():
-        return max(LatentCache(run.data).sizes, key=math.prod)
+        return LatentCache(run.data).largest
     return None
 
 
-def print_plan(pipe: Any, config: DistillConfig, size: tuple[int, int] | None) -> None:
+def print_plan(pipe: Any, config: DistillConfig, size: tuple[int, ...] | None) -> None:
     """What would train, and what it would take."""
     from rich.table import Table
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from convfusion.cli.analyze import read_prompts
+from convfusion.cli.clips import Frames, choose_frames
 from convfusion.cli.console import INTERRUPTED, console, fail, print_ending
 from convfusion.cli.models import (
     check_blocks,
@@ -51,7 +52,10 @@ FirstSeed = Annotated[
 ]
 Real = Annotated[
     str | None,
-    typer.Option(help="Real pictures: a folder, or any data that `convfusion cache` takes."),
+    typer.Option(
+        help="Real pictures: a folder, or any data that `convfusion cache` takes. Of a model that "
+        "draws videos, a folder of clips."
+    ),
 ]
 Network = Annotated[
     str,
@@ -76,6 +80,7 @@ def evaluate(
     guidance: Guidance = None,
     seed: FirstSeed = 0,
     size: Size = None,
+    frames: Frames = None,
     real: Real = None,
     extractor: Network = "efficientnet-lite0",
     clip: ClipModel = None,
@@ -85,8 +90,8 @@ def evaluate(
 ) -> None:
     """Draw with student and teacher from equal seeds, and measure whether they are equally good.
 
-    Writes report.html, evaluation.json, evaluation.csv, samples.csv and the pictures. Under a
-    launcher such as torchrun, processes share the drawing.
+    Writes report.html, evaluation.json, evaluation.csv, samples.csv and the pictures, or the clips
+    of a model that draws videos. Under a launcher such as torchrun, processes share the drawing.
     """
     from convfusion.evaluate import open_clip, open_extractor, plan_evaluation
     from convfusion.imports import check_installed
@@ -112,6 +117,7 @@ def evaluate(
     pipe, other = open_pipelines(model, blocks, teacher, precision, device)
     if guidance is None:
         settings = replace(settings, guidance=choose_guidance(model, pipe))
+    settings = replace(settings, frames=choose_frames(pipe, frames))
     evaluation = run(
         pipe,
         settings,
@@ -175,14 +181,16 @@ def name_sides(model: str, blocks: str | None, teacher: str | None) -> tuple[str
 def open_real_pictures(
     pipe: Any, model: str, spec: str | None, prompts: Path | None, settings: Any
 ) -> Any:
-    """Real pictures to compare with; the embedded model has some for its own prompts."""
+    """Real pictures or clips to compare with; the embedded model has some for its own prompts."""
     from convfusion import mini
     from convfusion.evaluate.drawing import read_rank
-    from convfusion.evaluate.real import decoded, open_real
+    from convfusion.evaluate.real import decoded, open_real, open_real_clips
     from convfusion.evaluate.settings import size_of
     from convfusion.families import latent_scale
 
     size = size_of(pipe, settings)
+    if spec is not None and settings.frames is not None:
+        return open_real_clips(spec, settings.frames, size)
     if spec is not None:
         return open_real(spec, size)
     if not is_embedded(model) or prompts is not None:
@@ -209,10 +217,11 @@ def check_networks(*names: str | None) -> None:
 
 
 def check_real(spec: str | None) -> None:
-    """Raise a ConvFusionError unless there are real pictures where they are said to be."""
+    """Raise a ConvFusionError unless there are real pictures or clips where they should be."""
+    from convfusion.data.clips import has_clips
     from convfusion.evaluate.real import open_real
 
-    if spec is not None:
+    if spec is not None and not has_clips(spec):
         open_real(spec, (1, 1))
 
 
@@ -221,7 +230,8 @@ def print_outcome(evaluation: Any, out: Path) -> None:
     from convfusion.evaluate.verdict import give_verdict
 
     print_evaluation(evaluation)
-    names = ("report.html", "evaluation.json", "evaluation.csv", "samples.csv")
+    names = ["report.html", "evaluation.json", "evaluation.csv", "samples.csv"]
+    names += ["frames.csv"] if evaluation.motion else []
     print_ending(*(out / name for name in names), verdict=give_verdict(evaluation))
 
 
@@ -231,7 +241,7 @@ def print_evaluation(evaluation: Any) -> None:
     from rich.text import Text
 
     from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER
-    from convfusion.evaluate.page import WORDS
+    from convfusion.evaluate.page import name_set
     from convfusion.evaluate.results import list_metrics
 
     groups: dict[str, dict[str, dict[str, str]]] = {}
@@ -245,9 +255,11 @@ def print_evaluation(evaluation: Any) -> None:
     table.add_column("")
     sides = (STUDENT, TEACHER, OTHER)
     for side in sides:
-        table.add_column(WORDS[side].replace(", ", ",\n"), justify="right")
+        words = name_set(side, evaluation.noun)
+        table.add_column(words.replace(", ", ",\n"), justify="right")
     for reference, metric_rows in groups.items():
-        against = f"against {WORDS.get(reference, reference)}" if reference else "by itself"
+        words = name_set(reference, evaluation.noun)
+        against = f"against {words}" if reference else "by itself"
         table.add_section()
         table.add_row(Text(against, style="bold"))
         for metric, cells in metric_rows.items():

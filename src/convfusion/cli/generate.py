@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convfusion.cli.clips import CLIPS, check_clips, draw_clips, name_clips, write_clips
+from convfusion.cli.clips import (
+    CLIPS,
+    Frames,
+    Speed,
+    check_clips,
+    draw_clips,
+    name_clips,
+    write_clips,
+)
 from convfusion.cli.console import print_ending
 from convfusion.cli.models import (
     check_blocks,
@@ -77,16 +85,6 @@ Seeds = Annotated[
         help="Seed of the first picture; the following pictures count up from it. Repeat the "
         "option to draw every prompt with every seed. Default: 0."
     ),
-]
-Frames = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Frames of a clip, for models that draw videos. Default: the model's."
-    ),
-]
-Speed = Annotated[
-    float | None,
-    typer.Option("--fps", help="Frames a second of a clip. Default: the model's own."),
 ]
 Hybrid = Annotated[
     bool,

@@ -69,6 +69,10 @@ Size = Annotated[
     str | None,
     typer.Option(help="WIDTHxHEIGHT of the pictures in pixels. Default: the model's own."),
 ]
+Frames = Annotated[
+    int | None,
+    typer.Option(min=1, help="Frames of each clip, for a model of videos. Default: its own."),
+]
 Out = Annotated[
     Path | None, typer.Option(help="Folder for blocks, checkpoints, logs and model card.")
 ]

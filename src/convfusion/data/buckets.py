@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the few sizes that pictures of a training set are brought to."""
+"""Buckets: the few sizes, and lengths of clips, that the samples of a training set have."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.families import pixel_unit
 
 Size = tuple[int, int]  # (height, width) in pixels
+Extent = tuple[int, ...]  # the same of a picture; (frames, height, width) of a clip
 
 
 def list_buckets(size: Size, step: int, max_ratio: float = 2.0) -> list[Size]:
@@ -52,6 +53,20 @@ def choose_nearest(sizes: Sequence[Size], picture: Size) -> Size:
     """
     ratio = math.log(picture[1] / picture[0])
     return min(sizes, key=lambda s: (round(abs(math.log(s[1] / s[0]) - ratio), 9), -s[0] * s[1], s))
+
+
+def list_lengths(frames: int, scale: int) -> list[int]:
+    """Numbers of frames that clips are cut to: all, about half and about a quarter.
+
+    Each is 1 more than a multiple of the frames per frame of latents.
+
+    Args:
+        frames: the most.
+        scale: frames of a video per frame of its latents.
+    """
+    latents = (frames - 1) // scale
+    parts = dict.fromkeys([latents, latents // 2, latents // 4])
+    return [scale * part + 1 for part in parts if part]
 
 
 def choose_step(pipe: Any, size: Size) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from convfusion.data.buckets import Size, choose_step, list_buckets
+from convfusion.data.buckets import Extent, Size
 from convfusion.data.chunks import Chunk, Encoder, Event, Reader, Ready, format_size, read_events
+from convfusion.data.extents import choose_sizes
 from convfusion.data.pictures import upcast_vae
 from convfusion.data.samples import Source
 from convfusion.data.sources import Drawing, Prompts, open_source
@@ -27,23 +28,26 @@ from convfusion.data.store import (
     write_manifest,
 )
 from convfusion.errors import ConvFusionError
-from convfusion.families import check_captioned, denoiser_of, family_of, native_size
+from convfusion.families import check_captioned, denoiser_of, family_of
 from convfusion.files import write_tensors, write_text
 from convfusion.fingerprint import differences, identity, module_identity, scheduler_identity
 from convfusion.folders import LOCK, is_unfinished, locked, remove_remains
-from convfusion.generate import can_guide, check_guidance, check_size, check_steps, swapped_denoiser
+from convfusion.generate import can_guide, check_guidance, check_steps, swapped_denoiser
 from convfusion.surgery import attention_teacher, mixers_of
 
 NAMED = 20  # of the skipped samples, for each reason
 
 
-def open_cache(pipe: Any, folder: str | Path, *, size: Size | None = None) -> LatentCache:
+def open_cache(
+    pipe: Any, folder: str | Path, *, size: Size | None = None, frames: int | None = None
+) -> LatentCache:
     """Open a cache for training a pipeline, and check that it belongs to it.
 
     Args:
         pipe: converted or not. A VAE or text encoders that it was loaded without are not checked.
         folder: that `build_cache` wrote.
         size: (height, width) that it must have been built for, if given.
+        frames: of the clips that it must have been built for, if given.
 
     Raises:
         ConvFusionError: there is no complete cache, or it rests on another VAE, other text
@@ -56,9 +60,14 @@ def open_cache(pipe: Any, folder: str | Path, *, size: Size | None = None) -> La
         raise ConvFusionError(
             f"{folder} is the cache of a {manifest.get('family')} model, and this is a {family}"
         )
-    if size is not None and manifest.get("size") != list(size):
-        held = format_size(manifest.get("size", (0, 0)))
-        raise ConvFusionError(f"{folder} was built for {held}, not for {format_size(size)}")
+    held = tuple(manifest.get("size", (0, 0)))
+    wanted = (*held[:-2], *(size or held[-2:]))
+    if frames is not None:
+        wanted = (frames, *wanted[-2:])
+    if wanted != held:
+        raise ConvFusionError(
+            f"{folder} was built for {format_size(held)}, not for {format_size(wanted)}"
+        )
     if other := differences(manifest.get("rests_on", {}), identity(pipe)):
         raise ConvFusionError(
             f"{folder} was built with another {', another '.join(other)}: build it anew, or train "
@@ -74,6 +83,7 @@ def build_cache(
     folder: str | Path,
     *,
     size: Size | None = None,
+    frames: int | None = None,
     buckets: bool = False,
     num_workers: int = 0,
     batch_size: int = 8,
@@ -88,12 +98,16 @@ def build_cache(
     Args:
         pipe: whose VAE and text encoders are asked. Prompts are drawn by its own attention, whether
             it is converted or not.
-        source: from `open_source`, or what that opens: a folder, a table, tar shards, `hf:NAME`
-            or a file of prompts, which are drawn with the defaults of `Drawing`, without guidance
-            where the pipeline has none.
+        source: from `open_source`, or what that opens: a folder of pictures or clips, a table, tar
+            shards, `hf:NAME` or a file of prompts, which are drawn with the defaults of `Drawing`,
+            without guidance where the pipeline has none. A pipeline that draws videos needs clips
+            or prompts.
         folder: new, empty, or with an unfinished cache of the same source and settings.
         size: (height, width) of the pictures, by default the pipeline's own.
-        buckets: choose for each picture among sizes of about this area the one of nearest ratio.
+        frames: of each clip, by default as many as the pipeline's own; for pipelines that draw
+            videos. Longer clips are cut after their first frames.
+        buckets: choose for each picture among sizes of about this area the one of nearest ratio;
+            for each clip also among all, half and a quarter of the frames.
         num_workers: processes that read, decode and resize; 0 does so in this one.
         batch_size: pictures, or captions, that are encoded or drawn at once.
         half: keep numbers in float16, in half the space; latents are rounded by up to 0.05 %.
@@ -106,7 +120,7 @@ def build_cache(
     folder = Path(folder)
     check_captioned(pipe)
     source = _open(pipe, source)
-    sizes = _choose_sizes(pipe, source, size, buckets)
+    sizes = choose_sizes(pipe, source, size, frames, buckets)
     if num_workers < 0 or batch_size < 1:
         raise ConvFusionError("num_workers must be at least 0, and batch_size at least 1")
     drawing = source.drawing if isinstance(source, Prompts) else None
@@ -131,7 +145,7 @@ def build_cache(
 
 
 def _collect_settings(
-    pipe: Any, source: Source, sizes: list[Size], encoder: Encoder
+    pipe: Any, source: Source, sizes: list[Extent], encoder: Encoder
 ) -> dict[str, Any]:
     """What decides the content of a cache beside the identity of the pipeline's parts."""
     settings: dict[str, Any] = {"format": FORMAT, "family": family_of(denoiser_of(pipe)).name}
@@ -148,7 +162,7 @@ def _collect_settings(
 def _fill(
     folder: Path,
     source: Source,
-    sizes: list[Size],
+    sizes: list[Extent],
     encoder: Encoder,
     num_workers: int,
     on_progress: Callable[[int], None],
@@ -166,19 +180,6 @@ def _open(pipe: Any, source: Source | str | Path) -> Source:
     if not isinstance(source, str | Path):
         return source
     return open_source(source, drawing=Drawing() if can_guide(pipe) else Drawing(guidance=1.0))
-
-
-def _choose_sizes(pipe: Any, source: Source, size: Size | None, wanted: bool) -> list[Size]:
-    """Sizes of pictures; the first is the one asked for, or the pipeline's own."""
-    size = size or native_size(pipe)
-    check_size(pipe, size)
-    if not wanted:
-        return [size]
-    if family_of(denoiser_of(pipe)).fixed_size:
-        raise ConvFusionError("this model draws at its own size only: leave the buckets out")
-    if isinstance(source, Prompts):
-        raise ConvFusionError("the teacher draws prompts at one size: leave the buckets out")
-    return [size, *(each for each in list_buckets(size, choose_step(pipe, size)) if each != size)]
 
 
 def _check_place(folder: Path) -> None:
@@ -241,7 +242,7 @@ def _list_differences(manifest: dict[str, Any], settings: dict[str, Any]) -> lis
     return names
 
 
-def _begin(folder: Path, settings: dict[str, Any], encoder: Encoder, sizes: list[Size]) -> None:
+def _begin(folder: Path, settings: dict[str, Any], encoder: Encoder, sizes: list[Extent]) -> None:
     """Begin a cache or go on with one; an empty one that was begun otherwise is begun anew."""
     begun = (folder / MANIFEST).is_file()
     if begun and _list_differences(read_manifest(folder), settings):

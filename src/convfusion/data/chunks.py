@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from convfusion.data.buckets import Size, choose_nearest
+from convfusion.data.buckets import Extent, choose_nearest
+from convfusion.data.clips import read_clip
 from convfusion.data.latents import join_parts
 from convfusion.data.pictures import UnusableError, crop_to_cover, decode_picture, encode_pictures
 from convfusion.data.samples import CHUNK, Sample, Source
@@ -23,9 +25,10 @@ from convfusion.data.sources import Drawing
 from convfusion.data.workers import ignore_interrupts
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, encode_conditioning, family_of
+from convfusion.families.calls import frames_argument
 from convfusion.families.conditioning import flatten_conditioning
 from convfusion.families.patches import replaced_attributes
-from convfusion.generate import generate
+from convfusion.generate import draw_batches, generate
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,13 @@ class Ready:
 
     Attributes:
         sample: without its encoded picture.
-        size: (height, width) that its picture has now, or will be drawn at.
-        pixels: [height, width, 3] in 0…255, or None.
+        size: (height, width) that its picture has now, or will be drawn at; (frames, height, width)
+            of a clip.
+        pixels: [height, width, 3] in 0…255, [frames, height, width, 3] of a clip, or None.
     """
 
     sample: Sample
-    size: Size
+    size: Extent
     pixels: np.ndarray | None = None
 
 
@@ -51,12 +55,12 @@ class Reader(IterableDataset[Event]):
 
     Args:
         source: of the samples.
-        sizes: that pictures may be brought to.
+        sizes: that pictures, or clips, may be brought to.
         todo: of each unit that is not finished, its number and its first chunk to read.
     """
 
     def __init__(
-        self, source: Source, sizes: Sequence[Size], todo: Sequence[tuple[int, int]]
+        self, source: Source, sizes: Sequence[Extent], todo: Sequence[tuple[int, int]]
     ) -> None:
         self.source, self.sizes, self.todo = source, sizes, todo
 
@@ -75,17 +79,52 @@ class Reader(IterableDataset[Event]):
         if sample.problem or sample.picture is None:
             return Ready(bare, self.sizes[0])
         try:
-            picture = decode_picture(sample.picture)
-            size = choose_nearest(self.sizes, (picture.height, picture.width))
-            return Ready(bare, size, crop_to_cover(picture, size))
+            if isinstance(sample.picture, Path) and len(self.sizes[0]) == 3:
+                pixels = fit_clip(sample.picture, self.sizes)
+            else:
+                pixels = fit_picture(sample.picture, self.sizes)
         except UnusableError as error:
             return Ready(replace(bare, problem=str(error)), self.sizes[0])
+        return Ready(bare, pixels.shape[:-1], pixels)
+
+
+def fit_picture(data: bytes | Path, sizes: Sequence[Extent]) -> np.ndarray:
+    """A picture, [height, width, 3] in 0…255, at the (height, width) that is nearest to its own.
+
+    Raises:
+        UnusableError: it cannot be read, or is smaller.
+    """
+    picture = decode_picture(data)
+    flat = [(size[-2], size[-1]) for size in sizes]
+    return crop_to_cover(picture, choose_nearest(flat, (picture.height, picture.width)))
+
+
+def fit_clip(path: Path, sizes: Sequence[Extent]) -> np.ndarray:
+    """A clip, [frames, height, width, 3] in 0…255, as long as it can be.
+
+    Args:
+        path: of the clip.
+        sizes: (frames, height, width) to choose from: first the sides, by their ratio.
+
+    Raises:
+        UnusableError: it cannot be read, or is smaller, or shorter.
+    """
+    sides = (sizes[0][1], sizes[0][2])
+    if len(sizes) > 1:
+        height, width = read_clip(path, 1).shape[1:3]
+        sides = choose_nearest([(size[1], size[2]) for size in sizes], (height, width))
+    *longer, shortest = sorted((size[0] for size in sizes if size[1:] == sides), reverse=True)
+    for frames in longer:
+        with suppress(UnusableError):
+            return read_clip(path, frames, sides)
+    return read_clip(path, shortest, sides)
 
 
 def read_events(reader: Reader, num_workers: int) -> Iterator[Event]:
     """What a reader reads, in this process or in workers of its own."""
     num_workers = min(num_workers, len(reader.todo))
-    options: dict[str, Any] = {"prefetch_factor": CHUNK // 4} if num_workers else {}
+    ahead = 2 if len(reader.sizes[0]) == 3 else CHUNK // 4  # clips are large
+    options: dict[str, Any] = {"prefetch_factor": ahead} if num_workers else {}
     # Arrays come through pipes: tensors would need shared memory, which containers have little of.
     loader = DataLoader(
         reader,
@@ -107,7 +146,7 @@ class Encoder:
         pipe: of the VAE and the text encoders, or that draws.
         batch_size: of what is done at once.
         half: keep numbers in float16.
-        drawing: how the teacher draws, or None for pictures.
+        drawing: how the teacher draws, or None for pictures and clips.
     """
 
     pipe: Any
@@ -125,8 +164,8 @@ class Encoder:
             return "caption is no class of the model"
         return ""
 
-    def encode_latents(self, batch: Sequence[Ready], size: Size) -> Tensor:
-        """Scaled latents [B, C, h, w] on the CPU.
+    def encode_latents(self, batch: Sequence[Ready], size: Extent) -> Tensor:
+        """Scaled latents [B, C, h, w], or [B, C, t, h, w] of clips, on the CPU.
 
         Raises:
             ConvFusionError: one is not finite.
@@ -144,15 +183,16 @@ class Encoder:
                 )
         return latents
 
-    def encode_captions(self, captions: Sequence[str], size: Size) -> dict[str, Tensor | None]:
+    def encode_captions(self, captions: Sequence[str], size: Extent) -> dict[str, Tensor | None]:
         """What the denoiser takes for each caption, by flat name, as it is kept.
 
         Raises:
             ConvFusionError: some of it is not finite.
         """
+        sides = (size[-2], size[-1])
         parts = [
             flatten_conditioning(
-                encode_conditioning(self.pipe, list(captions[i : i + self.batch_size]), size)
+                encode_conditioning(self.pipe, list(captions[i : i + self.batch_size]), sides)
             )
             for i in range(0, len(captions), self.batch_size)
         ]
@@ -178,9 +218,9 @@ class Chunk:
         self.encoder = encoder
         self.samples = 0
         self.skipped: list[tuple[str, str]] = []
-        self.captions: dict[Size, list[str]] = defaultdict(list)
-        self._waiting: dict[Size, list[Ready]] = defaultdict(list)
-        self._latents: dict[Size, list[Tensor]] = defaultdict(list)
+        self.captions: dict[Extent, list[str]] = defaultdict(list)
+        self._waiting: dict[Extent, list[Ready]] = defaultdict(list)
+        self._latents: dict[Extent, list[Tensor]] = defaultdict(list)
 
     def add(self, ready: Ready) -> None:
         self.samples += 1
@@ -203,7 +243,7 @@ class Chunk:
             texts = list(dict.fromkeys(captions))  # each encoded once
             for key, tensor in self.encoder.encode_captions(texts, size).items():
                 if tensor is not None:
-                    tensors[f"{name}/{key}"] = tensor
+                    tensors[f"{name}/{key}"] = drop_padding(tensor)
             sizes[name] = {
                 "captions": captions,
                 "rows": [texts.index(caption) for caption in captions],
@@ -216,14 +256,30 @@ class Chunk:
         }
         return tensors, record
 
-    def _encode(self, size: Size) -> None:
+    def _encode(self, size: Extent) -> None:
         if waiting := self._waiting.pop(size, None):
             self._latents[size].append(self.encoder.encode_latents(waiting, size))
 
 
+def drop_padding(tensor: Tensor) -> Tensor:
+    """Text [B, W, C] without the words behind the last one that is not zero in some sample.
+
+    Wan's texts are zeros beyond their words, of 512 words that would fill most of a cache.
+    """
+    if tensor.dim() != 3:
+        return tensor
+    filled = tensor.flatten(2).any(dim=2).any(dim=0).nonzero()
+    return tensor[:, : int(filled.max()) + 1].contiguous() if len(filled) else tensor
+
+
 @torch.no_grad()
-def draw_latents(pipe: Any, samples: Sequence[Sample], size: Size, drawing: Drawing) -> Tensor:
-    """Latents that a pipeline draws of prompts, each from its seed: [B, C, h, w] on the CPU."""
+def draw_latents(pipe: Any, samples: Sequence[Sample], size: Extent, drawing: Drawing) -> Tensor:
+    """Latents that a pipeline draws of prompts, each from its seed, on the CPU.
+
+    They are [B, C, h, w], or [B, C, t, h, w] of videos, whose size is (frames, height, width).
+    """
+    if len(size) == 3:
+        return _draw_videos(pipe, samples, size, drawing)
     options: dict[str, Any] = {
         "seeds": [sample.seed for sample in samples],
         "steps": drawing.steps,
@@ -241,6 +297,19 @@ def draw_latents(pipe: Any, samples: Sequence[Sample], size: Size, drawing: Draw
     return torch.cat(latents).float().cpu() * pipe.vae.config.scaling_factor
 
 
+def _draw_videos(pipe: Any, samples: Sequence[Sample], size: Extent, drawing: Drawing) -> Tensor:
+    frames, height, width = size
+    prompts, seeds = [each.caption for each in samples], [each.seed for each in samples]
+    options = {
+        "num_inference_steps": drawing.steps,
+        "guidance_scale": drawing.guidance,
+        "output_type": "latent",
+        str(frames_argument(pipe)): frames,
+    }
+    drawn = draw_batches(pipe, prompts, seeds, (height, width), len(prompts), False, options)
+    return torch.cat([batch.frames for batch in drawn]).float().cpu()
+
+
 @contextmanager
 def _collect_latents(vae: Any) -> Iterator[list[Tensor]]:
     """Collect what a VAE is asked to decode, and do not decode it."""
@@ -254,9 +323,10 @@ def _collect_latents(vae: Any) -> Iterator[list[Tensor]]:
         yield asked
 
 
-def format_size(size: Size) -> str:
-    """(height, width) as the command line writes it."""
-    return f"{size[1]}x{size[0]}"
+def format_size(size: Extent) -> str:
+    """(height, width) as the command line writes it, with the frames of a clip behind it."""
+    *frames, height, width = size
+    return "x".join(map(str, (width, height, *frames)))
 
 
 def _split_into_chunks(samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], bool]]:

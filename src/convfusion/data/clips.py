@@ -33,6 +33,7 @@ GIF = ".gif"
 WITHOUT = "use GIFs or folders of frames, which need no further package"
 
 STRIP_FRAMES = 6  # that a strip shows
+STRIP_SIDE = 320  # pixels of the longer side of a frame in it, at most
 GAP = 2  # pixels between them
 
 _UNKNOWN_DELAY = 100  # milliseconds that browsers show a frame of a GIF that tells none
@@ -103,6 +104,11 @@ def list_clips(folder: str | Path) -> list[Path]:
     return [folder / name for name in sorted(clips, key=lambda name: name.split("/"))]
 
 
+def has_clips(folder: str | Path) -> bool:
+    """Whether there is a GIF or a video in a folder or its subfolders."""
+    return Path(folder).is_dir() and any(map(is_clip, list_files(Path(folder)).files))
+
+
 def is_clip(name: str) -> bool:
     """Whether a file is a clip, by the end of its name."""
     return name.lower().endswith((GIF, *VIDEOS))
@@ -149,15 +155,19 @@ def check_fps(fps: float) -> None:
 def draw_strip(frames: np.ndarray, count: int = STRIP_FRAMES) -> Image.Image:
     """Some frames of a clip beside each other, evenly spaced from the first to the last.
 
+    Frames with a side of more than 320 pixels are shrunk.
+
     Args:
         frames: uint8 [T, H, W, 3].
         count: of frames to show; all of a clip that has no more.
     """
-    chosen = frames[spread_frames(len(frames), count)]
-    _, height, width, _ = chosen.shape
+    chosen = [Image.fromarray(frames[number]) for number in spread_frames(len(frames), count)]
+    for picture in chosen:
+        picture.thumbnail((STRIP_SIDE, STRIP_SIDE), Image.Resampling.LANCZOS)
+    width, height = chosen[0].size
     strip = Image.new("RGB", (len(chosen) * (width + GAP) - GAP, height), "white")
-    for number, frame in enumerate(chosen):
-        strip.paste(Image.fromarray(frame), (number * (width + GAP), 0))
+    for number, picture in enumerate(chosen):
+        strip.paste(picture, (number * (width + GAP), 0))
     return strip
 
 

@@ -54,7 +54,7 @@ class PictureFolder(Ranges):
             if problem:
                 yield Sample(name, problem=problem)
                 continue
-            beside = _read_beside(_find_beside(folder, name)) if self.captioned else None
+            beside = read_beside(_find_beside(folder, name)) if self.captioned else None
             yield make_sample(name, folder / name, [*captions, beside], self.captioned)
 
 
@@ -134,7 +134,7 @@ def open_pictures(
     unread = [Entry(name, problem=problem) for name, problem in listing.unread]
     tables = [name for name in listing.files if posixpath.basename(name) in METADATA]
     if not captioned:
-        names = dict.fromkeys([*_list_named(folder, tables), *pictures])
+        names = dict.fromkeys([*list_named(folder, tables), *pictures])
         return PictureFolder(spec, (*map(Entry, names), *unread), captioned=False)
     homes = [posixpath.dirname(name) for name in tables]
     if twice := {home for home in homes if homes.count(home) > 1}:
@@ -161,7 +161,7 @@ def open_pictures(
     return PictureFolder(spec, tuple(entries), tuple(tables))
 
 
-def _list_named(folder: Path, tables: list[str]) -> list[str]:
+def list_named(folder: Path, tables: list[str]) -> list[str]:
     """The pictures that metadata files name, in their order, if they can be read."""
     try:
         entries = read_metadata(folder, tables, None, None, captioned=False)
@@ -174,7 +174,7 @@ def _find_beside(folder: Path, picture: str) -> Path:
     return (folder / picture).with_suffix(".txt")
 
 
-def _read_beside(file: Path) -> bytes | ConvFusionError | None:
+def read_beside(file: Path) -> bytes | ConvFusionError | None:
     """The content of a caption's file, the error of reading it, or None if there is none."""
     try:
         return read_plain(file, CAPTION_BYTES)

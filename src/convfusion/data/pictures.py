@@ -126,16 +126,18 @@ def crop_to_cover(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 @torch.no_grad()
 def encode_pictures(vae: Any, pictures: np.ndarray) -> Tensor:
-    """Latents of pictures, as the denoiser expects them.
+    """Latents of pictures or clips, as the denoiser expects them.
 
     Args:
-        vae: an `AutoencoderKL` or `AutoencoderTiny`, inside of `upcast_vae`.
-        pictures: [B, H, W, 3] in 0…255.
+        vae: an `AutoencoderKL` or `AutoencoderTiny`, or one of clips such as `AutoencoderKLWan`;
+            inside of `upcast_vae`.
+        pictures: [B, H, W, 3] in 0…255, or clips [B, T, H, W, 3].
 
     Returns:
-        [B, C, h, w] in float32 on the CPU: posterior means, shifted and scaled.
+        [B, C, h, w], or [B, C, t, h, w] of clips, in float32 on the CPU: posterior means, shifted
+        and scaled.
     """
-    batch = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    batch = torch.from_numpy(pictures).movedim(-1, 1).float() / 127.5 - 1
     device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device
     encoded = vae.encode(batch.to(device, vae.dtype))
     if "latents" in encoded:  # an `AutoencoderTiny` has no distribution
@@ -145,9 +147,10 @@ def encode_pictures(vae: Any, pictures: np.ndarray) -> Tensor:
     config = vae.config
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         mean, std = (
-            torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
+            torch.tensor(config[name]).view(1, -1, *[1] * (latents.dim() - 2))
+            for name in ("latents_mean", "latents_std")
         )
-        return (latents - mean) * config.scaling_factor / std
+        return (latents - mean) * config.get("scaling_factor", 1.0) / std
     return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
 

@@ -1,4 +1,4 @@
-"""Where pictures with captions come from: folders, shards, tables, or the teacher itself."""
+"""Where pictures or clips with captions come from: folders, shards, tables, or the teacher."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convfusion.data.clip_folders import find_clips, open_clips
 from convfusion.data.folders import is_picture, list_files, open_pictures
 from convfusion.data.pictures import PICTURES
 from convfusion.data.samples import Ranges, Sample, Source, digest_names
@@ -82,8 +83,8 @@ def open_source(
     """Find out what a string or path stands for, and open it.
 
     Args:
-        spec: a folder of pictures with NAME.txt beside them or a metadata file; a folder with
-            tables, or of `save_to_disk`; a table (.parquet, .arrow);
+        spec: a folder of pictures, or of clips, with NAME.txt beside them or a metadata file; a
+            folder with tables, or of `save_to_disk`; a table (.parquet, .arrow);
             `hf:NAME`, a data set of the Hub; tar shards (a folder of them, one, or a pattern such
             as `data-{000..012}.tar`); a .txt file with one prompt per line.
         image: column of the pictures, or their extension in shards; by default it is found.
@@ -146,6 +147,9 @@ def _open_folder(
     if any((folder / name).is_file() for name in SAVED):
         return open_rows(spec, None, image, caption, split, captioned)
     listing = list_files(folder)
+    if captioned and (clips := find_clips(folder, listing)):
+        _check_absent(spec, "a folder of clips has", split=split)
+        return open_clips(spec, listing, clips, image, caption)
     if any(map(is_picture, listing.files)):
         _check_absent(spec, "a folder of pictures has", split=split)
         return open_pictures(spec, listing, image, caption, captioned)

@@ -3,15 +3,18 @@
     cache.json               what it rests on, what is in it, what was skipped
     empty.safetensors        the conditioning of the empty caption, for each size
     chunks/UNIT-CHUNK.json   captions of up to 64 consecutive samples of the source, and what failed
-    chunks/UNIT-CHUNK.safetensors   their `WxH/latents` and `WxH/<conditioning>`
+    chunks/UNIT-CHUNK.safetensors   their `WxH/latents` and `WxH/<conditioning>`,
+                                    of clips `WxHxFRAMES/…`
 
-The record of a chunk is written after its tensors, so a chunk that has one is whole. Only JSON and
-safetensors are read: a cache from outside cannot run code.
+The record of a chunk is written after its tensors, so a chunk that has one is whole. Words of zeros
+at the end of its texts are left out, and put back as they are taken. Only JSON and safetensors are
+read: a cache from outside cannot run code.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from convfusion.data.buckets import Size
+from convfusion.data.buckets import Extent
 from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.files import read_json, read_tensors, write_text
 from convfusion.text import LIST_BYTES
@@ -43,7 +46,7 @@ class LatentCache:
     Attributes:
         captions: of every sample.
         groups: indices of the samples, those of one size together.
-        sizes: (height, width) in pixels of each group.
+        sizes: (height, width) in pixels of each group; of clips (frames, height, width).
         skipped: by reason, {"count": …, "names": the first 20}.
         manifest: what `cache.json` says.
 
@@ -122,6 +125,11 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self.captions)
 
+    @property
+    def largest(self) -> Extent:
+        """The size with the most pixels, over all frames."""
+        return max(self.sizes, key=math.prod)
+
     def take(
         self, indices: Sequence[int], dropped: Sequence[bool]
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -134,11 +142,20 @@ class LatentCache:
             for key, rows in rows_of.items():
                 full = f"{name}/{key}"
                 own = None if drop else file.get_slice(full)[line : line + 1]
-                rows.append((self._empty[full] if own is None else own).to(self._dtypes[key]))
+                whole = self._empty[full]
+                row = whole if own is None else pad_like(own, whole)
+                rows.append(row.to(self._dtypes[key]))
         conditioning = {
             key: torch.cat(rows_of[key]) if dtype else None for key, dtype in self._dtypes.items()
         }
         return torch.cat(latents), conditioning
+
+
+def pad_like(text: Tensor, whole: Tensor) -> Tensor:
+    """Text [1, w, C] with zeros behind its words, to as many as another has; others as they are."""
+    if text.shape == whole.shape:
+        return text
+    return nn.functional.pad(text, (0, 0, 0, whole.shape[1] - text.shape[1]))
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -177,9 +194,9 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _parse_size(name: str) -> Size:
-    width, _, height = name.partition("x")
-    return int(height), int(width)
+def _parse_size(name: str) -> Extent:
+    width, height, *frames = map(int, name.split("x"))
+    return (*frames, height, width)
 
 
 def _parse_dtype(name: str) -> torch.dtype:

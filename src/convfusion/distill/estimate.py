@@ -13,8 +13,15 @@ from convfusion.data.latents import LatentDataset
 from convfusion.distill.config import DistillConfig
 from convfusion.distill.optimizers import STATE_PER_NUMBER
 from convfusion.distill.run import distill
-from convfusion.families import denoiser_of, latent_scale, native_size
+from convfusion.families import (
+    denoiser_of,
+    frame_scale,
+    latent_scale,
+    native_frames,
+    native_size,
+)
 from convfusion.generate import check_size
+from convfusion.mixers import Grid
 from convfusion.surgery import mixers_of, status
 from convfusion.surgery.record import record_of, set_record
 
@@ -61,15 +68,14 @@ class RunEstimate:
         return lines
 
 
-def estimate_run(
-    pipe: Any, config: DistillConfig, size: tuple[int, int] | None = None
-) -> RunEstimate:
+def estimate_run(pipe: Any, config: DistillConfig, size: Grid | None = None) -> RunEstimate:
     """Try a few steps on noise, put the blocks back, and tell what they took.
 
     Args:
         pipe: as for `distill`.
         config: of the run.
-        size: (height, width) of the training pictures, by default the pipeline's own.
+        size: (height, width) of the training pictures, or (frames, height, width) of clips, by
+            default the pipeline's own.
 
     Raises:
         ConvFusionError: the size cannot be drawn; and as `distill`.
@@ -119,12 +125,14 @@ def estimate_run(
     )
 
 
-def _make_noise(pipe: Any, config: DistillConfig, size: tuple[int, int] | None) -> LatentDataset:
-    """A batch of noise in place of latents, for pictures of a size that can be drawn."""
+def _make_noise(pipe: Any, config: DistillConfig, size: Grid | None) -> LatentDataset:
+    """A batch of noise in place of latents, for pictures or clips that can be drawn."""
     scale = latent_scale(pipe)
-    height, width = size or native_size(pipe)
+    *frames, height, width = size or native_size(pipe)
     check_size(pipe, (height, width))
+    if own := native_frames(pipe):
+        frames = [((frames or [own])[0] - 1) // frame_scale(pipe) + 1]
     channels = denoiser_of(pipe).config.in_channels
-    shape = (config.batch_size, channels, height // scale, width // scale)
+    shape = (config.batch_size, channels, *frames, height // scale, width // scale)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed))
     return LatentDataset(noise, [""] * config.batch_size)

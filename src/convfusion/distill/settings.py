@@ -31,6 +31,7 @@ class RunSettings:
         precision: dtype that the model is loaded in: `float32`, `bfloat16` or `float16`.
         data: a source of pictures or prompts, or a cache.
         size: WIDTHxHEIGHT of the training pictures, by default the model's own.
+        frames: of each clip, by default the model's own (0).
         buckets: keep the ratio of sides of the pictures, about.
         config: preset or JSON file of the conversion, by default that of the model's layout.
         every: convert only every so many-th of the sites.
@@ -45,6 +46,7 @@ class RunSettings:
     precision: str = "float32"
     data: str = ""
     size: str = ""
+    frames: int = 0
     buckets: bool = False
     config: str = ""
     every: int = 1
@@ -54,8 +56,8 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.every < 1 or self.first < 0:
-            raise ConvFusionError("every must be at least 1, and first not negative")
+        if self.every < 1 or self.first < 0 or self.frames < 0:
+            raise ConvFusionError("every must be at least 1, and first and frames not negative")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunSettings:

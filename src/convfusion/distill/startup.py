@@ -11,6 +11,7 @@ from convfusion.data.latents import LatentDataset, TrainingData, prepare_data
 from convfusion.distill.batches import BatchIndices
 from convfusion.families import Denoiser, denoiser_of, family_of
 from convfusion.families.conditioning import place_conditioning
+from convfusion.families.watch import can_watch
 from convfusion.schedule import noise_schedule
 from convfusion.surgery import mixers_of
 from convfusion.surgery.record import record_of
@@ -55,9 +56,9 @@ def draw_noised_batches(
 def blocks_to_start(student: Denoiser) -> set[str]:
     """The paths of the mixers that neither training nor a start has changed since `convert`.
 
-    There is none where a rotary embedding turns queries and keys, since what they look at is then
-    not known from the tokens alone: such blocks begin as `convert` left them.
+    There is none where a rotary embedding of a kind that is not known turns queries and keys: such
+    blocks begin as `convert` left them.
     """
-    if family_of(student).rotary:
+    if not can_watch(student):
         return set()
     return {p for p, mixer in mixers_of(student).items() if not record_of(mixer).is_started}

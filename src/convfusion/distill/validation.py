@@ -9,13 +9,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from convfusion.clips import generate_clips
+from convfusion.data.clips import draw_strip
 from convfusion.data.latents import TrainingData
 from convfusion.distill.batches import noise_like
 from convfusion.distill.task import DistillTask, collected
 from convfusion.evaluate import TIMESTEPS, epsilon_errors
-from convfusion.families import denoiser_of
+from convfusion.families import denoiser_of, native_frames
 from convfusion.families.conditioning import place_conditioning
 from convfusion.generate import generate, swapped_denoiser
+from convfusion.mixers import Grid
 from convfusion.report import draw_grid
 from convfusion.surgery import attention_teacher, mixers_of
 
@@ -114,15 +117,32 @@ def what_fails(
 
 
 @torch.no_grad()
-def draw_validation(pipe: Any, prompts: list[str], guidance: float) -> Image.Image:
+def draw_validation(
+    pipe: Any, prompts: list[str], guidance: float, size: Grid | None = None
+) -> Image.Image:
     """A grid of the prompts as student and teacher draw them from equal seeds.
 
     Args:
         pipe: converted, with its attention kept.
-        prompts: a column for each.
+        prompts: a column for each; of a video model, a row of some frames for each.
         guidance: classifier-free guidance scale.
+        size: (frames, height, width) of clips, by default the pipeline's own. Pictures are drawn
+            at the pipeline's own size.
     """
+    if native_frames(pipe):
+        return _draw_strips(pipe, prompts, guidance, size)
     rows = {"student": generate(pipe, prompts, guidance=guidance, progress=False)}
     with swapped_denoiser(pipe, attention_teacher(denoiser_of(pipe))):
         rows["teacher"] = generate(pipe, prompts, guidance=guidance, progress=False)
     return draw_grid(rows, prompts)
+
+
+def _draw_strips(pipe: Any, prompts: list[str], guidance: float, size: Grid | None) -> Image.Image:
+    options: dict[str, Any] = {"guidance": guidance, "progress": False}
+    if size is not None:
+        options |= {"frames": size[0], "size": size[1:]}
+    clips = {"student": generate_clips(pipe, prompts, **options)}
+    with swapped_denoiser(pipe, attention_teacher(denoiser_of(pipe))):
+        clips["teacher"] = generate_clips(pipe, prompts, **options)
+    rows = {name: [draw_strip(clip) for clip in drawn] for name, drawn in clips.items()}
+    return draw_grid(rows, prompts, columns=1)

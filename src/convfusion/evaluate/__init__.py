@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     )
     from convfusion.evaluate.extractors import open_extractor
     from convfusion.evaluate.images import mean_psnr, psnr, ssim
-    from convfusion.evaluate.real import open_real
+    from convfusion.evaluate.real import open_real, open_real_clips
     from convfusion.evaluate.results import Evaluation
     from convfusion.evaluate.run import evaluate
     from convfusion.evaluate.scores import (
@@ -43,6 +43,7 @@ _HOME = {
     "psnr": "images",
     "ssim": "images",
     "open_real": "real",
+    "open_real_clips": "real",
     "Evaluation": "results",
     "evaluate": "run",
     "clip_scores": "scores",

@@ -11,7 +11,9 @@ from PIL import Image
 
 from convfusion import checkpoint
 from convfusion.checkpoint.card import name_kinds
-from convfusion.evaluate.images import mean_psnr
+from convfusion.clips import generate_clips
+from convfusion.data.clips import draw_strip
+from convfusion.evaluate.images import mean_clip_psnr, mean_psnr
 from convfusion.evaluate.scores import Mean
 from convfusion.generate import generate
 from convfusion.mixers import Removed, mixer_to_dict
@@ -27,7 +29,7 @@ class Comparison:
 
     Attributes:
         captions: of each column: its prompt, and its seed where there are several.
-        rows: pictures by name, the teacher's first.
+        rows: pictures by name, the teacher's first; of clips the strips of their frames.
         psnr: of each student's row to the teacher's, in dB, with its standard error.
     """
 
@@ -52,6 +54,7 @@ def compare_blocks(
     seeds: Sequence[int] = (0,),
     *,
     removed: bool = False,
+    frames: int | None = None,
     progress: bool | None = None,
     **settings: Any,
 ) -> Comparison:
@@ -64,8 +67,9 @@ def compare_blocks(
         prompts: what to draw.
         seeds: every prompt is drawn from each of them.
         removed: draw them without self-attention too, which shows what the blocks are for.
+        frames: of clips, where a pipeline draws videos; None draws pictures.
         progress: as for `generate`.
-        settings: further arguments of `generate`.
+        settings: further arguments of `generate`, or of `generate_clips`.
 
     Raises:
         ConvFusionError: as for `generate` and `checkpoint.load`; or the attention was dropped.
@@ -73,10 +77,13 @@ def compare_blocks(
     texts = [prompt for prompt in prompts for _ in seeds]
     numbers = list(seeds) * len(prompts)
 
-    def draw() -> list[Image.Image]:
-        return generate(pipe, texts, seeds=numbers, progress=progress, **settings)
+    def draw() -> list[Any]:
+        told = {"seeds": numbers, "progress": progress, **settings}
+        if frames is None:
+            return generate(pipe, texts, **told)
+        return generate_clips(pipe, texts, frames=frames, **told)
 
-    drawn: dict[str, list[Image.Image]] = {}
+    drawn: dict[str, list[Any]] = {}
     if mixers_of(pipe):
         drawn[name_own(pipe)] = draw()
         revert(pipe)
@@ -89,11 +96,12 @@ def compare_blocks(
         convert(pipe, uniform(Removed()))
         rows[REMOVED] = draw()
         revert(pipe)
+    measure = mean_psnr if frames is None else mean_clip_psnr
     psnr = {
-        name: mean_psnr(images, rows[TEACHER], texts)
-        for name, images in rows.items()
-        if name != TEACHER
+        name: measure(each, rows[TEACHER], texts) for name, each in rows.items() if name != TEACHER
     }
+    if frames is not None:
+        rows = {name: [draw_strip(clip) for clip in clips] for name, clips in rows.items()}
     told = [f", seed {seed}" if len(seeds) > 1 else "" for seed in numbers]
     captions = [f"{text}{seed}" for text, seed in zip(texts, told, strict=True)]
     return Comparison(captions, rows, psnr)

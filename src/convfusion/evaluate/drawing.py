@@ -3,6 +3,7 @@
     settings.json             what is drawn, and with which weights
     teacher/00000.png …       by the teacher
     student/00000.png …       by the student, from the same prompts and noises
+    student/00000/000.png …   the frames of a clip, of which the former is a strip then
     teacher-other-seed/…      by the teacher from other noises: what chance alone does
     records/00000.json …      of each batch, how far the student strayed on its way, and the SHA-256
                               of its pictures
@@ -25,15 +26,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from convfusion.clips import generate_clips
 from convfusion.errors import CheckpointError, ConvFusionError
+from convfusion.evaluate.drawn import digest_drawn, write_drawn
 from convfusion.evaluate.epsilon import epsilon_errors, relative_error
 from convfusion.evaluate.settings import EvaluationSettings
 from convfusion.families import Denoiser, denoiser_of, encode_conditioning, latent_scale
 from convfusion.families.patches import wrapped_method
-from convfusion.files import file_digest, read_json, write_picture, write_text
+from convfusion.files import read_json, write_text
 from convfusion.fingerprint import shown
 from convfusion.folders import LOCK, remove_remains
 from convfusion.generate import generate, swapped_denoiser
@@ -179,23 +181,14 @@ def _draw_batch(
         (OTHER, teacher, others),
     ):
         with swapped_denoiser(pipe, denoiser), recorded_latents(pipe, len(rows)) as path:
-            images = generate(
-                pipe,
-                prompts,
-                seeds=chosen,
-                steps=settings.steps,
-                guidance=settings.guidance,
-                size=settings.size,
-                batch_size=len(rows),
-                progress=False,
-            )
+            drawn = _draw(pipe, prompts, chosen, settings)
         if not all(latents.isfinite().all() for _, latents in path):
             raise ConvFusionError(
                 f"what {side} draws from the seeds {chosen[0]} to {chosen[-1]} is not finite: "
                 "try another --precision"
             )
-        for i, image in zip(rows, images, strict=True):
-            write_picture(picture_of(folder, side, i), image)
+        for i, each in zip(rows, drawn, strict=True):
+            write_drawn(folder, side, i, each)
         paths[side] = path
     final = paths[TEACHER][-1][1]
     errors = _measure_epsilon(pipe, teacher, settings, final, rows)
@@ -210,9 +203,24 @@ def _draw_batch(
         "trajectory": _measure_straying(paths[STUDENT], paths[TEACHER]),
         "trajectory_other_seed": _measure_straying(paths[OTHER], paths[TEACHER]),
         "epsilon_errors": errors,
-        "pictures": {side: _digest_pictures(folder, side, rows) for side in SIDES},
+        "pictures": {side: _digest_pictures(folder, settings, side, rows) for side in SIDES},
     }
     write_text(_record_of(folder, rows), json.dumps(record) + "\n")
+
+
+def _draw(pipe: Any, prompts: list[str], seeds: list[int], settings: EvaluationSettings) -> Any:
+    """Pictures, or clips uint8 [T, H, W, 3], of prompts that are drawn at once."""
+    options: dict[str, Any] = {
+        "seeds": seeds,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "size": settings.size,
+        "batch_size": len(seeds),
+        "progress": False,
+    }
+    if settings.frames is None:
+        return generate(pipe, prompts, **options)
+    return generate_clips(pipe, prompts, frames=settings.frames, **options)
 
 
 def _measure_straying(
@@ -247,7 +255,7 @@ def _make_noise(like: Tensor, seed: int, timestep: int) -> Tensor:
 
 @contextmanager
 def recorded_latents(pipe: Any, count: int) -> Iterator[list[tuple[float, Tensor]]]:
-    """Keep (timestep, latents [count, C, h, w] after it) of every step while a pipeline settings.
+    """Keep (timestep, latents [count, C, …] after it) of every step while a pipeline settings.
 
     Every pipeline of diffusers asks its scheduler for each step. A DiT's batch is twice as large
     under guidance; its first half is kept.
@@ -261,28 +269,6 @@ def recorded_latents(pipe: Any, count: int) -> Iterator[list[tuple[float, Tensor
 
     with wrapped_method(pipe.scheduler, "step", recording):
         yield path
-
-
-def picture_of(folder: Path, side: str, index: int) -> Path:
-    """Where a picture lies."""
-    return folder / side / f"{index:05d}.png"
-
-
-def read_pictures(folder: Path, side: str, count: int) -> Iterator[Image.Image]:
-    """The pictures of a side, in order.
-
-    Raises:
-        ConvFusionError: one is damaged.
-    """
-    for index in range(count):
-        path = picture_of(folder, side, index)
-        try:
-            with Image.open(path, formats=("PNG",)) as file:
-                yield file.convert("RGB")
-        except Exception:  # Pillow has many kinds for what is damaged
-            raise ConvFusionError(
-                f"{path} is damaged: delete it, and the same command draws it again"
-            ) from None
 
 
 def _record_of(folder: Path, rows: range) -> Path:
@@ -317,11 +303,15 @@ def _is_done(folder: Path, settings: EvaluationSettings, rows: range) -> bool:
         record: Any = read_json(path) if path.exists() else None
         if not _is_record(record, settings, rows):
             return False
-        return record["pictures"] == {side: _digest_pictures(folder, side, rows) for side in SIDES}
+        return record["pictures"] == {
+            side: _digest_pictures(folder, settings, side, rows) for side in SIDES
+        }
     except CheckpointError:  # damaged, or missing
         return False
 
 
-def _digest_pictures(folder: Path, side: str, rows: range) -> list[str]:
-    """The SHA-256 of each picture of a batch."""
-    return [file_digest(picture_of(folder, side, index)) for index in rows]
+def _digest_pictures(
+    folder: Path, settings: EvaluationSettings, side: str, rows: range
+) -> list[str]:
+    """The SHA-256 of each picture or clip of a batch."""
+    return [digest_drawn(folder, side, index, settings.frames) for index in rows]

@@ -40,6 +40,22 @@ def mean_psnr(
     return mean_of_psnr([value if np.isfinite(value) else None for value in values], prompts)
 
 
+def frame_psnrs(clip: np.ndarray, reference: np.ndarray) -> list[float | None]:
+    """PSNR in dB of each frame of two clips [T, H, W, 3]; None of equal frames."""
+    values = [psnr(frame, other) for frame, other in zip(clip, reference, strict=True)]
+    return [value if np.isfinite(value) else None for value in values]
+
+
+def mean_clip_psnr(
+    clips: Sequence[np.ndarray],
+    references: Sequence[np.ndarray],
+    prompts: Sequence[str] | None = None,
+) -> Mean:
+    """As `mean_psnr`, of clips [T, H, W, 3], each of which has the mean PSNR of its frames."""
+    pairs = zip(clips, references, strict=True)
+    return mean_of_psnr([mean_of_psnr(frame_psnrs(*pair)).value for pair in pairs], prompts)
+
+
 def mean_of_psnr(values: Sequence[float | None], prompts: Sequence[str] | None = None) -> Mean:
     """As `mean_psnr`, from the PSNR of each pair, which is None for equal pictures."""
     kept = [i for i, value in enumerate(values) if value is not None]

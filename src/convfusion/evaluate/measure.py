@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from convfusion.data.clips import spread_frames
 from convfusion.evaluate.clip import Clip
-from convfusion.evaluate.drawing import OTHER, SIDES, STUDENT, TEACHER, read_pictures
+from convfusion.evaluate.drawing import OTHER, SIDES, STUDENT, TEACHER
+from convfusion.evaluate.drawn import read_drawn
 from convfusion.evaluate.extractors import Extractor, Features
-from convfusion.evaluate.images import psnr, ssim
+from convfusion.evaluate.images import frame_psnrs, mean_of_psnr, ssim
+from convfusion.evaluate.motion import read_sides
 from convfusion.evaluate.scores import (
     KernelDistance,
     Mean,
@@ -29,16 +33,17 @@ from convfusion.evaluate.scores import (
 from convfusion.evaluate.settings import EvaluationSettings
 
 REAL = "real"
+LOOKED_AT = 8  # frames of a clip whose features are taken
 NEIGHBOURS = 5  # that density and coverage look for
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """How alike two pictures of one prompt are.
+    """How alike two pictures or clips of one prompt are.
 
     Attributes:
-        psnr: in dB; None for equal pictures.
-        ssim: structural similarity, at most 1.
+        psnr: in dB, of clips the mean over frames; None for equal ones.
+        ssim: structural similarity, at most 1, of clips the mean over frames.
         cosine: of their features.
     """
 
@@ -165,19 +170,16 @@ def compare_samples(
     seen: dict[str, Features],
 ) -> list[SampleResult]:
     """Every sample, in order."""
-    pictures = [read_pictures(folder, side, len(settings)) for side in SIDES]
     features = {side: seen[side].features.double() for side in SIDES}
     cosines = {side: torch.cosine_similarity(features[side], features[TEACHER]) for side in SIDES}
     epsilon = chain.from_iterable(record["epsilon_errors"] for record in records)
     latents = chain.from_iterable(record["trajectory"] for record in records)
-    rows = zip(zip(*pictures, strict=True), epsilon, latents, strict=True)
+    rows = zip(read_sides(folder, settings), epsilon, latents, strict=True)
     results = []
-    for i, ((teacher, student, other), errors, strayed) in enumerate(rows):
+    for i, (drawn, errors, strayed) in enumerate(rows):
         alike = {
-            side: Likeness(
-                _finite(psnr(image, teacher)), ssim(image, teacher), cosines[side][i].item()
-            )
-            for side, image in ((STUDENT, student), (OTHER, other))
+            side: _compare(drawn[side], drawn[TEACHER], cosines[side][i].item())
+            for side in (STUDENT, OTHER)
         }
         results.append(
             SampleResult(
@@ -191,6 +193,13 @@ def compare_samples(
             )
         )
     return results
+
+
+def _compare(drawn: np.ndarray, reference: np.ndarray, cosine: float) -> Likeness:
+    """How alike two pictures or clips [T, H, W, 3] are."""
+    pairs = list(zip(drawn, reference, strict=True))
+    similarity = float(np.mean([ssim(frame, other) for frame, other in pairs]))
+    return Likeness(mean_of_psnr(frame_psnrs(drawn, reference)).value, similarity, cosine)
 
 
 def compare_sets(seen: dict[str, Features], prompts: Sequence[str]) -> list[Distribution]:
@@ -259,18 +268,35 @@ def score_sets(
     return scores
 
 
-def extract_features(extractor: Extractor, folder: Path, count: int) -> dict[str, Features]:
-    """Features of the drawn pictures."""
-    return {side: extractor(read_pictures(folder, side, count)) for side in SIDES}
+def extract_features(
+    extractor: Extractor, folder: Path, settings: EvaluationSettings
+) -> dict[str, Features]:
+    """Features of what was drawn; of clips, the mean over some of the frames, without logits."""
+    return {side: _extract(extractor, folder, settings, side) for side in SIDES}
+
+
+def _extract(
+    extractor: Extractor, folder: Path, settings: EvaluationSettings, side: str
+) -> Features:
+    drawn = read_drawn(folder, side, len(settings), settings.frames)
+    if settings.frames is None:
+        return extractor(Image.fromarray(picture) for (picture,) in drawn)
+    return look_at_clips(extractor, drawn, settings.frames)
+
+
+def look_at_clips(extractor: Extractor, clips: Iterable[np.ndarray], frames: int) -> Features:
+    """The mean features of some frames of each clip [T, H, W, 3], without logits."""
+    looked = spread_frames(frames, LOOKED_AT)
+    seen = extractor(Image.fromarray(frame) for clip in clips for frame in clip[looked])
+    return Features(seen.features.unflatten(0, (-1, len(looked))).mean(dim=1), None)
 
 
 def score_with_clip(
     clip: Clip, folder: Path, settings: EvaluationSettings, texts: Tensor
 ) -> dict[str, Tensor]:
-    """CLIP scores [n] of the drawn pictures with their prompts, embedded as `texts` [n, d]."""
-    seen = extract_features(clip.images, folder, len(settings))
+    """CLIP scores [n] of what was drawn with its prompts, embedded as `texts` [n, d].
+
+    A clip of video has the score of the mean embedding of its frames.
+    """
+    seen = extract_features(clip.images, folder, settings)
     return {side: clip_scores(each.features, texts) for side, each in seen.items()}
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

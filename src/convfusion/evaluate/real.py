@@ -1,4 +1,4 @@
-"""Real pictures that drawn ones are compared with."""
+"""Real pictures and clips that drawn ones are compared with."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
+from convfusion.data.clips import list_clips, read_clip
 from convfusion.data.folders import PictureFolder
 from convfusion.data.latents import LatentDataset
 from convfusion.data.pictures import UnusableError, crop_to_cover, decode_picture, upcast_vae
@@ -46,6 +48,47 @@ class RealPictures:
                 yield Image.fromarray(crop_to_cover(picture, self.size))
             except UnusableError as error:
                 self.skipped[str(error)] = self.skipped.get(str(error), 0) + 1
+
+
+@dataclass(frozen=True)
+class RealClips:
+    """Clips of one size and number of frames, read as they are needed.
+
+    Attributes:
+        spec: what the report calls them.
+        paths: of the clips, as `data.list_clips` gives them.
+        frames: that are read of each, the first ones.
+        size: (height, width) that they are shrunk to cover, and cropped to.
+        skipped: how many could not be used, by reason; filled while they are read.
+    """
+
+    spec: str
+    paths: tuple[Path, ...]
+    frames: int
+    size: tuple[int, int]
+    skipped: Counted = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        self.skipped.clear()
+        for path in self.paths:
+            try:
+                yield read_clip(path, self.frames, self.size)
+            except UnusableError as error:
+                self.skipped[str(error)] = self.skipped.get(str(error), 0) + 1
+
+
+def open_real_clips(folder: str, frames: int, size: tuple[int, int]) -> RealClips:
+    """Real clips of a folder, as `data.list_clips` finds them.
+
+    Args:
+        folder: with clips in it or in its subfolders.
+        frames: of the drawn clips.
+        size: (height, width) of the drawn clips.
+
+    Raises:
+        ConvFusionError: there are none, or PyAV is missing that some of them need.
+    """
+    return RealClips(Path(folder).name or folder, tuple(list_clips(folder)), frames, size)
 
 
 def open_real(spec: str, size: tuple[int, int]) -> RealPictures:

@@ -11,6 +11,7 @@ from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.evaluate.drawing import OTHER, STUDENT, TEACHER
 from convfusion.evaluate.images import mean_of_psnr
 from convfusion.evaluate.measure import Curves, Distribution, Likeness, SampleResult, SetScores
+from convfusion.evaluate.motion import Motion, sum_up_motion
 from convfusion.evaluate.scores import mean_of
 from convfusion.files import read_json, write_csv, write_text
 
@@ -33,6 +34,7 @@ class Evaluation:
         curves: means by timestep and by step.
         distributions: sets of pictures against references.
         scores: of each set by itself.
+        motion: of clips; None of pictures.
     """
 
     student: str
@@ -46,9 +48,25 @@ class Evaluation:
     curves: Curves
     distributions: list[Distribution]
     scores: list[SetScores]
+    motion: Motion | None = None
+
+    @property
+    def noun(self) -> str:
+        """What was drawn, in a report's words."""
+        return "pictures" if self.motion is None else "clips"
+
+    @property
+    def error_name(self) -> str:
+        """What a report calls the error of the denoiser's output."""
+        return "velocity error" if self.settings.get("predicts") == "velocity" else "ε-error"
+
+    @property
+    def error_formula(self) -> str:
+        """That error in symbols."""
+        return "‖v̂ − ṽ‖² / ‖ṽ‖²" if "velocity" in self.error_name else "‖ε̂ − ε̃‖² / ‖ε̃‖²"
 
     def save(self, folder: Path) -> None:
-        """Write `evaluation.json`, `evaluation.csv` and `samples.csv`."""
+        """Write `evaluation.json`, `evaluation.csv`, `samples.csv` and, of clips, `frames.csv`."""
         from convfusion import __version__
 
         content = {"schema": SCHEMA, "version": __version__, **asdict(self)}
@@ -57,6 +75,10 @@ class Evaluation:
         rows = list_metrics(self)
         write_csv(folder / "evaluation.csv", list(rows[0]), rows)
         samples = [_flatten(sample) for sample in self.samples]
+        if self.motion is not None:
+            samples = [row | _list_motion(self.motion, i) for i, row in enumerate(samples)]
+            frames = list_frames(self.motion)
+            write_csv(folder / "frames.csv", list(frames[0]), frames)
         write_csv(folder / "samples.csv", list(samples[0]), samples)
 
 
@@ -104,10 +126,35 @@ def list_metrics(evaluation: Evaluation) -> list[dict[str, Any]]:
         add("excess_kernel_distance", row.pictures, row.reference, *excess)
         for metric in ("precision", "recall", "density", "coverage"):
             add(metric, row.pictures, row.reference, getattr(row, metric))
+    if evaluation.motion is not None:
+        for name, pictures, reference, mean in sum_up_motion(evaluation.motion, prompts):
+            networks[name] = ""
+            add(name, pictures, reference, *mean)
     for each in evaluation.scores:
         add("class_score", each.pictures, "", each.class_score)
         add("clip_score", each.pictures, "prompts", each.clip, each.clip_error)
     return rows
+
+
+def list_frames(motion: Motion) -> list[dict[str, Any]]:
+    """The PSNR of each frame, as the rows of `frames.csv`."""
+    return [
+        {"frame": number, "pictures": side, "psnr": value, "standard_error": error}
+        for side, values in motion.frame_psnr.items()
+        for number, (value, error) in enumerate(
+            zip(values, motion.frame_psnr_error[side], strict=True)
+        )
+    ]
+
+
+def _list_motion(motion: Motion, index: int) -> dict[str, float]:
+    """The columns of `samples.csv` on how a clip moves."""
+    sides = {STUDENT: "student", TEACHER: "teacher", OTHER: "other_seed"}
+    return {
+        f"{words}_{name}": getattr(motion, name)[side][index]
+        for side, words in sides.items()
+        for name in ("change", "flicker")
+    }
 
 
 def _flatten(row: SampleResult) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from convfusion.clips import check_frames
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import measure
 from convfusion.evaluate.clip import Clip
@@ -25,8 +26,9 @@ from convfusion.evaluate.drawing import (
 from convfusion.evaluate.extractors import Extractor, Features
 from convfusion.evaluate.images import SSIM_SIDE
 from convfusion.evaluate.measure import REAL
+from convfusion.evaluate.motion import measure_motion
 from convfusion.evaluate.pair import teacher_denoiser
-from convfusion.evaluate.real import RealPictures
+from convfusion.evaluate.real import RealClips, RealPictures
 from convfusion.evaluate.results import Evaluation
 from convfusion.evaluate.settings import EvaluationSettings, identify_pictures, size_of
 from convfusion.families import check_captioned, denoiser_of, family_of
@@ -34,7 +36,7 @@ from convfusion.families.calls import check_call
 from convfusion.folders import locked, remove_remains
 from convfusion.generate import check_guidance, check_size, check_steps
 from convfusion.imports import check_installed
-from convfusion.schedule import noise_schedule
+from convfusion.schedule import is_flow, noise_schedule
 
 Progress = Callable[[str, int], None]
 
@@ -46,7 +48,7 @@ def evaluate(
     *,
     extractor: Extractor,
     teacher: Any = None,
-    real: RealPictures | None = None,
+    real: RealPictures | RealClips | None = None,
     clip: Clip | None = None,
     names: tuple[str, str] = ("student", "its own attention"),
     on_progress: Progress = lambda stage, done: None,
@@ -59,7 +61,7 @@ def evaluate(
         out: folder for pictures and results: new, empty, or begun with the same settings.
         extractor: of the features that distances rest on.
         teacher: another pipeline, or None for the attention that the student's blocks replaced.
-        real: pictures to compare with as well.
+        real: pictures to compare with as well; clips where clips are drawn.
         clip: for the CLIP score.
         names: of student and teacher, in the report.
         on_progress: called with the stage of the work and the samples done.
@@ -80,9 +82,9 @@ def evaluate(
         if records is None:
             return None
         on_progress("measuring", len(settings))
-        seen = measure.extract_features(extractor, folder, len(settings))
+        seen = measure.extract_features(extractor, folder, settings)
         if real is not None:
-            seen[REAL] = extractor(real)
+            seen[REAL] = _look_at_real(extractor, real)
         clips = {}
         if clip is not None and texts is not None:
             clips = measure.score_with_clip(clip, folder, settings, texts)
@@ -113,7 +115,7 @@ def _check_possible(
     reference: Any,
     settings: EvaluationSettings,
     folder: Path,
-    real: RealPictures | None,
+    real: RealPictures | RealClips | None,
 ) -> dict[str, Any]:
     """Everything that can be known before a picture is drawn; what the pictures rest on."""
     check_installed("torchmetrics", "matplotlib", extra="eval")
@@ -121,8 +123,19 @@ def _check_possible(
     identity = identify_pictures(pipe, reference, settings)
     check_place(folder, identity)
     if real is not None:
+        if isinstance(real, RealClips) != (settings.frames is not None):
+            raise ConvFusionError(
+                "pictures are compared with real pictures (`open_real`), and clips with real clips "
+                "(`open_real_clips`)"
+            )
         check_real(real)
     return identity
+
+
+def _look_at_real(extractor: Extractor, real: RealPictures | RealClips) -> Features:
+    if isinstance(real, RealClips):
+        return measure.look_at_clips(extractor, real, real.frames)
+    return extractor(real)
 
 
 def _sum_up(
@@ -140,11 +153,12 @@ def _sum_up(
         curves=measure.average_curves(settings, records),
         distributions=measure.compare_sets(seen, settings.prompts),
         scores=measure.score_sets(seen, clips, settings.prompts),
+        motion=None if settings.frames is None else measure_motion(folder, settings),
     )
 
 
 def write_results(evaluation: Evaluation, folder: Path) -> None:
-    """Write `evaluation.json`, `evaluation.csv`, `samples.csv` and `report.html`."""
+    """Write `report.html` and what `Evaluation.save` does."""
     from convfusion.evaluate.page import write_page  # with matplotlib
 
     evaluation.save(folder)
@@ -154,7 +168,10 @@ def write_results(evaluation: Evaluation, folder: Path) -> None:
 def check_settings(pipe: Any, settings: EvaluationSettings) -> None:
     """Raise a ConvFusionError unless a pipeline can draw this."""
     check_captioned(pipe)
-    check_call(pipe, list(settings.prompts), settings.size, {})
+    clips = settings.frames is not None
+    check_call(pipe, list(settings.prompts), settings.size, {}, clips=clips)
+    if settings.frames is not None:
+        check_frames(pipe, settings.frames)
     size = size_of(pipe, settings)
     check_steps(pipe, settings.steps)
     count = len(noise_schedule(pipe.scheduler, denoiser_of(pipe)))
@@ -177,13 +194,14 @@ def check_settings(pipe: Any, settings: EvaluationSettings) -> None:
         )
 
 
-def check_real(real: RealPictures) -> None:
-    """Raise a ConvFusionError unless there are two real pictures that can be used."""
+def check_real(real: RealPictures | RealClips) -> None:
+    """Raise a ConvFusionError unless there are two real pictures or clips that can be used."""
     usable = len(list(islice(real, 2)))
     if usable < 2:
         reasons = ", ".join(f"{n}× {reason}" for reason, n in real.skipped.items())
+        noun = "clips" if isinstance(real, RealClips) else "pictures"
         raise ConvFusionError(
-            f"{usable or 'none'} of the pictures of {real.spec} can be used, and 2 or more are "
+            f"{usable or 'none'} of the {noun} of {real.spec} can be used, and 2 or more are "
             "needed" + (f" ({reasons})" if reasons else "")
         )
 
@@ -196,7 +214,13 @@ def _describe_settings(pipe: Any, settings: EvaluationSettings) -> dict[str, Any
         "guidance": settings.guidance,
         "size": list(size_of(pipe, settings)),
         "batch_size": settings.batch_size,
+        **({"predicts": "velocity"} if is_flow(pipe.scheduler) else {}),
+        **({} if settings.frames is None else _describe_clips(pipe, settings.frames)),
     }
+
+
+def _describe_clips(pipe: Any, frames: int) -> dict[str, Any]:
+    return {"frames": frames, "frame_rate": family_of(denoiser_of(pipe)).frame_rate}
 
 
 def _describe_network(extractor: Extractor) -> dict[str, Any]:
@@ -204,5 +228,5 @@ def _describe_network(extractor: Extractor) -> dict[str, Any]:
     return {"name": extractor.name, "weights": extractor.weights, "side": side}
 
 
-def _describe_real(real: RealPictures, seen: Features) -> dict[str, Any]:
+def _describe_real(real: RealPictures | RealClips, seen: Features) -> dict[str, Any]:
     return {"name": real.spec, "samples": len(seen.features), "skipped": dict(real.skipped)}

@@ -32,6 +32,7 @@ class EvaluationSettings:
         size: (height, width) in pixels, or None for the pipeline's own.
         batch_size: samples drawn at once.
         timesteps: where ε-errors are measured, on what the teacher drew.
+        frames: of every clip, or None where pictures are drawn.
     """
 
     prompts: tuple[str, ...]
@@ -41,6 +42,7 @@ class EvaluationSettings:
     size: tuple[int, int] | None = None
     batch_size: int = 8
     timesteps: tuple[int, ...] = TIMESTEPS
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.seeds):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from convfusion.evaluate.drawing import STUDENT, TEACHER
 from convfusion.evaluate.images import mean_of_psnr
 from convfusion.evaluate.measure import NEIGHBOURS, Distribution
+from convfusion.evaluate.motion import Motion, ratio_of_means
 from convfusion.evaluate.results import Evaluation
 from convfusion.evaluate.scores import Mean
 
@@ -14,38 +16,52 @@ def give_verdict(evaluation: Evaluation) -> str:
     prompts = [sample.prompt for sample in samples]
     student = mean_of_psnr([sample.student.psnr for sample in samples], prompts)
     other_seed = mean_of_psnr([sample.other_seed.psnr for sample in samples], prompts)
-    alike = "From the same noise the student draws the same pictures as the teacher"
+    noun = evaluation.noun
+    alike = f"From the same noise the student draws the same {noun} as the teacher"
     if student.value is not None:
         alike = (
-            "From the same noise, the student’s pictures have a PSNR of "
+            f"From the same noise, the student’s {noun} have a PSNR of "
             f"{format_mean(student, '.1f')} dB against the teacher’s (higher is closer)"
         )
     other = (
         "equal ones, too" if other_seed.value is None else f"{format_mean(other_seed, '.1f')} dB"
     )
     return (
-        f"{alike}; the teacher’s own pictures from different noises have {other}. "
-        f"{compare_with_chance(evaluation.distributions[0], evaluation.settings['prompts'])}"
+        f"{alike}; the teacher’s own {noun} from different noises have {other}. "
+        + (f"{compare_motion(evaluation.motion, prompts)} " if evaluation.motion else "")
+        + compare_with_chance(evaluation.distributions[0], evaluation.settings["prompts"], noun)
     )
 
 
-def compare_with_chance(student: Distribution, prompts: int) -> str:
+def compare_motion(motion: Motion, prompts: list[str]) -> str:
+    """How much the student's clips flicker and change beside the teacher's, in a sentence."""
+    told = []
+    for word, values in (("flicker", motion.flicker), ("change", motion.change)):
+        ratio = ratio_of_means(values[STUDENT], values[TEACHER], prompts)
+        if ratio.value is not None:
+            told.append(f"{word} {format_ratio(ratio)} times as much")
+    if not told:
+        return "The teacher’s clips do not change from frame to frame."
+    return f"Its clips {' and '.join(told)} from frame to frame as the teacher’s."
+
+
+def compare_with_chance(student: Distribution, prompts: int, noun: str = "pictures") -> str:
     """Whether the student's set is further from the teacher's than chance has it."""
     excess, error = student.kid_excess, student.kid_excess_error
     if excess is None or error is None or prompts <= NEIGHBOURS:
         return (
-            f"{student.samples} pictures of {prompts} prompts are too few to compare student and "
+            f"{student.samples} {noun} of {prompts} prompts are too few to compare student and "
             "teacher as sets."
         )
     if abs(excess) > 2 * error:
         answer = (
-            f"As a set, the student’s pictures are {'further from' if excess > 0 else 'nearer to'} "
+            f"As a set, the student’s {noun} are {'further from' if excess > 0 else 'nearer to'} "
             "the teacher’s than the teacher’s own from other noises are, by more than chance"
         )
     else:
         answer = (
-            "As a set, the student’s pictures are no further from the teacher’s than the teacher’s "
-            f"own from other noises are, as far as {student.samples} pictures can tell: a "
+            f"As a set, the student’s {noun} are no further from the teacher’s than the teacher’s "
+            f"own from other noises are, as far as {student.samples} {noun} can tell: a "
             f"difference of less than {_round(2e3 * error)} would not show"
         )
     return (
@@ -59,6 +75,12 @@ def format_mean(mean: Mean, form: str) -> str:
     if mean.value is None:
         return "equal"
     return f"{mean.value:{form}}" + ("" if mean.error is None else f" ± {mean.error:{form}}")
+
+
+def format_ratio(ratio: Mean) -> str:
+    """A ratio with its standard error, with a third digit where that is below 0.005."""
+    exact = ratio.error is not None and ratio.error < 0.005
+    return "–" if ratio.value is None else format_mean(ratio, ".3f" if exact else ".2f")
 
 
 def format_thousandths(value: float, error: float | None) -> str:

@@ -89,8 +89,9 @@ class SD3(Family):
             "pooled_projections": values(batch, config.pooled_projection_dim),
         }
 
-    def describe_further_needs(self, model: Denoiser) -> str:
-        return "times of a flow in place of a noise schedule's"
+    def idle_components(self, pipe: Any) -> tuple[str, ...]:
+        """Its pipelines work without T5, whose place is then filled with zeros."""
+        return ("text_encoder_3", "tokenizer_3") if pipe.text_encoder_3 is None else ()
 
     def check_export(self, model: Denoiser) -> None:
         raise ConvFusionError(

@@ -31,8 +31,7 @@ def watch_attention(
         UnsupportedModelError: its attentions turn queries and keys by a rotary embedding of a kind
             that is not known, so that tokens alone do not tell what they look at.
     """
-    family = family_of(model)
-    if family.rotary and type(family).find_turn is Family.find_turn:
+    if not can_watch(model):
         raise UnsupportedModelError(
             f"the self-attention of a {type(model).__name__} turns its queries and keys by a "
             "rotary embedding, which analysis and measured starts do not know yet: convert it "
@@ -40,6 +39,12 @@ def watch_attention(
         )
     with watch_tokens(model, see):
         yield
+
+
+def can_watch(model: Denoiser) -> bool:
+    """Whether what the self-attentions of a denoiser look at is known."""
+    family = family_of(model)
+    return not family.rotary or type(family).find_turn is not Family.find_turn
 
 
 @contextmanager
