@@ -16,6 +16,7 @@ from convfusion.data.clips import read_clip, write_clip
 from convfusion.data.sources import Drawing
 from convfusion.distill import DistillConfig, distill
 from convfusion.families import encode_conditioning
+from convfusion.files import read_tensors
 
 SMALL = {"size": (16, 16), "frames": 9}
 
@@ -74,6 +75,9 @@ def test_clips_are_encoded_with_their_captions(pipe, clips, tmp_path):
     )
     expected = encode_conditioning(pipe, ["red apple", ""], (16, 16))
     assert torch.equal(told["encoder_hidden_states"], expected["encoder_hidden_states"])
+    assert told["encoder_hidden_states"].shape == (2, 512, 12)
+    files = (tmp_path / "cache" / "chunks").glob("*.safetensors")
+    assert all(read_tensors(file)["16x16x9/encoder_hidden_states"].shape[1] == 3 for file in files)
 
 
 def test_a_cache_goes_on_and_is_opened_for_its_size_alone(pipe, clips, tmp_path):

@@ -18,7 +18,17 @@ from convfusion.cli.models import (
     is_embedded,
     open_stock_pipeline,
 )
-from convfusion.cli.options import Config, Data, Device, Model, Precision, Revision, Size, check_new
+from convfusion.cli.options import (
+    Config,
+    Data,
+    Device,
+    Frames,
+    Model,
+    Precision,
+    Revision,
+    Size,
+    check_new,
+)
 from convfusion.progress import Bar, Progress
 
 Curve = Annotated[Path, typer.Option(help="Folder for the curve and the configs.")]
@@ -61,6 +71,7 @@ def curve(
     data: Data = None,
     config: Config = None,
     size: Size = None,
+    frames: Frames = None,
     steps: TrainingSteps = 100,
     batch_size: Samples = 16,
     learning_rate: LearningRate = None,
@@ -98,7 +109,8 @@ def curve(
         "autocast": autocast,
         "seed": seed,
     }
-    named = {"model": model, "data": data or "", "size": size or "", "distill": settings}
+    named: dict[str, Any] = {"model": model, "data": data or "", "size": size or ""}
+    named |= {"frames": frames or 0, "distill": settings}
     run = RunSettings.from_dict(named)
     source = prepare_source(run)
     pipe = open_stock_pipeline(model, precision, device, revision)

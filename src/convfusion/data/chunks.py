@@ -243,7 +243,7 @@ class Chunk:
             texts = list(dict.fromkeys(captions))  # each encoded once
             for key, tensor in self.encoder.encode_captions(texts, size).items():
                 if tensor is not None:
-                    tensors[f"{name}/{key}"] = tensor
+                    tensors[f"{name}/{key}"] = drop_padding(tensor)
             sizes[name] = {
                 "captions": captions,
                 "rows": [texts.index(caption) for caption in captions],
@@ -259,6 +259,17 @@ class Chunk:
     def _encode(self, size: Extent) -> None:
         if waiting := self._waiting.pop(size, None):
             self._latents[size].append(self.encoder.encode_latents(waiting, size))
+
+
+def drop_padding(tensor: Tensor) -> Tensor:
+    """Text [B, W, C] without the words behind the last one that is not zero in some sample.
+
+    Wan's texts are zeros beyond their words, of 512 words that would fill most of a cache.
+    """
+    if tensor.dim() != 3:
+        return tensor
+    filled = tensor.flatten(2).any(dim=2).any(dim=0).nonzero()
+    return tensor[:, : int(filled.max()) + 1].contiguous() if len(filled) else tensor
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@
     chunks/UNIT-CHUNK.safetensors   their `WxH/latents` and `WxH/<conditioning>`,
                                     of clips `WxHxFRAMES/…`
 
-The record of a chunk is written after its tensors, so a chunk that has one is whole. Only JSON and
-safetensors are read: a cache from outside cannot run code.
+The record of a chunk is written after its tensors, so a chunk that has one is whole. Words of zeros
+at the end of its texts are left out, and put back as they are taken. Only JSON and safetensors are
+read: a cache from outside cannot run code.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from convfusion.data.buckets import Extent
 from convfusion.errors import CheckpointError, ConvFusionError
@@ -141,11 +142,20 @@ class LatentCache:
             for key, rows in rows_of.items():
                 full = f"{name}/{key}"
                 own = None if drop else file.get_slice(full)[line : line + 1]
-                rows.append((self._empty[full] if own is None else own).to(self._dtypes[key]))
+                whole = self._empty[full]
+                row = whole if own is None else pad_like(own, whole)
+                rows.append(row.to(self._dtypes[key]))
         conditioning = {
             key: torch.cat(rows_of[key]) if dtype else None for key, dtype in self._dtypes.items()
         }
         return torch.cat(latents), conditioning
+
+
+def pad_like(text: Tensor, whole: Tensor) -> Tensor:
+    """Text [1, w, C] with zeros behind its words, to as many as another has; others as they are."""
+    if text.shape == whole.shape:
+        return text
+    return nn.functional.pad(text, (0, 0, 0, whole.shape[1] - text.shape[1]))
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
