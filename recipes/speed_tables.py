@@ -160,8 +160,8 @@ def halo_growth() -> str:
     )
 
 
-def measured() -> list[Row]:
-    return read_rows(RESULTS / "latency.csv")
+def measured(file: str = "latency.csv") -> list[Row]:
+    return read_rows(RESULTS / file)
 
 
 def place(row: Row) -> str:
@@ -328,6 +328,40 @@ def least() -> str:
 Medians, and the range that the rounds allow. From [results/latency.csv](../results/latency.csv)."""
 
 
+HALO = "halo 0.25 0.5"
+
+
+def gpu_denoiser() -> str:
+    """Whole denoisers on GPUs: attention, and how many times as fast it is with blocks."""
+    heads = ["model", "pixels, batch", "how", "attention", "ΔConvBlock", "halo block"]
+    heads.append("nothing there")
+    lines = []
+    for by in cases(row for row in measured("latency_gpu.csv") if not row.site):
+        first = by[ATTENTION]
+        size = f"{first.width}×{first.height}, {first.batch}"
+        how = f"{first.device}, {first.dtype}"
+        own = milliseconds(first.median_ms)
+        ratios = [faster(by, name) + mark(by, name) for name in ("delta_conv 0.5", HALO, "removed")]
+        lines.append([f"`{first.model}`", size, how, own, *ratios])
+    return table(heads, lines)
+
+
+def gpu_sites() -> str:
+    """Sites of SD1.5 on a GPU, called one by one from Python."""
+    rows = [row for row in measured("latency_gpu.csv") if row.site]
+    lines = []
+    for by in cases(rows):
+        own = milliseconds(by[ATTENTION].median_ms)
+        ratios = [faster(by, name) + mark(by, name) for name in ("delta_conv 0.5", HALO)]
+        lines.append([f"{place(by[ATTENTION])}, {by[ATTENTION].tokens:,}", own, *ratios])
+    return table(["site, tokens", "attention", "ΔConvBlock", "halo block"], lines)
+
+
+def mark(by: dict[str, Row], variant: str) -> str:
+    """A star where what was timed was an earlier version."""
+    return " *" if variant in by and by[variant].note else ""
+
+
 def exponents() -> str:
     """The exponent e of time ∝ Nᵉ and of memory ∝ Nᵉ, per kind of site and variant."""
     found: dict[tuple, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
@@ -382,6 +416,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "crossover": crossover,
     "least": least,
     "growth": exponents,
+    "gpu denoiser": gpu_denoiser,
+    "gpu sites": gpu_sites,
     "layouts": layouts,
     "headline": headline,
 }

@@ -334,6 +334,13 @@ def test_a_run_says_where_it_begins_and_what_it_sets_aside(run, model, pictures,
     assert code == 0 and "4 of 7" in said and "the blocks that it has are set aside" in said, err
 
 
+def test_bench_latency_times_graphs_on_cuda_alone(run):
+    options = ("mini", "--size", "64x64", "--whole", "--recorded", "--device", "cpu")
+    code, _, err = run("bench", "latency", *options)
+    assert code == 2
+    assert "CUDA graphs, which cpu does not have" in err
+
+
 def test_bench_flops_shows_and_writes_what_things_cost(run, tmp_path):
     out = tmp_path / "flops.csv"
     options = ("--size", "64x64", "--size", "64x96", "--mixers", "delta_conv,mean_only")

@@ -11,12 +11,13 @@ from diffusers.models.attention_processor import Attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CASES, pixart, randomise, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import convfusion
 from convfusion import ConvFusionError, Halo, uniform
 from convfusion.export import export_onnx
 from convfusion.families import example_inputs
-from convfusion.mixers import halo, mixer_from_dict, mixer_to_dict
+from convfusion.mixers import halo, halo_grid, mixer_from_dict, mixer_to_dict
 from convfusion.mixers.halo_grid import GridLine, count_outside, pool_cells
 from convfusion.mixers.halo_whole import mix_whole
 from convfusion.operations import count
@@ -262,6 +263,53 @@ def test_half_precision_is_near(dtype, near, grid):
     found = mixer.to(dtype)(tokens.to(dtype), grid)
     assert found.dtype == dtype and found.isfinite().all()
     assert (found.float() - expected).norm() < near * expected.norm()
+
+
+def test_indices_are_made_once_and_serve_every_kind_of_call():
+    """What a call under inference mode made must serve a training; a mode's tensors never stay."""
+    mixer, tokens = build(32, 4, std=0.2), tokens_on((7, 9), channels=32)
+    halo_grid._keep.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        mixer(tokens, (7, 9))
+    assert halo_grid._keep.cache_info().currsize == 0
+    with torch.inference_mode():
+        expected = mixer(tokens, (7, 9))
+    made = halo_grid._keep.cache_info().misses
+    found = mixer(tokens.requires_grad_(), (7, 9))
+    found.sum().backward()
+    assert tokens.grad is not None
+    assert torch.equal(found, expected)
+    assert made == halo_grid._keep.cache_info().misses > 0
+    mixer(tokens_on((9, 7), channels=32), (9, 7))
+    assert halo_grid._keep.cache_info().misses > made
+
+
+@pytest.mark.parametrize(
+    ("options", "channels", "grid"),
+    [
+        ({}, 32, (9, 11)),  # ranks 2 and 4
+        ({"key_ratio": 1.0, "value_ratio": 1.0}, 32, (16, 8)),  # of 8: nothing to fill
+        ({"cells": 0}, 32, (5, 13)),
+        ({"block": (2, 2, 2), "window": (2, 4, 4), "cells": (1, 2, 2)}, 32, (3, 6, 5)),
+    ],
+)
+@pytest.mark.parametrize("chunk", [12, 2**16])
+def test_fused_attention_does_the_same(monkeypatch, options, channels, grid, chunk):
+    mixer, tokens = build(channels, 4, std=0.2, **options), tokens_on(grid, channels=channels)
+    monkeypatch.setattr(halo, "CHUNK", chunk)
+    tokens.requires_grad_()
+    wanted = [tokens, *mixer.parameters()]
+    weights = torch.randn(tokens.shape)
+
+    def run():
+        out = mixer(tokens, grid)
+        return [out.detach(), *torch.autograd.grad((out * weights).sum(), wanted)]
+
+    expected = run()
+    monkeypatch.setattr(halo, "FUSED", ("cpu",))
+    monkeypatch.setattr(halo, "FUSED_FROM", 0)
+    for found, right in zip(run(), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
 
 
 def test_counts_beyond_float16_stay_finite():

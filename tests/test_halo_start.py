@@ -67,8 +67,8 @@ def test_offsets_are_counted_as_loops_count_them():
         if 0 <= down < 5 and 0 <= across < 7:
             expected[:, down, across] += (query[:, :, i] * key[:, :, j]).sum((0, 2))
             seen[down, across] += 3
-    torch.testing.assert_close(sums, expected.flatten(1), rtol=1e-4, atol=1e-4)
-    assert torch.equal(counts, seen.flatten())
+    torch.testing.assert_close(sums[:, :-1], expected.flatten(1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(counts[:-1], seen.flatten()) and counts.sum() == 3 * 20 * 20
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from tiny_models import CASES, run
 from torch.utils._pytree import tree_leaves
 
@@ -104,6 +105,16 @@ def test_a_compiled_block_is_timed(monkeypatch):
     variants = {"compiled": Variant(config, compiled=True)}
     found = time_site(model, list_sites(model)[0], variants, (5, 6), rounds=1)
     assert found["compiled"].timing is not None and found["compiled"].parity < 1e-4
+
+
+def test_a_site_of_a_video_is_timed_on_its_three_axes():
+    """Also where norms of queries and keys come without weights from the meta device."""
+    with torch.device("meta"):
+        model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=16, num_layers=1)
+    config, site = presets.get_preset("wan", model), list_sites(model)[0]
+    grid = (3, 20, 30)  # more than parity is tried on
+    found = time_site(model, site, {"attention": Variant(), "block": Variant(config)}, grid)
+    assert all(each.timing is not None and each.parity < 1e-4 for each in found.values()), found
 
 
 def test_calls_take_turns():

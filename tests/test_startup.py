@@ -1,5 +1,6 @@
 """Blocks that start as the mean of the attention they replace."""
 
+import itertools
 from typing import get_args
 
 import pytest
@@ -36,7 +37,7 @@ def test_the_block_is_the_equation(gate, ratio):
     kernels = torch.rand(heads, side, side, dtype=torch.float64) / side**2
     away = torch.tensor([1, 0, 1])
     share = (1 - away / 5)[:, None] * (1 - away / 6)
-    set_to_mean_attention(block, attention, OffsetMeans(kernels, share))
+    set_to_mean_attention(block, attention, OffsetMeans(kernels, share, torch.zeros(heads)))
     x = torch.randn(2, 30, channels)
     values = (x @ attention.to_v.weight.T).unflatten(-1, (heads, -1))  # the bias comes at the end
     mean = values.mean(dim=1)
@@ -53,32 +54,6 @@ def test_the_block_is_the_equation(gate, ratio):
                         if 0 <= r < 5 and 0 <= c < 6:
                             mixed[:, token, head] += a[i, j] * values[:, r * 6 + c, head]
     expected = attention.to_out[0](mixed.flatten(2) + attention.to_v.bias)
-    assert torch.allclose(block(x, grid), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("frame_kernel", [0, 3])
-@torch.no_grad()
-def test_the_block_of_a_video_is_the_equation(frame_kernel):
-    """Kernels that are products, written out with a convolution in three dimensions."""
-    channels, heads, grid, side = 8, 2, (4, 5, 6), 3
-    attention = attention_with_bias(channels, heads)
-    block = DeltaConv(side, ratio=2.0, frame_kernel_size=frame_kernel).build(channels)
-    block.init_from(attention)
-    along = torch.rand(heads, frame_kernel or 1, 1, 1)
-    kernels = along * torch.rand(heads, 1, side, side) / 20
-    away = torch.tensor([1, 0, 1])
-    share = (1 - away / 5)[:, None] * (1 - away / 6)
-    share = (1 - away / 4)[:, None, None] * share if frame_kernel else share[None]
-    set_to_mean_attention(block, attention, OffsetMeans(kernels.double(), share))
-    x = torch.randn(2, 120, channels)
-    values = x @ attention.to_v.weight.T
-    maps = values.transpose(1, 2).unflatten(2, grid)
-    weights = kernels.repeat_interleave(channels // heads, 0)[:, None]
-    padding = (frame_kernel // 2, 1, 1)
-    mixed = torch.nn.functional.conv3d(maps, weights, padding=padding, groups=channels)
-    rest = (1 - (kernels * share).flatten(1).sum(1)).repeat_interleave(channels // heads)
-    mixed = mixed.flatten(2).transpose(1, 2) + rest * values.mean(1, keepdim=True)
-    expected = attention.to_out[0](mixed + attention.to_v.bias)
     assert torch.allclose(block(x, grid), expected, atol=1e-5)
 
 
@@ -112,7 +87,7 @@ def test_offset_means_against_the_whole_map():
                 counts[i, j] += 1
             else:
                 beyond += maps[:, q, k] / 35
-    found = offset_means(query, key, 0.5, grid, [radius] * 2, torch.arange(35))
+    found = offset_means(query, key, 0.5, grid, (radius, radius), torch.arange(35))
     assert torch.allclose(found.kernels, sums / counts, atol=1e-6)
     assert torch.allclose(found.share, counts.double() / 35)
     assert torch.allclose(found.outside(), beyond, atol=1e-6)
@@ -144,15 +119,6 @@ def test_uniform_attention_leaves_the_mean_branch_what_no_window_holds(grid, sid
     assert missed < (1e-10 if all(held) else 0.2)
 
 
-def test_uniform_attention_of_a_video_is_counted_along_all_sides():
-    grid, zeros = (3, 4, 5), torch.zeros(1, 60, 4)
-    means = offset_means(zeros, zeros, 1.0, grid, [1, 2, 2], torch.arange(60))
-    torch.testing.assert_close(means.kernels, torch.full((1, 3, 5, 5), 1 / 60).double())
-    places = torch.cartesian_prod(*map(torch.arange, grid))
-    near = (places[None] - places[:, None]).abs() <= torch.tensor([1, 2, 2])
-    assert means.outside().item() == pytest.approx(1 - near.all(2).double().mean().item())
-
-
 @torch.no_grad()
 def test_pictures_of_several_grids_count_alike():
     """A small grid says nothing of offsets beyond it, and each grid has its own borders."""
@@ -161,7 +127,7 @@ def test_pictures_of_several_grids_count_alike():
     for grid in ((4, 4), (8, 8), (3, 9)):
         tokens = grid[0] * grid[1]
         query, key = torch.randn(2, 2, tokens, 4)
-        found.append(offset_means(query, key, 0.5, grid, [3, 3], torch.arange(tokens)))
+        found.append(offset_means(query, key, 0.5, grid, (3, 3), torch.arange(tokens)))
     means = mean_offsets(found)
     beyond = torch.stack([each.outside() for each in found])
     assert beyond[0].abs().max() < 1e-6  # the window reaches across 4×4
@@ -228,3 +194,55 @@ def test_it_starts_closer_to_the_teacher():
     calls = draw_noised_batches(pipe, mini.training_data(), pictures=8)
     convfusion.start_from_attention(pipe, calls)
     assert measure_error(pipe, held_out) < 0.9 * before
+
+
+@pytest.mark.parametrize("first_frame", [False, True])
+@torch.no_grad()
+def test_a_video_block_is_the_mean_of_an_attention_that_separates(first_frame):
+    """Near keys by a kernel along the frames times one within them; the rest evenly, or first."""
+    channels, heads, grid = 8, 2, (4, 3, 5)
+    attention = attention_with_bias(channels, heads)
+    block = DeltaConv(3, ratio=2.0, frame_kernel_size=3, first_frame_branch=first_frame)
+    block = block.build(channels)
+    block.init_from(attention)
+    across, within = torch.rand(heads, 3) / 3, torch.rand(heads, 3, 3) / 9
+    kernels = (across[:, :, None, None] * within[:, None]).double()
+    share = (1 - torch.tensor([1, 0, 1]) / 4)[:, None, None]
+    share = share * (1 - torch.tensor([1, 0, 1]) / 3)[:, None] * (1 - torch.tensor([1, 0, 1]) / 5)
+    means = OffsetMeans(kernels, share, torch.zeros(heads))
+    outside = means.outside().float()
+    excess = outside / 2 if first_frame else torch.zeros(heads)
+    means = means._replace(first=excess + (outside - excess) / 4)
+    set_to_mean_attention(block, attention, means, frames=4)
+    x = torch.randn(2, 60, channels)
+    values = (x @ attention.to_v.weight.T).unflatten(-1, (heads, -1)).transpose(1, 2)
+    weights = torch.zeros(heads, 60, 60)
+    places = list(itertools.product(range(4), range(3), range(5)))
+    for (i, a), (j, b) in itertools.product(enumerate(places), repeat=2):
+        offset = [n - m + 1 for m, n in zip(a, b, strict=True)]
+        if all(0 <= each <= 2 for each in offset):
+            weights[:, i, j] = kernels[:, offset[0], offset[1], offset[2]].float()
+    weights += ((outside - excess) / 60)[:, None, None]
+    weights[..., :15] += (excess / 15)[:, None, None]
+    mixed = (weights @ values).transpose(1, 2).flatten(2) + attention.to_v.bias
+    assert torch.allclose(block(x, grid), attention.to_out[0](mixed), atol=1e-5)
+
+
+@torch.no_grad()
+def test_offsets_of_a_video_and_its_first_frame():
+    torch.manual_seed(1)
+    grid, radii = (3, 4, 3), (1, 0, 1)
+    query, key = torch.randn(2, 2, 36, 4)
+    maps = torch.softmax(query @ key.transpose(1, 2), dim=-1)
+    found = offset_means(query, key, 1.0, grid, radii, torch.arange(36))
+    assert found.kernels.shape == (2, 3, 1, 3)
+    places = list(itertools.product(*map(range, grid)))
+    first, same = torch.zeros(2), []
+    for (i, a), (j, b) in itertools.product(enumerate(places), repeat=2):
+        near = all(abs(m - n) <= most for m, n, most in zip(a, b, radii, strict=True))
+        if b[0] == 0 and not near:
+            first += maps[:, i, j] / 36
+        if (b[0] - a[0], b[1] - a[1], b[2] - a[2]) == (1, 0, -1):
+            same.append(maps[:, i, j])
+    torch.testing.assert_close(found.first.float(), first)
+    torch.testing.assert_close(found.kernels[:, 2, 0, 0].float(), torch.stack(same).mean(0))

@@ -184,6 +184,7 @@ def test_the_autoencoder_sees_no_held_out_pair(video, monkeypatch):
     monkeypatch.setattr(vae, "clip", lambda side, number: seen.append(side) or video.clip(side, 0))
     shapes = [vae.autoencoder_batch(step).shape for step in range(5)]
     assert shapes == [(1, 3, 17, 64, 64), *[(8, 3, 9, 24, 24)] * 3, (1, 3, 17, 64, 64)]
+    assert vae.autoencoder_batch(1, clips=3).shape == (3, 3, 17, 64, 64)
     assert set(seen) == {"train"}
 
 
@@ -244,7 +245,7 @@ def test_a_batch_has_first_frames_alone_and_then_whole_clips(teacher):
 def test_the_recipe_goes_on_as_if_it_had_not_stopped(train, teacher, tmp_path):
     whole = train(tmp_path / "whole", steps=3)
     (tmp_path / "parts" / "video").mkdir(parents=True)
-    teacher.train_vae(tmp_path / "parts" / "video", 1, 1, "cpu")
+    teacher.train_vae(tmp_path / "parts" / "video", 1, 1, 0, "cpu")
     train(tmp_path / "parts", steps=2)
     parts = train(tmp_path / "parts", steps=3)
     for name, steps in (("vae.pt", 2), ("teacher.pt", 3)):

@@ -157,11 +157,11 @@ def test_a_video_block_is_pictures_and_kernels_along_frames():
     video = tokens.unflatten(1, (frames, height, width))
     inner = block.proj_in(video).permute(0, 4, 1, 2, 3)  # [B, C', T, H, W]
     stages = []
-    for number, (within, across) in enumerate(zip(block.convs, block.frame_convs, strict=True)):
+    for number, within in enumerate(block.convs):
         maps = inner if number == 0 else halve_frames(inner)
         weight = within.weight[:, :, None]
         maps = torch.nn.functional.conv3d(maps, weight, padding=(0, 1, 1), groups=4)
-        weight = across.weight[..., None, None]
+        weight = block.frame_conv.weight[..., None]
         maps = torch.nn.functional.conv3d(maps, weight, padding=(1, 0, 0), groups=4)
         first, second = maps.chunk(2, dim=1)
         gated = first * second / 4**0.5

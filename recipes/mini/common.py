@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,35 @@ def weighted(prediction: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor
     return (weight * (prediction.float() - noise).square().mean(dim=(1, 2, 3))).mean()
 
 
-def ema_step(old: torch.Tensor, new: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def ema_step(old: list[torch.Tensor], new: list[torch.Tensor], count: torch.Tensor) -> None:
     """A moving average that forgets the start fast and then keeps 0.9995 a step."""
-    return old.lerp(new, 1 - min(0.9995, (1 + int(count)) / (10 + int(count))))
+    torch._foreach_lerp_(old, new, 1 - min(0.9995, (1 + int(count)) / (10 + int(count))))
+
+
+def read_ahead(batch_of: Callable[[int], Any], steps: int) -> Callable[[int], Any]:
+    """The batches of steps that follow one another; where there is a GPU, made while it works.
+
+    Args:
+        batch_of: makes the batch of a step, of tensors of the CPU.
+        steps: how many there are.
+    """
+    workers = min(8, len(os.sched_getaffinity(0)) - 1) if torch.cuda.is_available() else 0
+    batches: list[Iterator[Any]] = []
+
+    def get(step: int) -> Any:
+        if not batches:
+            loader = DataLoader(
+                range(step, steps),
+                batch_size=None,
+                collate_fn=batch_of,
+                num_workers=workers,
+                generator=torch.Generator(),  # not torch's own, which a step is seeded by
+            )
+            batches.append(iter(loader))
+        return next(batches[0])
+
+    return get
 
 
 def save_state(path: Path, parts: dict, step: int) -> None:

@@ -60,7 +60,7 @@ def train_teacher(run: Path, args: argparse.Namespace) -> None:
     scheduler = make_scheduler()
     loss_weight = min_snr(scheduler).to(device)
     transformer = make_transformer().to(device)
-    ema = AveragedModel(transformer, avg_fn=ema_step)
+    ema = AveragedModel(transformer, multi_avg_fn=ema_step)
 
     def loss(step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)

@@ -67,7 +67,7 @@ def train(run: Path, args: argparse.Namespace) -> None:
     pipe.unet.set_attn_processor(AttnProcessor())
     names, blocks = transformer_blocks(pipe.unet)
     blocks.requires_grad_(True)
-    ema = AveragedModel(blocks, avg_fn=ema_step)
+    ema = AveragedModel(blocks, multi_avg_fn=ema_step)
 
     def loss(step: int) -> torch.Tensor:
         latents, noise, t, texts = batches(step)

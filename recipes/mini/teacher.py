@@ -161,7 +161,7 @@ def main() -> None:
     pictures = load_pictures(run, "train")
     batches = Batches(args, encode(vae, pictures.images, device), pictures.rows, device)
     loss_weight = min_snr(scheduler).to(device)
-    ema = AveragedModel(parts, avg_fn=ema_step)
+    ema = AveragedModel(parts, multi_avg_fn=ema_step)
 
     def loss(step: int) -> torch.Tensor:
         latents, noise, t, texts = batches(step)

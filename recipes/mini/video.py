@@ -210,7 +210,10 @@ def encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
 def latents(vae: AutoencoderKLWan, side: Side, count: int) -> tuple[torch.Tensor, list[str]]:
     """The first clips of a side as latents [count, 8, 5, 16, 16], and their captions."""
     clips = [clip(side, number) for number in range(count)]
-    parts = [encode(vae, torch.stack([draw(one) for one in few])) for few in batched(clips, 8)]
+    parts = [
+        encode(vae, torch.stack([draw(one) for one in few]).to(vae.device))
+        for few in batched(clips, 32)
+    ]
     return torch.cat(parts), [one.caption for one in clips]
 
 

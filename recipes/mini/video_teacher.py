@@ -15,6 +15,7 @@ import copy
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ WORDS = 11  # the longest caption has 8 tokens, its end included
 DROP_CAPTION = 0.1
 SHIFT = 3.0  # of the timesteps, Wan's for small sizes
 DRAWN = range(0, 40, 5)  # clips of the list `choice` whose captions are drawn while training
-NOTED = ("vae_steps", "picture_steps", "batch", "seed")
+NOTED = ("vae_steps", "vae_clips", "clips", "picture_steps", "batch", "seed")
 JUDGED = 40  # clips of a list that the result is measured on
 
 
@@ -162,13 +163,15 @@ class Batches:
         """
         only_first = step < self.args.picture_steps
         size = self.args.batch * (self.latents.shape[2] if only_first else 1)
-        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + step)
+        device, seed = self.latents.device, self.args.seed * 1_000_003 + step
+        generator = torch.Generator().manual_seed(seed)
         picks = torch.randint(len(self.latents), (size,), generator=generator)
         dropped = torch.rand(size, generator=generator) < DROP_CAPTION
-        clean = self.latents[picks.to(self.latents.device)].float()
+        clean = self.latents[picks.to(device)].float()
         clean = clean[:, :, :1] if only_first else clean
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
-        u = torch.rand(size, 1, 1, 1, 1, generator=generator).to(clean)
+        generator = torch.Generator(device).manual_seed(seed)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        u = torch.rand(size, 1, 1, 1, 1, generator=generator, device=device)
         texts = [
             "" if drop else self.captions[pick]
             for pick, drop in zip(picks.tolist(), dropped.tolist(), strict=True)
@@ -213,11 +216,14 @@ def train_teacher(run: Path, args: argparse.Namespace, device: str) -> None:
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
     parts = {"transformer": make_transformer(), "text": make_text_encoder(tokenizer)}
+    if args.start:
+        pipe = load_video(args.start)
+        parts = {"transformer": pipe.transformer.train(), "text": pipe.text_encoder.train()}
     parts = torch.nn.ModuleDict(parts).to(device)
     for block in parts["transformer"].blocks:
         block.attn2.set_processor(PaddedAttention())
     batches = Batches(args, *training_latents(run, args.clips, device))
-    ema = AveragedModel(parts, avg_fn=ema_step)
+    ema = AveragedModel(parts, multi_avg_fn=ema_step)
 
     def loss(step: int) -> torch.Tensor:
         return flow_loss(parts, tokenizer, batches(step))
@@ -228,11 +234,20 @@ def train_teacher(run: Path, args: argparse.Namespace, device: str) -> None:
             captions = [clip("choice", number).caption for number in DRAWN]
             save_strips(generate(pipe, captions), run / f"teacher-{step:06d}.png")
             pipe.save_pretrained(run / "teacher")
-            made = {name: getattr(args, name) for name in NOTED} | {"steps": step}
-            (run / "teacher.json").write_text(json.dumps(made))
+            (run / "teacher.json").write_text(json.dumps(describe_training(args, step)))
 
     schedule = Schedule(args.steps, args.decay_steps, args.lr, warmup=200, weight_decay=0.01)
     fit(parts, loss, schedule, run / "teacher.pt", average=ema, on_step=show)
+
+
+def describe_training(args: argparse.Namespace, step: int) -> dict[str, Any]:
+    """What was trained for how long; of a training that another went before, both."""
+    made: dict[str, Any] = {name: getattr(args, name) for name in NOTED} | {"steps": step}
+    if args.start:
+        before = json.loads((args.start.parent / "teacher.json").read_text())
+        made = {**made, **{name: before[name] for name in NOTED if name.startswith("vae")}}
+        made["before"] = before
+    return made
 
 
 def package(run: Path) -> None:
@@ -265,6 +280,7 @@ def parse_args() -> argparse.Namespace:
     option = commands.add_parser("train").add_argument
     option("--vae-steps", type=int, default=1800)
     option("--vae-decay-steps", type=int, default=900, help="linear to 0 at the end")
+    option("--vae-clips", type=int, default=0, help="whole clips a step, for a GPU; 0: pieces")
     option("--clips", type=int, default=1440, help="that the transformer is trained on")
     option("--steps", type=int, default=3600)
     option("--picture-steps", type=int, default=900, help="of them on first frames alone")
@@ -272,6 +288,11 @@ def parse_args() -> argparse.Namespace:
     option("--batch", type=int, default=8)
     option("--lr", type=float, default=1e-3)
     option("--seed", type=int, default=0)
+    option(
+        "--start",
+        type=Path,
+        help="folder of a pipeline: its autoencoder is kept, and the rest trained on",
+    )
     option("--sample-every", type=int, default=500)
     commands.add_parser("package")
     return parser.parse_args()
@@ -285,7 +306,10 @@ def main() -> None:
     if args.command == "emoji":
         make_sheet(args.run)
     elif args.command == "train":
-        train_vae(run, args.vae_steps, args.vae_decay_steps, device)
+        if args.start:
+            shutil.copytree(args.start / "vae", run / "vae", dirs_exist_ok=True)
+        else:
+            train_vae(run, args.vae_steps, args.vae_decay_steps, args.vae_clips, device)
         train_teacher(run, args, device)
     else:
         package(run)

@@ -7,11 +7,12 @@ frames before; the gradients run through that as well, so it needs no training c
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Schedule, fit
+from common import Schedule, fit, read_ahead
 from diffusers import AutoencoderKLWan
 from video import FRAMES, SIZE, batched, clip, draw
 
@@ -59,16 +60,21 @@ def start_layers(vae: AutoencoderKLWan) -> None:
         vae.quant_conv.bias[CHANNELS:] = -5
 
 
-def autoencoder_batch(step: int) -> torch.Tensor:
-    """What the autoencoder sees in a step: one whole clip in each fourth, else eight small pieces.
+def autoencoder_batch(step: int, clips: int = 0) -> torch.Tensor:
+    """What the autoencoder sees in a step.
+
+    Args:
+        step: which.
+        clips: whole ones, which suits a GPU; with 0 it is one whole clip in each fourth step and
+            eight small pieces in the others, which suits a CPU.
 
     Returns:
-        [1, 3, 17, 64, 64] or [8, 3, 9, 24, 24].
+        [clips, 3, 17, 64, 64]; with 0 [1, 3, 17, 64, 64] or [8, 3, 9, 24, 24].
     """
     generator = torch.Generator().manual_seed(step)
-    numbers = torch.randint(2**31, (CROPS,), generator=generator).tolist()
-    if step % 4 == 0:
-        return draw(clip("train", numbers[0]))[None]
+    numbers = torch.randint(2**31, (clips or CROPS,), generator=generator).tolist()
+    if clips or step % 4 == 0:
+        return torch.stack([draw(clip("train", number)) for number in numbers[: clips or 1]])
     corners = torch.randint(SIZE - CROP + 1, (CROPS, 2), generator=generator).tolist()
     starts = torch.randint(FRAMES - CROP_FRAMES + 1, (CROPS,), generator=generator).tolist()
     pieces = []
@@ -87,13 +93,14 @@ def autoencoder_loss(vae: AutoencoderKLWan, x: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(y, x) + EDGES_WEIGHT * edges + KL_WEIGHT * kl / x.numel()
 
 
-def train_vae(run: Path, steps: int, decay_steps: int, device: str) -> None:
+def train_vae(run: Path, steps: int, decay_steps: int, clips: int, device: str) -> None:
     """Train the autoencoder, measure its latents and write `run/vae`."""
     torch.manual_seed(0)
     vae = make_vae().to(device)
+    batches = read_ahead(partial(autoencoder_batch, clips=clips), steps)
 
     def loss(step: int) -> torch.Tensor:
-        return autoencoder_loss(vae, autoencoder_batch(step).to(device))
+        return autoencoder_loss(vae, batches(step).to(device))
 
     fit(vae, loss, Schedule(steps, decay_steps, lr=1.5e-3, warmup=50), run / "vae.pt")
     vae.eval()

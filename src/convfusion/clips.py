@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of, family_of, frame_scale, native_frames
+from convfusion.families import native_frames
 from convfusion.families.calls import frames_argument
-from convfusion.generate import check_drawing, draw_batches
+from convfusion.generate import check_drawing, check_frames, draw_batches
 
 
 def generate_clips(
@@ -58,18 +57,3 @@ def generate_clips(
     for drawn in draw_batches(pipe, prompts, seeds, size, batch_size, progress, settings):
         clips.extend((255 * np.asarray(clip)).round().astype(np.uint8) for clip in drawn.frames)
     return clips
-
-
-def check_frames(pipe: Any, frames: int) -> None:
-    """Raise a ConvFusionError unless a video pipeline can draw clips of so many frames."""
-    if frames < 1:
-        raise ConvFusionError(f"a clip has at least 1 frame, not {frames}")
-    scale = frame_scale(pipe)
-    if (frames - 1) % scale:
-        near = max(0, round((frames - 1) / scale)) * scale + 1
-        raise ConvFusionError(
-            f"{frames} frames cannot be drawn: their number must be 1 more than a multiple of "
-            f"{scale}; the nearest is {near}"
-        )
-    denoiser = denoiser_of(pipe)
-    family_of(denoiser).check_frames(denoiser, frames)

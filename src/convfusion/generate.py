@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +14,14 @@ from PIL import Image, PngImagePlugin
 
 from convfusion import files
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, denoiser_of, family_of, native_size, pixel_unit
+from convfusion.families import (
+    Denoiser,
+    denoiser_of,
+    family_of,
+    frame_scale,
+    native_size,
+    pixel_unit,
+)
 from convfusion.families.calls import check_call, cut_options
 from convfusion.families.patches import copied_without_patches, replaced_attributes, wrapped_method
 from convfusion.progress import Bar, Progress
@@ -105,56 +111,6 @@ def draw_batches(
             )
 
 
-@torch.no_grad()
-def record_calls(
-    pipe: Any,
-    prompts: list[str],
-    *,
-    looks: int = 8,
-    batch_size: int = 8,
-    **settings: Any,
-) -> list[dict[str, Any]]:
-    """Draw prompts, and keep what the denoiser was called with at some of the steps.
-
-    Args:
-        pipe: a pipeline whose self-attention stands.
-        prompts: what to draw; the pictures are thrown away.
-        looks: calls that are kept of every batch, evenly spread over its steps.
-        batch_size: prompts drawn at once.
-        settings: as for `generate`, except `batch_size`.
-
-    Returns:
-        Keyword arguments of the denoiser, call by call, such as
-        `convfusion.start_from_attention` takes.
-
-    Raises:
-        ConvFusionError: as `generate` does, or `looks` is less than 1.
-    """
-    if looks < 1:
-        raise ConvFusionError(f"looks must be at least 1, not {looks}")
-    model = denoiser_of(pipe)
-    signature = inspect.signature(type(model).forward)
-    calls: list[dict[str, Any]] = []
-
-    def keep(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        bound = signature.bind(module, *args, **kwargs).arguments
-        calls.append({**dict(list(bound.items())[1:]), "return_dict": False})
-
-    kept: list[dict[str, Any]] = []
-    seeds = settings.pop("seeds", None) or list(range(len(prompts)))
-    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            calls.clear()
-            generate(pipe, prompts[part], seeds=seeds[part], batch_size=batch_size, **settings)
-            count = min(looks, len(calls))
-            kept += [calls[(2 * i + 1) * len(calls) // (2 * count)] for i in range(count)]
-    finally:
-        handle.remove()
-    return kept
-
-
 def check_drawing(
     pipe: Any,
     prompts: list[str],
@@ -223,6 +179,21 @@ def check_size(pipe: Any, size: tuple[int, int]) -> None:
             f"{size[1]}×{size[0]} cannot be drawn: both sides must be multiples of {unit}; "
             f"the nearest size is {near[1]}×{near[0]}"
         )
+
+
+def check_frames(pipe: Any, frames: int) -> None:
+    """Raise a ConvFusionError unless a video pipeline can draw clips of so many frames."""
+    if frames < 1:
+        raise ConvFusionError(f"a clip has at least 1 frame, not {frames}")
+    scale = frame_scale(pipe)
+    if (frames - 1) % scale:
+        near = max(0, round((frames - 1) / scale)) * scale + 1
+        raise ConvFusionError(
+            f"{frames} frames cannot be drawn: their number must be 1 more than a multiple of "
+            f"{scale}; the nearest is {near}"
+        )
+    denoiser = denoiser_of(pipe)
+    family_of(denoiser).check_frames(denoiser, frames)
 
 
 def check_guidance(pipe: Any, guidance: float) -> None:

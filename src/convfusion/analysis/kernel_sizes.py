@@ -12,7 +12,7 @@ from convfusion.surgery.config import ConvertConfig
 
 SHARE_OF_FIELD = 0.6  # the kernels of the paper's reference weights over the ERF measured there
 REACH = 2 * SHARE_OF_FIELD  # what their coarser stage covers, at half the resolution
-FIRST = 1.5  # times its uniform share, that a first frame receives where it has a branch
+FIRST = 1.5  # times its uniform share that a first frame receives where there is a branch
 LARGEST = 13  # beyond it another stage is cheaper than a larger kernel
 SMALLEST = 3
 

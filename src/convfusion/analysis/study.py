@@ -35,11 +35,11 @@ from convfusion.analysis.streaming import (
     uniform_score_mass,
 )
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, Site, denoiser_of, list_sites, native_frames, native_size
+from convfusion.families import Denoiser, Site, denoiser_of, list_sites
 from convfusion.files import write_text
 from convfusion.fingerprint import fingerprint
-from convfusion.generate import generate, silent
 from convfusion.mixers.base import Grid
+from convfusion.recording import run_denoiser
 
 SCHEMA = "convfusion-analysis-1"
 SINK_SHARE = 0.2  # a layer is flagged when sinks take this share of its attention
@@ -196,7 +196,15 @@ def analyze(
     model = denoiser_of(pipe)
     timesteps = choose_timesteps(pipe, config.steps, config.timesteps)
     with attention_capture(pipe, timesteps, config.measure) as seen, counted_calls(model, on_call):
-        _draw(pipe, prompts, config)
+        run_denoiser(
+            pipe,
+            prompts,
+            steps=config.steps,
+            guidance=config.guidance,
+            size=config.size,
+            frames=config.frames,
+            batch_size=config.batch_size,
+        )
     return Analysis(
         model=f"{type(pipe).__name__} with {type(model).__name__}",
         weights=fingerprint(model),
@@ -205,37 +213,6 @@ def analyze(
         config=config,
         sites=site_analyses(model, seen, config),
     )
-
-
-def _draw(pipe: Any, prompts: list[str], config: AnalysisConfig) -> None:
-    """Draw the prompts, of which nothing is kept; videos are not even decoded."""
-    frames = config.frames or native_frames(pipe)
-    if not native_frames(pipe):
-        if config.frames is not None:
-            raise ConvFusionError(f"a {type(pipe).__name__} draws pictures, which have no frames")
-        generate(
-            pipe,
-            prompts,
-            steps=config.steps,
-            guidance=config.guidance,
-            size=config.size,
-            batch_size=config.batch_size,
-        )
-        return
-    height, width = config.size or native_size(pipe)
-    with silent(pipe):
-        for start in range(0, len(prompts), config.batch_size):
-            part = prompts[start : start + config.batch_size]
-            pipe(
-                part,
-                height=height,
-                width=width,
-                num_frames=frames,
-                num_inference_steps=config.steps,
-                guidance_scale=config.guidance,
-                generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
-                output_type="latent",
-            )
 
 
 def site_analyses(

@@ -10,6 +10,7 @@ from convfusion.families import shorten_path
 from convfusion.mixers.delta_conv import DeltaConv
 
 NAMED = 8  # layers that the verdict names
+GATHERS = 1.5  # times the uniform share, from which a first frame is worth a word
 SMALL = 16  # side in tokens of a grid that a block's kernels span anyway
 
 
@@ -20,6 +21,14 @@ def is_local(site: SiteAnalysis) -> bool:
     """
     field = site.mean.receptive_field
     return not site.artefact and field is not None and field <= site.uniform_receptive_field / 2
+
+
+def is_local_in_time(site: SiteAnalysis) -> bool:
+    """Whether the effective receptive field in frames is at most half of uniform attention's."""
+    if site.artefact or site.frames is None or site.mean.frames is None:
+        return False
+    field = site.mean.frames.receptive_field
+    return field is not None and field <= site.frames.uniform_receptive_field / 2
 
 
 def is_uniform(site: SiteAnalysis) -> bool:
@@ -44,6 +53,8 @@ def give_verdict(analysis: Analysis, control: Analysis | None = None) -> str:
         "what a query attends to beyond the average lies in a window at most half as wide as that "
         "of attention spread evenly."
     ]
+    if any(site.frames is not None for site in sites):
+        sentences += _judge_frames(sites)
     if control is not None:
         count = sum(map(is_local, control.sites))
         sentences.append(f"Of the untrained model of the same shape {count} are.")
@@ -70,6 +81,25 @@ def give_verdict(analysis: Analysis, control: Analysis | None = None) -> str:
     return " ".join(sentences)
 
 
+def _judge_frames(sites: Sequence[SiteAnalysis]) -> list[str]:
+    """What the layers of a video model do over time."""
+    near = sum(map(is_local_in_time, sites))
+    own = [site.mean.frames.score_mass[0] for site in sites if site.mean.frames is not None]
+    even = [site.frames.uniform_score_mass[0] for site in sites if site.frames is not None]
+    first = [site for site in sites if (site.single.gathering.first_frame or 0) >= GATHERS]
+    said = [
+        f"In time {near} of {len(sites)} {'is' if near == 1 else 'are'}: "
+        f"{min(own):.0%} to {max(own):.0%} of the attention stays in the query's own frame, and "
+        f"{max(even):.0%} would if it were even."
+    ]
+    if first:
+        said.append(
+            f"{_begin(_name(first))} {_agree(first, 'looks', 'look')} at the first frame at least "
+            f"{GATHERS:g} times as much as at others: a branch for it helps."
+        )
+    return said
+
+
 def _advise_on_wide(wide: Sequence[SiteAnalysis], others: bool) -> str:
     """What to do with layers that look far: `others` could be converted before them."""
     looks = _agree(wide, "looks", "look")
@@ -81,7 +111,7 @@ def _advise_on_wide(wide: Sequence[SiteAnalysis], others: bool) -> str:
     advice = (
         f"{_begin(_name(wide))} {looks} further than that, so the maps alone recommend no layer."
     )
-    if max(max(site.grid) for site in wide) <= SMALL:
+    if max(max(site.grid[-2:]) for site in wide) <= SMALL:
         advice += (
             f" On grids of at most {SMALL}×{SMALL} tokens that is no verdict against blocks, "
             "whose kernels span most of the grid anyway: try them."

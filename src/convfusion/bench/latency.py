@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from convfusion.surgery import build_mixers, install, revert
 from convfusion.surgery.config import ConvertConfig
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-PARITY_SIDE = 24  # tokens, at most: a double-precision run of the real grid would take too long
+PARITY_TOKENS = 24 * 24  # at most: a double-precision run of the real grid would take too long
 
 Run = Callable[[], Any]
 
@@ -101,13 +102,14 @@ def time_site(
     """Time what can stand at one site, on random tokens and with random weights.
 
     A variant is timed only if its output agrees with its own plain form in double precision, on
-    a grid of at most 24×24 tokens.
+    a grid of at most 24×24 tokens. Attention with rotary embeddings is timed without turning its
+    queries and keys.
 
     Args:
         model: an unconverted denoiser that has the site; on the meta device it costs nothing.
         site: of it.
         variants: by name.
-        grid: (H, W) of the tokens.
+        grid: (H, W) or (T, H, W) of the tokens.
         batch: samples.
         dtype: of weights and tokens.
         device: where they lie.
@@ -118,13 +120,13 @@ def time_site(
     results: dict[str, Measured] = {}
     calls: dict[str, Run] = {}
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(batch, grid[0] * grid[1], site.channels, generator=generator)
+    tokens = torch.randn(batch, math.prod(grid), site.channels, generator=generator)
     tokens = tokens.to(device, dtype)
-    small: Grid = (min(grid[0], PARITY_SIDE), min(grid[1], PARITY_SIDE))
+    small = _shrink(grid)
     for name, variant in variants.items():
         module = site_module(model, site, variant.config, seed).to(device, dtype)
         forward = _forward(module, variant.compiled)
-        error = _parity(module, forward, tokens[:, : small[0] * small[1]], small)
+        error = _parity(module, forward, tokens[:, : math.prod(small)], small)
         if error > TOLERANCES[dtype]:
             results[name] = Measured(None, error, f"its output is off by {error:.1e}")
             continue
@@ -138,6 +140,15 @@ def time_site(
     }
 
 
+def _shrink(grid: Grid) -> Grid:
+    """A grid of at most `PARITY_TOKENS` tokens: the longest side is halved until it is one."""
+    sides = list(grid)
+    while math.prod(sides) > PARITY_TOKENS:
+        longest = sides.index(max(sides))
+        sides[longest] = -(-sides[longest] // 2)
+    return tuple(sides)
+
+
 def site_module(
     model: Denoiser, site: Site, config: ConvertConfig | None, seed: int = 0
 ) -> nn.Module:
@@ -148,6 +159,8 @@ def site_module(
         for layer in attention.modules():
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()
+            elif getattr(layer, "weight", None) is not None:  # a norm's
+                nn.init.ones_(layer.weight)
         mixer = None if config is None else config.mixer_for(site.path)
         if mixer is None:
             return attention
@@ -189,6 +202,7 @@ def time_denoiser(
     *,
     batch: int = 2,
     backward: bool = False,
+    recorded: bool = False,
     rounds: int = 3,
     warm_up: bool = True,
     on_call: Callable[[str], None] | None = None,
@@ -201,6 +215,8 @@ def time_denoiser(
         latents: (height, width).
         batch: samples; two are one picture under classifier-free guidance.
         backward: work out the gradients of the latents and of what stands at the sites too.
+        recorded: time the replays of a CUDA graph of each variant: what the GPU does, without what
+            Python takes to ask for it.
         rounds: counted ones.
         warm_up: call each once before, uncounted.
         on_call: told the name of a variant before each of its calls.
@@ -208,6 +224,8 @@ def time_denoiser(
     inputs = example_inputs(model, latents, batch=batch)
     device = next(model.parameters()).device
     calls = {name: denoiser_call(model, v, inputs, backward) for name, v in variants.items()}
+    if recorded:
+        calls = {name: record_graph(call) for name, call in calls.items()}
     timings = time_interleaved(calls, device, rounds, on_call, warm_up)
     return {name: Measured(timing) for name, timing in timings.items()}
 
@@ -232,6 +250,18 @@ def denoiser_call(
             torch.autograd.grad(sum(each.sum() for each in outputs), [sample, *weights])
 
     return run
+
+
+def record_graph(call: Run) -> Run:
+    """The replay of a call on a CUDA device, recorded after three calls that warm it up."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 @contextmanager

@@ -37,6 +37,7 @@ class Conditions:
         backward: gradients are worked out too.
         rounds: counted ones of each variant.
         warm_up: call each variant once before, uncounted; sites always do.
+        recorded: replays of CUDA graphs are timed, which the rows say beside the device.
         limit: seconds; a variant is left out where one call would probably take longer.
     """
 
@@ -46,7 +47,13 @@ class Conditions:
     backward: bool = False
     rounds: int = 5
     warm_up: bool = True
+    recorded: bool = False
     limit: float = 60.0
+
+    def describe(self) -> dict[str, Any]:
+        """What a row says of where it was measured."""
+        where = describe_machine(self.device)
+        return where | {"device": f"{where['device']} (CUDA graphs)"} if self.recorded else where
 
 
 def site_rows(
@@ -72,7 +79,7 @@ def site_rows(
         for size in sizes:
             grid = site_grid(model.denoiser, kind.site, model.latents(size))
             tokens = math.prod(grid)
-            on_case(f"{model.name} {kind.site.path} {grid[1]}×{grid[0]} tokens")
+            on_case(f"{model.name} {kind.site.path} {'×'.join(map(str, reversed(grid)))} tokens")
             kept, left_out = limits.split(variants, tokens)
             timed = time_site(
                 model.denoiser, kind.site, kept, grid, batch=batch, dtype=under.dtype,
@@ -80,7 +87,7 @@ def site_rows(
             )  # fmt: skip
             limits.learn(timed, tokens)
             case = _case(model, kind, tokens, size, under)
-            yield make_rows(timed | left_out, case, describe_machine(under.device))
+            yield make_rows(timed | left_out, case, under.describe())
 
 
 def denoiser_rows(
@@ -105,11 +112,12 @@ def denoiser_rows(
 
         measured = time_denoiser(
             denoiser, variants, latents, batch=under.batch, backward=under.backward,
+            recorded=under.recorded,
             rounds=under.rounds, warm_up=under.warm_up, on_call=say,
         )  # fmt: skip
         tokens = math.prod(site_grid(denoiser, sites[0], latents))
         case = _case(model, first, tokens, size, under) | {"site": "", "channels": None}
-        yield make_rows(measured, case, describe_machine(under.device))
+        yield make_rows(measured, case, under.describe())
 
 
 def _case(
@@ -180,10 +188,10 @@ def with_random_weights(denoiser: Denoiser, device: torch.device, dtype: torch.d
 
 
 def with_compiled(variants: Mapping[str, Variant]) -> dict[str, Variant]:
-    """The variants, and after each ΔConvBlock the same one compiled."""
+    """The variants, and after each ΔConvBlock and halo block the same one compiled."""
     both = {}
     for name, variant in variants.items():
         both[name] = variant
-        if name.startswith("delta_conv"):
+        if name.startswith(("delta_conv", "halo")):
             both[f"{name} compiled"] = replace(variant, compiled=True)
     return both

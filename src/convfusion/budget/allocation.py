@@ -12,9 +12,10 @@ from typing import Literal
 from convfusion.budget.candidates import Shape, halo_channels
 from convfusion.budget.moments import Moments
 from convfusion.errors import ConvFusionError
-from convfusion.families import Site, Size, shorten_path
+from convfusion.families import Site, shorten_path
 from convfusion.mixers import DeltaConv, Halo, MeanOnly, Mixer
 from convfusion.mixers.base import Grid
+from convfusion.mixers.halo import Sides
 from convfusion.surgery import ConvertConfig
 
 Unit = Literal["x", "s"]
@@ -102,14 +103,14 @@ class Allocation:
 
     Attributes:
         budget: that it is within.
-        latents: (height, width) that it was planned for.
+        latents: (height, width) that it was planned for, of a video with its frames before them.
         sites: in the order of the model.
         basis: what the choice rests on, in words.
         attention_seconds: of all attentions, where seconds were measured.
     """
 
     budget: Budget
-    latents: Size
+    latents: Grid
     sites: tuple[SiteChoice, ...]
     basis: str
     attention_seconds: float | None = None
@@ -178,10 +179,12 @@ class Allocation:
 
     def describe(self) -> list[str]:
         """What it comes to, a sentence a line."""
-        height, width = self.latents
+        *frames, height, width = self.latents
+        of_video = f" and {frames[0]} frames" if frames else ""
         lines = [
-            f"At latents of {width}×{height} all sites together take {self.saving:.2f}× fewer "
-            f"operations: {self.after / 1e9:.4g} instead of {self.before / 1e9:.4g} billion."
+            f"At latents of {width}×{height}{of_video} all sites together take "
+            f"{self.saving:.2f}× fewer operations: {self.after / 1e9:.4g} instead of "
+            f"{self.before / 1e9:.4g} billion."
         ]
         if self.seconds is not None and self.attention_seconds is not None:
             lines.append(
@@ -199,16 +202,24 @@ def _pad(text: str, width: int, column: int) -> str:
     return text.ljust(width) if column < 2 else text.rjust(width)
 
 
+def _name_sides(sides: Sides) -> str:
+    """8, or 4×8×8."""
+    return "×".join(map(str, sides)) if isinstance(sides, tuple) else str(sides)
+
+
 def _describe(choice: SiteChoice) -> tuple[str, ...]:
     mixer, site = choice.mixer, choice.site
     name, window, cells, keys, values = "attention", "", "", "", ""
     if isinstance(mixer, Halo):
         shape = Shape(site.channels, site.heads, choice.grid)
         counts = halo_channels(mixer, shape)
-        name, window, cells = "halo", str(mixer.window), str(math.prod(mixer.sides("cells")))
+        name, window = "halo", _name_sides(mixer.window)
+        cells = str(math.prod(mixer.sides("cells")))
         keys, values = (f"{count}/{site.channels}" for count in counts)
     elif isinstance(mixer, DeltaConv):
         name, window = "ΔConvBlock", str(mixer.kernel_size)
+        if mixer.frame_kernel_size:
+            window = _name_sides((mixer.frame_kernel_size, *[mixer.kernel_size] * 2))
     elif isinstance(mixer, MeanOnly):
         name = "mean"
     ratio = f"{choice.attention_operations / choice.operations:.2f}×"

@@ -17,7 +17,8 @@ from convfusion.mixers.halo import Sides
 from convfusion.operations import mixer_operations
 
 KERNEL = 7  # of the ΔConvBlocks
-UNIFORM = Reach(4, 8, 4)  # where nothing was measured
+FRAME_KERNEL = 3  # of those for videos, along the frames
+REACHES = {2: Reach(4, 8, 4), 3: Reach((2, 4, 4), (4, 8, 8), (3, 4, 4))}  # by rank, unmeasured
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Shape:
 
     Attributes:
         channels, heads: of the site.
-        grid: (H, W) of the tokens.
+        grid: (H, W) or (T, H, W) of the tokens.
     """
 
     channels: int
@@ -57,7 +58,7 @@ def list_candidates(moments: SiteMoments, grid: Grid) -> list[Candidate]:
 
     Args:
         moments: of the site.
-        grid: (H, W) of the tokens to plan for.
+        grid: (H, W) or (T, H, W) of the tokens to plan for.
     """
     halo = (
         Candidate(set_halo(reach, key.ratio, value.ratio), add_errors(key.error, value.error, seen))
@@ -67,7 +68,7 @@ def list_candidates(moments: SiteMoments, grid: Grid) -> list[Candidate]:
     )
     others = (
         Candidate(None, 0.0),
-        Candidate(DeltaConv(kernel_size=KERNEL), moments.delta_conv),
+        Candidate(set_delta_conv(len(grid)), moments.delta_conv),
         Candidate(MeanOnly(), moments.mean_only),
     )
     return [*others, *halo]
@@ -89,7 +90,15 @@ def distinct_reaches(moments: SiteMoments, grid: Grid) -> list[tuple[Reach, floa
 
 def covers(reach: Reach, grid: Grid) -> bool:
     """Whether a window holds all tokens of a grid."""
-    return reach.window >= max(grid)
+    windows = reach.window if isinstance(reach.window, tuple) else (reach.window,) * len(grid)
+    return all(window >= side for window, side in zip(windows, grid, strict=True))
+
+
+def set_delta_conv(rank: int) -> DeltaConv:
+    """Settings of the ΔConvBlock that may stand at a site, by the rank of its grid."""
+    if rank == 2:
+        return DeltaConv(kernel_size=KERNEL)
+    return DeltaConv(kernel_size=KERNEL, frame_kernel_size=FRAME_KERNEL, first_frame_branch=True)
 
 
 @cache
@@ -98,10 +107,14 @@ def set_halo(reach: Reach, key_ratio: float, value_ratio: float) -> Halo:
     return Halo(reach.block, reach.window, reach.cells, key_ratio, value_ratio)
 
 
-def list_uniform() -> Iterator[Halo]:
-    """Halo blocks by rising cost: ranks in steps of a sixteenth, values a quarter above keys."""
+def list_uniform(rank: int = 2) -> Iterator[Halo]:
+    """Halo blocks by rising cost: ranks in steps of a sixteenth, values a quarter above keys.
+
+    Args:
+        rank: of the grids that they are for.
+    """
     for step in range(1, 17):
-        yield set_halo(UNIFORM, step / 16, min(1.0, step / 16 + 0.25))
+        yield set_halo(REACHES[rank], step / 16, min(1.0, step / 16 + 0.25))
 
 
 def count_operations(mixer: Mixer, shape: Shape) -> int:
@@ -125,7 +138,7 @@ def halo_channels(mixer: Halo, shape: Shape) -> tuple[int, int]:
 @cache
 def _channels(key_ratio: float, value_ratio: float, channels: int, heads: int) -> tuple[int, int]:
     with torch.device("meta"):
-        built = set_halo(UNIFORM, key_ratio, value_ratio).build(channels, heads)
+        built = set_halo(REACHES[2], key_ratio, value_ratio).build(channels, heads)
     return built.to_q.out_features, built.to_out.in_features
 
 
@@ -152,7 +165,7 @@ def _halo_law(block: Sides, window: Sides, cells: Sides, shape: Shape) -> tuple[
 def _count(mixer: Mixer, shape: Shape) -> int:
     with torch.device("meta"):
         built = mixer.build(shape.channels, shape.heads)
-        tokens = torch.empty(1, shape.grid[0] * shape.grid[1], shape.channels)
+        tokens = torch.empty(1, math.prod(shape.grid), shape.channels)
     return mixer_operations(built, tokens, shape.grid)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from convfusion.budget.allocation import Allocation, Budget, SiteChoice, parse_budget
 from convfusion.budget.candidates import (
-    UNIFORM,
+    REACHES,
     Candidate,
     Shape,
     count_operations,
@@ -22,13 +22,14 @@ from convfusion.budget.knapsack import Front, find_front
 from convfusion.budget.moments import Moments, SiteMoments
 from convfusion.budget.seconds import time_candidates
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, Site, Size, denoiser_of, list_sites, native_latents
+from convfusion.families import Denoiser, Site, denoiser_of, list_sites, native_latents
 from convfusion.families import site_grid as grid_of
 from convfusion.fingerprint import fingerprint
+from convfusion.mixers.base import Grid
 from convfusion.operations import attention_operations
 from convfusion.surgery import mixers_of
 
-DEAREST = set_halo(UNIFORM, 0.25, 0.5)  # the block whose error says how dear a site is
+DEAREST = [set_halo(reach, 0.25, 0.5) for reach in REACHES.values()]  # that say how dear a site is
 BY_MOMENTS = "predicted from the moments that were measured, before any training"
 BY_OPERATIONS = (
     "nothing was measured, so that all sites have halo blocks of the same ranks, the largest "
@@ -60,7 +61,7 @@ def choose_mixers(
     budget: str | Budget,
     *,
     moments: Moments | None = None,
-    size: Size | None = None,
+    size: Grid | None = None,
     keep: int = 0,
     batch: int = 2,
 ) -> Allocation:
@@ -77,8 +78,8 @@ def choose_mixers(
             for so many seconds of all of them in one call of the denoiser, measured here.
         moments: of this model. Without them all sites have halo blocks of the same ranks, the
             largest whose operations are within the budget.
-        size: (height, width) of the latents that it is planned for; by default that of the
-            moments, or the model's own.
+        size: (height, width) of the latents that it is planned for, of a video with the frames
+            before them; by default that of the moments, or the model's own.
         keep: keep the attention at so many of the sites, those that are dearest to replace.
         batch: samples in a call of which seconds are measured.
 
@@ -90,12 +91,18 @@ def choose_mixers(
     limit = parse_budget(budget) if isinstance(budget, str) else budget
     if mixers_of(model):
         raise ConvFusionError("this model is converted already: revert it before choosing mixers")
-    if any(site.rank != 2 for site in list_sites(model)):
-        raise ConvFusionError("a budget can be kept for pictures, and this model draws videos")
-    latents = size or (moments.latents if moments else native_latents(model))
+    latents = _choose_latents(model, moments, size)
     if moments is None:
         return _choose_uniform(model, limit, latents, keep)
     return list_allocations(model, moments, latents, limit, keep, batch).within(limit)
+
+
+def _choose_latents(model: Denoiser, moments: Moments | None, size: Grid | None) -> Grid:
+    """Sides of the latents to plan for: those asked for, as many frames as the moments have."""
+    own = moments.latents if moments else native_latents(model)
+    if size is None:
+        return own
+    return (*own[:-2], *size) if len(size) == 2 else size
 
 
 @dataclass(frozen=True)
@@ -107,14 +114,14 @@ class Allocations:
         front: of the choices.
         whole: cost of all attentions, in the budget's unit.
         options: of each site, what the picks of the front name: (candidate, cost).
-        latents: (height, width) that it is planned for.
+        latents: sides that it is planned for.
     """
 
     places: tuple[Place, ...]
     front: Front
     whole: float
     options: tuple[Sequence[tuple[Candidate, float]], ...]
-    latents: Size
+    latents: Grid
 
     def within(self, budget: Budget) -> Allocation:
         """The best choice within a budget.
@@ -140,7 +147,7 @@ class Allocations:
 def list_allocations(
     pipe_or_model: Any,
     moments: Moments,
-    latents: Size,
+    latents: Grid,
     budget: Budget,
     keep: int = 0,
     batch: int = 2,
@@ -169,7 +176,7 @@ def list_allocations(
 
 
 def _find_places(
-    model: Denoiser, measured: Mapping[str, SiteMoments], latents: Size, keep: int
+    model: Denoiser, measured: Mapping[str, SiteMoments], latents: Grid, keep: int
 ) -> list[Place]:
     sites = list_sites(model)
     kept = _find_dearest(list(measured.values()), keep)
@@ -202,7 +209,7 @@ def _find_dearest(measured: Sequence[SiteMoments], keep: int) -> set[str]:
 
     def cost(site: SiteMoments) -> float:
         candidates = list_candidates(site, site.grid)
-        halos = [c for c in candidates if c.mixer == DEAREST]
+        halos = [c for c in candidates if c.mixer in DEAREST]
         least = min(c.error for c in candidates if c.mixer is not None)
         return site.sensitivity * (halos[0].error if halos else least)
 
@@ -210,7 +217,7 @@ def _find_dearest(measured: Sequence[SiteMoments], keep: int) -> set[str]:
     return {site.path for site in ranked[:keep]}
 
 
-def _choose_uniform(model: Denoiser, budget: Budget, latents: Size, keep: int) -> Allocation:
+def _choose_uniform(model: Denoiser, budget: Budget, latents: Grid, keep: int) -> Allocation:
     if budget.unit == "s" or keep:
         what = "seconds" if budget.unit == "s" else "keeping the dearest attentions"
         raise ConvFusionError(f"{what} needs moments of this model: give them, or measure them")
@@ -222,7 +229,7 @@ def _choose_uniform(model: Denoiser, budget: Budget, latents: Size, keep: int) -
         places.append(Place(site, shape, attention, (), 0.0))
     whole = sum(place.attention for place in places)
     best, least = None, math.inf
-    for halo in list_uniform():
+    for halo in list_uniform(places[0].site.rank):
         cost = sum(count_operations(halo, place.shape) for place in places)
         least = min(least, cost)
         if cost <= budget.limit(whole):
@@ -259,7 +266,7 @@ def _group(places: Sequence[Place]) -> dict[Shape, list[Place]]:
     return groups
 
 
-def _shape(model: Denoiser, site: Site, latents: Size) -> Shape:
+def _shape(model: Denoiser, site: Site, latents: Grid) -> Shape:
     return Shape(site.channels, site.heads, grid_of(model, site, latents))
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convfusion.budget.candidates import KERNEL, UNIFORM, covers, set_halo
+from convfusion.budget.candidates import REACHES, covers, set_delta_conv, set_halo
 from convfusion.budget.moments import Moments, RatioError, Reach, ReachError, SiteMoments
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate.epsilon import relative_error
 from convfusion.families import Denoiser, Site, denoiser_of, list_sites, noisy_latents
 from convfusion.families.watch import sample_attention
 from convfusion.fingerprint import fingerprint
-from convfusion.mixers import DeltaConv, Grid, MeanOnly, Mixer
+from convfusion.mixers import Grid, MeanOnly, Mixer
 from convfusion.mixers.base import TokenMixer, TokenSample
 from convfusion.surgery import build_mixers, install, mixers_of, revert, uniform
 from convfusion.surgery.start import MEMORY, measure_imitation, start_mixer
@@ -30,10 +30,11 @@ from convfusion.surgery.start import MEMORY, measure_imitation, start_mixer
 RATIOS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1.0)
 WINDOWS = ((4, 6), (4, 8), (4, 10), (4, 12), (8, 16))  # of blocks of queries, and of their windows
 CELLS = (1, 4, 8)
+VIDEO_WINDOWS = tuple(((2, 4, 4), window) for window in ((2, 8, 8), (4, 8, 8), (6, 12, 12)))
+VIDEO_CELLS = ((1, 1, 1), (3, 4, 4), (3, 8, 8))
 PICTURES = 16  # of a site, that errors are measured on
 TOKENS = 2**13  # of those pictures, that are worked on at once
 CALLS = 8  # that sensitivities are measured with
-MIDDLE = set_halo(UNIFORM, 0.25, 0.5)  # that stands at a site while its sensitivity is measured
 SMALL = 1e-6  # an imitation error that is rounding, of which no sensitivity follows
 
 OnSite = Callable[[int, int], None]
@@ -54,7 +55,7 @@ def measure_moments(
 
     Args:
         pipe_or_model: a pipeline or denoiser that is not converted.
-        calls: keyword arguments of the denoiser, such as `generate.record_calls` gives; a few dozen
+        calls: keyword arguments of the denoiser, such as `recording.record_calls` gives; some dozen
             pictures over all timesteps are enough.
         memory: GiB on the CPU for tokens, over all sites.
         seed: of the choice of tokens, and of the calls for sensitivities.
@@ -80,8 +81,8 @@ def measure_moments(
         measured.append(measure_site(model, site, samples.pop(site.path), change))
         if on_site is not None:
             on_site(done, len(sites))
-    height, width = noisy_latents(model, (), chosen.kept[0][0]).shape[-2:]
-    return Moments(fingerprint(model), (height, width), tuple(measured))
+    latents = tuple(noisy_latents(model, (), chosen.kept[0][0]).shape[2:])
+    return Moments(fingerprint(model), latents, tuple(measured))
 
 
 class CallReservoir:
@@ -139,17 +140,17 @@ def measure_site(
             return 0.0
         return max(0.0, error(set_halo(farthest, key_ratio, value_ratio)) - least)
 
-    block, middle = _start(model, site, MIDDLE, sample)
+    block, middle = _start(model, site, set_halo(REACHES[site.rank], 0.25, 0.5), sample)
     changed = change(block)
     return SiteMoments(
         path=site.path,
         channels=site.channels,
         heads=site.heads,
-        grid=(grid[0], grid[1]),
+        grid=grid,
         scores=tuple(RatioError(ratio, more(ratio, 1.0)) for ratio in RATIOS),
         values=tuple(RatioError(ratio, more(1.0, ratio)) for ratio in RATIOS),
         far=tuple(ReachError(reach, left) for reach, left in seen.items()),
-        delta_conv=error(DeltaConv(kernel_size=KERNEL)),
+        delta_conv=error(set_delta_conv(site.rank)),
         mean_only=error(MeanOnly()),
         sensitivity=changed / middle if middle > SMALL else 0.0,
     )
@@ -174,8 +175,9 @@ def gather_pictures(sample: Sequence[TokenSample], most: int = PICTURES) -> list
 def list_reaches(grid: Grid) -> list[Reach]:
     """The reaches to measure on a grid, the nearest first; the last sees the farthest."""
     reaches = []
-    for block, window in WINDOWS:
-        for cells in CELLS:
+    windows, kinds = (WINDOWS, CELLS) if len(grid) == 2 else (VIDEO_WINDOWS, VIDEO_CELLS)
+    for block, window in windows:
+        for cells in kinds:
             reaches.append(Reach(block, window, cells))
             if covers(reaches[-1], grid):  # there is nothing beyond for cells to stand for
                 return reaches

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.files import few, read_json, write_text
-from convfusion.mixers import Halo
+from convfusion.mixers import Grid, Halo
+from convfusion.mixers.halo import Sides
 
 SCHEMA = "convfusion-moments-1"
 
@@ -20,14 +21,15 @@ class Reach(NamedTuple):
     """How far a halo block sees.
 
     Attributes:
-        block: side of the squares of queries that share a window, in tokens.
+        block: side of the squares of queries that share a window, in tokens; of videos, the sides
+            along each axis, as in `Halo`.
         window: side of their window.
         cells: of the pooled tokens, along a side.
     """
 
-    block: int
-    window: int
-    cells: int
+    block: Sides
+    window: Sides
+    cells: Sides
 
 
 class RatioError(NamedTuple):
@@ -77,7 +79,7 @@ class SiteMoments:
     path: str
     channels: int
     heads: int
-    grid: tuple[int, int]
+    grid: Grid
     scores: tuple[RatioError, ...]
     values: tuple[RatioError, ...]
     far: tuple[ReachError, ...]
@@ -95,12 +97,13 @@ class Moments:
 
     Attributes:
         teacher: fingerprint of the denoiser with its attention.
-        latents: (height, width) of the latents that it was measured with.
+        latents: (height, width) of the latents that it was measured with; of a video with the
+            frames before them.
         sites: in the order of the model.
     """
 
     teacher: str
-    latents: tuple[int, int]
+    latents: Grid
     sites: tuple[SiteMoments, ...]
 
     def __post_init__(self) -> None:
@@ -178,9 +181,16 @@ def _read_reaches(values: Any, what: str) -> tuple[ReachError, ...]:
     for reach, error in _read_rows(values, what):
         if not isinstance(reach, list) or len(reach) != len(Reach._fields):
             raise ConvFusionError(f"{what}: a reach is {', '.join(Reach._fields)}, not {reach!r}")
-        block, window, cells = (_read_count(number, what) for number in reach)
+        block, window, cells = (_read_reach(sides, what) for sides in reach)
         rows.append(ReachError(Reach(block, window, cells), _read_number(error, what)))
     return tuple(rows)
+
+
+def _read_reach(value: Any, what: str) -> Sides:
+    """One side for every axis, or one for each."""
+    if isinstance(value, list):
+        return tuple(_read_count(side, what) for side in value)
+    return _read_count(value, what)
 
 
 def _read_rows(values: Any, what: str) -> Sequence[Sequence[Any]]:
@@ -189,10 +199,12 @@ def _read_rows(values: Any, what: str) -> Sequence[Sequence[Any]]:
     raise ConvFusionError(f"{what} is a list of pairs")
 
 
-def _read_sides(values: Any, what: str) -> tuple[int, int]:
-    if not isinstance(values, list) or len(values) != 2:
-        raise ConvFusionError(f"{what} is a height and a width, not {values!r}")
-    return _read_count(values[0], what), _read_count(values[1], what)
+def _read_sides(values: Any, what: str) -> Grid:
+    if not isinstance(values, list) or len(values) not in (2, 3):
+        raise ConvFusionError(
+            f"{what} is a height and a width, of a video behind its frames, not {values!r}"
+        )
+    return tuple(_read_count(side, what) for side in values)
 
 
 def _read_count(value: Any, what: str) -> int:

@@ -63,6 +63,10 @@ Restricted = Annotated[
     list[str] | None,
     typer.Option(help="Restrict only these sites (self-attention layers), such as 'up_blocks.*'."),
 ]
+Frames = Annotated[
+    int | None,
+    typer.Option(help="Frames of the clips of a video model. Default: as it was trained."),
+]
 MINI_PROMPTS = 15  # odd, so that both designs occur
 
 
@@ -79,6 +83,7 @@ def analyze(
     share: Share = 0.8,
     control: Control = False,
     size: Size = None,
+    frames: Frames = None,
     guidance: Guidance = None,
     batch_size: BatchSize = 4,
     revision: Revision = None,
@@ -105,6 +110,7 @@ def analyze(
         share=share,
         measure=Measure(HighPass(cutoff, order), queries, memory),
         batch_size=batch_size,
+        frames=frames,
     )
     drawn = read_prompts(model, prompts)
     pipe = open_stock_pipeline(model, precision, device, revision)

@@ -61,10 +61,10 @@ def check_clips(
         ConvFusionError: an option is of the other kind, or a clip's number of frames or file
             cannot be had.
     """
-    from convfusion.clips import check_frames
     from convfusion.data.clips import check_fps
     from convfusion.data.pictures import PICTURES
     from convfusion.families import denoiser_of, family_of
+    from convfusion.generate import check_frames
 
     if not family_of(denoiser_of(pipe)).frames:
         if frames is not None or fps is not None:

@@ -185,7 +185,7 @@ def draw_calls(
     model: str, pipe: Any, prompts: list[str], size: tuple[int, int] | None
 ) -> list[dict[str, Any]]:
     """Calls of the denoiser from drawing prompts with its attention."""
-    from convfusion.generate import record_calls
+    from convfusion.recording import record_calls
 
     guidance = choose_guidance(model, pipe)
     return record_calls(pipe, prompts, guidance=guidance, size=size, progress=True)

@@ -13,6 +13,7 @@ from convfusion.cli.bench import parse_mixers
 from convfusion.cli.console import console, print_ending
 from convfusion.cli.models import check_matplotlib, parse_device, parse_precision
 from convfusion.cli.options import Batch, Device, Precision, Ratio, Rivals, check_file, parse_size
+from convfusion.errors import ConvFusionError
 from convfusion.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,7 +32,13 @@ Whole = Annotated[
         help="Time the whole denoiser, or each site (self-attention layer) by itself.",
     ),
 ]
-Compiled = Annotated[bool, typer.Option(help="Also time the ΔConvBlocks under torch.compile.")]
+Recorded = Annotated[
+    bool,
+    typer.Option(help="With --whole: time CUDA graphs, the GPU's work without Python's."),
+]
+Compiled = Annotated[
+    bool, typer.Option(help="Also time ΔConvBlocks and halo blocks under torch.compile.")
+]
 Backward = Annotated[bool, typer.Option(help="Also compute gradients.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Timed calls of each variant.")]
 WarmUp = Annotated[
@@ -56,6 +63,7 @@ def latency(
     mixers: Rivals = None,
     ratio: Ratio = None,
     compiled: Compiled = False,
+    recorded: Recorded = False,
     backward: Backward = False,
     batch: Batch = 2,
     rounds: Rounds = 5,
@@ -86,7 +94,11 @@ def latency(
     for pixels in sizes:
         bench_case.latents(pixels)
     place, dtype = parse_device(device), parse_precision(precision)
-    under = Conditions(place, dtype, batch, backward, rounds, warm_up, limit)
+    if recorded and place.type != "cuda":
+        raise ConvFusionError(f"--recorded times CUDA graphs, which {place.type} does not have")
+    if recorded and not whole:
+        raise ConvFusionError("--recorded times the whole denoiser: add --whole")
+    under = Conditions(place, dtype, batch, backward, rounds, warm_up, recorded, limit)
     measure = denoiser_rows if whole else site_rows
     cases = show_cases(lambda say: measure(bench_case, variants, sizes, under, say))
     print_rows(collect_rows(cases, before, out, plot))

@@ -7,16 +7,16 @@ Self-Attention into Convolutions", ICCV 2025. For tokens x of a grid H×W:
     z_i = upsample(gate(depthwise_K(pool_i(y))))            C' → C'/2, at scale 1/2^i, i < stages
     out = proj_out(concat_i z_i) + mean_proj(mean over tokens of x)
 
-For tokens of a video, on a grid T×H×W, the pyramid is that of each frame, and each stage convolves
-along the frames as well, before its gate: depthwise_K of a frame, then depthwise_K_t across frames.
-Video models attend to their first frame from everywhere, so that its mean may have a branch too.
+For tokens of a video, on a grid T×H×W, the pyramid is that of each frame, of a y that is convolved
+along the frames before: y = depthwise_K_t(proj_in(x)), which is the same as to convolve each stage
+by K_t×1×1 and 1×K×K with one K_t for all of them. Video models attend to their first frame from
+everywhere, so that its mean may have a branch too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -57,7 +57,7 @@ class DeltaConv:
             zero; `random` is PyTorch's default for every tensor.
         conv_bias: give the depthwise kernels a bias, as some of the authors' weights have; such a
             block does not take the fused operation on CUDA.
-        frame_kernel_size: odd side K_t of the kernels along the frames of a video; 0 for none, as
+        frame_kernel_size: odd side K_t of the kernel along the frames of a video; 0 for none, as
             for pictures.
         first_frame_branch: add a projection of the mean over the first frame's tokens at every
             token of a video.
@@ -128,9 +128,9 @@ class DeltaConvBlock(TokenMixer):
         self.proj_out = nn.Linear(inner // 2 * config.stages, channels)
         self.mean_proj = nn.Linear(channels, channels) if config.mean_branch else None
         if side := config.frame_kernel_size:
-            self.frame_convs = nn.ModuleList(
-                nn.Conv1d(inner, inner, side, padding=side // 2, groups=inner, bias=False)
-                for _ in range(config.stages)
+            padding = (side // 2, 0)
+            self.frame_conv = nn.Conv2d(
+                inner, inner, (side, 1), padding=padding, groups=inner, bias=False
             )
         if config.first_frame_branch:
             self.first_frame_proj = nn.Linear(channels, channels)
@@ -147,9 +147,12 @@ class DeltaConvBlock(TokenMixer):
         """
         *frames, height, width = check_grid(tokens, grid)
         inner = self.proj_in(tokens)
-        if frames:  # pictures of their own, but for the kernels along the frames
+        if self.config.frame_kernel_size:
+            lines = inner.transpose(1, 2).unflatten(2, (frames[0], -1))  # [B, C', T, H·W]
+            inner = self.frame_conv(lines).flatten(2).transpose(1, 2)
+        if frames:  # from here on each is a picture of its own
             inner = inner.flatten(0, 1).unflatten(0, (-1, height * width))
-        mixed = self._mix_frames(inner, (height, width), frames[0] if frames else 1)
+        mixed = self._mix_pictures(inner, (height, width))
         mixed = self.proj_out(mixed.reshape(*tokens.shape[:2], -1))
         if self.mean_proj is not None:
             mixed += self.mean_proj(tokens.mean(dim=1, keepdim=True))  # in place: one map less
@@ -158,31 +161,22 @@ class DeltaConvBlock(TokenMixer):
             mixed += self.first_frame_proj(first)
         return mixed
 
-    def _mix_frames(self, inner: Tensor, grid: tuple[int, int], frames: int) -> Tensor:
-        """The pyramid of pictures, or of every `frames` of them as a video: [B·T, HW, n·C'/2]."""
-        weights = [] if self.config.frame_kernel_size else self.list_stage_weights()
+    def _mix_pictures(self, inner: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The pyramid of pictures of tokens [B, HW, C']: [B, HW, n·C'/2]."""
+        weights = self.list_stage_weights()
         if weights and library.can_fuse(inner, weights, self.config.pooling):
             return library.pyramid(inner, weights, grid, self.config.gate)
         maps = inner.transpose(1, 2).unflatten(2, grid)
-        return self.apply_pyramid(maps, frames).flatten(2).transpose(1, 2)
+        return self.apply_pyramid(maps).flatten(2).transpose(1, 2)
 
     def list_stage_weights(self) -> list[Tensor]:
         """The kernels of all stages; none where they are not all, as with a LoRA or a bias."""
         convs = [conv for conv in self.convs if type(conv) is nn.Conv2d and conv.bias is None]
         return [conv.weight for conv in convs] if len(convs) == len(self.convs) else []
 
-    def apply_pyramid(self, maps: Tensor, frames: int = 1) -> Tensor:
-        """All stages of maps [B, C', H, W], concatenated: [B, stages·C'/2, H, W].
-
-        Args:
-            maps: of pictures, or of the frames of videos, those of one after those of another.
-            frames: of each video.
-        """
-        stages: Iterable[Callable[[Tensor], Tensor]] = self.convs
-        if self.config.frame_kernel_size:
-            pairs = zip(self.convs, self.frame_convs, strict=True)
-            stages = [partial(convolve_video, within, across, frames) for within, across in pairs]
-        return reference.pyramid(maps, stages, self.apply_gate, self.config.pooling)
+    def apply_pyramid(self, maps: Tensor) -> Tensor:
+        """All stages of maps [B, C', H, W], concatenated: [B, stages·C'/2, H, W]."""
+        return reference.pyramid(maps, self.convs, self.apply_gate, self.config.pooling)
 
     def apply_gate(self, maps: Tensor) -> Tensor:
         """The gate of a stage: maps [B, C', h, w] to [B, C'/2, h, w]."""
@@ -196,8 +190,7 @@ class DeltaConvBlock(TokenMixer):
         if self.mean_proj is not None:
             set_to_uniform_attention(self.mean_proj, attention)
         if self.config.frame_kernel_size:
-            for conv in self.frame_convs:  # each frame as it is
-                nn.init.dirac_(conv.get_parameter("weight"), groups=self.proj_in.out_features)
+            nn.init.dirac_(self.frame_conv.weight, groups=self.proj_in.out_features)
         if self.config.first_frame_branch:
             self.first_frame_proj.weight.zero_()
             self.first_frame_proj.bias.zero_()
@@ -211,14 +204,6 @@ class DeltaConvBlock(TokenMixer):
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.config.kernel_size}, gate={self.config.gate}"
-
-
-def convolve_video(within: nn.Module, across: nn.Module, frames: int, maps: Tensor) -> Tensor:
-    """Convolve each frame, then along the frames: maps [B·T, C', h, w] to the same shape."""
-    convolved = within(maps).unflatten(0, (-1, frames))  # [B, T, C', h, w]
-    lines = convolved.permute(0, 3, 4, 2, 1)  # [B, h, w, C', T]
-    mixed = across(lines.flatten(0, 2)).reshape(lines.shape)
-    return mixed.permute(0, 4, 3, 1, 2).flatten(0, 1)
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ Near a border some of the keys are missing, for the attention as for the convolu
 
 which is 0 where the window reaches across the grid from every token.
 
-Of a video, Δ has an offset in time too, and a_h(Δ) is replaced by the product of a kernel along the
-frames and one within them that is nearest to it, in the least squares. Where the block has no
-kernels along the frames, what a query gives to other frames than its own is left to the mean.
+Of a video, a_h(Δt, Δy, Δx) is the product of a kernel along the frames and one within them that is
+nearest by a singular value decomposition; without kernels along the frames, Δt is 0. Where there is
+a branch for the first frame, it takes what of r_h goes to that frame beyond its even share.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
 from convfusion.mixers.base import (
+    Grid,
     TokenSample,
     output_heads,
     project_heads,
@@ -58,12 +59,11 @@ def set_from_sample(block: DeltaConvBlock, attention: Any, sample: Sequence[Toke
     Raises:
         ConvFusionError: that mean is not finite.
     """
-    config, found = block.config, []
-    within, across = config.kernel_size // 2, config.frame_kernel_size // 2
+    radius, frames, found = block.config.kernel_size // 2, block.config.frame_kernel_size // 2, []
     for tokens, grid, turn in sample:
         queries, keys, _ = project_heads(attention, tokens, turn)
         chosen = choose_queries(queries.shape[2], QUERIES)
-        radii = [across, within, within][-len(grid) :]
+        radii = [frames, radius, radius][-len(grid) :]
         found += [
             offset_means(query, key, score_scale(attention), grid, radii, chosen)
             for query, key in zip(queries, keys, strict=True)
@@ -73,11 +73,13 @@ def set_from_sample(block: DeltaConvBlock, attention: Any, sample: Sequence[Toke
         raise ConvFusionError(
             "its mean attention is not finite: look at the data, or the frozen model"
         )
-    set_to_mean_attention(block, attention, means)
+    set_to_mean_attention(block, attention, means, _count_frames(sample[0].grid))
 
 
 @torch.no_grad()
-def set_to_mean_attention(block: DeltaConvBlock, attention: Any, means: OffsetMeans) -> None:
+def set_to_mean_attention(
+    block: DeltaConvBlock, attention: Any, means: OffsetMeans, frames: int = 1
+) -> None:
     """Set a block to its attention with the map a_h(Δ) at every query; see the module's equation.
 
     Args:
@@ -85,18 +87,15 @@ def set_to_mean_attention(block: DeltaConvBlock, attention: Any, means: OffsetMe
             set it, to that of uniform attention.
         attention: the diffusers attention that it stands for.
         means: attention at each offset within the kernel.
+        frames: T of the videos that they are of.
     """
-    if means.kernels.dim() == 4:
-        within, across = split_kernels(means.kernels)
-        means = means._replace(kernels=across[..., None, None] * within[:, None])
-    else:
-        within, across = means.kernels, None
-    heads, side = means.kernels.shape[0], means.kernels.shape[-1]
+    heads, side = attention.heads, means.kernels.shape[-1]
     half = block.proj_in.out_features // 2
     each = half // heads  # directions per head; channels that remain stay unused
     value = projections(attention)[2].weight.float().unflatten(0, (heads, -1))  # [h, d, C]
     out = output_heads(attention)  # [h, C, d]
-    within = within.to(value.device, torch.float32)
+    means = means._replace(kernels=means.kernels.to(value.device, torch.float32))
+    across, kernels, outside = split_frames(means)
     stage = block.convs[0].get_parameter("weight")
     stage[half:] = 0.0
     stage[half:, 0, side // 2, side // 2] = 1.0  # what is constant stays so, at the border too
@@ -110,29 +109,55 @@ def set_to_mean_attention(block: DeltaConvBlock, attention: Any, means: OffsetMe
         place = slice(head * each, (head + 1) * each)
         read, write = leading_directions(value[head], out[head], each)
         block.proj_in.weight[place] = read.to(stage.dtype)
-        stage[place] = within[head].to(stage.dtype)
-        if across is not None and block.config.frame_kernel_size:
-            along = block.frame_convs[0].get_parameter("weight")  # a constant stays so there too
-            along[place] = across[head].to(along.device, along.dtype)
+        stage[place] = kernels[head].to(stage.dtype)
         block.proj_out.weight[:, place] = (write / factor).to(stage.dtype)
+        if block.config.frame_kernel_size:
+            block.frame_convs[0].get_parameter("weight")[place] = across[head].to(stage.dtype)
+    first = torch.zeros_like(outside)
+    if block.config.first_frame_branch:
+        if frames > 1:  # what the mean gives that frame anyway is left to the mean
+            first = (means.first.to(outside) - outside / frames) / (1 - 1 / frames)
+            first = torch.minimum(first.clamp(min=0), outside)
+        weight = torch.einsum("h,hcd,hde->ce", first, out, value)
+        block.first_frame_proj.weight.copy_(weight)
     if block.mean_proj is not None:
-        outside = means.outside().to(value.device, torch.float32)
-        block.mean_proj.weight.copy_(torch.einsum("h,hcd,hde->ce", outside, out, value))
+        weight = torch.einsum("h,hcd,hde->ce", outside - first, out, value)
+        block.mean_proj.weight.copy_(weight)
 
 
-def split_kernels(kernels: Tensor) -> tuple[Tensor, Tensor]:
-    """The product of a kernel within frames and one along them that is nearest to each kernel.
+def _divide(values: Tensor, by: Tensor) -> Tensor:
+    """A quotient that is 0 where nothing is there to divide by."""
+    return torch.where(by > 0, values / by.clamp(min=1e-8), 0.0)
 
-    Args:
-        kernels: [h, K_t, K, K], none of them negative.
+
+def _count_frames(grid: Grid) -> int:
+    """T of a grid (T, H, W); 1 of a picture."""
+    return grid[0] if len(grid) == 3 else 1
+
+
+def split_frames(means: OffsetMeans) -> tuple[Tensor, Tensor, Tensor]:
+    """Kernels along the frames and within them, and the attention that they leave.
 
     Returns:
-        [h, K, K], and [h, K_t] of length 1.
+        [h, 1, K_t] and [h, K, K], whose product is nearest to a_h(Δ), where an offset counts as
+        often as queries have a key there; and r_h [h]. Of pictures the first is 1.
     """
-    left, strength, right = torch.linalg.svd(kernels.flatten(2), full_matrices=False)
-    sign = left[:, :, 0].sum(1).sign()[:, None]  # both of one sign, as the kernels are
-    within = (sign * strength[:, :1] * right[:, 0]).unflatten(1, kernels.shape[2:])
-    return within, sign * left[:, :, 0]
+    kernels = means.kernels
+    if kernels.dim() == 3:
+        return kernels.new_ones(len(kernels), 1, 1), kernels, means.outside().to(kernels)
+    share = means.share.to(kernels)  # the product of one along the frames and one within them
+    root = share.sqrt()
+    left, strength, right = torch.linalg.svd((kernels * root).flatten(2), full_matrices=False)
+    middle = [side // 2 for side in share.shape]
+    over, inner = root[:, middle[1], middle[2]], root[middle[0]]
+    sign = left[..., 0].sum(1).sign()  # attention is positive, and so are both of its factors
+    across = _divide(left[..., 0], over) * sign[:, None]
+    within = _divide((right[:, 0] * strength[:, :1]).unflatten(1, inner.shape), inner)
+    within = within * sign[:, None, None]
+    total = across.sum(1).clamp(min=1e-8)
+    across, within = across / total[:, None], within * total[:, None, None]
+    nearest = means._replace(kernels=across[:, :, None, None] * within[:, None])
+    return across[:, None], within, nearest.outside().to(kernels)
 
 
 def leading_directions(value: Tensor, out: Tensor, count: int) -> tuple[Tensor, Tensor]:

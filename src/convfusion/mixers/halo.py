@@ -23,10 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from convfusion.errors import ConvFusionError
@@ -40,6 +42,7 @@ from convfusion.mixers.halo_grid import (
     count_outside,
     cut_into_chunks,
     pool_cells,
+    recall,
 )
 from convfusion.mixers.halo_whole import mix_whole
 from convfusion.settings import check_fields
@@ -47,6 +50,8 @@ from convfusion.settings import check_fields
 MAX_SIDE = 64  # of blocks, windows and cells: beyond it the attention itself is cheaper
 CHUNK = 512  # tokens worked at a time on a CPU, whose caches hold what they need
 LARGE_CHUNK = 2**16  # elsewhere, which bounds the memory of large pictures
+FUSED = ("cuda",)  # kinds of devices whose fused attention is faster than products and a softmax,
+FUSED_FROM = 128  # where a block sees at least so many keys: below, starting it takes longer
 RECOMPUTED = 8192  # tokens of a call from which on training recomputes every chunk
 
 Sides = int | tuple[int, ...]  # one number for every axis of the grid, or one for each
@@ -165,13 +170,13 @@ class HaloMixer(TokenMixer):
         mixed = [self._mix(part, call) for part in parts]
         return self.to_out(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
 
-    def _lay_out(self, grid: Grid) -> list[GridLine]:
+    def _lay_out(self, grid: Grid) -> tuple[GridLine, ...]:
         """Blocks, windows and cells along each axis; no cells where the window holds everything."""
         blocks, windows, cells = self.sides
         if not torch.compiler.is_exporting():
             beyond = any(side > window for side, window in zip(grid, windows, strict=True))
             cells = tuple(min(own, side) * beyond for own, side in zip(cells, grid, strict=True))
-        return [GridLine(*each) for each in zip(grid, blocks, windows, cells, strict=True)]
+        return tuple(GridLine(*each) for each in zip(grid, blocks, windows, cells, strict=True))
 
     def _mix(self, tokens: Tensor, call: _Call) -> Tensor:
         """What each head of some pictures [B, N, C] gathers, side by side: [B, N, h·n]."""
@@ -187,12 +192,13 @@ class HaloMixer(TokenMixer):
             queries = tokens[:, chunk.top * row : chunk.end * row]
             rows = call.find_rows(chunk, tokens.shape[0], cells.shape[1])
             inputs = (queries, keys, call.find_near(chunk), call.find_far(chunk), rows)
+            attend = self._attend_fused if call.fused else self._attend
             if call.recompute:
                 mixed.append(
-                    checkpoint(self._attend, *inputs, use_reentrant=False, preserve_rng_state=False)
+                    checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False)
                 )
             else:
-                mixed.append(self._attend(*inputs))
+                mixed.append(attend(*inputs))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
 
     def _attend(
@@ -220,6 +226,28 @@ class HaloMixer(TokenMixer):
         mixed = mixed.transpose(1, 2).reshape(-1, n).index_select(0, rows.results)
         return mixed.view(pictures, tokens.shape[1], -1)
 
+    def _attend_fused(
+        self, tokens: Tensor, keys: Tensor, near: Tensor, far: Tensor, rows: Rows
+    ) -> Tensor:
+        """The same as `_attend` by PyTorch's fused attention, with `rows` of whole tokens.
+
+        Its kernels want channels in multiples of 8: zeros fill what is missing.
+        """
+        heads, r, n = self.heads, self.key_rank, self.value_rank
+        query = _fill(self.to_q(tokens).flatten(0, 1).unflatten(1, (heads, r)))
+        both = keys.flatten(0, 1).unflatten(1, (heads, r + n))
+        widths = query.shape[2], n + -n % 8
+        if widths != (r, n):
+            both = torch.cat([_fill(part) for part in both.split((r, n), dim=2)], dim=2)
+        query = query.index_select(0, rows.queries).unflatten(0, (-1, near.shape[2]))
+        both = both.index_select(0, rows.keys).unflatten(0, (query.shape[0], -1))
+        key, value = both.transpose(1, 2).split(widths, dim=3)
+        far = (far + self.far[:, None, None]).expand(-1, heads, near.shape[2], -1)
+        bias = torch.cat([near, far], dim=3).to(query.dtype).repeat(tokens.shape[0], 1, 1, 1)
+        mixed = scaled_dot_product_attention(query.transpose(1, 2), key, value, bias, scale=1.0)
+        mixed = mixed.transpose(1, 2)[..., :n].flatten(0, 1).index_select(0, rows.results)
+        return mixed.reshape(tokens.shape[0], tokens.shape[1], -1)
+
     def init_from(self, attention: Any) -> None:
         """Start from the weights of the attention alone, as if its tokens were white noise."""
         halo_start.set_from_weights(self, attention)
@@ -232,10 +260,22 @@ class HaloMixer(TokenMixer):
         return f"block={self.config.block}, window={self.config.window}, cells={self.config.cells}"
 
 
+def _fill(rows: Tensor) -> Tensor:
+    """Rows [·, h, c] with zeros up to the next multiple of 8 channels."""
+    return pad(rows, (0, -rows.shape[2] % 8))
+
+
 def _is_recomputed(tokens: Tensor) -> bool:
     """Whether training computes every chunk again in the backward pass, which bounds its memory."""
     large = tokens.shape[1] > CHUNK and tokens.shape[0] * tokens.shape[1] > RECOMPUTED
     return torch.is_grad_enabled() and large
+
+
+def _weigh_cells(lines: tuple[GridLine, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """log n of every cell for every block, n its tokens outside of the window: [blocks, M]."""
+    outside = count_outside(lines, device)
+    counted = outside.clamp(min=1).float().log().to(dtype)  # float16 ends at 65504
+    return torch.where(outside > 0, counted, NEVER)
 
 
 class _Call:
@@ -249,14 +289,15 @@ class _Call:
     """
 
     def __init__(
-        self, mixer: HaloMixer, lines: Sequence[GridLine], tokens: int, recompute: bool
+        self, mixer: HaloMixer, lines: tuple[GridLine, ...], tokens: int, recompute: bool
     ) -> None:
         self.mixer, self.lines, self.recompute = mixer, lines, recompute
         self.chunks = list(cut_into_chunks(lines, tokens))
         self.device = mixer.far.device
-        outside = count_outside(lines, self.device)
-        counted = outside.clamp(min=1).float().log().to(mixer.far.dtype)  # float16 ends at 65504
-        self.far = torch.where(outside > 0, counted, NEVER)  # [blocks, M]
+        seen = prod(line.reach for line in lines) + prod(line.cells for line in lines)
+        self.fused = self.device.type in FUSED and seen >= FUSED_FROM
+        blocks, cells = (prod(getattr(line, of) for line in lines) for of in ("blocks", "cells"))
+        self.far = recall(blocks * cells, _weigh_cells, lines, self.device, mixer.far.dtype)
         self.near: dict[Any, Tensor] = {}
         self.rows: dict[Any, Rows] = {}
 
@@ -264,13 +305,19 @@ class _Call:
         """The indices of a chunk, made once for all of its kind."""
         key = (chunk.kind, pictures)
         if key not in self.rows:
-            self.rows[key] = chunk.list_rows(pictures, self.mixer.heads, cells, self.device)
+            heads = 1 if self.fused else self.mixer.heads
+            seen = prod(line.blocks * line.reach for line in self.lines) + cells
+            entries = pictures * heads * seen
+            self.rows[key] = recall(
+                entries, Chunk.list_rows, chunk, pictures, heads, cells, self.device
+            )
         return self.rows[key]
 
     def find_near(self, chunk: Chunk) -> Tensor:
         """ρ of every pair of query and key, made once for all of its kind: [blocks, h, b², w²]."""
         if chunk.kind not in self.near:
-            offsets = chunk.list_offsets(self.device)
+            entries = prod(line.blocks * line.block * line.reach for line in self.lines)
+            offsets = recall(entries, Chunk.list_offsets, chunk, self.device)
             table = self.mixer.relative.flatten(1).index_select(1, offsets.flatten())
             self.near[chunk.kind] = table.unflatten(1, offsets.shape).transpose(0, 1)
         return self.near[chunk.kind]

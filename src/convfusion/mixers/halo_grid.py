@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 NEVER = -1e4  # a score that no softmax sees, in float16 too
+KEPT, MOST_KEPT = 64, 2**21  # results that `recall` keeps, and the entries of one at most
+
+Made = TypeVar("Made")
+
+
+def recall(entries: int, make: Callable[..., Made], *args: Any) -> Made:
+    """`make(*args)`, which depends on nothing else, kept for the next call where it is small.
+
+    On a GPU, making the indices of a small grid takes longer than all that they are used for. What
+    a mode such as PyTorch's fake tensors or a recorded CUDA graph makes is of no use outside of it.
+
+    Args:
+        entries: how many numbers are made.
+        make: a function of sizes and a device; no bound method, which equals no other.
+        args: its arguments.
+    """
+    if entries > MOST_KEPT or _get_current_dispatch_mode() is not None or _is_recorded():
+        return make(*args)
+    return _keep(make, *args)
+
+
+@lru_cache(maxsize=KEPT)
+def _keep(make: Callable[..., Made], *args: Any) -> Made:
+    with torch.inference_mode(False):  # else no later training could use it
+        return make(*args)
+
+
+def _is_recorded() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)
@@ -73,14 +105,22 @@ class GridLine:
         last = torch.minimum(keys[:, -1:] + 1, high).clamp(max=self.side)
         return high - low, (last - torch.maximum(keys[:, :1], low)).clamp(min=0)
 
+    def weigh_tokens(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The weight of each token in the mean of each cell: [cells, side]."""
+        place = torch.arange(self.side, device=device)
+        bounds = torch.arange(self.cells + 1, device=device) * self.side // self.cells
+        inside = (place >= bounds[:-1, None]) & (place < bounds[1:, None])
+        return (inside / inside.sum(1, keepdim=True).clamp(min=1)).to(dtype)
+
     def average_cells(self, maps: Tensor, axis: int) -> Tensor:
         """Means over the cells along an axis of maps: each token is in exactly one."""
         if torch.compiler.is_compiling():  # lengths are symbols: a product with a matrix
-            place = torch.arange(self.side, device=maps.device)
-            bounds = torch.arange(self.cells + 1, device=maps.device) * self.side // self.cells
-            inside = (place >= bounds[:-1, None]) & (place < bounds[1:, None])
-            weights = inside / inside.sum(1, keepdim=True).clamp(min=1)
-            return (maps.movedim(axis, -1) @ weights.to(maps.dtype).T).movedim(-1, axis)
+            weights = self.weigh_tokens(maps.device, maps.dtype)
+            return (maps.movedim(axis, -1) @ weights.T).movedim(-1, axis)
+        if maps.device.type not in ("cpu", "meta"):  # one product, where launches take the time
+            entries = self.side * self.cells
+            weights = recall(entries, GridLine.weigh_tokens, self, maps.device, maps.dtype)
+            return (maps.movedim(axis, -1) @ weights.T).movedim(-1, axis)
         ends = [cell * self.side // self.cells for cell in range(self.cells + 1)]
         parts = maps.split([end - start for start, end in pairwise(ends)], axis)
         return torch.stack([part.mean(axis) for part in parts], axis)
@@ -124,32 +164,58 @@ def combine(places: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     return total
 
 
+@dataclass(frozen=True)
 class Chunk:
     """Some rows of blocks, and the rows of keys that they see.
 
     A row is what lies at one place of the first axis: of a video, a frame.
 
-    Args:
+    Attributes:
         lines: of the grid.
         first, last: rows of blocks first … last − 1.
-
-    Attributes:
-        top, end: rows of queries.
-        start, stop: rows of keys.
-        kind: chunks of a kind have their queries, keys and offsets at the same places.
     """
 
-    def __init__(self, lines: Sequence[GridLine], first: int, last: int) -> None:
-        down = lines[0]
-        self.lines, self.first, self.last = lines, first, last
-        self.top, self.start, self.stop = first * down.block, 0, down.side
-        self.end = down.side
-        self.kind: tuple[int, ...] = ()
-        if last - first < down.blocks:
-            firsts = [down.find_first_key(block) for block in range(first, last)]
-            self.end = min(last * down.block, down.side)
-            self.start, self.stop = firsts[0], firsts[-1] + down.reach
-            self.kind = (self.end - self.top, *(key - self.top for key in firsts))
+    lines: tuple[GridLine, ...]
+    first: int
+    last: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.last - self.first >= self.lines[0].blocks
+
+    @property
+    def top(self) -> int:
+        """The first row of queries."""
+        return self.first * self.lines[0].block
+
+    @property
+    def end(self) -> int:
+        """The row after the last one of queries."""
+        down = self.lines[0]
+        return down.side if self.is_whole else min(self.last * down.block, down.side)
+
+    @cached_property
+    def first_keys(self) -> tuple[int, ...]:
+        """The first row of keys of each row of blocks."""
+        return tuple(self.lines[0].find_first_key(block) for block in range(self.first, self.last))
+
+    @property
+    def start(self) -> int:
+        """The first row of keys."""
+        return 0 if self.is_whole else self.first_keys[0]
+
+    @property
+    def stop(self) -> int:
+        """The row after the last one of keys."""
+        down = self.lines[0]
+        return down.side if self.is_whole else self.first_keys[-1] + down.reach
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """Chunks of a kind have their queries, keys and offsets at the same places."""
+        if self.is_whole:
+            return ()
+        return (self.end - self.top, *(key - self.top for key in self.first_keys))
 
     def list_offsets(self, device: torch.device) -> Tensor:
         """Which entry of ρ each pair of query and key has: [blocks, b², w²]."""
@@ -209,7 +275,7 @@ def _product(numbers: Sequence[int]) -> int:
     return total
 
 
-def cut_into_chunks(lines: Sequence[GridLine], tokens: int) -> Iterator[Chunk]:
+def cut_into_chunks(lines: tuple[GridLine, ...], tokens: int) -> Iterator[Chunk]:
     """Chunks of about so many tokens, one after the other."""
     down = lines[0]
     step = max(1, round(tokens / (down.block * _product([line.side for line in lines[1:]]))))

@@ -18,7 +18,8 @@ maps of x that are nearest to the normed ones (`fit_norms`). Where a rotary embe
 a linear layer cannot either, since R depends on the place: the score q_i·R_iᵀ·R_j·k_j is cut to
 rank r as q·D·k with D = E[R_iᵀ·R_j] over the keys of the window (`average_turn`), which keeps the
 channels that turn slowly; and what depends on the offset alone goes to ρ, which is measured against
-the scores as the attention has them.
+the scores as the attention has them. λ is then the mean of ρ, in the exponent, over what lies
+outside of windows.
 """
 
 from __future__ import annotations
@@ -173,11 +174,34 @@ def set_from_sample(mixer: HaloMixer, attention: Any, sample: Sequence[TokenSamp
         query, key, _ = project_heads(attention, tokens, turn)
         own_query, own_key = (layer.split(tokens, attention.heads) for layer in layers[:2])
         query = torch.cat([query * scale, -own_query @ read_q.transpose(1, 2)], dim=3)
-        key = torch.cat([key, own_key @ read_k.transpose(1, 2)], dim=3)
-        key = key - key.mean(2, keepdim=True)
+        own_key = (own_key - own_key.mean(2, keepdim=True)) @ read_k.transpose(1, 2)
+        if turn is None:  # else what keys have in common tells where they are
+            key = key - key.mean(2, keepdim=True)
+        key = torch.cat([key, own_key], dim=3)
         more = sum_by_offset(query, key, grid, [side - 1 for side in window])
         sums, counts = sums + more[0], counts + more[1]
-    mixer.relative.copy_((sums / counts.clamp(min=1)).unflatten(1, mixer.relative.shape[1:]))
+    means = sums / counts.clamp(min=1)
+    mixer.relative.copy_(means[:, :-1].unflatten(1, mixer.relative.shape[1:]))
+    if turned is not None:
+        mixer.far.copy_(_find_far(means, counts, window))
+
+
+def _find_far(means: Tensor, counts: Tensor, window: Sequence[int]) -> Tensor:
+    """λ of each head: log E[exp ρ(Δ)] over the pairs that are no neighbours, [h].
+
+    Args:
+        means: ρ by offset and, last, of all that are farther apart, [h, D + 1].
+        counts: pairs, [D + 1].
+        window: its side along each axis.
+    """
+    near = torch.ones((), dtype=torch.bool, device=counts.device)
+    for side in window:
+        away = torch.arange(1 - side, side, device=counts.device).abs()
+        near = near[..., None] & (away <= side // 2)
+    apart = counts * ~torch.cat([near.flatten(), near.new_zeros(1)])
+    if not apart.any():
+        return torch.zeros_like(means[:, 0])
+    return (means + (apart / apart.sum()).log()).logsumexp(1)
 
 
 def _check_shape(mixer: HaloMixer, attention: Any) -> None:

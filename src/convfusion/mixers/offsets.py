@@ -29,18 +29,20 @@ def split_queries(chosen: Tensor, maps: int, tokens: int) -> Sequence[Tensor]:
 
 
 class OffsetMeans(NamedTuple):
-    """What queries give to the key at each offset (Δrow, Δcolumn), the offset (0, 0) in the middle.
-
-    Of a video, offsets are (Δframe, Δrow, Δcolumn), and there is a side more.
+    """What queries give to the key at each offset from them, the offset 0 in the middle.
 
     Attributes:
-        kernels: a_h(Δ) [h, 2R + 1, 2R + 1], the mean attention of the queries that have that key.
-        share: [2R + 1, 2R + 1], the share of all queries of the grid that have it; at a border
-            some keys are missing.
+        kernels: a_h(Δ), [h, 2R + 1 along each axis], the mean attention of the queries that have
+            that key.
+        share: [2R + 1 along each axis], the share of all queries of the grid that have it; at a
+            border some keys are missing.
+        first: attention of each head to the first place of the first axis, of a video the first
+            frame, in so far as it lies outside of the window; [h], the mean over all queries.
     """
 
     kernels: Tensor
     share: Tensor
+    first: Tensor
 
     def outside(self) -> Tensor:
         """Attention of each head beyond the window, [h] from 0 to 1: the mean over all queries."""
@@ -49,9 +51,14 @@ class OffsetMeans(NamedTuple):
 
 @torch.no_grad()
 def offset_means(
-    query: Tensor, key: Tensor, scale: float, grid: Grid, radii: Sequence[int], chosen: Tensor
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    grid: Grid,
+    radii: Sequence[int],
+    chosen: Tensor,
 ) -> OffsetMeans:
-    """Mean attention of each head to the key at each offset from the query.
+    """Mean attention of each head to the key at each offset, such as (Δrow, Δcolumn), from a query.
 
     Of the chosen queries, those count that have a key at that offset. Offsets that none has get 0.
 
@@ -59,38 +66,34 @@ def offset_means(
         query: [h, N, d] of h heads; worked in float32 whatever its dtype.
         key: [h, N, d].
         scale: usually 1/√d.
-        grid: (H, W) with H·W = N, or (T, H, W) of a video.
-        radii: R, the largest offset along each side of the grid.
+        grid: (H, W) or (T, H, W) with N places.
+        radii: R, the largest offset along each axis.
         chosen: indices of queries.
 
     Returns:
         The means and how many queries have each key, in float64.
     """
     key = key.float().transpose(1, 2)
-    heads, device = len(query), query.device
-    kind = precise(device)
-    sides = [2 * radius + 1 for radius in radii]
-    lines = [torch.arange(side, device=device) for side in grid]
-    near = [(line - line[:, None]).abs() <= most for line, most in zip(lines, radii, strict=True)]
-    offsets = [
-        (line - line[:, None]).clamp(-most, most) + most
-        for line, most in zip(lines, radii, strict=True)
-    ]
-    last = math.prod(sides)  # the bin of what lies farther, which is thrown away
-    sums = torch.zeros(heads, last + 1, dtype=kind, device=device)
-    counts = torch.zeros(last + 1, dtype=kind, device=device)
-    for part in split_queries(chosen.to(device), heads, math.prod(grid)):
-        inside = take_rows(near, None, grid, part)
-        bins = torch.where(inside, take_rows(offsets, sides, grid, part), last)
+    sides, heads, tokens = [2 * most + 1 for most in radii], len(query), key.shape[2]
+    kind, device = precise(query.device), query.device
+    length = math.prod(sides)
+    sums = torch.zeros(heads, length + 1, dtype=kind, device=device)
+    counts = torch.zeros(length + 1, dtype=kind, device=device)
+    first = torch.zeros(heads, dtype=kind, device=device)
+    lines = place_offsets(grid, radii, device)
+    for part in split_queries(chosen.to(device), heads, tokens):
+        bins, near = find_offsets(lines, radii, grid, part)
         maps = torch.softmax(query[:, part].float() @ key * scale, dim=-1)
-        sums += ring_sums(maps, bins, last + 1)
-        counts += torch.bincount(bins.flatten(), minlength=last + 1)
+        sums += ring_sums(maps, bins, length + 1)
+        counts += torch.bincount(bins.flatten(), minlength=length + 1)
+        early = slice(tokens // grid[0])
+        first += (maps * ~near)[..., early].sum((1, 2))
     kernels = (sums / counts.clamp(min=1))[:, :-1].unflatten(1, sides)
     share = torch.ones((), dtype=kind, device=device)
-    for radius, length in zip(radii, grid, strict=True):
-        away = torch.arange(-radius, radius + 1, dtype=kind, device=device).abs()
-        share = share[..., None] * (1 - away / length).clamp(min=0)
-    return OffsetMeans(kernels, share)
+    for most, side in zip(radii, grid, strict=True):
+        away = torch.arange(-most, most + 1, dtype=kind, device=device).abs()
+        share = share[..., None] * (1 - away / side).clamp(min=0)
+    return OffsetMeans(kernels, share, first / len(chosen))
 
 
 def mean_offsets(parts: list[OffsetMeans]) -> OffsetMeans:
@@ -102,7 +105,8 @@ def mean_offsets(parts: list[OffsetMeans]) -> OffsetMeans:
     shares = torch.stack([means.share for means in parts])
     sums = torch.stack([means.kernels * means.share for means in parts]).sum(0)
     total = shares.sum(0)
-    return OffsetMeans(torch.where(total > 0, sums / total, 0.0), total / len(parts))
+    first = torch.stack([means.first for means in parts]).mean(0)
+    return OffsetMeans(torch.where(total > 0, sums / total, 0.0), total / len(parts), first)
 
 
 def sum_by_offset(
@@ -116,28 +120,51 @@ def sum_by_offset(
         reach: the largest offset along each axis.
 
     Returns:
-        [h, D] and [D]; the offsets lie row by row from −reach to +reach, D = Π(2·reach + 1).
+        [h, D + 1] and [D + 1]; the offsets lie row by row from −reach to +reach,
+        D = Π(2·reach + 1), and last come all pairs that are farther apart.
     """
-    device, sides = query.device, [2 * most + 1 for most in reach]
-    lines = [torch.arange(side, device=device) for side in grid]
-    inside = [(line - line[:, None]).abs() <= most for line, most in zip(lines, reach, strict=True)]
-    offsets = [
-        (line - line[:, None]).clamp(-most, most) + most
-        for line, most in zip(lines, reach, strict=True)
-    ]
-    length = 1
-    for side in sides:
-        length *= side
+    device, length = query.device, math.prod(2 * most + 1 for most in reach)
+    lines = place_offsets(grid, reach, device)
     sums = query.new_zeros(query.shape[1], length + 1)
     counts = query.new_zeros(length + 1)
     chosen = choose_queries(query.shape[2], QUERIES).to(device)
     for part in split_queries(chosen, query.shape[0] * query.shape[1], query.shape[2]):
-        place, near = take_rows(offsets, sides, grid, part), take_rows(inside, None, grid, part)
-        place = torch.where(near, place, length).flatten()  # the last one is thrown away
+        place = find_offsets(lines, reach, grid, part)[0].flatten()
         scores = (query[:, :, part] @ key.transpose(2, 3)).sum(0).flatten(1)
         sums.index_add_(1, place, scores)
         counts += torch.bincount(place, minlength=length + 1) * query.shape[0]
-    return sums[:, :-1], counts[:-1]
+    return sums, counts
+
+
+def place_offsets(
+    grid: Grid, reach: Sequence[int], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each axis, for every place and every other: the offset, from 0, and whether it counts."""
+    found = []
+    for side, most in zip(grid, reach, strict=True):
+        line = torch.arange(side, device=device)
+        away = line - line[:, None]
+        found.append((away.clamp(-most, most) + most, away.abs() <= most))
+    return found
+
+
+def find_offsets(
+    lines: Sequence[tuple[Tensor, Tensor]], reach: Sequence[int], grid: Grid, queries: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The offset of every key from some queries, and whether it is one that counts; [Q, N] each.
+
+    Offsets lie row by row from −reach to +reach; those that do not count are one beyond the last.
+
+    Args:
+        lines: as `place_offsets` gives them.
+        reach: the largest offset along each axis.
+        grid: of the tokens.
+        queries: their indices.
+    """
+    sides = [2 * most + 1 for most in reach]
+    place = take_rows([offsets for offsets, _ in lines], sides, grid, queries)
+    near = take_rows([inside for _, inside in lines], None, grid, queries)
+    return torch.where(near, place, math.prod(sides)), near
 
 
 def take_rows(

@@ -37,7 +37,7 @@ def start_from_attention(
 
     Args:
         pipe_or_model: a converted pipeline or denoiser with its attention kept.
-        calls: keyword arguments of the denoiser, such as `generate.record_calls` gives; a few dozen
+        calls: keyword arguments of the denoiser, such as `recording.record_calls` gives; some dozen
             pictures over all timesteps are enough.
         only: paths of the sites whose mixers are set; None sets all that can be.
         memory: GiB on the CPU for tokens, over all sites.

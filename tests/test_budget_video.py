@@ -1,0 +1,69 @@
+"""Budgets for models whose tokens lie in frames: moments of a tiny Wan, and what is chosen."""
+
+import pytest
+import torch
+from test_wan import make
+
+import convfusion
+from convfusion.bench.models import denoiser_on_meta, full_size_configs
+from convfusion.budget import Moments, choose_mixers, measure_moments
+from convfusion.budget.candidates import covers
+from convfusion.budget.measure import list_reaches
+from convfusion.budget.moments import Reach
+from convfusion.families import example_inputs, list_sites
+from convfusion.mixers import Halo, MeanOnly
+from convfusion.surgery import start_from_attention
+
+SIZE = (4, 12, 14)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    model = make()
+    model.requires_grad_(False)
+    calls = [example_inputs(model, SIZE, batch=2, words=5)]
+    return model, calls, measure_moments(model, calls)
+
+
+def test_moments_of_a_video_model_and_their_file(measured, tmp_path):
+    model, _, moments = measured
+    assert moments.latents == SIZE and not convfusion.status(model).converted
+    for site in moments.sites:
+        assert site.grid == (4, 6, 7)
+        assert dict(site.scores)[1.0] == dict(site.values)[1.0] == 0
+        assert all(len(reach.window) == 3 for reach, _ in site.far)
+    moments.save(tmp_path / "moments.json")
+    assert Moments.load(tmp_path / "moments.json") == moments
+
+
+def test_a_budget_is_kept_and_what_is_chosen_starts(measured):
+    model, calls, moments = measured
+    chosen = choose_mixers(model, "1.5x", moments=moments)
+    assert chosen.saving >= 1.5 and chosen.latents == SIZE
+    assert "14×12 and 4 frames" in str(chosen)
+    assert all(
+        site.mixer is None or isinstance(site.mixer, MeanOnly) or 3 in site.mixer.build(24, 2).ranks
+        for site in chosen.sites
+    )
+    larger = choose_mixers(model, "1.5x", moments=moments, size=(24, 28))
+    assert {site.grid for site in larger.sites} == {(4, 12, 14)}
+    convfusion.convert(model, chosen.config())
+    with torch.no_grad():
+        start_from_attention(model, calls)
+    convfusion.revert(model)
+
+
+def test_without_moments_every_site_has_the_same_block():
+    model = denoiser_on_meta(*full_size_configs()["wan-1.3b"])
+    chosen = choose_mixers(model, "10x", size=(21, 60, 104))
+    (mixer,) = {site.mixer for site in chosen.sites}
+    assert isinstance(mixer, Halo) and mixer.window == (4, 8, 8)
+    assert len(chosen.sites) == len(list_sites(model)) == 30 and chosen.saving >= 10
+
+
+def test_reaches_end_where_a_window_holds_the_video():
+    reaches = list_reaches((21, 30, 52))
+    assert len(reaches) == 9 and all(len(reach.cells) == 3 for reach in reaches)
+    few = list_reaches((4, 8, 8))
+    assert covers(few[-1], (4, 8, 8)) and not any(covers(r, (4, 8, 8)) for r in few[:-1])
+    assert not covers(Reach((2, 4, 4), (4, 8, 8), (1, 1, 1)), (5, 8, 8))
