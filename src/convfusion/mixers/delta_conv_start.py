@@ -112,7 +112,7 @@ def set_to_mean_attention(
         stage[place] = kernels[head].to(stage.dtype)
         block.proj_out.weight[:, place] = (write / factor).to(stage.dtype)
         if block.config.frame_kernel_size:
-            block.frame_convs[0].get_parameter("weight")[place] = across[head].to(stage.dtype)
+            block.frame_conv.weight[place] = across[head][..., None].to(stage.dtype)
     first = torch.zeros_like(outside)
     if block.config.first_frame_branch:
         if frames > 1:  # what the mean gives that frame anyway is left to the mean
