@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_pipelines import stable_diffusion, wan
+from typer.testing import CliRunner
 
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError
@@ -16,6 +17,7 @@ from convfusion.analysis.places import corner_tokens
 from convfusion.analysis.statistics import frame_distances, high_pass
 from convfusion.analysis.streaming import measure_attention, measure_map, summarise
 from convfusion.analysis.verdict import give_verdict
+from convfusion.cli import app
 from convfusion.surgery import status
 
 pytestmark = pytest.mark.libraries
@@ -161,3 +163,28 @@ def test_recommended_blocks_convert_the_model(analysis, tmp_path):
 def test_pictures_have_no_frames():
     with pytest.raises(ConvFusionError, match="draws pictures, which have no frames"):
         analyze(stable_diffusion(), ["red"], replace(CLIP, size=None))
+
+
+def test_commands_analyse_and_measure_a_video_model(tmp_path):
+    """Analyse it, and start its blocks from clips that it draws."""
+    model, prompts = tmp_path / "model", tmp_path / "prompts.txt"
+    wan().save_pretrained(model)
+    prompts.write_text("red apple\n")
+    drawn = ("--size", "48x32", "--frames", "9")
+    report = tmp_path / "report"
+
+    def run(*words):
+        found = CliRunner().invoke(app, [str(word) for word in words])
+        assert found.exit_code == 0, (found.output, found.exception)
+        return found.output
+
+    words = ("--prompts", prompts, "--steps", 2, "--out", report)
+    assert "In time" in run("analyze", model, *words, *drawn)
+    assert (report / "strips.png").is_file()
+    out = tmp_path / "converted"
+    said = run("convert", model, "--mixer", "halo", "--measure", prompts, *drawn, "--out", out)
+    assert "2 of 2 self-attention sites converted" in said and "window=(4, 8, 8)" in said
+    wrong = CliRunner().invoke(
+        app, ["convert", str(model), "--frames", "9", "--out", str(tmp_path / "x")]
+    )
+    assert "--frames goes with --measure" in str(wrong.exception)

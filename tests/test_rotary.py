@@ -132,7 +132,7 @@ def test_the_turn_to_the_keys_around_is_that_of_loops(grid):
             if all(abs(i - j) <= w // 2 for i, j, w in zip(a, b, window, strict=True))
         ]
         expected += rotations[query].T @ rotations[near].mean(0)
-    found = average_turn(turn, grid, window, torch.zeros(2, size, size))
+    found = average_turn(turn, grid, window, 2, size, torch.device("cpu"))
     torch.testing.assert_close(found, expected.expand(2, -1, -1) / len(places))
 
 

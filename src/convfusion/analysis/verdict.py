@@ -87,15 +87,16 @@ def _judge_frames(sites: Sequence[SiteAnalysis]) -> list[str]:
     own = [site.mean.frames.score_mass[0] for site in sites if site.mean.frames is not None]
     even = [site.frames.uniform_score_mass[0] for site in sites if site.frames is not None]
     first = [site for site in sites if (site.single.gathering.first_frame or 0) >= GATHERS]
+    share = f"{min(own):.0%}" if min(own) == max(own) else f"{min(own):.0%} to {max(own):.0%}"
     said = [
-        f"In time {near} of {len(sites)} {'is' if near == 1 else 'are'}: "
-        f"{min(own):.0%} to {max(own):.0%} of the attention stays in the query's own frame, and "
-        f"{max(even):.0%} would if it were even."
+        f"In time {near} of {len(sites)} {'is' if near == 1 else 'are'} local.",
+        f"Of the attention {share} stays in the query's own frame; spread evenly, "
+        f"{max(even):.0%} would.",
     ]
     if first:
         said.append(
-            f"{_begin(_name(first))} {_agree(first, 'looks', 'look')} at the first frame at least "
-            f"{GATHERS:g} times as much as at others: a branch for it helps."
+            f"{_begin(_name(first))} {_agree(first, 'gives', 'give')} the first frame at least "
+            f"{GATHERS:g} times its even share: a branch for it helps."
         )
     return said
 

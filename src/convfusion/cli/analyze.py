@@ -21,6 +21,7 @@ from convfusion.cli.models import (
 from convfusion.cli.options import (
     BatchSize,
     Device,
+    Frames,
     Guidance,
     Model,
     OwnPromptFile,
@@ -62,10 +63,6 @@ Window = Annotated[
 Restricted = Annotated[
     list[str] | None,
     typer.Option(help="Restrict only these sites (self-attention layers), such as 'up_blocks.*'."),
-]
-Frames = Annotated[
-    int | None,
-    typer.Option(help="Frames of the clips of a video model. Default: as it was trained."),
 ]
 MINI_PROMPTS = 15  # odd, so that both designs occur
 

@@ -33,6 +33,7 @@ from convfusion.cli.options import (
     Device,
     Every,
     First,
+    Frames,
     Model,
     Precision,
     Revision,
@@ -87,6 +88,7 @@ def convert(
     moments: MomentsFile = None,
     keep: Keep = 0,
     size: Size = None,
+    frames: Frames = None,
     blocks: Blocks = None,
     every: Every = None,
     first: First = 0,
@@ -105,7 +107,7 @@ def convert(
     ConvFusion's own format.
 
     With --budget, what stands at each site is chosen so that the error is least; --size is the one
-    that it is chosen for.
+    that it is chosen for. --frames goes with --measure, for models that draw videos.
     """
     from convfusion import save, save_pipeline, surgery
 
@@ -116,11 +118,13 @@ def convert(
     prompts = read_prompts(measure) if measure is not None else []
     check_budget(budget, moments, keep, measured=bool(prompts))
     check_choice(bool(prompts), budget, size, blocks, (config, mixer, every))
+    if frames is not None and not prompts:
+        raise ConvFusionError("--frames goes with --measure")
     opened = open_stock_pipeline if prompts or budget is not None else open_pipeline
     pipe = opened(model, precision, device if prompts else device or "cpu", revision)
     wanted = None if size is None else parse_size(size)
     latents = latents_of(pipe, wanted)
-    calls = draw_calls(model, pipe, prompts, wanted) if prompts else []
+    calls = draw_calls(model, pipe, prompts, wanted, frames) if prompts else []
     chosen, found = choose_conversion_within(pipe, budget, moments, keep, latents, calls)
     if chosen is not None:
         surgery.convert(pipe, chosen.config())
@@ -182,13 +186,13 @@ def list_next_words(model: str, out: Path, blocks_only: bool, trainable: bool) -
 
 
 def draw_calls(
-    model: str, pipe: Any, prompts: list[str], size: tuple[int, int] | None
+    model: str, pipe: Any, prompts: list[str], size: tuple[int, int] | None, frames: int | None
 ) -> list[dict[str, Any]]:
     """Calls of the denoiser from drawing prompts with its attention."""
     from convfusion.recording import record_calls
 
     guidance = choose_guidance(model, pipe)
-    return record_calls(pipe, prompts, guidance=guidance, size=size, progress=True)
+    return record_calls(pipe, prompts, guidance=guidance, size=size, frames=frames, progress=True)
 
 
 def print_errors(errors: dict[str, float]) -> None:

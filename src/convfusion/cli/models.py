@@ -313,6 +313,8 @@ def choose_conversion(denoiser: Any, config: str | None, mixer: str | None = Non
             raise ConvFusionError("--config says which mixers to use: leave --mixer out")
         if mixer not in MIXERS:
             raise ConvFusionError(f"--mixer must be one of {', '.join(MIXERS)}, not {mixer!r}")
+        if mixer in presets.preset_names():  # with sides for grids of the model's rank
+            return presets.get_preset(mixer, denoiser)
         return uniform(MIXERS[mixer]())
     if (
         config is not None
@@ -320,4 +322,4 @@ def choose_conversion(denoiser: Any, config: str | None, mixer: str | None = Non
         and Path(config).suffix == ".json"
     ):
         return ConvertConfig.load(config)
-    return presets.get_preset(config or presets.choose_preset(denoiser))
+    return presets.get_preset(config or presets.choose_preset(denoiser), denoiser)

@@ -29,6 +29,9 @@ class Turn(Protocol):
     def equals(self, other: Any) -> bool:
         """Whether another one turns every token alike."""
 
+    def __hash__(self) -> int:
+        """By identity."""
+
 
 class TokenSample(NamedTuple):
     """What an attention was seen with.

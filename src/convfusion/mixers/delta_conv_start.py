@@ -99,6 +99,8 @@ def set_to_mean_attention(
     stage = block.convs[0].get_parameter("weight")
     stage[half:] = 0.0
     stage[half:, 0, side // 2, side // 2] = 1.0  # what is constant stays so, at the border too
+    if block.config.frame_kernel_size:
+        nn.init.dirac_(block.frame_conv.weight, groups=2 * half)
     block.proj_in.weight[half:] = 0.0
     block.proj_in.bias.zero_()
     constant, factor = gate_constant(block)

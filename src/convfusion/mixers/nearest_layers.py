@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -104,31 +105,41 @@ def average_turns(
 ) -> Tensor | None:
     """D = E[R_iᵀ·R_j] of the rotary embeddings of a sample, [h, d, d]; None where it has none."""
     seen = {id(each.turn): (each.turn, each.grid) for each in sample}
+    heads, size = like.shape[:2]
     found = [
-        average_turn(turn, grid, window, like) for turn, grid in seen.values() if turn is not None
+        average_turn(turn, grid, tuple(window), heads, size, like.device)
+        for turn, grid in seen.values()
+        if turn is not None
     ]
     return torch.stack(found).mean(0) if found else None
 
 
-def average_turn(turn: Turn, grid: Grid, window: Sequence[int], like: Tensor) -> Tensor:
+@lru_cache(maxsize=4)  # all sites of a model have the same, and it takes a while
+def average_turn(
+    turn: Turn, grid: Grid, window: tuple[int, ...], heads: int, size: int, device: torch.device
+) -> Tensor:
     """D = E[R_iᵀ·R_j] over some queries i and the keys j at most half a window from them.
 
     Args:
         turn: the rotary embedding R.
         grid: of the tokens.
         window: its side along each axis.
-        like: a tensor [h, d, d] of the heads.
+        heads: h.
+        size: d, channels of a head.
+        device: to work on.
+
+    Returns:
+        [h, d, d] in float32.
     """
-    lines = [torch.arange(side, device=like.device) for side in grid]
+    lines = [torch.arange(side, device=device) for side in grid]
     inside = [
         (line - line[:, None]).abs() <= side // 2 for line, side in zip(lines, window, strict=True)
     ]
-    chosen = choose_queries(math.prod(grid), TURNED).to(like.device)
-    near = take_rows(inside, None, grid, chosen).to(like)
+    chosen = choose_queries(math.prod(grid), TURNED).to(device)
+    near = take_rows(inside, None, grid, chosen).float()
     near = near / near.sum(1, keepdim=True)
-    heads, size = like.shape[:2]
     own, around = [], []
-    for direction in torch.eye(size, dtype=like.dtype, device=like.device):  # one fits in memory
+    for direction in torch.eye(size, device=device):  # what one takes fits in memory
         turned = turn(direction.expand(1, heads, math.prod(grid), size))[0]  # [h, N, d]
         own.append(turned[:, chosen])
         around.append(near @ turned)
