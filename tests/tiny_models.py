@@ -12,6 +12,7 @@ from diffusers import (
     ControlNetModel,
     DiTTransformer2DModel,
     HunyuanDiT2DModel,
+    LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -20,7 +21,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from convfusion.families import example_inputs, family_of
+from convfusion.families import example_inputs, family_of, list_sites
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 DOWN, UP = "DownBlock2D", "UpBlock2D"
@@ -180,6 +181,18 @@ def sd35() -> SD3Transformer2DModel:
     )
 
 
+def ltx() -> LTXVideoTransformer3DModel:
+    return LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=2,
+        caption_channels=12,
+    )
+
+
 @cache
 def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
     """A model whose values nobody needs."""
@@ -191,6 +204,7 @@ def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
 class Case:
     """A tiny model, how many sites it has, and its preset; its family tells what it takes.
 
+    `largest` are (height, width) of the latents that it is tried with.
     `distils` is false of a model that is not trained here: a ControlNet predicts no noise, and a
     HunyuanDiT takes timesteps that are no integers. `plain` is false of one whose queries and keys
     are normed or turned before they are compared.
@@ -201,8 +215,14 @@ class Case:
     sites: int
     preset: str
     square: bool = False
+    largest: tuple[int, int] = (24, 40)
     distils: bool = True
     plain: bool = True
+
+    @property
+    def rank(self) -> int:
+        """Of the grids of its sites."""
+        return list_sites(shapes_of(self.make))[0].rank
 
     def model(self) -> nn.Module:
         torch.manual_seed(1)
@@ -212,8 +232,9 @@ class Case:
         """Keyword arguments of one call on latents of this size."""
         generator = torch.Generator().manual_seed(height * 1000 + width)
         model = shapes_of(self.make)
-        size = (2, height, width) if family_of(model).frames else (height, width)
-        made = example_inputs(model, size, batch=batch, words=5, device="meta")
+        made = example_inputs(
+            model, self.latents(height, width), batch=batch, words=5, device="meta"
+        )
 
         def fill(values: Any, name: str) -> Any:
             """Values for the shapes that the model's family tells, nested as they are."""
@@ -236,7 +257,12 @@ class Case:
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Two sizes with as many tokens each, one the other's transpose where that is possible."""
-        return [(16, 16), (24, 24)] if self.square else [(24, 40), (40, 24)]
+        return [(16, 16), (24, 24)] if self.square else [self.largest, self.largest[::-1]]
+
+    def latents(self, height: int, width: int) -> tuple[int, ...]:
+        """The sides of its latents: those of a video have two frames."""
+        frames = family_of(shapes_of(self.make)).frames
+        return (2, height, width) if frames else (height, width)
 
 
 CASES = [
@@ -248,9 +274,11 @@ CASES = [
     Case("motion", motion, 4, "motion_unet"),
     Case("video", video, 4, "motion_unet"),
     Case("controlnet", controlnet, 7, "controlnet-sd15", distils=False),
+    Case("ltx", ltx, 2, "ltx", largest=(4, 6), distils=False, plain=False),
     Case("hunyuan", hunyuan, 4, "hunyuandit", distils=False, plain=False),
     Case("sd35", sd35, 2, "sd35-medium", plain=False),
 ]
+FLAT = [case for case in CASES if case.rank == 2]
 DISTILLED = [case for case in CASES if case.distils]
 PLAIN = [case for case in DISTILLED if case.plain]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from convfusion.surgery.config import ConvertConfig
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 PARITY_SIDE = 24  # tokens, at most: a double-precision run of the real grid would take too long
+PARITY_FRAMES = 3
 
 Run = Callable[[], Any]
 
@@ -101,13 +103,13 @@ def time_site(
     """Time what can stand at one site, on random tokens and with random weights.
 
     A variant is timed only if its output agrees with its own plain form in double precision, on
-    a grid of at most 24×24 tokens.
+    a grid of at most 24×24 tokens, of three frames of a video.
 
     Args:
         model: an unconverted denoiser that has the site; on the meta device it costs nothing.
         site: of it.
         variants: by name.
-        grid: (H, W) of the tokens.
+        grid: (H, W) of the tokens, or (T, H, W).
         batch: samples.
         dtype: of weights and tokens.
         device: where they lie.
@@ -118,13 +120,14 @@ def time_site(
     results: dict[str, Measured] = {}
     calls: dict[str, Run] = {}
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(batch, grid[0] * grid[1], site.channels, generator=generator)
+    tokens = torch.randn(batch, math.prod(grid), site.channels, generator=generator)
     tokens = tokens.to(device, dtype)
-    small: Grid = (min(grid[0], PARITY_SIDE), min(grid[1], PARITY_SIDE))
+    frames = tuple(min(side, PARITY_FRAMES) for side in grid[:-2])
+    small: Grid = (*frames, *(min(side, PARITY_SIDE) for side in grid[-2:]))
     for name, variant in variants.items():
         module = site_module(model, site, variant.config, seed).to(device, dtype)
         forward = _forward(module, variant.compiled)
-        error = _parity(module, forward, tokens[:, : small[0] * small[1]], small)
+        error = _parity(module, forward, tokens[:, : math.prod(small)], small)
         if error > TOLERANCES[dtype]:
             results[name] = Measured(None, error, f"its output is off by {error:.1e}")
             continue

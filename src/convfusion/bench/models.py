@@ -15,8 +15,6 @@ from convfusion import mini
 from convfusion.errors import ConvFusionError
 from convfusion.families import FAMILIES, Denoiser, component_names, family_of, supported_classes
 
-PIXELS_PER_LATENT = 8  # along a side, in the autoencoders of all that are known by name
-
 
 def full_size_configs() -> dict[str, tuple[str, Mapping[str, Any]]]:
     """Class and configuration of the published denoisers that families know, by name."""
@@ -65,7 +63,8 @@ def bench_model(name: str) -> BenchModel:
     """
     published = full_size_configs()
     if name in published:
-        return BenchModel(name, denoiser_on_meta(*published[name]), PIXELS_PER_LATENT)
+        denoiser = denoiser_on_meta(*published[name])
+        return BenchModel(name, denoiser, family_of(denoiser).pixels_per_latent)
     if name == "mini":
         return _from_folder(name, mini.TEACHER)
     if (Path(name) / "model_index.json").is_file():

@@ -1,6 +1,6 @@
 """Model families, a file each: what is particular to one kind of denoiser is said there alone."""
 
-from convfusion.families import controlnet, dit, hunyuan, motion, pixart, sd3, unet, wan
+from convfusion.families import controlnet, dit, hunyuan, ltx, motion, pixart, sd3, unet, wan
 from convfusion.families.base import (
     FAMILIES,
     Denoiser,
@@ -37,6 +37,7 @@ for _family in (
     pixart.PIXART,
     dit.DIT,
     wan.WAN,
+    ltx.LTX_VIDEO,
     motion.MOTION,
     hunyuan.HUNYUAN_DIT,
     sd3.SD3_MEDIUM,
@@ -66,6 +67,7 @@ __all__ = [
     "hunyuan",
     "latent_scale",
     "list_sites",
+    "ltx",
     "motion",
     "native_latents",
     "native_size",

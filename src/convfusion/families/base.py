@@ -109,6 +109,7 @@ class Family(ABC):
             that sees the prompt.
         frames: of the latents of its videos, as they are trained; 0 where it draws pictures. Where
             the grids of its sites have two sides, each frame is mixed by itself.
+        pixels_per_latent: along a side, in the autoencoder that `full_size` was published with.
         rotary: whether its self-attentions turn queries and keys by where they lie.
         shares_blocks_with: the family whose blocks fit this one and the other way round, since its
             sites have the same paths; by default there is none.
@@ -131,6 +132,7 @@ class Family(ABC):
     attention_classes: ClassVar[tuple[type[nn.Module], ...]] = (Attention,)
     prompted: ClassVar[int] = -1
     frames: ClassVar[int] = 0
+    pixels_per_latent: ClassVar[int] = 8
     rotary: ClassVar[bool] = False
     shares_blocks_with: ClassVar[str] = ""
     without_sites: ClassVar[str] = "has no self-attention in transformer blocks to replace"
@@ -193,6 +195,16 @@ class Family(ABC):
     def latent_unit(self, model: Denoiser) -> int:
         """What the sides of latents are multiples of where every layer divides them evenly."""
         return self.patch_size(model)
+
+    def latent_shape(self, model: Denoiser, batch: int, sides: Grid) -> tuple[int, ...]:
+        """The shape in which a model takes latents; by default [B, C, H, W] or [B, C, T, H, W].
+
+        Args:
+            model: a denoiser of this family.
+            batch: samples.
+            sides: (height, width) of the latents, of a video behind its frames.
+        """
+        return (batch, model.config.in_channels, *sides)
 
     def native_latents(self, model: Denoiser) -> Size:
         """(height, width) of the latents that a model was trained on, by its config."""
