@@ -199,7 +199,7 @@ def test_half_precision_and_meta(case):
     with torch.device("meta"):
         model = case.make()
     assert convfusion.convert(model).converted == case.sites
-    assert all(p.is_meta for p in model.parameters())
+    assert all(p.is_meta for mixer in mixers_of(model).values() for p in mixer.parameters())
 
 
 # Sites and channels by level; parameters of the model; of its self-attention, in millions;
@@ -213,7 +213,9 @@ LAYOUTS: dict[str, tuple] = {
     "wan-1.3b": ({0: (30, 1536)}, 1_418_996_800, 283.4, "wan"),
     "wan-14b": ({0: (40, 5120)}, 14_288_491_584, 4195.5, "wan"),
     "ltx-2b": ({0: (28, 2048)}, 1_923_385_472, 470.1, "ltx"),
-    "ltx-13b": ({0: (48, 4096)}, 13_042_569_344, 3222.2, "ltx"),
+    "ltx-13b": ({0: (48, 4096)}, 13_042_569_344, 3222.4, "ltx"),
+    "latte": ({0: (28, 1152)}, 1_057_246_880, 148.8),
+    "svd": ({0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 1_524_623_082, 49.6),
     "animatediff": (
         {0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 1_312_730_244, 49.6
     ),

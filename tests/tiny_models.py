@@ -12,12 +12,14 @@ from diffusers import (
     ControlNetModel,
     DiTTransformer2DModel,
     HunyuanDiT2DModel,
+    LatteTransformer3DModel,
     LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet3DConditionModel,
     UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
 )
 from torch import Tensor, nn
 
@@ -193,6 +195,39 @@ def ltx() -> LTXVideoTransformer3DModel:
     )
 
 
+def latte() -> LatteTransformer3DModel:
+    return LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        attention_bias=True,
+        sample_size=16,
+        patch_size=2,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        caption_channels=12,
+        video_length=16,
+    )
+
+
+def svd() -> UNetSpatioTemporalConditionModel:
+    """With two levels of its four."""
+    return UNetSpatioTemporalConditionModel(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        block_out_channels=(32, 32),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+        layers_per_block=1,
+        cross_attention_dim=16,
+        num_attention_heads=2,
+    )
+
+
 @cache
 def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
     """A model whose values nobody needs."""
@@ -204,7 +239,8 @@ def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
 class Case:
     """A tiny model, how many sites it has, and its preset; its family tells what it takes.
 
-    `largest` are (height, width) of the latents that it is tried with.
+    `largest` are (height, width) of the latents that it is tried with, and `frames` theirs where it
+    draws videos.
     `distils` is false of a model that is not trained here: a ControlNet predicts no noise, and a
     HunyuanDiT takes timesteps that are no integers. `plain` is false of one whose queries and keys
     are normed or turned before they are compared.
@@ -216,6 +252,7 @@ class Case:
     preset: str
     square: bool = False
     largest: tuple[int, int] = (24, 40)
+    frames: int = 2
     distils: bool = True
     plain: bool = True
 
@@ -260,9 +297,9 @@ class Case:
         return [(16, 16), (24, 24)] if self.square else [self.largest, self.largest[::-1]]
 
     def latents(self, height: int, width: int) -> tuple[int, ...]:
-        """The sides of its latents: those of a video have two frames."""
-        frames = family_of(shapes_of(self.make)).frames
-        return (2, height, width) if frames else (height, width)
+        """The sides of its latents, of a video with frames."""
+        draws_videos = family_of(shapes_of(self.make)).frames
+        return (self.frames, height, width) if draws_videos else (height, width)
 
 
 CASES = [
@@ -275,6 +312,8 @@ CASES = [
     Case("video", video, 4, "motion_unet"),
     Case("controlnet", controlnet, 7, "controlnet-sd15", distils=False),
     Case("ltx", ltx, 2, "ltx", largest=(4, 6), distils=False, plain=False),
+    Case("latte", latte, 2, "latte", largest=(8, 12), frames=16, distils=False),
+    Case("svd", svd, 4, "svd_unet", largest=(8, 12), distils=False),
     Case("hunyuan", hunyuan, 4, "hunyuandit", distils=False, plain=False),
     Case("sd35", sd35, 2, "sd35-medium", plain=False),
 ]

@@ -1,6 +1,18 @@
 """Model families, a file each: what is particular to one kind of denoiser is said there alone."""
 
-from convfusion.families import controlnet, dit, hunyuan, ltx, motion, pixart, sd3, unet, wan
+from convfusion.families import (
+    controlnet,
+    dit,
+    hunyuan,
+    latte,
+    ltx,
+    motion,
+    pixart,
+    sd3,
+    svd,
+    unet,
+    wan,
+)
 from convfusion.families.base import (
     FAMILIES,
     Denoiser,
@@ -38,6 +50,8 @@ for _family in (
     dit.DIT,
     wan.WAN,
     ltx.LTX_VIDEO,
+    latte.LATTE,
+    svd.SVD_UNET,
     motion.MOTION,
     hunyuan.HUNYUAN_DIT,
     sd3.SD3_MEDIUM,
@@ -66,6 +80,7 @@ __all__ = [
     "family_of",
     "hunyuan",
     "latent_scale",
+    "latte",
     "list_sites",
     "ltx",
     "motion",
@@ -80,6 +95,7 @@ __all__ = [
     "shorten_path",
     "site_grid",
     "supported_classes",
+    "svd",
     "unet",
     "wan",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -90,6 +91,9 @@ def argument_position(kind: type[Any], name: str) -> int:
     return names.index(name) - 1
 
 
+_BLOCK_KEYWORDS = argument_position(BasicTransformerBlock, "cross_attention_kwargs")
+
+
 @dataclass(frozen=True)
 class RotaryCarrier:
     """Sends the grid behind the rotary embedding, (cos, sin), which reaches every self-attention.
@@ -118,6 +122,103 @@ class RotaryCarrier:
     def _part(self, latents: Tensor) -> tuple[int, ...]:
         sides = latents.shape[-len(self.patch) :]
         return tuple(side // patch for side, patch in zip(sides, self.patch, strict=True))
+
+
+@dataclass(frozen=True)
+class BlockCarrier:
+    """Sends the grid to blocks whose owner hands no keywords down to them.
+
+    It goes with an argument that the owner passes on to each of its blocks as it is: as an
+    attribute of that tensor, or in the place of a None. A hook of each block hands it to the
+    attentions. So it comes again where gradient checkpointing calls a block again, with its own
+    arguments, whatever has gone through the owner since.
+
+    Attributes:
+        patch: side of a patch; the grid is ⌊H/patch⌋ × ⌊W/patch⌋ of the owner's maps.
+        argument: name of the argument, of the owner and of its blocks.
+        in_owner, in_block: where it stands among their positional arguments.
+        maps: name of the owner's first argument, maps […, H, W].
+        blocks: path in the owner of the list of its blocks, `BasicTransformerBlock`s.
+    """
+
+    patch: int
+    argument: str
+    in_owner: int
+    in_block: int
+    maps: str = "hidden_states"
+    blocks: str = "transformer_blocks"
+
+    @classmethod
+    def of(cls, owner: type[Any], patch: int, argument: str) -> BlockCarrier:
+        """For owners of a class, whose `forward` takes the argument and passes it on."""
+        in_block = argument_position(BasicTransformerBlock, argument)
+        return cls(patch, argument, argument_position(owner, argument), in_block)
+
+    def grid(self, args: tuple, kwargs: dict) -> tuple[int, int]:
+        """(H, W) of the tokens, from the arguments of a call of the owner."""
+        maps: Tensor = args[0] if args else kwargs[self.maps]
+        return maps.shape[-2] // self.patch, maps.shape[-1] // self.patch
+
+    def attach(self, owner: nn.Module) -> Handles:
+        unpack = BlockUnpacker(self.argument, self.in_block)
+        blocks: Any = owner.get_submodule(self.blocks)
+        return Handles(
+            (
+                owner.register_forward_pre_hook(self, with_kwargs=True),
+                *(block.register_forward_pre_hook(unpack, with_kwargs=True) for block in blocks),
+            )
+        )
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        maps: Tensor = args[0] if args else kwargs[self.maps]
+        sent: Any = maps.new_empty((*self.grid(args, kwargs), 0))
+        value = read_argument(args, kwargs, self.in_owner, self.argument)
+        if value is not None:
+            # A tensor of its own, since other owners with other grids get the same argument.
+            grid, sent = sent, value.view(value.shape)
+            sent.convfusion_grid = grid
+        return replace_argument(args, kwargs, self.in_owner, self.argument, sent)
+
+
+@dataclass(frozen=True)
+class BlockUnpacker:
+    """Forward pre-hook of a `BasicTransformerBlock`: hands the grid on as a keyword.
+
+    Attributes:
+        argument: the name of the argument that the grid comes with.
+        position: where it stands among the positional arguments.
+    """
+
+    argument: str
+    position: int
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        value = read_argument(args, kwargs, self.position, self.argument)
+        if value is None:
+            return None
+        grid = getattr(value, "convfusion_grid", None)
+        if grid is None:
+            if value.shape[-1] != 0:
+                return None
+            grid = value
+            args, kwargs = replace_argument(args, kwargs, self.position, self.argument, None)
+        name, place = "cross_attention_kwargs", _BLOCK_KEYWORDS
+        keywords = {**(read_argument(args, kwargs, place, name) or {}), GRID: grid}
+        return replace_argument(args, kwargs, place, name, keywords)
+
+
+def read_argument(args: tuple, kwargs: dict, position: int, name: str) -> Any:
+    """An argument of a call, given by its position or by its name; None if it is not given."""
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def replace_argument(
+    args: tuple, kwargs: dict, position: int, name: str, value: Any
+) -> tuple[tuple, dict]:
+    """The arguments of a call with another value for one of them."""
+    if len(args) > position:
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: value}
 
 
 @dataclass(frozen=True)
@@ -153,11 +254,10 @@ class PackedCarrier:
         """
         tokens: Tensor = args[0] if args else kwargs["hidden_states"]
         sides = [
-            args[place] if len(args) > place else kwargs.get(name)
+            read_argument(args, kwargs, place, name)
             for name, place in zip(_SIDES, self.sides, strict=True)
         ]
-        told = args[self.coordinates] if len(args) > self.coordinates else None
-        coordinates = kwargs.get(_COORDINATES) if told is None else told
+        coordinates = read_argument(args, kwargs, self.coordinates, _COORDINATES)
         if None not in sides:
             grid = tuple(-(-side // part) for side, part in zip(sides, self.patch, strict=True))
             if coordinates is None or math.prod(grid) == tokens.shape[1]:
