@@ -183,10 +183,13 @@ def test_removed_equals_zeroed_attention(case):
 def test_mean_only_equals_uniform_attention(case):
     model = case.model()
     for site in list_sites(model):
-        for p in model.get_submodule(site.path).to_q.parameters():
+        attention = model.get_submodule(site.path)
+        for p in attention.to_q.parameters():
             p.zero_()
+        if getattr(attention, "to_gate_logits", None) is not None:
+            attention.to_gate_logits.weight.zero_()  # one gate for all tokens
     expected = run(model, case, *case.sizes[0])
-    mean = case.model()
+    mean = copy.deepcopy(model)
     convfusion.convert(mean, uniform(MeanOnly()))
     torch.testing.assert_close(run(mean, case, *case.sizes[0]), expected, rtol=1e-4, atol=1e-5)
 
@@ -214,6 +217,7 @@ LAYOUTS: dict[str, tuple] = {
     "wan-14b": ({0: (40, 5120)}, 14_288_491_584, 4195.5, "wan"),
     "ltx-2b": ({0: (28, 2048)}, 1_923_385_472, 470.1, "ltx"),
     "ltx-13b": ({0: (48, 4096)}, 13_042_569_344, 3222.4, "ltx"),
+    "ltx-2": ({0: (48, 4096)}, 18_876_174_592, 3222.4, "ltx2"),
     "latte": ({0: (28, 1152)}, 1_057_246_880, 148.8),
     "svd": ({0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 1_524_623_082, 49.6),
     "animatediff": (

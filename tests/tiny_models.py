@@ -13,6 +13,7 @@ from diffusers import (
     DiTTransformer2DModel,
     HunyuanDiT2DModel,
     LatteTransformer3DModel,
+    LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -195,6 +196,29 @@ def ltx() -> LTXVideoTransformer3DModel:
     )
 
 
+def ltx2(**options: Any) -> LTX2VideoTransformer3DModel:
+    return LTX2VideoTransformer3DModel(
+        **{
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "cross_attention_dim": 24,
+            "audio_in_channels": 6,
+            "audio_out_channels": 6,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 6,
+            "audio_cross_attention_dim": 12,
+            "num_layers": 2,
+            "caption_channels": 12,
+            "gated_attn": True,
+            "audio_gated_attn": True,
+            "rope_type": "split",
+            **options,
+        }
+    )
+
+
 def latte() -> LatteTransformer3DModel:
     return LatteTransformer3DModel(
         num_attention_heads=2,
@@ -312,6 +336,7 @@ CASES = [
     Case("video", video, 4, "motion_unet"),
     Case("controlnet", controlnet, 7, "controlnet-sd15", distils=False),
     Case("ltx", ltx, 2, "ltx", largest=(4, 6), distils=False, plain=False),
+    Case("ltx2", ltx2, 2, "ltx2", largest=(4, 6), distils=False, plain=False),
     Case("latte", latte, 2, "latte", largest=(8, 12), frames=16, distils=False),
     Case("svd", svd, 4, "svd_unet", largest=(8, 12), distils=False),
     Case("hunyuan", hunyuan, 4, "hunyuandit", distils=False, plain=False),

@@ -231,20 +231,18 @@ class PackedCarrier:
     Attributes:
         sides: positions of `num_frames`, `height` and `width` among the positional arguments.
         coordinates: that of `video_coords`, [B, 3, N] or [B, 3, N, 2]: frame, row and column.
-        patch: sides of a patch along the axes of the grid.
         rope: path in the owner of the module that makes the embedding.
     """
 
     sides: tuple[int, int, int]
     coordinates: int
-    patch: tuple[int, int, int] = (1, 1, 1)
     rope: str = "rope"
 
     @classmethod
-    def of(cls, owner: type[Any], patch: tuple[int, int, int] = (1, 1, 1)) -> PackedCarrier:
+    def of(cls, owner: type[Any]) -> PackedCarrier:
         """For owners of a class, whose `forward` takes these arguments."""
         frames, height, width = (argument_position(owner, name) for name in _SIDES)
-        return cls((frames, height, width), argument_position(owner, _COORDINATES), patch)
+        return cls((frames, height, width), argument_position(owner, _COORDINATES))
 
     def grid(self, args: tuple, kwargs: dict) -> tuple[int, ...]:
         """(T, H, W) of the tokens, from the arguments of a call of the owner.
@@ -259,9 +257,8 @@ class PackedCarrier:
         ]
         coordinates = read_argument(args, kwargs, self.coordinates, _COORDINATES)
         if None not in sides:
-            grid = tuple(-(-side // part) for side, part in zip(sides, self.patch, strict=True))
-            if coordinates is None or math.prod(grid) == tokens.shape[1]:
-                return grid
+            if coordinates is None or math.prod(sides) == tokens.shape[1]:
+                return tuple(sides)
         if coordinates is None:
             raise ConvFusionError(
                 "a converted model of packed latents must be told num_frames, height and width, as "

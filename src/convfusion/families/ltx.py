@@ -64,13 +64,13 @@ class LTX(Family):
                 heads=block.attn1.heads,
                 level=0,
                 owner="",
-                tap=f"transformer_blocks.{number}.{self._next_layer}",
+                tap=f"transformer_blocks.{number}.{self.next_layer}",
                 rank=3,
             )
             for number, block in enumerate(model.transformer_blocks)
         ]
 
-    _next_layer: ClassVar[str] = "attn2"  # which the hidden state goes to right after `attn1`
+    next_layer: ClassVar[str] = "attn2"  # which the hidden state goes to right after `attn1`
 
     def carrier(self, model: Denoiser) -> PackedCarrier:
         return PackedCarrier.of(LTXVideoTransformer3DModel)

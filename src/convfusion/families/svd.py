@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 
 from convfusion.errors import ConvFusionError
 from convfusion.families.base import Denoiser, Size, Values
-from convfusion.families.carrier import BlockCarrier, Carrier
+from convfusion.families.carrier import BlockCarrier
 from convfusion.families.unet import SD15_KERNELS, SD15_LAYOUT, UNet, count_by_block, text_width
 from convfusion.mixers.base import Grid
 
@@ -21,7 +21,7 @@ _CLASS = "UNetSpatioTemporalConditionModel"
 
 
 class SVD(UNet):
-    """UNets that draw the frames after a picture, which they are given in half of their channels."""
+    """UNets that go on from a picture, which they are given in half of their channels."""
 
     name = "svd_unet"
     classes = (_CLASS,)
@@ -32,7 +32,7 @@ class SVD(UNet):
     released_gate = None
     input_docs = {}
 
-    def carrier(self, model: Denoiser) -> Carrier:
+    def carrier(self, model: Denoiser) -> BlockCarrier:
         return BlockCarrier.of(TransformerSpatioTemporalModel, 1, "encoder_hidden_states")
 
     def preset_for(self, model: Denoiser) -> str:

@@ -24,7 +24,7 @@ from convfusion.families.base import (
     is_self_attention,
     transformer_blocks,
 )
-from convfusion.families.carrier import KeywordCarrier
+from convfusion.families.carrier import Carrier, KeywordCarrier
 from convfusion.mixers import Gate
 
 CLIP_WORDS = 77  # tokens that CLIP's text encoders read
@@ -82,7 +82,7 @@ class UNet(Family):
     classes: ClassVar[tuple[str, ...]] = (_CLASS,)
     component = "unet"
     latents = "sample"
-    owner_class: ClassVar[type[nn.Module]] = Transformer2DModel  # in which the blocks stand
+    owner_class: ClassVar[type[Any]] = Transformer2DModel  # in which the blocks stand
     presets = {
         "default": {"*": 7},
         "sd15": SD15_KERNELS,
@@ -150,7 +150,7 @@ class UNet(Family):
             and isinstance(model.get_submodule(owner_of(path)), self.owner_class)
         ]
 
-    def carrier(self, model: Denoiser) -> KeywordCarrier:
+    def carrier(self, model: Denoiser) -> Carrier:
         return KeywordCarrier.of(Transformer2DModel, patch=1)  # on feature maps
 
     def preset_for(self, model: Denoiser) -> str:
