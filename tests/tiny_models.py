@@ -46,6 +46,17 @@ def sd15() -> UNet2DConditionModel:
     )
 
 
+def two_levels() -> UNet2DConditionModel:
+    """Of SD1.5, with two levels of its four."""
+    return _unet(
+        block_out_channels=(8, 16),
+        down_block_types=(CROSS_DOWN, DOWN),
+        up_block_types=(UP, CROSS_UP),
+        layers_per_block=1,
+        attention_head_dim=2,
+    )
+
+
 def sd21() -> UNet2DConditionModel:
     return _unet(
         block_out_channels=(8, 16, 16, 16),

@@ -256,9 +256,9 @@ class PackedCarrier:
             for name, place in zip(_SIDES, self.sides, strict=True)
         ]
         coordinates = read_argument(args, kwargs, self.coordinates, _COORDINATES)
-        if None not in sides:
-            if coordinates is None or math.prod(sides) == tokens.shape[1]:
-                return tuple(sides)
+        told = None not in sides
+        if told and (coordinates is None or math.prod(sides) == tokens.shape[1]):
+            return tuple(sides)
         if coordinates is None:
             raise ConvFusionError(
                 "a converted model of packed latents must be told num_frames, height and width, as "
