@@ -359,8 +359,13 @@ PLAIN = [case for case in DISTILLED if case.plain]
 
 
 def run(model: nn.Module, case: Case, height: int, width: int, batch: int = 2) -> Tensor:
-    """What a model makes of its latents; of a ControlNet, all of its maps, one behind the other."""
-    output, *others = model(**case.inputs(height, width, batch))
+    """What a model makes of its latents; see `first_output`."""
+    return first_output(model(**case.inputs(height, width, batch)))
+
+
+def first_output(outputs: tuple[Any, ...]) -> Tensor:
+    """What a call of a model gives that is compared; of a ControlNet, all of its maps."""
+    output, *others = outputs
     if isinstance(output, Tensor):
         return output
     return torch.cat([each.flatten(1) for each in (*output, *others)], dim=1)

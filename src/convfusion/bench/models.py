@@ -40,17 +40,26 @@ class BenchModel:
     denoiser: Denoiser
     pixels_per_latent: int
 
+    @property
+    def unit(self) -> int:
+        """What the sides of its pictures are multiples of, in pixels."""
+        return self.pixels_per_latent * family_of(self.denoiser).patch_size(self.denoiser)
+
+    def draws(self, size: tuple[int, int]) -> bool:
+        """Whether it can draw pictures of (height, width) pixels."""
+        return min(size) >= self.unit and not any(side % self.unit for side in size)
+
     def latents(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the latents of pictures of (height, width) pixels.
 
         Raises:
             ConvFusionError: the model draws no pictures of this size.
         """
-        unit = self.pixels_per_latent * family_of(self.denoiser).patch_size(self.denoiser)
         height, width = size
-        if min(size) < unit or height % unit or width % unit:
+        if not self.draws(size):
             raise ConvFusionError(
-                f"{self.name} draws multiples of {unit} pixels along a side, not {width}×{height}"
+                f"{self.name} draws multiples of {self.unit} pixels along a side, not "
+                f"{width}×{height}"
             )
         return height // self.pixels_per_latent, width // self.pixels_per_latent
 
