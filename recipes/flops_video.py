@@ -5,6 +5,8 @@ What `convfusion bench flops` counts, at sizes of each model's own, and the whol
 
 from __future__ import annotations
 
+import argparse
+
 from convfusion.bench.counts import (
     RANKS,
     add_totals,
@@ -25,6 +27,7 @@ FRAMES = {"wan-1.3b": 81, "wan-14b": 81, "ltx-2": 121}
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     costs, whole = [], []
     for name, sizes in SIZES.items():
         model = bench_model(name)
