@@ -27,7 +27,7 @@ FRAMES = {"wan-1.3b": 81, "wan-14b": 81, "ltx-2": 121}
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    argparse.ArgumentParser(description=__doc__).parse_args()
     costs, whole = [], []
     for name, sizes in SIZES.items():
         model = bench_model(name)

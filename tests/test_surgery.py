@@ -11,7 +11,18 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from tiny_models import CASES, Case, first_output, randomise, run, sd15, shapes_of, two_levels
+from tiny_models import (
+    CASES,
+    Case,
+    first_output,
+    randomise,
+    run,
+    sd15,
+    shapes_of,
+    short_controlnet,
+    short_ltx2,
+    two_levels,
+)
 from torch import nn
 
 import convfusion
@@ -365,10 +376,13 @@ def test_random_state_is_left_alone_and_seed_decides(monkeypatch):
     assert not torch.equal(first, different)
 
 
+SHORT = {"unet": two_levels, "controlnet": short_controlnet, "ltx2": short_ltx2}
+
+
 def first_of_each_family() -> list[Case]:
-    """One model of each family; of UNets one with two levels, which are enough here."""
+    """One model of each family, with fewer layers where it has many."""
     cases = {family_of(shapes_of(case.make)).name: case for case in reversed(CASES)}
-    return [replace(cases.pop("unet"), make=two_levels), *cases.values()]
+    return [replace(case, make=SHORT.get(name, case.make)) for name, case in cases.items()]
 
 
 @pytest.mark.parametrize("case", first_of_each_family(), ids=lambda case: case.name)

@@ -145,14 +145,14 @@ def video() -> UNet3DConditionModel:
     )
 
 
-def controlnet() -> ControlNetModel:
+def controlnet(**options: Any) -> ControlNetModel:
     """For `sd15`, with maps that are not zero, unlike at the beginning of a training."""
     model = ControlNetModel(
         norm_num_groups=8,
         cross_attention_dim=16,
-        block_out_channels=(8, 16, 16, 16),
         attention_head_dim=2,
         conditioning_embedding_out_channels=(4, 8),
+        **(options or {"block_out_channels": (8, 16, 16, 16)}),
     )
     for layer in (*model.controlnet_down_blocks, model.controlnet_mid_block):
         nn.init.normal_(layer.weight, std=0.2)
@@ -261,6 +261,17 @@ def svd() -> UNetSpatioTemporalConditionModel:
         cross_attention_dim=16,
         num_attention_heads=2,
     )
+
+
+def short_controlnet() -> ControlNetModel:
+    """With two levels of its four."""
+    return controlnet(
+        block_out_channels=(8, 16), down_block_types=(CROSS_DOWN, DOWN), layers_per_block=1
+    )
+
+
+def short_ltx2() -> LTX2VideoTransformer3DModel:
+    return ltx2(num_layers=1)
 
 
 @cache
