@@ -12,15 +12,19 @@ from diffusers import (
     ControlNetModel,
     DiTTransformer2DModel,
     HunyuanDiT2DModel,
+    LatteTransformer3DModel,
+    LTX2VideoTransformer3DModel,
+    LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet3DConditionModel,
     UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
 )
 from torch import Tensor, nn
 
-from convfusion.families import example_inputs, family_of
+from convfusion.families import example_inputs, family_of, list_sites
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 DOWN, UP = "DownBlock2D", "UpBlock2D"
@@ -38,6 +42,17 @@ def sd15() -> UNet2DConditionModel:
         down_block_types=(CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, DOWN),
         up_block_types=(UP, CROSS_UP, CROSS_UP, CROSS_UP),
         layers_per_block=2,
+        attention_head_dim=2,
+    )
+
+
+def two_levels() -> UNet2DConditionModel:
+    """Of SD1.5, with two levels of its four."""
+    return _unet(
+        block_out_channels=(8, 16),
+        down_block_types=(CROSS_DOWN, DOWN),
+        up_block_types=(UP, CROSS_UP),
+        layers_per_block=1,
         attention_head_dim=2,
     )
 
@@ -130,14 +145,14 @@ def video() -> UNet3DConditionModel:
     )
 
 
-def controlnet() -> ControlNetModel:
+def controlnet(**options: Any) -> ControlNetModel:
     """For `sd15`, with maps that are not zero, unlike at the beginning of a training."""
     model = ControlNetModel(
         norm_num_groups=8,
         cross_attention_dim=16,
-        block_out_channels=(8, 16, 16, 16),
         attention_head_dim=2,
         conditioning_embedding_out_channels=(4, 8),
+        **(options or {"block_out_channels": (8, 16, 16, 16)}),
     )
     for layer in (*model.controlnet_down_blocks, model.controlnet_mid_block):
         nn.init.normal_(layer.weight, std=0.2)
@@ -180,6 +195,85 @@ def sd35() -> SD3Transformer2DModel:
     )
 
 
+def ltx() -> LTXVideoTransformer3DModel:
+    return LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=2,
+        caption_channels=12,
+    )
+
+
+def ltx2(**options: Any) -> LTX2VideoTransformer3DModel:
+    return LTX2VideoTransformer3DModel(
+        **{
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "cross_attention_dim": 24,
+            "audio_in_channels": 6,
+            "audio_out_channels": 6,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 6,
+            "audio_cross_attention_dim": 12,
+            "num_layers": 2,
+            "caption_channels": 12,
+            "gated_attn": True,
+            "audio_gated_attn": True,
+            "rope_type": "split",
+            **options,
+        }
+    )
+
+
+def latte() -> LatteTransformer3DModel:
+    return LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        attention_bias=True,
+        sample_size=16,
+        patch_size=2,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        caption_channels=12,
+        video_length=16,
+    )
+
+
+def svd() -> UNetSpatioTemporalConditionModel:
+    """With two levels of its four."""
+    return UNetSpatioTemporalConditionModel(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        block_out_channels=(32, 32),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+        layers_per_block=1,
+        cross_attention_dim=16,
+        num_attention_heads=2,
+    )
+
+
+def short_controlnet() -> ControlNetModel:
+    """With two levels of its four."""
+    return controlnet(
+        block_out_channels=(8, 16), down_block_types=(CROSS_DOWN, DOWN), layers_per_block=1
+    )
+
+
+def short_ltx2() -> LTX2VideoTransformer3DModel:
+    return ltx2(num_layers=1)
+
+
 @cache
 def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
     """A model whose values nobody needs."""
@@ -191,6 +285,8 @@ def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
 class Case:
     """A tiny model, how many sites it has, and its preset; its family tells what it takes.
 
+    `largest` are (height, width) of the latents that it is tried with, and `frames` theirs where it
+    draws videos.
     `distils` is false of a model that is not trained here: a ControlNet predicts no noise, and a
     HunyuanDiT takes timesteps that are no integers. `plain` is false of one whose queries and keys
     are normed or turned before they are compared.
@@ -201,8 +297,15 @@ class Case:
     sites: int
     preset: str
     square: bool = False
+    largest: tuple[int, int] = (24, 40)
+    frames: int = 2
     distils: bool = True
     plain: bool = True
+
+    @property
+    def rank(self) -> int:
+        """Of the grids of its sites."""
+        return list_sites(shapes_of(self.make))[0].rank
 
     def model(self) -> nn.Module:
         torch.manual_seed(1)
@@ -212,8 +315,9 @@ class Case:
         """Keyword arguments of one call on latents of this size."""
         generator = torch.Generator().manual_seed(height * 1000 + width)
         model = shapes_of(self.make)
-        size = (2, height, width) if family_of(model).frames else (height, width)
-        made = example_inputs(model, size, batch=batch, words=5, device="meta")
+        made = example_inputs(
+            model, self.latents(height, width), batch=batch, words=5, device="meta"
+        )
 
         def fill(values: Any, name: str) -> Any:
             """Values for the shapes that the model's family tells, nested as they are."""
@@ -236,7 +340,12 @@ class Case:
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Two sizes with as many tokens each, one the other's transpose where that is possible."""
-        return [(16, 16), (24, 24)] if self.square else [(24, 40), (40, 24)]
+        return [(16, 16), (24, 24)] if self.square else [self.largest, self.largest[::-1]]
+
+    def latents(self, height: int, width: int) -> tuple[int, ...]:
+        """The sides of its latents, of a video with frames."""
+        draws_videos = family_of(shapes_of(self.make)).frames
+        return (self.frames, height, width) if draws_videos else (height, width)
 
 
 CASES = [
@@ -248,16 +357,26 @@ CASES = [
     Case("motion", motion, 4, "motion_unet"),
     Case("video", video, 4, "motion_unet"),
     Case("controlnet", controlnet, 7, "controlnet-sd15", distils=False),
+    Case("ltx", ltx, 2, "ltx", largest=(4, 6), distils=False, plain=False),
+    Case("ltx2", ltx2, 2, "ltx2", largest=(4, 6), distils=False, plain=False),
+    Case("latte", latte, 2, "latte", largest=(8, 12), frames=16, distils=False),
+    Case("svd", svd, 4, "svd_unet", largest=(8, 12), distils=False),
     Case("hunyuan", hunyuan, 4, "hunyuandit", distils=False, plain=False),
     Case("sd35", sd35, 2, "sd35-medium", plain=False),
 ]
+FLAT = [case for case in CASES if case.rank == 2]
 DISTILLED = [case for case in CASES if case.distils]
 PLAIN = [case for case in DISTILLED if case.plain]
 
 
 def run(model: nn.Module, case: Case, height: int, width: int, batch: int = 2) -> Tensor:
-    """What a model makes of its latents; of a ControlNet, all of its maps, one behind the other."""
-    output, *others = model(**case.inputs(height, width, batch))
+    """What a model makes of its latents; see `first_output`."""
+    return first_output(model(**case.inputs(height, width, batch)))
+
+
+def first_output(outputs: tuple[Any, ...]) -> Tensor:
+    """What a call of a model gives that is compared; of a ControlNet, all of its maps."""
+    output, *others = outputs
     if isinstance(output, Tensor):
         return output
     return torch.cat([each.flatten(1) for each in (*output, *others)], dim=1)

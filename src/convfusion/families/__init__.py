@@ -1,6 +1,19 @@
 """Model families, a file each: what is particular to one kind of denoiser is said there alone."""
 
-from convfusion.families import controlnet, dit, hunyuan, motion, pixart, sd3, unet, wan
+from convfusion.families import (
+    controlnet,
+    dit,
+    hunyuan,
+    latte,
+    ltx,
+    ltx2,
+    motion,
+    pixart,
+    sd3,
+    svd,
+    unet,
+    wan,
+)
 from convfusion.families.base import (
     FAMILIES,
     Denoiser,
@@ -39,6 +52,10 @@ for _family in (
     pixart.PIXART,
     dit.DIT,
     wan.WAN,
+    ltx.LTX_VIDEO,
+    ltx2.LTX_2,
+    latte.LATTE,
+    svd.SVD_UNET,
     motion.MOTION,
     hunyuan.HUNYUAN_DIT,
     sd3.SD3_MEDIUM,
@@ -68,7 +85,10 @@ __all__ = [
     "frame_scale",
     "hunyuan",
     "latent_scale",
+    "latte",
     "list_sites",
+    "ltx",
+    "ltx2",
     "motion",
     "native_frames",
     "native_latents",
@@ -82,6 +102,7 @@ __all__ = [
     "shorten_path",
     "site_grid",
     "supported_classes",
+    "svd",
     "unet",
     "wan",
 ]

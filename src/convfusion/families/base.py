@@ -110,6 +110,7 @@ class Family(ABC):
         frames: of the latents of its videos, as they are trained; 0 where it draws pictures. Where
             the grids of its sites have two sides, each frame is mixed by itself.
         frame_rate: frames a second that its videos are shown at.
+        pixels_per_latent: along a side, in the autoencoder that `full_size` was published with.
         rotary: whether its self-attentions turn queries and keys by where they lie. Such a family
             has a `find_turn` of its own where analysis and measured starts know it.
         shares_blocks_with: the family whose blocks fit this one and the other way round, since its
@@ -134,6 +135,7 @@ class Family(ABC):
     prompted: ClassVar[int] = -1
     frames: ClassVar[int] = 0
     frame_rate: ClassVar[int] = 16
+    pixels_per_latent: ClassVar[int] = 8
     rotary: ClassVar[bool] = False
     shares_blocks_with: ClassVar[str] = ""
     without_sites: ClassVar[str] = "has no self-attention in transformer blocks to replace"
@@ -208,6 +210,16 @@ class Family(ABC):
     def latent_unit(self, model: Denoiser) -> int:
         """What the sides of latents are multiples of where every layer divides them evenly."""
         return self.patch_size(model)
+
+    def latent_shape(self, model: Denoiser, batch: int, sides: Grid) -> tuple[int, ...]:
+        """The shape in which a model takes latents; by default [B, C, H, W] or [B, C, T, H, W].
+
+        Args:
+            model: a denoiser of this family.
+            batch: samples.
+            sides: (height, width) of the latents, of a video behind its frames.
+        """
+        return (batch, model.config.in_channels, *sides)
 
     def native_latents(self, model: Denoiser) -> Size:
         """(height, width) of the latents that a model was trained on, by its config."""

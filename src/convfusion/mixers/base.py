@@ -6,6 +6,7 @@ attention heads, which returns a `TokenMixer`.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -151,6 +152,24 @@ def projections(attention: Any) -> tuple[Any, Any, Any, Any]:
         query, key, value, out = (getattr(attention, name) for name in names)
         return query, key, value, out
     return attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
+
+
+@torch.no_grad()
+def fold_gates(attention: Any) -> Any:
+    """An attention without gates, for a mixer to start from; itself where it has none.
+
+    The gates of LTX-2 multiply what each head gives to a token by 2·σ(w·x + b). Those of x = 0,
+    2·σ(b), go into the output projection, so a start leaves out how gates differ between tokens.
+    """
+    gates = getattr(attention, "to_gate_logits", None)
+    if gates is None:
+        return attention
+    out = copy.deepcopy(attention.to_out[0])
+    scale = 2 * gates.bias.float().sigmoid().repeat_interleave(out.in_features // attention.heads)
+    out.weight.copy_(out.weight.float() * scale)
+    plain = copy.copy(attention)
+    plain._modules = {**attention._modules, "to_out": nn.ModuleList([out]), "to_gate_logits": None}
+    return plain
 
 
 def score_scale(attention: Any) -> float:

@@ -26,6 +26,7 @@ from convfusion.mixers.base import TokenMixer
 PROJECTIONS = (
     *("to_q", "to_k", "to_v", "to_out", "to_qkv", "to_kv"),
     *("to_query", "to_key", "to_value", "out_layer"),
+    "to_gate_logits",
 )
 
 NORMS = ("norm_q", "norm_k")  # of queries and keys, where they have any
@@ -103,6 +104,12 @@ class ConvFusionProcessor:
                 f"no grid reached the converted self-attention {attention.site}: call the denoiser "
                 "itself, model(…), since model.forward(…) skips the hooks that pass the grid on; "
                 "and a patch of a block must pass on the block's cross_attention_kwargs"
+            )
+        if others.get("perturbation_mask") is not None:
+            raise ConvFusionError(
+                f"spatio-temporal guidance perturbs the self-attention, and {attention.site} is "
+                "converted: choose `spatio_temporal_guidance_blocks` that are not, or "
+                + let_stand([attention.site])
             )
         if attention_mask is not None:
             raise ConvFusionError(f"a converted self-attention takes no mask: {attention.site}")
