@@ -14,9 +14,12 @@ from diffusers import (
     HunyuanDiT2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
+    SkyReelsV2Transformer3DModel,
     UNet2DConditionModel,
     UNet3DConditionModel,
     UNetMotionModel,
+    WanTransformer3DModel,
+    WanVACETransformer3DModel,
 )
 from torch import Tensor, nn
 
@@ -180,6 +183,38 @@ def sd35() -> SD3Transformer2DModel:
     )
 
 
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 32,
+}
+
+
+def wan() -> WanTransformer3DModel:
+    return WanTransformer3DModel(**WAN)
+
+
+def wan_image() -> WanTransformer3DModel:
+    """Of Wan 2.1 for a first and a last frame, which every cross-attention sees."""
+    picture = {"image_dim": 16, "added_kv_proj_dim": 24, "pos_embed_seq_len": 2 * 257}
+    return WanTransformer3DModel(**{**WAN, "in_channels": 6, **picture})
+
+
+def skyreels() -> SkyReelsV2Transformer3DModel:
+    return SkyReelsV2Transformer3DModel(**WAN, inject_sample_info=True)
+
+
+def vace() -> WanVACETransformer3DModel:
+    return WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=6)
+
+
 @cache
 def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
     """A model whose values nobody needs."""
@@ -251,6 +286,8 @@ CASES = [
     Case("hunyuan", hunyuan, 4, "hunyuandit", distils=False, plain=False),
     Case("sd35", sd35, 2, "sd35-medium", plain=False),
 ]
+# Videos on grids of three sides: a tiny model of each kind, and how many sites it has.
+VIDEOS = {"wan": (wan, 2), "wan-image": (wan_image, 2), "skyreels": (skyreels, 2), "vace": (vace, 3)}
 DISTILLED = [case for case in CASES if case.distils]
 PLAIN = [case for case in DISTILLED if case.plain]
 
@@ -261,6 +298,11 @@ def run(model: nn.Module, case: Case, height: int, width: int, batch: int = 2) -
     if isinstance(output, Tensor):
         return output
     return torch.cat([each.flatten(1) for each in (*output, *others)], dim=1)
+
+
+def run_video(model: nn.Module, frames: int, height: int, width: int) -> Tensor:
+    """What a model makes of two made-up videos, whose latents have these sides."""
+    return model(**example_inputs(model, (frames, height, width), batch=2, words=5))[0]
 
 
 def randomise(mixers: dict[str, nn.Module], std: float = 0.3) -> None:

@@ -15,12 +15,18 @@ from convfusion import mini
 from convfusion.errors import ConvFusionError
 from convfusion.families import FAMILIES, Denoiser, component_names, family_of, supported_classes
 
-PIXELS_PER_LATENT = 8  # along a side, in the autoencoders of all that are known by name
+PIXELS_PER_LATENT = 8  # along a side, in most autoencoders
 
 
 def full_size_configs() -> dict[str, tuple[str, Mapping[str, Any]]]:
     """Class and configuration of the published denoisers that families know, by name."""
     return {name: full for family in FAMILIES.values() for name, full in family.full_size.items()}
+
+
+def published_scale(name: str) -> int:
+    """Pixels per latent along a side, of a published denoiser that a family knows by name."""
+    known = {n: scale for f in FAMILIES.values() for n, scale in f.pixels_per_latent.items()}
+    return known.get(name, PIXELS_PER_LATENT)
 
 
 def model_names() -> list[str]:
@@ -65,7 +71,7 @@ def bench_model(name: str) -> BenchModel:
     """
     published = full_size_configs()
     if name in published:
-        return BenchModel(name, denoiser_on_meta(*published[name]), PIXELS_PER_LATENT)
+        return BenchModel(name, denoiser_on_meta(*published[name]), published_scale(name))
     if name == "mini":
         return _from_folder(name, mini.TEACHER)
     if (Path(name) / "model_index.json").is_file():

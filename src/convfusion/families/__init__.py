@@ -1,6 +1,17 @@
 """Model families, a file each: what is particular to one kind of denoiser is said there alone."""
 
-from convfusion.families import controlnet, dit, hunyuan, motion, pixart, sd3, unet, wan
+from convfusion.families import (
+    controlnet,
+    dit,
+    hunyuan,
+    motion,
+    pixart,
+    sd3,
+    skyreels,
+    unet,
+    vace,
+    wan,
+)
 from convfusion.families.base import (
     FAMILIES,
     Denoiser,
@@ -37,6 +48,8 @@ for _family in (
     pixart.PIXART,
     dit.DIT,
     wan.WAN,
+    skyreels.SKYREELS,
+    vace.WAN_VACE,
     motion.MOTION,
     hunyuan.HUNYUAN_DIT,
     sd3.SD3_MEDIUM,
@@ -77,7 +90,9 @@ __all__ = [
     "sd3",
     "shorten_path",
     "site_grid",
+    "skyreels",
     "supported_classes",
     "unet",
+    "vace",
     "wan",
 ]

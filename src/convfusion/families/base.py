@@ -96,6 +96,7 @@ class Family(ABC):
         halo: settings of halo blocks for grids of its rank.
         full_size: class and configuration of published denoisers by name, where they differ from
             the defaults of diffusers; `bench` and `plan` count and time them.
+        pixels_per_latent: of these, along a side, by name; 8 where nothing is said.
         fixed_size: whether its pipelines draw at the denoiser's own size only.
         gives_latents: whether its pipelines know `output_type="latent"`.
         prompt_argument: the argument of its pipelines' call that prompts go to.
@@ -122,6 +123,7 @@ class Family(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, int | Mixer]]]
     halo: ClassVar[Halo] = Halo()
     full_size: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
+    pixels_per_latent: ClassVar[Mapping[str, int]] = {}
     fixed_size: ClassVar[bool] = False
     gives_latents: ClassVar[bool] = True
     prompt_argument: ClassVar[str] = "prompt"
@@ -217,6 +219,10 @@ class Family(ABC):
 
     def check_guidance(self, model: Denoiser, guidance: float) -> None:
         """Raise a ConvFusionError for a guidance scale that a model cannot draw with."""
+
+    def check_convert(self, model: Denoiser) -> None:
+        """Raise an UnsupportedModelError for attention that no mixer replaces, such as a causal
+        one; by default, never."""
 
     def check_export(self, model: Denoiser) -> None:
         """Raise a ConvFusionError for a model that is not exported; by default, never."""

@@ -105,7 +105,9 @@ class ConvFusionProcessor:
                 "and a patch of a block must pass on the block's cross_attention_kwargs"
             )
         if attention_mask is not None:
-            raise ConvFusionError(f"a converted self-attention takes no mask: {attention.site}")
+            raise ConvFusionError(
+                f"a converted self-attention takes no mask, as of causal attention: {attention.site}"
+            )
         if not _is_itself(encoder_hidden_states, hidden_states):
             raise ConvFusionError(
                 f"the converted self-attention {attention.site} was given further tokens to attend "

@@ -154,6 +154,7 @@ def build_mixers(
     It has the device and the dtype that its attention computes with, and can be trained, also where
     it is built under `torch.inference_mode`.
     """
+    family_of(model).check_convert(model)
     chosen = config.mixers_for(site.path for site in sites)
     check_at_hand(model, [model.get_submodule(path) for path in chosen])
     built: dict[str, TokenMixer] = {}
