@@ -23,7 +23,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from convfusion.families import example_inputs, family_of
+from convfusion.families import example_inputs, family_of, list_sites
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 DOWN, UP = "DownBlock2D", "UpBlock2D"
@@ -226,6 +226,7 @@ def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
 class Case:
     """A tiny model, how many sites it has, and its preset; its family tells what it takes.
 
+    `largest` are (height, width) of the latents that it is tried with.
     `distils` is false of a model that is not trained here: a ControlNet predicts no noise, and a
     HunyuanDiT takes timesteps that are no integers. `plain` is false of one whose queries and keys
     are normed or turned before they are compared.
@@ -236,6 +237,7 @@ class Case:
     sites: int
     preset: str
     square: bool = False
+    largest: tuple[int, int] = (24, 40)
     distils: bool = True
     plain: bool = True
 
@@ -247,7 +249,7 @@ class Case:
         """Keyword arguments of one call on latents of this size."""
         generator = torch.Generator().manual_seed(height * 1000 + width)
         model = shapes_of(self.make)
-        size = (2, height, width) if family_of(model).frames else (height, width)
+        size = self.latents(height, width)
         made = example_inputs(model, size, batch=batch, words=5, device="meta")
 
         def fill(values: Any, name: str) -> Any:
@@ -271,8 +273,15 @@ class Case:
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Two sizes with as many tokens each, one the other's transpose where that is possible."""
-        return [(16, 16), (24, 24)] if self.square else [(24, 40), (40, 24)]
+        return [(16, 16), (24, 24)] if self.square else [self.largest, self.largest[::-1]]
 
+    def latents(self, height: int, width: int) -> tuple[int, ...]:
+        """The sides of its latents: those of a video have two frames."""
+        frames = family_of(shapes_of(self.make)).frames
+        return (2, height, width) if frames else (height, width)
+
+
+FRAMES: dict[str, Any] = {"largest": (8, 12), "distils": False, "plain": False}
 
 CASES = [
     Case("sd15", sd15, 16, "sd15"),
@@ -283,11 +292,15 @@ CASES = [
     Case("motion", motion, 4, "motion_unet"),
     Case("video", video, 4, "motion_unet"),
     Case("controlnet", controlnet, 7, "controlnet-sd15", distils=False),
+    Case("wan", wan, 2, "wan", **FRAMES),
+    Case("wan-image", wan_image, 2, "wan", **FRAMES),
+    Case("skyreels", skyreels, 2, "skyreels", **FRAMES),
+    Case("vace", vace, 3, "wan-vace", **FRAMES),
     Case("hunyuan", hunyuan, 4, "hunyuandit", distils=False, plain=False),
     Case("sd35", sd35, 2, "sd35-medium", plain=False),
 ]
-# Videos on grids of three sides: a tiny model of each kind, and how many sites it has.
-VIDEOS = {"wan": (wan, 2), "wan-image": (wan_image, 2), "skyreels": (skyreels, 2), "vace": (vace, 3)}
+# Videos on grids of three sides.
+VIDEOS = [case for case in CASES if list_sites(shapes_of(case.make))[0].rank == 3]
 DISTILLED = [case for case in CASES if case.distils]
 PLAIN = [case for case in DISTILLED if case.plain]
 

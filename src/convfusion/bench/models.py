@@ -15,18 +15,10 @@ from convfusion import mini
 from convfusion.errors import ConvFusionError
 from convfusion.families import FAMILIES, Denoiser, component_names, family_of, supported_classes
 
-PIXELS_PER_LATENT = 8  # along a side, in most autoencoders
-
 
 def full_size_configs() -> dict[str, tuple[str, Mapping[str, Any]]]:
     """Class and configuration of the published denoisers that families know, by name."""
     return {name: full for family in FAMILIES.values() for name, full in family.full_size.items()}
-
-
-def published_scale(name: str) -> int:
-    """Pixels per latent along a side, of a published denoiser that a family knows by name."""
-    known = {n: scale for f in FAMILIES.values() for n, scale in f.pixels_per_latent.items()}
-    return known.get(name, PIXELS_PER_LATENT)
 
 
 def model_names() -> list[str]:
@@ -71,7 +63,8 @@ def bench_model(name: str) -> BenchModel:
     """
     published = full_size_configs()
     if name in published:
-        return BenchModel(name, denoiser_on_meta(*published[name]), published_scale(name))
+        denoiser = denoiser_on_meta(*published[name])
+        return BenchModel(name, denoiser, family_of(denoiser).latent_pixels(denoiser))
     if name == "mini":
         return _from_folder(name, mini.TEACHER)
     if (Path(name) / "model_index.json").is_file():

@@ -96,7 +96,6 @@ class Family(ABC):
         halo: settings of halo blocks for grids of its rank.
         full_size: class and configuration of published denoisers by name, where they differ from
             the defaults of diffusers; `bench` and `plan` count and time them.
-        pixels_per_latent: of these, along a side, by name; 8 where nothing is said.
         fixed_size: whether its pipelines draw at the denoiser's own size only.
         gives_latents: whether its pipelines know `output_type="latent"`.
         prompt_argument: the argument of its pipelines' call that prompts go to.
@@ -110,6 +109,7 @@ class Family(ABC):
             that sees the prompt.
         frames: of the latents of its videos, as they are trained; 0 where it draws pictures. Where
             the grids of its sites have two sides, each frame is mixed by itself.
+        pixels_per_latent: along a side, in the autoencoder that `full_size` was published with.
         rotary: whether its self-attentions turn queries and keys by where they lie.
         shares_blocks_with: the family whose blocks fit this one and the other way round, since its
             sites have the same paths; by default there is none.
@@ -123,7 +123,6 @@ class Family(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, int | Mixer]]]
     halo: ClassVar[Halo] = Halo()
     full_size: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
-    pixels_per_latent: ClassVar[Mapping[str, int]] = {}
     fixed_size: ClassVar[bool] = False
     gives_latents: ClassVar[bool] = True
     prompt_argument: ClassVar[str] = "prompt"
@@ -133,6 +132,7 @@ class Family(ABC):
     attention_classes: ClassVar[tuple[type[nn.Module], ...]] = (Attention,)
     prompted: ClassVar[int] = -1
     frames: ClassVar[int] = 0
+    pixels_per_latent: ClassVar[int] = 8
     rotary: ClassVar[bool] = False
     shares_blocks_with: ClassVar[str] = ""
     without_sites: ClassVar[str] = "has no self-attention in transformer blocks to replace"
@@ -195,6 +195,20 @@ class Family(ABC):
     def latent_unit(self, model: Denoiser) -> int:
         """What the sides of latents are multiples of where every layer divides them evenly."""
         return self.patch_size(model)
+
+    def latent_shape(self, model: Denoiser, batch: int, sides: Grid) -> tuple[int, ...]:
+        """The shape in which a model takes latents; by default [B, C, H, W] or [B, C, T, H, W].
+
+        Args:
+            model: a denoiser of this family.
+            batch: samples.
+            sides: (height, width) of the latents, of a video behind its frames.
+        """
+        return (batch, model.config.in_channels, *sides)
+
+    def latent_pixels(self, model: Denoiser) -> int:
+        """Pixels per latent along a side, in the autoencoder that a model was published with."""
+        return self.pixels_per_latent
 
     def native_latents(self, model: Denoiser) -> Size:
         """(height, width) of the latents that a model was trained on, by its config."""

@@ -170,7 +170,7 @@ def example_inputs(
     sides = _with_frames(family, size)
     values = Values(model, model.device if device is None else device, sides)
     return {
-        family.latents: values(batch, model.config.in_channels, *sides),
+        family.latents: values(*family.latent_shape(model, batch, sides)),
         "timestep": torch.full((batch,), 500, device=values.device),
         "return_dict": False,
         **family.example_conditioning(model, batch, words, values),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2Attention
 
@@ -36,7 +36,6 @@ class SkyReels(Wan):
             {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
         ),
     }
-    pixels_per_latent: ClassVar = {}
     attention_classes = (SkyReelsV2Attention,)
     native = NATIVE_LATENTS
     frames = 25  # of 97 frames of a video

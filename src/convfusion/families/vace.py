@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from convfusion.families.base import Denoiser, Site, Values
 from convfusion.families.wan import VIDEO_KERNELS, Wan, list_blocks
@@ -28,7 +28,6 @@ class WanVACE(Wan):
         ),
         "wan-vace-14b": (_CLASS, {}),
     }
-    pixels_per_latent: ClassVar = {}
     input_docs = {
         **Wan.input_docs,
         "control_hidden_states": "latents of the video to be edited, and of its masks",

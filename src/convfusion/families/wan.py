@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from diffusers.models.transformers.transformer_wan import WanAttention
@@ -20,6 +20,7 @@ from convfusion.families.carrier import RotaryCarrier
 from convfusion.mixers import DeltaConv, Halo
 
 UMT5_WORDS = 512  # tokens that its text encoder reads
+LARGE_CHANNELS = 48  # of the latents of Wan 2.2's own autoencoder, each of 16×16 pixels
 PATCHES = 257  # tokens of a picture from CLIP's ViT-H, which image-to-video models are given
 NATIVE_LATENTS = (60, 104)  # of 480×832 pixels
 
@@ -62,7 +63,6 @@ class Wan(Family):
             },
         ),
     }
-    pixels_per_latent: ClassVar[Mapping[str, int]] = {"wan2.2-5b": 16}
     input_docs = {
         "hidden_states": "noisy latents of a video, [B, C, T, H, W]",
         "timestep": TIMESTEP_DOCS,
@@ -82,6 +82,9 @@ class Wan(Family):
 
     def patch_size(self, model: Denoiser) -> int:
         return model.config.patch_size[-1]
+
+    def latent_pixels(self, model: Denoiser) -> int:
+        return 16 if model.config.out_channels == LARGE_CHANNELS else self.pixels_per_latent
 
     def native_latents(self, model: Denoiser) -> Size:
         return self.native
