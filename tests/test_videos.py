@@ -27,7 +27,7 @@ table = pytest.mark.parametrize("case", VIDEOS, ids=lambda case: case.name)
 def first_half(case, mixer):
     """A config for the first half of the sites, in the order of the modules."""
     paths = [site.path for site in list_sites(case.model())]
-    return ConvertConfig({path: mixer for path in paths[: (len(paths) + 1) // 2]})
+    return ConvertConfig(dict.fromkeys(paths[: (len(paths) + 1) // 2], mixer))
 
 
 def converted(case, config):

@@ -1,4 +1,4 @@
-"""Wan and its siblings: first frames, timesteps of tokens, blocks that move; and blocks of videos."""
+"""Wan and its siblings: first frames, times of tokens, blocks that move; and blocks of videos."""
 
 import pytest
 import torch

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from diffusers.models.transformers.transformer_wan import WanAttention
+from torch import nn
 
 from convfusion.families.base import (
     TEXT_DOCS,
@@ -69,7 +70,7 @@ class Wan(Family):
         "encoder_hidden_states": TEXT_DOCS,
         "encoder_hidden_states_image": "embedding of the first frame",
     }
-    attention_classes = (WanAttention,)
+    attention_classes: ClassVar[tuple[type[nn.Module], ...]] = (WanAttention,)
     frames = 21  # of 81 frames of a video
     rotary = True
     native: ClassVar[Size] = NATIVE_LATENTS

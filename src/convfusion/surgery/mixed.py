@@ -106,7 +106,8 @@ class ConvFusionProcessor:
             )
         if attention_mask is not None:
             raise ConvFusionError(
-                f"a converted self-attention takes no mask, as of causal attention: {attention.site}"
+                "a converted self-attention takes no mask, as of causal attention: "
+                + attention.site
             )
         if not _is_itself(encoder_hidden_states, hidden_states):
             raise ConvFusionError(
