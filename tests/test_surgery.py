@@ -18,6 +18,7 @@ from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, Remo
 from convfusion.bench.models import denoiser_on_meta, full_size_configs
 from convfusion.families import family_of, list_sites
 from convfusion.mixers import MIXERS
+from convfusion.mixers.base import projections
 from convfusion.surgery import mixers_of
 
 pytestmark = pytest.mark.libraries
@@ -159,7 +160,7 @@ def test_dropping_attention_frees_it_and_draws_the_same(case):
     assert "fuse_qkv_projections" in str(status)
     assert torch.equal(run(model, case, *case.sizes[0]), expected)
     with pytest.raises(AttributeError, match="keep_attention=True"):
-        _ = model.get_submodule(status.sites[0].site.path).to_q
+        _ = projections(model.get_submodule(status.sites[0].site.path))
     with pytest.raises(ConvFusionError, match="were dropped"):
         convfusion.revert(model)
     assert torch.equal(run(model, case, *case.sizes[0]), expected)
@@ -170,7 +171,7 @@ def test_dropping_attention_frees_it_and_draws_the_same(case):
 def test_removed_equals_zeroed_attention(case):
     model = case.model()
     for site in list_sites(model):
-        for p in model.get_submodule(site.path).to_out.parameters():
+        for p in projections(model.get_submodule(site.path))[3].parameters():
             p.zero_()
     expected = run(model, case, *case.sizes[0])
     removed = case.model()
@@ -183,7 +184,7 @@ def test_removed_equals_zeroed_attention(case):
 def test_mean_only_equals_uniform_attention(case):
     model = case.model()
     for site in list_sites(model):
-        for p in model.get_submodule(site.path).to_q.parameters():
+        for p in projections(model.get_submodule(site.path))[0].parameters():
             p.zero_()
     expected = run(model, case, *case.sizes[0])
     mean = case.model()
@@ -218,6 +219,11 @@ LAYOUTS: dict[str, tuple] = {
     "skyreels-14b": ({0: (40, 5120)}, 14_288_491_584, 4195.5, "skyreels"),
     "wan-vace-1.3b": ({0: (45, 1536)}, 2_153_972_032, 425.1, "wan-vace"),
     "wan-vace-14b": ({0: (48, 5120)}, 17_337_592_896, 5034.6, "wan-vace"),
+    "cosmos-7b": ({0: (28, 4096)}, 7_236_192_256, 1879.1, "cosmos"),
+    "cosmos-14b": ({0: (36, 5120)}, 14_267_149_312, 3774.9, "cosmos"),
+    "cosmos2-2b": ({0: (28, 2048)}, 1_956_413_440, 469.8, "cosmos"),
+    "kandinsky5-2b": ({0: (32, 1792)}, 2_007_702_848, 411.3, "kandinsky5"),
+    "kandinsky5-19b": ({0: (60, 4096)}, 19_311_325_248, 4027.5, "kandinsky5"),
     "animatediff": (
         {0: (5, 320), 1: (5, 640), 2: (5, 1280), 3: (1, 1280)}, 1_312_730_244, 49.6
     ),

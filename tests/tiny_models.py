@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from diffusers import (
     ControlNetModel,
+    CosmosTransformer3DModel,
     DiTTransformer2DModel,
     HunyuanDiT2DModel,
+    Kandinsky5Transformer3DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     SkyReelsV2Transformer3DModel,
@@ -215,6 +217,42 @@ def vace() -> WanVACETransformer3DModel:
     return WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=6)
 
 
+def cosmos() -> CosmosTransformer3DModel:
+    """Without a mask of padding, which diffusers resizes with torchvision."""
+    return CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        text_embed_dim=16,
+        adaln_lora_dim=8,
+        max_size=(16, 32, 32),
+        concat_padding_mask=False,
+    )
+
+
+def kandinsky() -> Kandinsky5Transformer3DModel:
+    """With gates that are not zero, unlike at the beginning of a training."""
+    model = Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=12,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=24,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 4, 4),
+        visual_cond=True,
+    )
+    for name, parameter in model.named_parameters():
+        if "modulation" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
 @cache
 def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
     """A model whose values nobody needs."""
@@ -245,6 +283,11 @@ class Case:
         torch.manual_seed(1)
         return self.make().eval()
 
+    @property
+    def rank(self) -> int:
+        """Of the grids of its sites."""
+        return list_sites(shapes_of(self.make))[0].rank
+
     def inputs(self, height: int, width: int, batch: int = 2) -> dict[str, Any]:
         """Keyword arguments of one call on latents of this size."""
         generator = torch.Generator().manual_seed(height * 1000 + width)
@@ -262,6 +305,8 @@ class Case:
                 return values
             if name == "timestep":
                 return (torch.arange(1, batch + 1) * 300).to(values.dtype)
+            if "rope_pos" in name:
+                return torch.arange(len(values))
             if not values.is_floating_point():
                 return torch.arange(batch)  # classes
             if "mask" in name:
@@ -296,11 +341,13 @@ CASES = [
     Case("wan-image", wan_image, 2, "wan", **FRAMES),
     Case("skyreels", skyreels, 2, "skyreels", **FRAMES),
     Case("vace", vace, 3, "wan-vace", **FRAMES),
+    Case("cosmos", cosmos, 2, "cosmos", **FRAMES),
+    Case("kandinsky", kandinsky, 2, "kandinsky5", **FRAMES),
     Case("hunyuan", hunyuan, 4, "hunyuandit", distils=False, plain=False),
     Case("sd35", sd35, 2, "sd35-medium", plain=False),
 ]
-# Videos on grids of three sides.
-VIDEOS = [case for case in CASES if list_sites(shapes_of(case.make))[0].rank == 3]
+FLAT = [case for case in CASES if case.rank == 2]
+VIDEOS = [case for case in CASES if case.rank == 3]
 DISTILLED = [case for case in CASES if case.distils]
 PLAIN = [case for case in DISTILLED if case.plain]
 

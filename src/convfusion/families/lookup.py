@@ -132,7 +132,7 @@ def check_captioned(pipe: Any) -> None:
     pictures with captions.
     """
     model, vae = denoiser_of(pipe), getattr(pipe, "vae", None)
-    channels, latents = model.config.in_channels, None
+    channels, latents = model.config.get("in_channels"), None
     if vae is not None:
         latents = vae.config.get("latent_channels")
     more = family_of(model).describe_further_needs(model)

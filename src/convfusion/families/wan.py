@@ -26,6 +26,7 @@ PATCHES = 257  # tokens of a picture from CLIP's ViT-H, which image-to-video mod
 NATIVE_LATENTS = (60, 104)  # of 480×832 pixels
 
 VIDEO_KERNELS = DeltaConv(kernel_size=7, frame_kernel_size=3, first_frame_branch=True)
+VIDEO_HALO = Halo(block=(2, 4, 4), window=(4, 8, 8), cells=(3, 4, 4))
 
 _CLASS = "WanTransformer3DModel"
 
@@ -42,7 +43,7 @@ class Wan(Family):
     component = "transformer"
     latents = "hidden_states"
     presets = {"wan": {"*": VIDEO_KERNELS}}
-    halo = Halo(block=(2, 4, 4), window=(4, 8, 8), cells=(3, 4, 4))
+    halo = VIDEO_HALO
     full_size = {
         "wan-1.3b": (
             _CLASS,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -126,6 +127,25 @@ def projections(attention: Any) -> tuple[Any, Any, Any, Any]:
         query, key, value, out = (getattr(attention, name) for name in names)
         return query, key, value, out
     return attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
+
+
+def as_plain(attention: Any) -> Any:
+    """An attention with its parts under the names of diffusers' own `Attention`.
+
+    Most have them already, and are returned as they are; of others it is a view of the same layers.
+    """
+    if not hasattr(attention, "to_query"):  # as in Kandinsky 5
+        return attention
+    query, key, value, out = projections(attention)
+    return SimpleNamespace(
+        to_q=query,
+        to_k=key,
+        to_v=value,
+        to_out=[out],
+        heads=attention.num_heads,
+        norm_q=attention.query_norm,
+        norm_k=attention.key_norm,
+    )
 
 
 def score_scale(attention: Any) -> float:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.carrier import read_rotary
+from convfusion.families.carrier import read_grid, without_grid
 from convfusion.mixers.base import TokenMixer
 
 # What the layers that hold an attention's weights are called, in any class of them.
@@ -28,7 +28,8 @@ PROJECTIONS = (
     *("to_query", "to_key", "to_value", "out_layer"),
 )
 
-NORMS = ("norm_q", "norm_k")  # of queries and keys, where they have any
+# Norms of queries and keys, where they have any.
+NORMS = ("norm_q", "norm_k", "query_norm", "key_norm")
 
 # Processors that compute an attention as it is, each in a way of its own: a mixer replaces that.
 _PLAIN = frozenset(
@@ -36,6 +37,7 @@ _PLAIN = frozenset(
         "AttnProcessor",
         "AttnProcessor2_0",
         "AttnProcessorNPU",
+        "CosmosAttnProcessor2_0",
         "FusedAttnProcessor2_0",
         "FusedHunyuanAttnProcessor2_0",
         "FusedJointAttnProcessor2_0",
@@ -90,14 +92,14 @@ class ConvFusionProcessor:
         """Mix tokens [B, N, C] on the grid that `grid`, [H, W, 0] or [T, H, W, 0], has as shape.
 
         A rotary embedding is of the attention: a mixer has no use for one, but for the grid that
-        may travel behind it.
+        may travel behind it, or among the settings of a sparse mode.
 
         Raises:
             ConvFusionError: there is no grid, it has not N places, or there are further tokens to
                 attend to, or a mask.
         """
         if grid is None:
-            grid = read_rotary((*rotary, *others.values()))
+            grid = read_grid((*rotary, *others.values()))
         if grid is None:
             raise ConvFusionError(
                 f"no grid reached the converted self-attention {attention.site}: call the denoiser "
@@ -126,7 +128,7 @@ class ConvFusionProcessor:
             )
         processor = attention.get_processor()
         if is_foreign(attention, processor):
-            self.show(processor, attention, hidden_states, others)
+            self.show(processor, attention, hidden_states, without_grid(others))
         return attention.mixer(hidden_states, sides)
 
     def show(self, processor: Any, attention: Any, tokens: Tensor, others: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from convfusion.families import Denoiser, Site, denoiser_of, family_of, list_sit
 from convfusion.families.carrier import drop_grid
 from convfusion.families.patches import copied_without_patches
 from convfusion.mixers import Mixer
-from convfusion.mixers.base import TokenMixer, projections
+from convfusion.mixers.base import TokenMixer, as_plain, projections
 from convfusion.surgery import presets
 from convfusion.surgery.config import ConvertConfig, checked_config
 from convfusion.surgery.guard import guard, unguard
@@ -171,7 +171,7 @@ def build_mixers(
             check_rank(site, mixer)
             mixer = mixer.to(weight.device)
             if not weight.is_meta:
-                mixer.init_from(attention)
+                mixer.init_from(as_plain(attention))
             built[site.path] = mixer.to(dtype)
     return built
 
