@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import CosmosTransformer3DModel, Kandinsky5Transformer3DModel
 from tiny_models import cosmos, kandinsky, randomise
 
 import convfusion
@@ -17,6 +16,12 @@ VIDEO = DeltaConv(kernel_size=3, frame_kernel_size=3, first_frame_branch=True)
 SIZE = (3, 8, 12)
 
 
+def with_options(model, **options):
+    """A model of the same class and configuration, but for some options."""
+    kept = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return type(model)(**kept | options)
+
+
 def converted(make):
     torch.manual_seed(1)
     model = make().eval()
@@ -26,8 +31,7 @@ def converted(make):
 
 
 def test_a_sparse_kandinsky_is_refused_by_name():
-    options = {**kandinsky().config, "attention_type": "nabla"}
-    model = Kandinsky5Transformer3DModel.from_config(options)
+    model = with_options(kandinsky(), attention_type="nabla")
     with pytest.raises(UnsupportedModelError, match=r"attends sparsely \(attention_type 'nabla'\)"):
         convfusion.convert(model)
     assert convfusion.status(model).converted == 0
@@ -62,10 +66,15 @@ def test_the_text_of_kandinsky_keeps_its_self_attention():
 @torch.no_grad()
 def test_cosmos_is_given_a_picture_and_a_time_for_each_frame():
     """As Predict 2.5, whose text is projected first, and 2 with given frames."""
-    options = {**cosmos().config, "use_crossattn_projection": True, "img_context_dim_in": 6}
-    options |= {"crossattn_proj_in_channels": 20, "encoder_hidden_states_channels": 16}
-    options |= {"img_context_num_tokens": 4, "img_context_dim_out": 24}
-    model = converted(lambda: CosmosTransformer3DModel.from_config(options))
+    options = {
+        "use_crossattn_projection": True,
+        "crossattn_proj_in_channels": 20,
+        "encoder_hidden_states_channels": 16,
+        "img_context_dim_in": 6,
+        "img_context_num_tokens": 4,
+        "img_context_dim_out": 24,
+    }
+    model = converted(lambda: with_options(cosmos(), **options))
     inputs = example_inputs(model, SIZE, batch=2, words=5)
     text, picture = inputs["encoder_hidden_states"]
     expected = model(**inputs)[0]
@@ -78,7 +87,7 @@ def test_cosmos_is_given_a_picture_and_a_time_for_each_frame():
 def test_a_cosmos_that_needs_torchvision_says_so(monkeypatch):
     monkeypatch.setattr(cosmos_family, "is_torchvision_available", lambda: False)
     model = bench_model("cosmos2-2b").denoiser
-    with pytest.raises(ConvFusionError, match="needs torchvision.*: pip install torchvision"):
+    with pytest.raises(ConvFusionError, match=r"needs torchvision.*: pip install torchvision"):
         example_inputs(model, (8, 8))
     monkeypatch.setattr(cosmos_family, "is_torchvision_available", lambda: True)
     assert example_inputs(model, (8, 16))["padding_mask"].shape == (1, 1, 8, 16)
