@@ -2,14 +2,18 @@
 
 import pytest
 import torch
-from diffusers import SkyReelsV2Transformer3DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SkyReelsV2Transformer3DModel,
+    WanPipeline,
+)
 from tiny_models import WAN, randomise, run_video, skyreels, vace, wan, wan_image
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, MeanOnly, uniform
 from convfusion.bench.models import bench_model
 from convfusion.errors import UnsupportedModelError
-from convfusion.families import example_inputs, list_sites, site_grid
+from convfusion.families import check_captioned, example_inputs, list_sites, site_grid
 from convfusion.mixers import mixer_from_dict, mixer_to_dict
 from convfusion.operations import site_operations
 from convfusion.surgery import mixers_of
@@ -194,3 +198,81 @@ def test_kernels_along_frames_start_as_nothing():
 def test_an_even_kernel_along_frames_is_refused():
     with pytest.raises(ConvFusionError, match="frame_kernel_size must be odd"):
         DeltaConv(frame_kernel_size=2)
+
+
+@pytest.fixture
+def two_transformers():
+    """A pipeline of Wan 2.2, which changes to its second transformer for the last steps."""
+    first, second = seeded(wan), seeded(wan, seed=2)
+    parts = dict.fromkeys(["tokenizer", "text_encoder", "vae"])
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return WanPipeline(
+        **parts,
+        scheduler=scheduler,
+        transformer=first,
+        transformer_2=second,
+        boundary_ratio=0.9,
+    )
+
+
+def draw(pipe):
+    embeds = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    drawn = pipe(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=-embeds,
+        height=64,
+        width=96,
+        num_frames=5,
+        num_inference_steps=3,
+        generator=generator,
+        output_type="latent",
+    )
+    return drawn.frames
+
+
+def test_both_transformers_are_converted_saved_loaded_and_reverted(two_transformers, tmp_path):
+    pipe = two_transformers
+    pipe.set_progress_bar_config(disable=True)
+    before = draw(pipe)
+    status = convfusion.convert(pipe, uniform(VIDEO))
+    assert status.converted == status.further["transformer_2"].converted == 2
+    assert "transformer_2: WanTransformer3DModel: 2 of 2 self-attention sites" in str(status)
+    for number, model in enumerate((pipe.transformer, pipe.transformer_2)):
+        randomise(mixers_of(model), std=0.1 + number / 10)
+    drawn = draw(pipe)
+    assert not torch.allclose(drawn, before)
+    convfusion.save(pipe, tmp_path / "blocks")
+    convfusion.revert(pipe)
+    assert torch.equal(draw(pipe), before)
+    convfusion.load(pipe, tmp_path / "blocks")
+    assert torch.equal(draw(pipe), drawn)
+    convfusion.revert(pipe.transformer_2)
+    assert not torch.equal(draw(pipe), drawn)  # it has its turn
+    with pytest.raises(ConvFusionError, match="converted already"):
+        convfusion.convert(pipe)
+    assert convfusion.status(pipe).further["transformer_2"].converted == 0
+    convfusion.load(pipe.transformer_2, tmp_path / "blocks" / "transformer_2")
+    assert torch.equal(draw(pipe), drawn)
+    convfusion.drop_attention(pipe)
+    assert torch.equal(draw(pipe), drawn)
+    with pytest.raises(ConvFusionError, match="were dropped"):
+        convfusion.revert(pipe)
+
+
+def test_what_knows_one_denoiser_refuses_two(two_transformers, tmp_path):
+    pipe = two_transformers
+    convfusion.save(converted(wan), tmp_path / "one")
+    with pytest.raises(ConvFusionError, match=r"has no blocks for transformer_2.*pipe.transformer"):
+        convfusion.load(pipe, tmp_path / "one")
+    assert convfusion.status(pipe).converted == 0
+    convfusion.convert(pipe, uniform(VIDEO))
+    two = "has 2 denoisers, transformer and transformer_2, and"
+    with pytest.raises(ConvFusionError, match=f"{two} single files know one"):
+        convfusion.save(pipe, tmp_path / "both.safetensors")
+    with pytest.raises(ConvFusionError, match=f"{two} whole saved pipelines know one"):
+        convfusion.save_pipeline(pipe, tmp_path / "pipe")
+    with pytest.raises(ConvFusionError, match=f"{two} measured starts know one"):
+        convfusion.start_from_attention(pipe, [])
+    with pytest.raises(ConvFusionError, match=f"{two} caches, distillation and evaluation know"):
+        check_captioned(pipe)

@@ -90,6 +90,8 @@ class Family(ABC):
         name: short, stored in checkpoints and caches.
         classes: names of the diffusers classes of its denoisers; subclasses count too.
         component: the attribute of a pipeline that holds the denoiser.
+        further_components: attributes that may hold further denoisers of the same family, which
+            take their turns with the first; they are converted together.
         latents: the argument of the denoiser's forward that the noisy latents go to.
         presets: by name of the preset and pattern over site paths, the kernel size of a ΔConvBlock,
             or settings of any mixer.
@@ -119,6 +121,7 @@ class Family(ABC):
     name: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
     component: ClassVar[str]
+    further_components: ClassVar[tuple[str, ...]] = ()
     latents: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, int | Mixer]]]
     halo: ClassVar[Halo] = Halo()

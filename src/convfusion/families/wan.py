@@ -41,6 +41,7 @@ class Wan(Family):
     name = "wan"
     classes: ClassVar[tuple[str, ...]] = (_CLASS,)
     component = "transformer"
+    further_components = ("transformer_2",)  # of Wan 2.2, for the last, least noisy steps
     latents = "hidden_states"
     presets = {"wan": {"*": VIDEO_KERNELS}}
     halo = VIDEO_HALO
