@@ -8,7 +8,6 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
-    UNet2DModel,
 )
 from tiny_models import CASES, Case, randomise, run, sd15
 from torch import nn
@@ -47,8 +46,12 @@ def naive_output(model: nn.Module, case: Case, height: int, width: int) -> torch
         *frames, _, _ = case.latents(height, width)
         grid = (*frames, -(-height // factor), -(-width // factor))[-sites[path].rank :]
 
-        def forward(hidden_states, *args, mixer=mixer, grid=grid, **kwargs):
-            return mixer(hidden_states, grid)
+        def forward(hidden_states, *args, mixer=mixer, grid=grid, path=path, **kwargs):
+            if hidden_states.ndim == 3:
+                return mixer(hidden_states, grid)
+            maps = stock.get_submodule(path).group_norm(hidden_states.flatten(2))
+            mixed = mixer(maps.transpose(1, 2), grid).transpose(1, 2)
+            return mixed.unflatten(2, grid) + hidden_states
 
         stock.get_submodule(path).forward = forward
     return run(stock, case, height, width)
@@ -232,6 +235,7 @@ LAYOUTS: dict[str, tuple] = {
     ),
     "hunyuandit": ({0: (40, 1408)}, 1_499_952_032, 317.4),
     "sd35-medium": ({0: (13, 1536)}, 2_243_171_520, 122.8),
+    "ddpm-256": ({4: (5, 512), 5: (1, 512)}, 113_673_219, 6.3, "ddpm"),
     "controlnet-sd15": (
         {0: (2, 320), 1: (2, 640), 2: (2, 1280), 3: (1, 1280)}, 361_279_120, 23.8
     ),
@@ -286,7 +290,6 @@ def test_patterns_choose_sites():
             ),
             "FluxTransformer2DModel is not supported; supported are ControlNetModel, ",
         ),
-        (lambda: UNet2DModel(block_out_channels=(8,) * 4, norm_num_groups=8), "UNet2DModel is not"),
         (
             lambda: SD3Transformer2DModel(
                 num_layers=1,

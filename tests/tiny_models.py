@@ -18,6 +18,7 @@ from diffusers import (
     SD3Transformer2DModel,
     SkyReelsV2Transformer3DModel,
     UNet2DConditionModel,
+    UNet2DModel,
     UNet3DConditionModel,
     UNetMotionModel,
     WanTransformer3DModel,
@@ -217,6 +218,21 @@ def vace() -> WanVACETransformer3DModel:
     return WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=6)
 
 
+def ddpm() -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=(DOWN, "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", UP),
+        layers_per_block=1,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        num_class_embeds=10,
+    )
+
+
 def cosmos() -> CosmosTransformer3DModel:
     """Without a mask of padding, which diffusers resizes with torchvision."""
     return CosmosTransformer3DModel(
@@ -343,6 +359,7 @@ CASES = [
     Case("vace", vace, 3, "wan-vace", **FRAMES),
     Case("cosmos", cosmos, 2, "cosmos", **FRAMES),
     Case("kandinsky", kandinsky, 2, "kandinsky5", **FRAMES),
+    Case("ddpm", ddpm, 4, "ddpm", distils=False, plain=False),
     Case("hunyuan", hunyuan, 4, "hunyuandit", distils=False, plain=False),
     Case("sd35", sd35, 2, "sd35-medium", plain=False),
 ]

@@ -3,6 +3,7 @@
 from convfusion.families import (
     controlnet,
     cosmos,
+    ddpm,
     dit,
     hunyuan,
     kandinsky,
@@ -59,6 +60,7 @@ for _family in (
     motion.MOTION,
     hunyuan.HUNYUAN_DIT,
     sd3.SD3_MEDIUM,
+    ddpm.DDPM_UNET,
     controlnet.CONTROLNET,  # after the others: what a pipeline with one converts is its denoiser
 ):
     register(_family)
@@ -79,6 +81,7 @@ __all__ = [
     "controlnet",
     "cosmos",
     "count_sequences",
+    "ddpm",
     "denoiser_of",
     "denoisers_of",
     "dit",

@@ -112,6 +112,9 @@ class Family(ABC):
         frames: of the latents of its videos, as they are trained; 0 where it draws pictures. Where
             the grids of its sites have two sides, each frame is mixed by itself.
         pixels_per_latent: along a side, in the autoencoder that `full_size` was published with.
+        captioned: whether it draws what a text or the name of a class says.
+        mixes_maps: whether its self-attentions take maps [B, C, H, W], norm them first, and add
+            them to what they give.
         rotary: whether its self-attentions turn queries and keys by where they lie.
         shares_blocks_with: the family whose blocks fit this one and the other way round, since its
             sites have the same paths; by default there is none.
@@ -136,6 +139,8 @@ class Family(ABC):
     prompted: ClassVar[int] = -1
     frames: ClassVar[int] = 0
     pixels_per_latent: ClassVar[int] = 8
+    captioned: ClassVar[bool] = True
+    mixes_maps: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
     shares_blocks_with: ClassVar[str] = ""
     without_sites: ClassVar[str] = "has no self-attention in transformer blocks to replace"

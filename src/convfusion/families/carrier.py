@@ -71,6 +71,22 @@ class KeywordCarrier:
         return args, {**kwargs, self.keywords: extra}
 
 
+@dataclass(frozen=True)
+class MapsCarrier:
+    """Sends nothing: the owner is the self-attention itself, and sees maps [B, C, H, W]."""
+
+    def grid(self, args: tuple, kwargs: dict) -> tuple[int, ...]:
+        """(H, W) of the maps, from the arguments of a call of the owner."""
+        maps: Tensor = args[0] if args else kwargs["hidden_states"]
+        return tuple(maps.shape[-2:])
+
+    def attach(self, owner: nn.Module) -> MapsCarrier:
+        return self
+
+    def remove(self) -> None:
+        """As the handle that it is: there is no hook to take off."""
+
+
 def argument_position(kind: type[Any], name: str) -> int:
     """The position of an argument of a module class's `forward`, counted without `self`.
 

@@ -167,6 +167,11 @@ def check_captioned(pipe: Any) -> None:
     """
     check_alone(pipe, "caches, distillation and evaluation")
     model, vae = denoiser_of(pipe), getattr(pipe, "vae", None)
+    if not family_of(model).captioned:
+        raise ConvFusionError(
+            f"a {type(pipe).__name__} draws without captions, which caches, distillation and "
+            "evaluation go by. It can be converted, and drawn with in Python"
+        )
     channels, latents = model.config.get("in_channels"), None
     if vae is not None:
         latents = vae.config.get("latent_channels")

@@ -13,7 +13,7 @@ from convfusion.errors import UnsupportedModelError
 from convfusion.families.base import Denoiser, Site, family_of
 from convfusion.families.lookup import list_sites
 from convfusion.mixers import Grid
-from convfusion.mixers.base import TokenSample
+from convfusion.mixers.base import TokenSample, read_maps
 
 
 @contextmanager
@@ -48,7 +48,10 @@ def watch_attention(
 
     def attention_reader(site: Site) -> Callable:
         def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            see(site, module, args[0] if args else kwargs["hidden_states"], grids[site.owner])
+            tokens = args[0] if args else kwargs["hidden_states"]
+            if tokens.ndim == 4:
+                tokens = read_maps(module, tokens)
+            see(site, module, tokens, grids[site.owner])
 
         return read
 

@@ -148,6 +148,13 @@ def as_plain(attention: Any) -> Any:
     )
 
 
+def read_maps(attention: Any, maps: Tensor) -> Tensor:
+    """Maps [B, C, H, W] as tokens [B, H·W, C], normed where an attention does so first."""
+    flat = maps.flatten(2)
+    norm = getattr(attention, "group_norm", None)
+    return (flat if norm is None else norm(flat)).transpose(1, 2)
+
+
 def score_scale(attention: Any) -> float:
     """What an attention multiplies q·k with; 1/√d unless it says otherwise."""
     own = getattr(attention, "scale", None)

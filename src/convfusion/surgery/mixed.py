@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
 from convfusion.families.carrier import read_grid, without_grid
-from convfusion.mixers.base import TokenMixer
+from convfusion.mixers.base import TokenMixer, read_maps
 
 # What the layers that hold an attention's weights are called, in any class of them.
 PROJECTIONS = (
@@ -98,6 +98,8 @@ class ConvFusionProcessor:
             ConvFusionError: there is no grid, it has not N places, or there are further tokens to
                 attend to, or a mask.
         """
+        if hidden_states.ndim == 4:
+            return self.mix_maps(attention, hidden_states)
         if grid is None:
             grid = read_grid((*rotary, *others.values()))
         if grid is None:
@@ -130,6 +132,14 @@ class ConvFusionProcessor:
         if is_foreign(attention, processor):
             self.show(processor, attention, hidden_states, without_grid(others))
         return attention.mixer(hidden_states, sides)
+
+    def mix_maps(self, attention: Any, maps: Tensor) -> Tensor:
+        """Mix maps [B, C, H, W], with the norm, the skip and the scale of their attention."""
+        sides = tuple(maps.shape[-2:])
+        mixed = (
+            attention.mixer(read_maps(attention, maps), sides).transpose(1, 2).unflatten(2, sides)
+        )
+        return (mixed + maps) / attention.rescale_output_factor
 
     def show(self, processor: Any, attention: Any, tokens: Tensor, others: dict[str, Any]) -> None:
         """Call another library's processor for what it records; what it returns is not used.
@@ -222,6 +232,12 @@ def mixed_class(stock: type[nn.Module], *, dropped: bool = False) -> Any:
         made = type(f"{word}{stock.__name__}", (base, stock), {"stock": stock})
         _classes[stock, dropped] = made
     return _classes[stock, dropped]
+
+
+def replaced_layers(attention: nn.Module) -> dict[str, nn.Module]:
+    """The layers of an attention that a mixer takes the place of, by name."""
+    names = {*PROJECTIONS, *NORMS}
+    return {name: layer for name, layer in attention.named_children() if name in names}
 
 
 def resting_mixer(attention: nn.Module) -> TokenMixer | None:

@@ -40,12 +40,11 @@ from convfusion.surgery.layers import (
     unwrapped,
 )
 from convfusion.surgery.mixed import (
-    NORMS,
-    PROJECTIONS,
     DroppedAttention,
     MixedAttention,
     check_processor,
     mixed_class,
+    replaced_layers,
     resting_mixer,
 )
 from convfusion.surgery.plugins import check_forward, watch_plugins
@@ -202,7 +201,9 @@ def status(pipe_or_model: Any) -> Status:
         attention = model.get_submodule(site.path)
         mixer = attention.mixer if _is_converted(model, site) else None
         mixer_weights = sum(p.numel() for p in mixer.parameters()) if mixer is not None else 0
-        weights = sum(p.numel() for p in attention.parameters()) - mixer_weights
+        weights = sum(
+            p.numel() for layer in replaced_layers(attention).values() for p in layer.parameters()
+        )
         rows.append(
             SiteStatus(
                 site=site,
@@ -263,8 +264,11 @@ def _is_converted(model: Denoiser, site: Site) -> bool:
 
 def _plain_attention(model: Denoiser, site: Site) -> Any:
     attention: Any = model.get_submodule(site.path)
-    plain = family_of(model).attention_classes
-    if type(attention) not in plain or getattr(attention, "residual_connection", False):
+    family = family_of(model)
+    plain = family.attention_classes
+    skips = getattr(attention, "residual_connection", False)
+    spatial = getattr(attention, "spatial_norm", None) is not None
+    if type(attention) not in plain or skips != family.mixes_maps or spatial:
         names = " or ".join(kind.__name__ for kind in plain)
         raise UnsupportedModelError(
             f"{site.path} is a {type(attention).__name__}, not a plain diffusers {names}"
@@ -276,9 +280,8 @@ def _plain_attention(model: Denoiser, site: Site) -> Any:
 
 
 def _drop(attention: Any) -> None:
-    for name in (*PROJECTIONS, *NORMS):
-        if isinstance(getattr(attention, name, None), nn.Module):
-            delattr(attention, name)
+    for name in replaced_layers(attention):
+        delattr(attention, name)
     if not isinstance(attention, DroppedAttention):
         attention.__class__ = mixed_class(attention.stock, dropped=True)
 
