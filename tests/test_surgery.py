@@ -9,7 +9,6 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
-    UNet2DModel,
 )
 from tiny_models import (
     CASES,
@@ -30,6 +29,7 @@ from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, Remo
 from convfusion.bench.models import denoiser_on_meta, full_size_configs
 from convfusion.families import family_of, list_sites
 from convfusion.mixers import MIXERS
+from convfusion.mixers.base import projections
 from convfusion.surgery import mixers_of
 
 pytestmark = pytest.mark.libraries
@@ -58,8 +58,12 @@ def naive_output(model: nn.Module, case: Case, height: int, width: int) -> torch
         *frames, _, _ = case.latents(height, width)
         grid = (*frames, -(-height // factor), -(-width // factor))[-sites[path].rank :]
 
-        def forward(hidden_states, *args, mixer=mixer, grid=grid, **kwargs):
-            return mixer(hidden_states, grid)
+        def forward(hidden_states, *args, mixer=mixer, grid=grid, path=path, **kwargs):
+            if hidden_states.ndim == 3:
+                return mixer(hidden_states, grid)
+            maps = stock.get_submodule(path).group_norm(hidden_states.flatten(2))
+            mixed = mixer(maps.transpose(1, 2), grid).transpose(1, 2)
+            return mixed.unflatten(2, grid) + hidden_states
 
         stock.get_submodule(path).forward = forward
     return run(stock, case, height, width)
@@ -171,7 +175,7 @@ def test_dropping_attention_frees_it_and_draws_the_same(case):
     assert "fuse_qkv_projections" in str(status)
     assert torch.equal(run(model, case, *case.sizes[0]), expected)
     with pytest.raises(AttributeError, match="keep_attention=True"):
-        _ = model.get_submodule(status.sites[0].site.path).to_q
+        _ = projections(model.get_submodule(status.sites[0].site.path))
     with pytest.raises(ConvFusionError, match="were dropped"):
         convfusion.revert(model)
     assert torch.equal(run(model, case, *case.sizes[0]), expected)
@@ -182,7 +186,7 @@ def test_dropping_attention_frees_it_and_draws_the_same(case):
 def test_removed_equals_zeroed_attention(case):
     model = case.model()
     for site in list_sites(model):
-        for p in model.get_submodule(site.path).to_out.parameters():
+        for p in projections(model.get_submodule(site.path))[3].parameters():
             p.zero_()
     expected = run(model, case, *case.sizes[0])
     removed = case.model()
@@ -196,7 +200,7 @@ def test_mean_only_equals_uniform_attention(case):
     model = case.model()
     for site in list_sites(model):
         attention = model.get_submodule(site.path)
-        for p in attention.to_q.parameters():
+        for p in projections(attention)[0].parameters():
             p.zero_()
         if getattr(attention, "to_gate_logits", None) is not None:
             attention.to_gate_logits.weight.zero_()  # one gate for all tokens
@@ -227,6 +231,17 @@ LAYOUTS: dict[str, tuple] = {
     "dit": ({0: (28, 1152)}, None, 148.8),
     "wan-1.3b": ({0: (30, 1536)}, 1_418_996_800, 283.4, "wan"),
     "wan-14b": ({0: (40, 5120)}, 14_288_491_584, 4195.5, "wan"),
+    "wan-14b-image": ({0: (40, 5120)}, 16_394_878_784, 4195.5, "wan"),
+    "wan2.2-5b": ({0: (30, 3072)}, 4_999_787_712, 1133.0, "wan"),
+    "skyreels-1.3b": ({0: (30, 1536)}, 1_435_525_696, 283.4, "skyreels"),
+    "skyreels-14b": ({0: (40, 5120)}, 14_288_491_584, 4195.5, "skyreels"),
+    "wan-vace-1.3b": ({0: (45, 1536)}, 2_153_972_032, 425.1, "wan-vace"),
+    "wan-vace-14b": ({0: (48, 5120)}, 17_337_592_896, 5034.6, "wan-vace"),
+    "cosmos-7b": ({0: (28, 4096)}, 7_236_192_256, 1879.1, "cosmos"),
+    "cosmos-14b": ({0: (36, 5120)}, 14_267_149_312, 3774.9, "cosmos"),
+    "cosmos2-2b": ({0: (28, 2048)}, 1_956_413_440, 469.8, "cosmos"),
+    "kandinsky5-2b": ({0: (32, 1792)}, 2_007_702_848, 411.3, "kandinsky5"),
+    "kandinsky5-19b": ({0: (60, 4096)}, 19_311_325_248, 4027.5, "kandinsky5"),
     "ltx-2b": ({0: (28, 2048)}, 1_923_385_472, 470.1, "ltx"),
     "ltx-13b": ({0: (48, 4096)}, 13_042_569_344, 3222.4, "ltx"),
     "ltx-2": ({0: (48, 4096)}, 18_876_174_592, 3222.4, "ltx2"),
@@ -240,6 +255,7 @@ LAYOUTS: dict[str, tuple] = {
     ),
     "hunyuandit": ({0: (40, 1408)}, 1_499_952_032, 317.4),
     "sd35-medium": ({0: (13, 1536)}, 2_243_171_520, 122.8),
+    "ddpm-256": ({4: (5, 512), 5: (1, 512)}, 113_673_219, 6.3, "ddpm"),
     "controlnet-sd15": (
         {0: (2, 320), 1: (2, 640), 2: (2, 1280), 3: (1, 1280)}, 361_279_120, 23.8
     ),
@@ -292,9 +308,8 @@ def test_patterns_choose_sites():
                 joint_attention_dim=8,
                 pooled_projection_dim=8,
             ),
-            "FluxTransformer2DModel is not supported; supported are ControlNetModel, DiT",
+            "FluxTransformer2DModel is not supported; supported are ControlNetModel, ",
         ),
-        (lambda: UNet2DModel(block_out_channels=(8,) * 4, norm_num_groups=8), "UNet2DModel is not"),
         (
             lambda: SD3Transformer2DModel(
                 num_layers=1,

@@ -28,7 +28,7 @@ from convfusion.families import (
 )
 from convfusion.files import write_csv
 from convfusion.mixers import MIXERS, Mixer
-from convfusion.mixers.base import Grid, projections
+from convfusion.mixers.base import Grid, as_plain, projections
 from convfusion.mixers.delta_conv import DeltaConv
 from convfusion.operations import count, mixer_operations, peak_bytes
 from convfusion.surgery.config import ConvertConfig, uniform
@@ -207,7 +207,8 @@ def site_cost(
     channels, count_of_tokens = projections(attention)[0].in_features, math.prod(grid)
     with torch.device("meta"):
         tokens = torch.empty(sequences, count_of_tokens, channels, dtype=torch.float16)
-        module = mixer.build(channels, attention.heads) if mixer else copy.deepcopy(attention)
+        heads = as_plain(attention).heads
+        module = mixer.build(channels, heads) if mixer else copy.deepcopy(attention)
     module = module.to(torch.float16)
     inputs = (tokens, grid) if mixer else (tokens,)
     operations = mixer_operations(module, tokens, grid) if mixer else count(module, tokens)

@@ -73,7 +73,7 @@ def bench_model(name: str) -> BenchModel:
     published = full_size_configs()
     if name in published:
         denoiser = denoiser_on_meta(*published[name])
-        return BenchModel(name, denoiser, family_of(denoiser).pixels_per_latent)
+        return BenchModel(name, denoiser, family_of(denoiser).latent_pixels(denoiser))
     if name == "mini":
         return _from_folder(name, mini.TEACHER)
     if (Path(name) / "model_index.json").is_file():

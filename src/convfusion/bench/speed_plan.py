@@ -34,6 +34,7 @@ from convfusion.mixers import Removed
 from convfusion.mixers.base import Grid
 from convfusion.surgery import attention_teacher, mixers_of
 from convfusion.surgery.config import ConvertConfig, uniform
+from convfusion.surgery.mixed import replaced_layers
 
 LARGEST = 64 * 64  # tokens that are timed; beyond, the fitted laws speak
 ROUNDS = 3
@@ -276,10 +277,13 @@ def _weights(model: Any, kind: SiteKind, config: ConvertConfig) -> tuple[int, in
     attention = model.get_submodule(kind.site.path)
     each = next(attention.parameters()).element_size()
     settings = config.mixer_for(kind.site.path)
+    layers = replaced_layers(attention).values()
+    own = sum(p.numel() for layer in layers for p in layer.parameters())
+    if settings is None:
+        return each * own, each * own
     with torch.device("meta"):
-        mixer = settings.build(kind.site.channels, kind.site.heads) if settings else attention
-    own, other = (sum(p.numel() for p in m.parameters()) for m in (attention, mixer))
-    return each * own, each * other
+        mixer = settings.build(kind.site.channels, kind.site.heads)
+    return each * own, each * sum(p.numel() for p in mixer.parameters())
 
 
 def _rest(model: Any, latents: tuple[int, int], batch: int) -> float:

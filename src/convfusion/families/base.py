@@ -90,6 +90,8 @@ class Family(ABC):
         name: short, stored in checkpoints and caches.
         classes: names of the diffusers classes of its denoisers; subclasses count too.
         component: the attribute of a pipeline that holds the denoiser.
+        further_components: attributes that may hold further denoisers of the same family, which
+            take their turns with the first; they are converted together.
         latents: the argument of the denoiser's forward that the noisy latents go to.
         presets: by name of the preset and pattern over site paths, the kernel size of a ΔConvBlock,
             or settings of any mixer.
@@ -111,6 +113,9 @@ class Family(ABC):
             the grids of its sites have two sides, each frame is mixed by itself.
         frame_rate: frames a second that its videos are shown at.
         pixels_per_latent: along a side, in the autoencoder that `full_size` was published with.
+        captioned: whether it draws what a text or the name of a class says.
+        mixes_maps: whether its self-attentions take maps [B, C, H, W], norm them first, and add
+            them to what they give.
         rotary: whether its self-attentions turn queries and keys by where they lie. Such a family
             has a `find_turn` of its own where analysis and measured starts know it.
         shares_blocks_with: the family whose blocks fit this one and the other way round, since its
@@ -121,6 +126,7 @@ class Family(ABC):
     name: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
     component: ClassVar[str]
+    further_components: ClassVar[tuple[str, ...]] = ()
     latents: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, int | Mixer]]]
     halo: ClassVar[Halo] = Halo()
@@ -136,6 +142,8 @@ class Family(ABC):
     frames: ClassVar[int] = 0
     frame_rate: ClassVar[int] = 16
     pixels_per_latent: ClassVar[int] = 8
+    captioned: ClassVar[bool] = True
+    mixes_maps: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
     shares_blocks_with: ClassVar[str] = ""
     without_sites: ClassVar[str] = "has no self-attention in transformer blocks to replace"
@@ -221,6 +229,10 @@ class Family(ABC):
         """
         return (batch, model.config.in_channels, *sides)
 
+    def latent_pixels(self, model: Denoiser) -> int:
+        """Pixels per latent along a side, in the autoencoder that a model was published with."""
+        return self.pixels_per_latent
+
     def native_latents(self, model: Denoiser) -> Size:
         """(height, width) of the latents that a model was trained on, by its config."""
         sides = model.config.sample_size
@@ -247,6 +259,10 @@ class Family(ABC):
 
     def check_frames(self, model: Denoiser, frames: int) -> None:
         """Raise a ConvFusionError for a number of frames that a model cannot draw."""
+
+    def check_convert(self, model: Denoiser) -> None:
+        """Raise an UnsupportedModelError for attention that no mixer replaces, such as a causal
+        one; by default, never."""
 
     def check_export(self, model: Denoiser) -> None:
         """Raise a ConvFusionError for a model that is not exported; by default, never."""

@@ -77,6 +77,22 @@ class KeywordCarrier:
         return args, {**kwargs, self.keywords: extra}
 
 
+@dataclass(frozen=True)
+class MapsCarrier:
+    """Sends nothing: the owner is the self-attention itself, and sees maps [B, C, H, W]."""
+
+    def grid(self, args: tuple, kwargs: dict) -> tuple[int, ...]:
+        """(H, W) of the maps, from the arguments of a call of the owner."""
+        maps: Tensor = args[0] if args else kwargs["hidden_states"]
+        return tuple(maps.shape[-2:])
+
+    def attach(self, owner: nn.Module) -> MapsCarrier:
+        return self
+
+    def remove(self) -> None:
+        """As the handle that it is: there is no hook to take off."""
+
+
 def argument_position(kind: type[Any], name: str) -> int:
     """The position of an argument of a module class's `forward`, counted without `self`.
 
@@ -327,16 +343,30 @@ def read_coordinates(coordinates: Tensor) -> tuple[int, int, int]:
     )
 
 
-def read_rotary(values: tuple) -> Tensor | None:
-    """The grid that travels behind a rotary embedding among the arguments of an attention."""
-    return next((value[2] for value in values if _carries_grid(value)), None)
+def read_grid(values: tuple) -> Tensor | None:
+    """The grid among an attention's arguments: behind a rotary embedding, or in a dict."""
+    for value in values:
+        if isinstance(value, dict) and GRID in value:
+            return value[GRID]
+        if _carries_grid(value):
+            return value[2]
+    return None
 
 
 def drop_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of every other attention in reach of a grid: it has no use for one."""
-    args = tuple(value[:2] if _carries_grid(value) else value for value in args)
-    kept = {key: value for key, value in kwargs.items() if key != GRID}
-    return args, {k: v[:2] if _carries_grid(v) else v for k, v in kept.items()}
+    return tuple(map(_strip, args)), without_grid(kwargs)
+
+
+def without_grid(kwargs: dict) -> dict:
+    """Keyword arguments of an attention as they would be without a grid."""
+    return {key: _strip(value) for key, value in kwargs.items() if key != GRID}
+
+
+def _strip(value: Any) -> Any:
+    if isinstance(value, dict) and GRID in value:
+        return None  # where a grid travels in a dict, there is no other reason for one
+    return value[:2] if _carries_grid(value) else value
 
 
 def _carries_grid(value: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -170,6 +171,32 @@ def fold_gates(attention: Any) -> Any:
     plain = copy.copy(attention)
     plain._modules = {**attention._modules, "to_out": nn.ModuleList([out]), "to_gate_logits": None}
     return plain
+
+
+def as_plain(attention: Any) -> Any:
+    """An attention with its parts under the names of diffusers' own `Attention`.
+
+    Most have them already, and are returned as they are; of others it is a view of the same layers.
+    """
+    if not hasattr(attention, "to_query"):  # as in Kandinsky 5
+        return attention
+    query, key, value, out = projections(attention)
+    return SimpleNamespace(
+        to_q=query,
+        to_k=key,
+        to_v=value,
+        to_out=[out],
+        heads=attention.num_heads,
+        norm_q=attention.query_norm,
+        norm_k=attention.key_norm,
+    )
+
+
+def read_maps(attention: Any, maps: Tensor) -> Tensor:
+    """Maps [B, C, H, W] as tokens [B, H·W, C], normed where an attention does so first."""
+    flat = maps.flatten(2)
+    norm = getattr(attention, "group_norm", None)
+    return (flat if norm is None else norm(flat)).transpose(1, 2)
 
 
 def score_scale(attention: Any) -> float:
