@@ -37,8 +37,9 @@ from convfusion.families import denoiser_of
 from convfusion.fingerprint import fingerprint
 from convfusion.mini import HeldOut
 from convfusion.mixers import Mixer
+from convfusion.mixers.base import Grid
 from convfusion.operations import site_operations
-from mini import fashion, large
+from mini import fashion, large, video
 from mini.pixart import load_pixart
 from pages import add, rows
 from reach import window_share
@@ -56,13 +57,13 @@ class Teacher:
         load: makes its pipeline, on the CPU in float32.
         training_data: that students are distilled on.
         held_out_data: that they are judged on, by the name of a list.
-        latents: (height, width) of them.
+        latents: (height, width) of them, or (frames, height, width).
     """
 
     load: Callable[[], Any]
     training_data: Callable[[], LatentDataset]
     held_out_data: Callable[[HeldOut], LatentDataset]
-    latents: tuple[int, int]
+    latents: Grid
 
 
 TEACHERS = {
@@ -71,6 +72,7 @@ TEACHERS = {
     "fashion": Teacher(
         fashion.load_fashion, fashion.training_data, lambda part: fashion.test_data(), (8, 8)
     ),
+    "video": Teacher(video.load_video, video.training_data, video.held_out_data, (5, 16, 16)),
     "large": Teacher(large.load_large, large.training_data, large.held_out_data, (32, 32)),
 }
 TEXT_TO_IMAGE = ("mini", "pixart")

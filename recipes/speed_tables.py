@@ -10,6 +10,7 @@ from functools import partial
 from convfusion.bench.counts import denoiser_operations
 from convfusion.bench.models import bench_model
 from convfusion.bench.rows import ATTENTION, Crossover, Row, find_crossovers, fit_growth, read_rows
+from flops_video import FRAMES
 from pages import RESULTS, read, table
 
 STEPS = 25  # of a picture
@@ -23,12 +24,15 @@ NAMES = {
 
 
 def flops_totals(
-    file: str = "flops.csv",
+    file: str = "flops.csv", place: str = "all"
 ) -> dict[str, dict[tuple[int, int], dict[str, dict[str, str]]]]:
-    """Of a CSV the totals, by model, size in pixels and mixer."""
+    """Of a CSV the totals over all sites, by model, size in pixels and mixer.
+
+    With the place `denoiser`, those over all layers.
+    """
     found = defaultdict(lambda: defaultdict(dict))
     for row in read(file):
-        if row["place"] == "all":
+        if row["place"] == place:
             size = (int(row["width"]), int(row["height"]))
             found[row["model"]][size][row["mixer"]] = row
     return found
@@ -77,19 +81,25 @@ def flops_models() -> str:
 
 
 def flops_video() -> str:
-    """Wan: operations of attention, and attention's over those of blocks."""
+    """Videos: attention over blocks, at the sites alone and in the whole denoiser."""
     blocks = {
         "delta_conv 0.5": "ΔConvBlock",
         "halo 0.25 0.5": "halo 1/4, 1/2",
         "halo 0.5 0.5": "halo 1/2, 1/2",
     }
-    heads = ["model", "pixels", "attention, 10¹²", *(f"over {name}" for name in blocks.values())]
-    lines = [
-        [f"`{model}`", f"{width}×{height}", tera(by["attention"]["operations"])]
-        + [times(by[name]) for name in blocks]
-        for model, sizes in flops_totals("flops_video.csv").items()
-        for (width, height), by in sizes.items()
-    ]
+    heads = ["model", "pixels × frames", "attention, 10¹²", "of the denoiser"]
+    heads += [f"over {name}" for name in blocks.values()]
+    heads += [f"denoiser, {name}" for name in list(blocks.values())[:2]]
+    whole = flops_totals("flops_video.csv", "denoiser")
+    lines = []
+    for model, sizes in flops_totals("flops_video.csv").items():
+        for (width, height), by in sizes.items():
+            all_of_it = whole[model][width, height]
+            own = by["attention"]["operations"]
+            share = int(own) / int(all_of_it["attention"]["operations"])
+            line = [f"`{model}`", f"{width}×{height} × {FRAMES[model]}", tera(own), f"{share:.0%}"]
+            line += [times(by[name]) for name in blocks]
+            lines.append([*line, *(times(all_of_it[name]) for name in list(blocks)[:2])])
     return table(heads, lines)
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from tiny_pipelines import stable_diffusion, wan
+from typer.testing import CliRunner
 
 import convfusion
 from convfusion import ConvFusionError, Halo, uniform
+from convfusion.cli import app
 from convfusion.data import build_cache, open_cache, open_source
 from convfusion.data.buckets import list_lengths
 from convfusion.data.clips import read_clip, write_clip
@@ -19,6 +21,7 @@ from convfusion.families import encode_conditioning
 from convfusion.files import read_tensors
 
 SMALL = {"size": (16, 16), "frames": 9}
+SIDES = ("--size", "16x16", "--frames", "9")
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +196,29 @@ def test_clips_without_captions_are_refused(tmp_path):
     assert len(open_source(tmp_path)) == 1
     with pytest.raises(ConvFusionError, match="without a metadata file: it has no column 'film'"):
         open_source(tmp_path, image="film")
+
+
+def test_the_commands_take_clips(clips, tmp_path):
+    model, cache, blocks = (str(tmp_path / name) for name in ("model", "cache", "blocks"))
+    wan().save_pretrained(model)
+    told = run("cache", model, "--data", str(clips), "--out", cache, *SIDES, "--workers", "0")
+    assert "16x16x9" in told
+    training = ("--data", cache, "--batch-size", "2", "--tracker", "none")
+    told = run("distill", model, *training, "--dry-run")
+    assert "2 of 2" in told
+    given = ("--steps", "1", "--held-out", "1", "--prompt", "green", "--frames", "9")
+    told = run("distill", model, *training, *given, "--out", blocks)
+    assert "ε-error on 1 held-out samples" in told
+    assert "--frames 9 --size 16x16" in told
+    with Image.open(tmp_path / "blocks" / "validation" / "step-0000001.png") as shown:
+        assert shown.width > 6 * 16  # frames in a row
+    assert "frames = 9" in (tmp_path / "blocks" / "run.toml").read_text()
+    failed = CliRunner().invoke(app, ["distill", model, *training, "--frames", "5", "--out", "x"])
+    assert failed.exit_code
+    assert "built for 16x16x9, not for 16x16x5" in str(failed.exception)
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.output

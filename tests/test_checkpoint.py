@@ -13,10 +13,11 @@ from tiny_pipelines import PIPELINES, stable_diffusion
 import convfusion
 from convfusion import CheckpointError, ConvFusionError, DeltaConv, Removed, uniform
 from convfusion.checkpoint import BLOCKS, MANIFEST
-from convfusion.checkpoint.blocks import public_name, read_tensors, write_tensors
 from convfusion.checkpoint.loading import in_dtype
+from convfusion.checkpoint.manifests import public_name
 from convfusion.checkpoint.pipelines import BARE
 from convfusion.families import denoiser_of
+from convfusion.files import read_tensors, write_tensors
 from convfusion.generate import generate
 from convfusion.surgery import mixers_of
 

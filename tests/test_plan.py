@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_models import CASES, run
 import convfusion
 from convfusion.bench import speed_plan as plan_module
 from convfusion.bench.latency import Measured, site_kinds
+from convfusion.bench.models import denoiser_on_meta, full_size_configs
 from convfusion.bench.speed_plan import (
     Law,
     SitePlan,
@@ -60,6 +62,18 @@ def test_a_shrunk_grid_fits(grid, tokens):
     assert height * width <= max(tokens, 300)
     if grid[0] * grid[1] <= tokens:
         assert (height, width) == grid
+
+
+@pytest.mark.parametrize(("name", "whole"), [("wan-1.3b", (21, 60, 104)), ("svd", (25, 72, 128))])
+def test_frames_count_among_what_is_timed(name, whole):
+    """In a forward pass too; frames that are mixed each by itself stay as many as they are."""
+    model = denoiser_on_meta(*full_size_configs()[name])
+    fitting = plan_module._fitting(model, whole, 2, 1.0)
+    assert 64 <= math.prod(fitting) <= plan_module.LARGEST
+    assert fitting[0] == 25 if name == "svd" else fitting[0] < 21
+    smaller = plan_module._fitting(model, whole, 2, 0.25)
+    assert 1 <= math.prod(smaller) <= math.prod(fitting)
+    assert shrink_grid((21, 30, 52), 4096) == (10, 15, 26)
 
 
 def plan(*, rest=1.0, attention=Law(1e-4, 1e-7), block=Law(2e-4), tokens=4096):

@@ -10,7 +10,7 @@ from tiny_models import CASES, randomise, sd15
 import convfusion
 from convfusion import CheckpointError, Halo, uniform
 from convfusion.checkpoint import BLOCKS, MANIFEST
-from convfusion.checkpoint.blocks import NOTE
+from convfusion.checkpoint.manifests import NOTE
 from convfusion.files import read_notes, read_tensors, write_tensors
 from convfusion.surgery import mixers_of
 

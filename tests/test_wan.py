@@ -1,150 +1,143 @@
-"""Wan's transformers: converted on grids of three sides, with the grid behind the rotary one."""
-
-import copy
+"""Wan and its siblings: first frames, times of tokens, blocks that move; and blocks of videos."""
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
-from tiny_models import randomise
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SkyReelsV2Transformer3DModel,
+    WanPipeline,
+)
+from tiny_models import WAN, randomise, run_video, skyreels, vace, wan, wan_image
 
 import convfusion
-from convfusion import ConvertConfig, ConvFusionError, DeltaConv, Halo, MeanOnly, Removed, uniform
-from convfusion.bench.models import denoiser_on_meta, full_size_configs
-from convfusion.families import example_inputs, list_sites, site_grid
-from convfusion.mixers import Depthwise, GeneralisedLinear, mixer_from_dict, mixer_to_dict
+from convfusion import ConvFusionError, DeltaConv, MeanOnly, uniform
+from convfusion.bench.models import bench_model
+from convfusion.errors import UnsupportedModelError
+from convfusion.families import check_captioned, example_inputs, list_sites, site_grid
+from convfusion.mixers import mixer_from_dict, mixer_to_dict
 from convfusion.operations import site_operations
-from convfusion.surgery import attention_back, attention_teacher, mixers_of
+from convfusion.surgery import mixers_of
 
 VIDEO = DeltaConv(kernel_size=3, frame_kernel_size=3, first_frame_branch=True)
-NEAR = Halo(block=(1, 2, 2), window=(3, 4, 4), cells=(1, 2, 2))
-MIXERS = [VIDEO, NEAR, DeltaConv(kernel_size=3), MeanOnly(), Removed(), GeneralisedLinear()]
-SIZES = ((3, 8, 12), (4, 12, 6))
-each = pytest.mark.parametrize("mixer", MIXERS, ids=lambda m: f"{type(m).__name__}{m == VIDEO}")
+SIZE = (3, 8, 12)
 
 
-def make() -> WanTransformer3DModel:
-    torch.manual_seed(1)
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=3,
-        cross_attn_norm=True,
-        rope_max_seq_len=32,
-    ).eval()
+def seeded(make, seed=1):
+    torch.manual_seed(seed)
+    return make().eval()
 
 
-def run(model, frames, height, width):
-    inputs = example_inputs(model, (frames, height, width), batch=2, words=5)
-    return model(**inputs)[0]
-
-
-def converted(config):
-    model = make()
-    convfusion.convert(model, config)
+def converted(make):
+    model = seeded(make)
+    convfusion.convert(model, uniform(VIDEO))
     randomise(mixers_of(model), std=0.1)
     return model
 
 
-def naive_output(model, frames, height, width):
-    """The output when each mixer is told its grid by hand."""
-    mixers, grid = mixers_of(model), (frames, height // 2, width // 2)
-    stock = copy.deepcopy(model)
-    convfusion.revert(stock)
-    for path, mixer in mixers.items():
-
-        def forward(tokens, *args, mixer=mixer, **kwargs):
-            return mixer(tokens, grid)
-
-        stock.get_submodule(path).forward = forward
-    return run(stock, frames, height, width)
-
-
-@each
 @torch.no_grad()
-def test_two_sizes_in_a_row_save_load_and_revert(mixer, tmp_path):
-    original = make()
-    expected = [run(original, *size) for size in SIZES]
-    model = converted(uniform(mixer))
-    for size, stock in zip(SIZES, expected, strict=True):
-        assert torch.equal(run(model, *size), naive_output(model, *size))
-        assert not torch.allclose(run(model, *size), stock, rtol=0.01)
-    convfusion.save(model, tmp_path)
-    loaded = make()
-    convfusion.load(loaded, tmp_path)
-    assert torch.equal(run(loaded, *SIZES[0]), run(model, *SIZES[0]))
-    convfusion.revert(loaded)
-    for size, stock in zip(SIZES, expected, strict=True):
-        assert torch.equal(run(loaded, *size), stock)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in loaded.modules())
+def test_the_picture_of_a_first_frame_is_still_looked_at():
+    """It comes with the text, into the cross-attention, which stays as it is."""
+    model = converted(wan_image)
+    inputs = example_inputs(model, SIZE, batch=2)
+    expected = model(**inputs)[0]
+    picture = "encoder_hidden_states_image"
+    inputs[picture] = inputs[picture] + 1.0
+    assert not torch.allclose(model(**inputs)[0], expected)
+    attention = seeded(wan_image).blocks[0].attn2
+    assert type(model.blocks[0].attn2) is type(attention)
+    kept = model.blocks[0].attn2.state_dict()
+    assert all(torch.equal(kept[key], value) for key, value in attention.state_dict().items())
 
 
 @torch.no_grad()
-def test_sites_that_stay_are_not_given_the_grid():
-    part = ConvertConfig({"blocks.1.*": NEAR})
-    model = converted(part)
-    for size in SIZES:
-        assert torch.equal(run(model, *size), naive_output(model, *size))
-    expected = run(make(), *SIZES[0])
-    with attention_back(model, ["blocks.1.attn1"]):
-        assert torch.equal(run(model, *SIZES[0]), expected)
-    assert torch.equal(run(attention_teacher(model), *SIZES[0]), expected)
-
-
-@pytest.mark.parametrize("mixer", [VIDEO, NEAR], ids=lambda m: type(m).__name__)
-def test_checkpointing_with_two_sizes_in_flight(mixer):
-    def gradients(checkpointing):
-        model = converted(ConvertConfig({"blocks.[01].*": mixer}))
-        if checkpointing:
-            model.enable_gradient_checkpointing()
-        parameters = [p for each in mixers_of(model).values() for p in each.parameters()]
-        outputs = [run(model, *size) for size in SIZES]
-        return torch.autograd.grad(sum(o.square().sum() for o in outputs), parameters)
-
-    for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
-        torch.testing.assert_close(checkpointed, plain)
+def test_every_token_may_have_a_timestep_of_its_own():
+    """As in Wan 2.2 5B, where the tokens of a given first frame are at time 0."""
+    model = converted(wan)
+    inputs = example_inputs(model, SIZE, batch=2)
+    expected = model(**inputs)[0]
+    tokens = 3 * 4 * 6
+    inputs["timestep"] = inputs["timestep"][:, None].expand(-1, tokens)
+    torch.testing.assert_close(model(**inputs)[0], expected)
+    first_frame = torch.arange(tokens) < 4 * 6
+    inputs["timestep"] = inputs["timestep"].masked_fill(first_frame, 0)
+    assert not torch.allclose(model(**inputs)[0], expected)
+    convfusion.revert(model)
+    assert torch.equal(model(**inputs)[0], seeded(wan)(**inputs)[0])
 
 
 @torch.no_grad()
-def test_it_compiles_without_a_break():
-    model = converted(ConvertConfig({"blocks.0.*": VIDEO, "blocks.1.*": NEAR}))
-    expected = [run(model, *size) for size in SIZES]
-    model.compile(fullgraph=True, backend="eager")
-    for size, output in zip(SIZES, expected, strict=True):
-        torch.testing.assert_close(run(model, *size), output)
+def test_frames_of_skyreels_may_be_at_other_times():
+    model = converted(skyreels)
+    inputs = example_inputs(model, SIZE)
+    inputs |= {"timestep": torch.tensor([[100, 500, 900]]), "enable_diffusion_forcing": True}
+    mixed = model(**inputs)[0]
+    assert mixed.isfinite().all()
+    assert not torch.allclose(mixed, seeded(skyreels)(**inputs)[0], rtol=0.01)
+
+
+def test_causal_attention_is_refused_by_name():
+    with pytest.raises(UnsupportedModelError, match="attends causally, 3 frames at a time"):
+        convfusion.convert(SkyReelsV2Transformer3DModel(**WAN, num_frame_per_block=3))
+    model = converted(skyreels)
+    model._set_ar_attention(3)  # as its pipeline does
+    with pytest.raises(ConvFusionError, match="takes no mask, as of causal attention"):
+        run_video(model, *SIZE)
+
+
+@pytest.mark.parametrize("sibling", [skyreels, vace, wan_image])
+@torch.no_grad()
+def test_blocks_of_a_wan_fit_its_siblings(sibling, tmp_path):
+    model = seeded(sibling)
+    trained = converted(wan)
+    convfusion.save(trained, tmp_path / "blocks")
+    status = convfusion.load(model, tmp_path / "blocks")
+    mine, theirs = mixers_of(model), mixers_of(trained)
+    assert mine.keys() == theirs.keys() and status.converted == 2
+    for path, mixer in theirs.items():
+        loaded = mine[path].state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in mixer.state_dict().items())
+    convfusion.save(model, tmp_path / "back")
+    convfusion.revert(trained)
+    assert convfusion.load(trained, tmp_path / "back").converted == 2
+    assert run_video(model, *SIZE).isfinite().all()
+
+
+def test_blocks_for_a_video_to_be_edited_do_not_fit_a_wan(tmp_path):
+    convfusion.save(converted(vace), tmp_path / "blocks")
+    with pytest.raises(ConvFusionError, match=r"site that this model lacks: vace_blocks.0.attn1"):
+        convfusion.load(seeded(wan), tmp_path / "blocks")
 
 
 @torch.no_grad()
-def test_a_copy_stands_alone():
-    model = converted(uniform(VIDEO))
-    twin = copy.deepcopy(model)
-    convfusion.revert(twin)
-    assert torch.equal(run(twin, *SIZES[0]), run(make(), *SIZES[0]))
-    assert torch.equal(run(model, *SIZES[0]), naive_output(model, *SIZES[0]))
-
-
-@pytest.mark.parametrize("mixer", [Halo(), Depthwise()], ids=lambda m: type(m).__name__)
-def test_a_mixer_for_pictures_is_refused(mixer):
-    with pytest.raises(ConvFusionError, match=r"grid of \(frames, height, width\)"):
-        convfusion.convert(make(), uniform(mixer))
+def test_a_converted_skyreels_draws_what_a_wan_of_its_weights_draws():
+    """The two classes are one layout: without numbers of frames a second, one model."""
+    theirs, own = seeded(wan), SkyReelsV2Transformer3DModel(**WAN).eval()
+    own.load_state_dict(theirs.state_dict())
+    inputs = example_inputs(theirs, SIZE, batch=2, words=5)
+    for model in (theirs, own):
+        convfusion.convert(model, uniform(MeanOnly()))
+    torch.testing.assert_close(own(**inputs)[0], theirs(**inputs)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("name", "sites", "billions"), [("wan-1.3b", 30, 1.42), ("wan-14b", 40, 14.29)]
+    ("name", "size", "grid", "tokens"),
+    [
+        ("wan-1.3b", (480, 832), (21, 30, 52), 32_760),
+        ("wan-14b", (720, 1280), (21, 45, 80), 75_600),
+        ("wan2.2-5b", (704, 1280), (21, 22, 40), 18_480),
+        ("wan-vace-14b", (480, 832), (21, 30, 52), 32_760),
+        ("skyreels-14b", (544, 960), (25, 34, 60), 51_000),
+    ],
 )
-def test_full_size_models_convert_on_the_meta_device(name, sites, billions):
-    model = denoiser_on_meta(*full_size_configs()[name])
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
-    assert site_grid(model, list_sites(model)[0], (60, 104)) == (21, 30, 52)
-    status = convfusion.convert(model, uniform(VIDEO))
-    assert status.converted == sites
-    attention, block = site_operations(model, (21, 60, 104))["blocks.0.attn1"]
-    assert attention / block > 10
+def test_grids_of_published_models(name, size, grid, tokens):
+    model = bench_model(name)
+    latents, denoiser = model.latents(size), model.denoiser
+    site = list_sites(denoiser)[-1]
+    assert site_grid(denoiser, site, latents) == grid
+    convfusion.convert(denoiser, uniform(VIDEO))
+    attention, block = site_operations(denoiser, latents)[site.path]
+    assert attention == 4 * tokens * site.channels * (2 * site.channels + tokens)
+    assert attention / block > 4
 
 
 def test_a_video_block_is_pictures_and_kernels_along_frames():
@@ -191,7 +184,7 @@ def halve_frames(video):
 
 def test_kernels_along_frames_start_as_nothing():
     """A converted block mixes each frame as one without such kernels would."""
-    model = make()
+    model = seeded(wan)
     convfusion.convert(model, uniform(VIDEO))
     block = mixers_of(model)["blocks.0.attn1"]
     assert block.ranks == (3,)
@@ -205,3 +198,81 @@ def test_kernels_along_frames_start_as_nothing():
 def test_an_even_kernel_along_frames_is_refused():
     with pytest.raises(ConvFusionError, match="frame_kernel_size must be odd"):
         DeltaConv(frame_kernel_size=2)
+
+
+@pytest.fixture
+def two_transformers():
+    """A pipeline of Wan 2.2, which changes to its second transformer for the last steps."""
+    first, second = seeded(wan), seeded(wan, seed=2)
+    parts = dict.fromkeys(["tokenizer", "text_encoder", "vae"])
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return WanPipeline(
+        **parts,
+        scheduler=scheduler,
+        transformer=first,
+        transformer_2=second,
+        boundary_ratio=0.9,
+    )
+
+
+def draw(pipe):
+    embeds = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    drawn = pipe(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=-embeds,
+        height=64,
+        width=96,
+        num_frames=5,
+        num_inference_steps=3,
+        generator=generator,
+        output_type="latent",
+    )
+    return drawn.frames
+
+
+def test_both_transformers_are_converted_saved_loaded_and_reverted(two_transformers, tmp_path):
+    pipe = two_transformers
+    pipe.set_progress_bar_config(disable=True)
+    before = draw(pipe)
+    status = convfusion.convert(pipe, uniform(VIDEO))
+    assert status.converted == status.further["transformer_2"].converted == 2
+    assert "transformer_2: WanTransformer3DModel: 2 of 2 self-attention sites" in str(status)
+    for number, model in enumerate((pipe.transformer, pipe.transformer_2)):
+        randomise(mixers_of(model), std=0.1 + number / 10)
+    drawn = draw(pipe)
+    assert not torch.allclose(drawn, before)
+    convfusion.save(pipe, tmp_path / "blocks")
+    convfusion.revert(pipe)
+    assert torch.equal(draw(pipe), before)
+    convfusion.load(pipe, tmp_path / "blocks")
+    assert torch.equal(draw(pipe), drawn)
+    convfusion.revert(pipe.transformer_2)
+    assert not torch.equal(draw(pipe), drawn)  # it has its turn
+    with pytest.raises(ConvFusionError, match="converted already"):
+        convfusion.convert(pipe)
+    assert convfusion.status(pipe).further["transformer_2"].converted == 0
+    convfusion.load(pipe.transformer_2, tmp_path / "blocks" / "transformer_2")
+    assert torch.equal(draw(pipe), drawn)
+    convfusion.drop_attention(pipe)
+    assert torch.equal(draw(pipe), drawn)
+    with pytest.raises(ConvFusionError, match="were dropped"):
+        convfusion.revert(pipe)
+
+
+def test_what_knows_one_denoiser_refuses_two(two_transformers, tmp_path):
+    pipe = two_transformers
+    convfusion.save(converted(wan), tmp_path / "one")
+    with pytest.raises(ConvFusionError, match=r"has no blocks for transformer_2.*pipe.transformer"):
+        convfusion.load(pipe, tmp_path / "one")
+    assert convfusion.status(pipe).converted == 0
+    convfusion.convert(pipe, uniform(VIDEO))
+    two = "has 2 denoisers, transformer and transformer_2, and"
+    with pytest.raises(ConvFusionError, match=f"{two} single files know one"):
+        convfusion.save(pipe, tmp_path / "both.safetensors")
+    with pytest.raises(ConvFusionError, match=f"{two} whole saved pipelines know one"):
+        convfusion.save_pipeline(pipe, tmp_path / "pipe")
+    with pytest.raises(ConvFusionError, match=f"{two} measured starts know one"):
+        convfusion.start_from_attention(pipe, [])
+    with pytest.raises(ConvFusionError, match=f"{two} caches, distillation and evaluation know"):
+        check_captioned(pipe)

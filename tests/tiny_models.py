@@ -10,17 +10,27 @@ from typing import Any
 import torch
 from diffusers import (
     ControlNetModel,
+    CosmosTransformer3DModel,
     DiTTransformer2DModel,
     HunyuanDiT2DModel,
+    Kandinsky5Transformer3DModel,
+    LatteTransformer3DModel,
+    LTX2VideoTransformer3DModel,
+    LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
+    SkyReelsV2Transformer3DModel,
     UNet2DConditionModel,
+    UNet2DModel,
     UNet3DConditionModel,
     UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
+    WanTransformer3DModel,
+    WanVACETransformer3DModel,
 )
 from torch import Tensor, nn
 
-from convfusion.families import example_inputs, family_of
+from convfusion.families import example_inputs, family_of, list_sites
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 DOWN, UP = "DownBlock2D", "UpBlock2D"
@@ -130,14 +140,14 @@ def video() -> UNet3DConditionModel:
     )
 
 
-def controlnet() -> ControlNetModel:
+def controlnet(**options: Any) -> ControlNetModel:
     """For `sd15`, with maps that are not zero, unlike at the beginning of a training."""
     model = ControlNetModel(
         norm_num_groups=8,
         cross_attention_dim=16,
-        block_out_channels=(8, 16, 16, 16),
         attention_head_dim=2,
         conditioning_embedding_out_channels=(4, 8),
+        **(options or {"block_out_channels": (8, 16, 16, 16)}),
     )
     for layer in (*model.controlnet_down_blocks, model.controlnet_mid_block):
         nn.init.normal_(layer.weight, std=0.2)
@@ -180,6 +190,179 @@ def sd35() -> SD3Transformer2DModel:
     )
 
 
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 32,
+}
+
+
+def wan() -> WanTransformer3DModel:
+    return WanTransformer3DModel(**WAN)
+
+
+def wan_image() -> WanTransformer3DModel:
+    """Of Wan 2.1 for a first and a last frame, which every cross-attention sees."""
+    picture = {"image_dim": 16, "added_kv_proj_dim": 24, "pos_embed_seq_len": 2 * 257}
+    return WanTransformer3DModel(**{**WAN, "in_channels": 6, **picture})
+
+
+def skyreels() -> SkyReelsV2Transformer3DModel:
+    return SkyReelsV2Transformer3DModel(**WAN, inject_sample_info=True)
+
+
+def vace() -> WanVACETransformer3DModel:
+    return WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=6)
+
+
+def ddpm() -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=(DOWN, "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", UP),
+        layers_per_block=1,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        num_class_embeds=10,
+    )
+
+
+def cosmos() -> CosmosTransformer3DModel:
+    """Without a mask of padding, which diffusers resizes with torchvision."""
+    return CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        text_embed_dim=16,
+        adaln_lora_dim=8,
+        max_size=(16, 32, 32),
+        concat_padding_mask=False,
+    )
+
+
+def kandinsky() -> Kandinsky5Transformer3DModel:
+    """With gates that are not zero, unlike at the beginning of a training."""
+    model = Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=12,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=24,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 4, 4),
+        visual_cond=True,
+    )
+    for name, parameter in model.named_parameters():
+        if "modulation" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def ltx() -> LTXVideoTransformer3DModel:
+    return LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=2,
+        caption_channels=12,
+    )
+
+
+def ltx2(**options: Any) -> LTX2VideoTransformer3DModel:
+    return LTX2VideoTransformer3DModel(
+        **{
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "cross_attention_dim": 24,
+            "audio_in_channels": 6,
+            "audio_out_channels": 6,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 6,
+            "audio_cross_attention_dim": 12,
+            "num_layers": 2,
+            "caption_channels": 12,
+            "gated_attn": True,
+            "audio_gated_attn": True,
+            "rope_type": "split",
+            **options,
+        }
+    )
+
+
+def latte() -> LatteTransformer3DModel:
+    return LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        attention_bias=True,
+        sample_size=16,
+        patch_size=2,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        caption_channels=12,
+        video_length=16,
+    )
+
+
+def svd() -> UNetSpatioTemporalConditionModel:
+    """With two levels of its four."""
+    return UNetSpatioTemporalConditionModel(
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        block_out_channels=(32, 32),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24,
+        layers_per_block=1,
+        cross_attention_dim=16,
+        num_attention_heads=2,
+    )
+
+
+def short_controlnet() -> ControlNetModel:
+    """With two levels of its four."""
+    return controlnet(
+        block_out_channels=(8, 16), down_block_types=(CROSS_DOWN, DOWN), layers_per_block=1
+    )
+
+
+def short_ltx2() -> LTX2VideoTransformer3DModel:
+    return ltx2(num_layers=1)
+
+
+def two_levels() -> UNet2DConditionModel:
+    """Of SD1.5, with two levels of its four."""
+    return _unet(
+        block_out_channels=(8, 16),
+        down_block_types=(CROSS_DOWN, DOWN),
+        up_block_types=(UP, CROSS_UP),
+        layers_per_block=1,
+        attention_head_dim=2,
+    )
+
+
 @cache
 def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
     """A model whose values nobody needs."""
@@ -191,6 +374,8 @@ def shapes_of(make: Callable[[], nn.Module]) -> nn.Module:
 class Case:
     """A tiny model, how many sites it has, and its preset; its family tells what it takes.
 
+    `largest` are (height, width) of the latents that it is tried with, and `frames` theirs where it
+    draws videos.
     `distils` is false of a model that is not trained here: a ControlNet predicts no noise, and a
     HunyuanDiT takes timesteps that are no integers. `plain` is false of one whose queries and keys
     are normed or turned before they are compared.
@@ -201,6 +386,8 @@ class Case:
     sites: int
     preset: str
     square: bool = False
+    largest: tuple[int, int] = (24, 40)
+    frames: int = 2
     distils: bool = True
     plain: bool = True
 
@@ -208,11 +395,16 @@ class Case:
         torch.manual_seed(1)
         return self.make().eval()
 
+    @property
+    def rank(self) -> int:
+        """Of the grids of its sites."""
+        return list_sites(shapes_of(self.make))[0].rank
+
     def inputs(self, height: int, width: int, batch: int = 2) -> dict[str, Any]:
         """Keyword arguments of one call on latents of this size."""
         generator = torch.Generator().manual_seed(height * 1000 + width)
         model = shapes_of(self.make)
-        size = (2, height, width) if family_of(model).frames else (height, width)
+        size = self.latents(height, width)
         made = example_inputs(model, size, batch=batch, words=5, device="meta")
 
         def fill(values: Any, name: str) -> Any:
@@ -225,6 +417,8 @@ class Case:
                 return values
             if name == "timestep":
                 return (torch.arange(1, batch + 1) * 300).to(values.dtype)
+            if "rope_pos" in name:
+                return torch.arange(len(values))
             if not values.is_floating_point():
                 return torch.arange(batch)  # classes
             if "mask" in name:
@@ -236,8 +430,15 @@ class Case:
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Two sizes with as many tokens each, one the other's transpose where that is possible."""
-        return [(16, 16), (24, 24)] if self.square else [(24, 40), (40, 24)]
+        return [(16, 16), (24, 24)] if self.square else [self.largest, self.largest[::-1]]
 
+    def latents(self, height: int, width: int) -> tuple[int, ...]:
+        """The sides of its latents, of a video with frames."""
+        draws_videos = family_of(shapes_of(self.make)).frames
+        return (self.frames, height, width) if draws_videos else (height, width)
+
+
+FRAMES: dict[str, Any] = {"largest": (8, 12), "distils": False, "plain": False}
 
 CASES = [
     Case("sd15", sd15, 16, "sd15"),
@@ -248,19 +449,42 @@ CASES = [
     Case("motion", motion, 4, "motion_unet"),
     Case("video", video, 4, "motion_unet"),
     Case("controlnet", controlnet, 7, "controlnet-sd15", distils=False),
+    Case("wan", wan, 2, "wan", **FRAMES),
+    Case("wan-image", wan_image, 2, "wan", **FRAMES),
+    Case("skyreels", skyreels, 2, "skyreels", **FRAMES),
+    Case("vace", vace, 3, "wan-vace", **FRAMES),
+    Case("cosmos", cosmos, 2, "cosmos", **FRAMES),
+    Case("kandinsky", kandinsky, 2, "kandinsky5", **FRAMES),
+    Case("ltx", ltx, 2, "ltx", largest=(4, 6), distils=False, plain=False),
+    Case("ltx2", ltx2, 2, "ltx2", largest=(4, 6), distils=False, plain=False),
+    Case("latte", latte, 2, "latte", largest=(8, 12), frames=16, distils=False),
+    Case("svd", svd, 4, "svd_unet", largest=(8, 12), distils=False),
+    Case("ddpm", ddpm, 4, "ddpm", distils=False, plain=False),
     Case("hunyuan", hunyuan, 4, "hunyuandit", distils=False, plain=False),
     Case("sd35", sd35, 2, "sd35-medium", plain=False),
 ]
+FLAT = [case for case in CASES if case.rank == 2]
+VIDEOS = [case for case in CASES if case.rank == 3]
 DISTILLED = [case for case in CASES if case.distils]
 PLAIN = [case for case in DISTILLED if case.plain]
 
 
 def run(model: nn.Module, case: Case, height: int, width: int, batch: int = 2) -> Tensor:
-    """What a model makes of its latents; of a ControlNet, all of its maps, one behind the other."""
-    output, *others = model(**case.inputs(height, width, batch))
+    """What a model makes of its latents; see `first_output`."""
+    return first_output(model(**case.inputs(height, width, batch)))
+
+
+def first_output(outputs: tuple[Any, ...]) -> Tensor:
+    """What a call of a model gives that is compared; of a ControlNet, all of its maps."""
+    output, *others = outputs
     if isinstance(output, Tensor):
         return output
     return torch.cat([each.flatten(1) for each in (*output, *others)], dim=1)
+
+
+def run_video(model: nn.Module, frames: int, height: int, width: int) -> Tensor:
+    """What a model makes of two made-up videos, whose latents have these sides."""
+    return model(**example_inputs(model, (frames, height, width), batch=2, words=5))[0]
 
 
 def randomise(mixers: dict[str, nn.Module], std: float = 0.3) -> None:

@@ -22,6 +22,8 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from PIL import Image
 
 from convfusion.checkpoint.pipelines import in_dtype
+from convfusion.data import LatentDataset
+from convfusion.mini import HeldOut
 
 KEPT = Path(__file__).parent / "video"
 SHEET = KEPT / "emoji.png"
@@ -171,7 +173,7 @@ def load_video(folder: Path = KEPT) -> WanPipeline:
     return pipe
 
 
-def generate(pipe: WanPipeline, captions: list[str]) -> torch.Tensor:
+def generate(pipe: WanPipeline, captions: list[str], steps: int | None = None) -> torch.Tensor:
     """Clips [B, 3, 17, 64, 64] in [0, 1] that the model draws, each from the seed of its number."""
     pipe.set_progress_bar_config(disable=True)
     return pipe(
@@ -179,7 +181,7 @@ def generate(pipe: WanPipeline, captions: list[str]) -> torch.Tensor:
         height=SIZE,
         width=SIZE,
         num_frames=FRAMES,
-        num_inference_steps=STEPS,
+        num_inference_steps=steps or STEPS,
         guidance_scale=GUIDANCE,
         generator=[torch.Generator().manual_seed(number) for number in range(len(captions))],
         output_type="pt",
@@ -191,6 +193,21 @@ def save_strips(clips: torch.Tensor, path: Path) -> None:
     frames = clips[:, :, STRIP, :, :].float().cpu()
     rows = frames.permute(0, 3, 2, 4, 1).flatten(0, 1).flatten(1, 2)
     Image.fromarray((rows * 255).round().byte().numpy()).save(path)
+
+
+def training_data() -> LatentDataset:
+    """One clip of each pair of emoji and motion of the training list."""
+    return _data("train", len(pairs("train")))
+
+
+def held_out_data(part: HeldOut, count: int | None = None) -> LatentDataset:
+    """The first clips of a held-out list; by default one of each of its pairs."""
+    return _data(part, count or len(pairs(part)))
+
+
+@lru_cache
+def _data(side: Side, count: int) -> LatentDataset:
+    return LatentDataset(*latents(load_video().vae, side, count))
 
 
 @torch.no_grad()

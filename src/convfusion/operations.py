@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from convfusion.errors import ConvFusionError
 from convfusion.families import count_sequences, denoiser_of, list_sites, site_grid
 from convfusion.mixers import Circular, Neighbourhood
-from convfusion.mixers.base import Grid, TokenMixer
+from convfusion.mixers.base import Grid, TokenMixer, projections
 from convfusion.ops import library
-from convfusion.surgery.mixed import MixedAttention
+from convfusion.surgery.mixed import DroppedAttention, MixedAttention
 
 
 def _sdpa_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -91,7 +91,7 @@ def site_operations(pipe_or_model: Any, size: Grid) -> dict[str, tuple[int, int]
         attention = model.get_submodule(site.path)
         if not isinstance(attention, MixedAttention):
             continue
-        if not hasattr(attention, "to_q"):
+        if isinstance(attention, DroppedAttention):
             raise ConvFusionError("the attention was dropped: there is nothing to compare with")
         grid = site_grid(model, site, size)
         mixer: Any = copy.deepcopy(attention.mixer).to("meta")
@@ -121,7 +121,7 @@ def attention_operations(attention: Any, channels: int, grid: Grid) -> int:
 
 def _meta_tokens(attention: Any, channels: int, grid: Grid) -> Tensor:
     """Tokens [1, N, C] as a self-attention takes them, without values."""
-    dtype = attention.to_q.weight.dtype
+    dtype = projections(attention)[0].weight.dtype
     return torch.empty(1, math.prod(grid), channels, device="meta", dtype=dtype)
 
 

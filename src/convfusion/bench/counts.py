@@ -28,7 +28,7 @@ from convfusion.families import (
 )
 from convfusion.files import write_csv
 from convfusion.mixers import MIXERS, Mixer
-from convfusion.mixers.base import Grid, projections
+from convfusion.mixers.base import Grid, as_plain, projections
 from convfusion.mixers.delta_conv import DeltaConv
 from convfusion.operations import count, mixer_operations, peak_bytes
 from convfusion.surgery.config import ConvertConfig, uniform
@@ -49,6 +49,7 @@ COUNTED = (
     "attention scores; of halo blocks as on a GPU, which works 65,536 tokens at a time.",
 )
 EVERY = "all"  # the place of a total
+WHOLE = "denoiser"  # and of all that a denoiser works out
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Cost:
         model: name.
         width, height: of the picture, in pixels.
         mixer: `attention`, or the name of a contender.
-        place: the part of the model, such as `down_blocks.0`; `all` is a total.
+        place: the part of the model, such as `down_blocks.0`; `all` is a total over the sites, and
+            `denoiser` over all layers.
         sites: how many sites of that place cost the same, or all that a total sums up.
         channels: C of the tokens; 0 in a total.
         tokens: N of a sequence; 0 in a total.
@@ -205,7 +207,8 @@ def site_cost(
     channels, count_of_tokens = projections(attention)[0].in_features, math.prod(grid)
     with torch.device("meta"):
         tokens = torch.empty(sequences, count_of_tokens, channels, dtype=torch.float16)
-        module = mixer.build(channels, attention.heads) if mixer else copy.deepcopy(attention)
+        heads = as_plain(attention).heads
+        module = mixer.build(channels, heads) if mixer else copy.deepcopy(attention)
     module = module.to(torch.float16)
     inputs = (tokens, grid) if mixer else (tokens,)
     operations = mixer_operations(module, tokens, grid) if mixer else count(module, tokens)
@@ -233,6 +236,33 @@ def add_totals(costs: Iterable[Cost]) -> list[Cost]:
     ]
 
 
+def whole_costs(model: BenchModel, totals: Iterable[Cost]) -> list[Cost]:
+    """The whole denoiser with what stands at its sites, for every mixer and size.
+
+    Args:
+        model: that the totals are of.
+        totals: of `add_totals`; the memory of a site stays.
+    """
+    by_size: dict[tuple[int, int], list[Cost]] = {}
+    for cost in totals:
+        by_size.setdefault((cost.height, cost.width), []).append(cost)
+    weights = sum(parameter.numel() for parameter in model.denoiser.parameters())
+    found = []
+    for size, costs in by_size.items():
+        (attention,) = (cost for cost in costs if cost.mixer == ATTENTION)
+        others = denoiser_operations(model, size) - attention.operations
+        found += [
+            replace(
+                cost,
+                place=WHOLE,
+                operations=others + cost.operations,
+                parameters=weights - attention.parameters + cost.parameters,
+            )
+            for cost in costs
+        ]
+    return found
+
+
 def compare_with_attention(costs: Sequence[Cost]) -> list[float | None]:
     """For each cost, the attention's operations over its own, same model, size and place."""
 
@@ -243,11 +273,11 @@ def compare_with_attention(costs: Sequence[Cost]) -> list[float | None]:
     return [attention[where(cost)] / cost.operations if cost.operations else None for cost in costs]
 
 
-def write_costs(costs: Sequence[Cost], path: Path) -> None:
-    """Costs and their totals as CSV, each with the attention's operations over its own."""
+def write_costs(costs: Sequence[Cost], path: Path, whole: Sequence[Cost] = ()) -> None:
+    """Costs, their totals and whole denoisers as CSV, each with attention's operations over its."""
     rows = [
         asdict(cost) | {"attention_over": "" if ratio is None else f"{ratio:.6g}"}
-        for part in (costs, add_totals(costs))
+        for part in (costs, add_totals(costs), whole)
         for cost, ratio in zip(part, compare_with_attention(part), strict=True)
     ]
     write_csv(path, [*(column.name for column in fields(Cost)), "attention_over"], rows)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from convfusion.bench.timing import Timing, time_interleaved
 from convfusion.families import Denoiser, Site, example_inputs, list_sites
-from convfusion.mixers.base import Grid, TokenMixer
+from convfusion.mixers.base import Grid, TokenMixer, as_plain
 from convfusion.mixers.delta_conv import DeltaConv
 from convfusion.surgery import build_mixers, install, revert
 from convfusion.surgery.config import ConvertConfig
@@ -157,15 +157,16 @@ def site_module(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for layer in attention.modules():
-            if isinstance(layer, nn.Linear):
+            if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()
-            elif getattr(layer, "weight", None) is not None:  # a norm's
-                nn.init.ones_(layer.weight)
+            else:  # a norm of diffusers' own
+                for weight in layer.parameters(recurse=False):
+                    nn.init.ones_(weight)
         mixer = None if config is None else config.mixer_for(site.path)
         if mixer is None:
             return attention
         built = mixer.build(site.channels, site.heads)
-        built.init_from(attention)
+        built.init_from(as_plain(attention))
     return built
 
 

@@ -15,8 +15,6 @@ from convfusion import mini
 from convfusion.errors import ConvFusionError
 from convfusion.families import FAMILIES, Denoiser, component_names, family_of, supported_classes
 
-PIXELS_PER_LATENT = 8  # along a side, in the autoencoders of all that are known by name
-
 
 def full_size_configs() -> dict[str, tuple[str, Mapping[str, Any]]]:
     """Class and configuration of the published denoisers that families know, by name."""
@@ -42,17 +40,26 @@ class BenchModel:
     denoiser: Denoiser
     pixels_per_latent: int
 
+    @property
+    def unit(self) -> int:
+        """What the sides of its pictures are multiples of, in pixels."""
+        return self.pixels_per_latent * family_of(self.denoiser).patch_size(self.denoiser)
+
+    def draws(self, size: tuple[int, int]) -> bool:
+        """Whether it can draw pictures of (height, width) pixels."""
+        return min(size) >= self.unit and not any(side % self.unit for side in size)
+
     def latents(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the latents of pictures of (height, width) pixels.
 
         Raises:
             ConvFusionError: the model draws no pictures of this size.
         """
-        unit = self.pixels_per_latent * family_of(self.denoiser).patch_size(self.denoiser)
         height, width = size
-        if min(size) < unit or height % unit or width % unit:
+        if not self.draws(size):
             raise ConvFusionError(
-                f"{self.name} draws multiples of {unit} pixels along a side, not {width}×{height}"
+                f"{self.name} draws multiples of {self.unit} pixels along a side, not "
+                f"{width}×{height}"
             )
         return height // self.pixels_per_latent, width // self.pixels_per_latent
 
@@ -65,7 +72,8 @@ def bench_model(name: str) -> BenchModel:
     """
     published = full_size_configs()
     if name in published:
-        return BenchModel(name, denoiser_on_meta(*published[name]), PIXELS_PER_LATENT)
+        denoiser = denoiser_on_meta(*published[name])
+        return BenchModel(name, denoiser, family_of(denoiser).latent_pixels(denoiser))
     if name == "mini":
         return _from_folder(name, mini.TEACHER)
     if (Path(name) / "model_index.json").is_file():

@@ -27,15 +27,19 @@ from convfusion.families import (
     denoiser_of,
     example_inputs,
     family_of,
+    list_sites,
     site_grid,
 )
 from convfusion.mixers import Removed
 from convfusion.mixers.base import Grid
 from convfusion.surgery import attention_teacher, mixers_of
 from convfusion.surgery.config import ConvertConfig, uniform
+from convfusion.surgery.mixed import replaced_layers
 
 LARGEST = 64 * 64  # tokens that are timed; beyond, the fitted laws speak
 ROUNDS = 3
+WORK = 500_000_000_000  # multiply-adds of weights with tokens, in a forward pass that is timed
+FEWEST = 256  # tokens, below which weights take longer to read than to work with
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ def fit_line(times: dict[int, float]) -> Law:
 
 def shrink_grid(grid: Grid, tokens: int) -> Grid:
     """A grid of the same shape, nearly, that has no more than so many tokens, and at least one."""
-    share = min(1.0, math.sqrt(tokens / math.prod(grid)))
-    return max(1, int(grid[0] * share)), max(1, int(grid[1] * share))
+    share = min(1.0, (tokens / math.prod(grid)) ** (1 / len(grid)))
+    return tuple(max(1, int(side * share)) for side in grid)
 
 
 @dataclass(frozen=True)
@@ -273,22 +277,57 @@ def _weights(model: Any, kind: SiteKind, config: ConvertConfig) -> tuple[int, in
     attention = model.get_submodule(kind.site.path)
     each = next(attention.parameters()).element_size()
     settings = config.mixer_for(kind.site.path)
+    layers = replaced_layers(attention).values()
+    own = sum(p.numel() for layer in layers for p in layer.parameters())
+    if settings is None:
+        return each * own, each * own
     with torch.device("meta"):
-        mixer = settings.build(kind.site.channels, kind.site.heads) if settings else attention
-    own, other = (sum(p.numel() for p in m.parameters()) for m in (attention, mixer))
-    return each * own, each * other
+        mixer = settings.build(kind.site.channels, kind.site.heads)
+    return each * own, each * sum(p.numel() for p in mixer.parameters())
 
 
 def _rest(model: Any, latents: tuple[int, int], batch: int) -> float:
-    """Seconds of a forward pass with nothing at the sites, from a smaller one if that is large."""
-    unit = family_of(model).latent_unit(model)
-    height, width = shrink_grid((latents[0] // unit, latents[1] // unit), LARGEST // unit**2)
-    small = height * unit, width * unit
-    inputs = example_inputs(model, small, batch=batch)
-    call = denoiser_call(model, Variant(uniform(Removed())), inputs)
+    """Seconds of a forward pass with nothing at the sites.
+
+    Of a large one the line through two smaller ones tells: what is worked out of the text is the
+    same at every size, and all else is linear in the latents, frames among them.
+    """
+    whole = _with_frames(model, latents)
+    large = _fitting(model, whole, batch, 1.0)
+    sizes = [large] if large == whole else [_fitting(model, whole, batch, 0.25), large]
     device = next(model.parameters()).device
-    timing: Timing = time_interleaved({"rest": call}, device, ROUNDS)["rest"]
-    return timing.median * math.prod(latents) / math.prod(small)
+    times: dict[int, float] = {}
+    for size in sizes:
+        inputs = example_inputs(model, size, batch=batch)
+        call = denoiser_call(model, Variant(uniform(Removed())), inputs)
+        timing: Timing = time_interleaved({"rest": call}, device, ROUNDS)["rest"]
+        times[math.prod(size)] = timing.median
+    (first, fast), (last, slow) = min(times.items()), max(times.items())
+    slope = max(0.0, (slow - fast) / (last - first)) if last > first else slow / last
+    return slow + slope * (math.prod(whole) - last)
+
+
+def _with_frames(model: Any, latents: tuple[int, int]) -> Grid:
+    frames = family_of(model).frames
+    return (frames, *latents) if frames else latents
+
+
+def _fitting(model: Any, latents: Grid, batch: int, share: float) -> Grid:
+    """Sides of latents of the same shape that a forward pass can be timed with.
+
+    They make at most `LARGEST` in all, fewer of a transformer with many weights, all of which work
+    on each of its tokens. Frames that are mixed each by itself stay as many as they are.
+    """
+    unit = family_of(model).latent_unit(model)
+    most = LARGEST // unit**2
+    if unit == family_of(model).patch_size(model):
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        most = min(most, max(FEWEST, WORK // (batch * weights)))
+    kept = len(latents) - list_sites(model)[0].rank
+    frames, shrunk = latents[:kept], latents[kept:]
+    units = (*shrunk[:-2], *(side // unit for side in shrunk[-2:]))
+    *others, height, width = shrink_grid(units, int(share * most) // math.prod(frames))
+    return (*frames, *others, height * unit, width * unit)
 
 
 def describe_plan(plan: SpeedPlan, scale: int, unit: int) -> list[str]:

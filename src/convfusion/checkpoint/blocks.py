@@ -17,7 +17,6 @@ Only safetensors and JSON are read, so a file from outside cannot run code.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,23 +24,34 @@ import torch
 from torch import Tensor
 
 from convfusion.checkpoint import released
+from convfusion.checkpoint.manifests import (
+    NOTE,
+    check_digest,
+    make_manifest,
+    read_manifest,
+    read_note,
+    read_record,
+)
 from convfusion.checkpoint.named import BLOCKS, MANIFEST, PACKAGED, fetch_blocks
 from convfusion.errors import CheckpointError, ConvFusionError
-from convfusion.families import Denoiser, block_family, denoiser_of, list_sites
+from convfusion.families import (
+    Denoiser,
+    block_family,
+    check_alone,
+    denoiser_of,
+    denoisers_of,
+    list_sites,
+)
 from convfusion.files import (
     FLOATS,
     few,
-    file_digest,
     read_header,
-    read_json,
-    read_notes,
     read_tensors,
-    unreadable,
     write_tensors,
     write_text,
 )
 from convfusion.folders import made_folder, remove_remains
-from convfusion.mixers import Mixer, mixer_from_dict, mixer_to_dict
+from convfusion.mixers import Mixer, mixer_from_dict
 from convfusion.mixers.base import TokenMixer
 from convfusion.surgery import Status, build_mixers, drop_attention, install, mixers_of, status
 from convfusion.surgery.config import ConvertConfig
@@ -52,20 +62,18 @@ from convfusion.surgery.layers import (
     projections,
     separate,
 )
-from convfusion.surgery.record import TrainingRecord, joint_record, set_record
+from convfusion.surgery.record import TrainingRecord, set_record
 
 # Settings and values by site, and what they have been through.
 Blocks: TypeAlias = tuple[dict[str, Mixer], dict[str, dict[str, Tensor]], TrainingRecord]
-
-FORMAT = 1
-NOTE = "convfusion"  # in the header of the tensors: the manifest
 
 
 def save(pipe_or_model: Any, target: str | Path) -> None:
     """Write the mixers of a converted pipeline or denoiser to a folder, or to one file.
 
     Each file is written aside and renamed, the manifest last; it names the tensor file by its
-    SHA-256. Other files in the folder stay.
+    SHA-256. Other files in the folder stay. Of a pipeline with a further denoiser, such as the
+    `transformer_2` of Wan 2.2, that one's go to a folder of its name inside.
 
     Args:
         pipe_or_model: converted.
@@ -76,17 +84,29 @@ def save(pipe_or_model: Any, target: str | Path) -> None:
         ConvFusionError: the model is not converted, or `load` would refuse what is written.
         CheckpointError: it cannot be written, as on a full disk.
     """
-    check_saveable(pipe_or_model)
-    mixers = mixers_of(pipe_or_model)
     folder = Path(target)
-    notes = {NOTE: json.dumps(_manifest(pipe_or_model, mixers))}
     if folder.suffix == ".safetensors" and not folder.is_dir():
+        check_alone(pipe_or_model, "single files")
+        check_saveable(pipe_or_model)
+        mixers = mixers_of(pipe_or_model)
+        notes = {NOTE: json.dumps(make_manifest(pipe_or_model, mixers))}
         write_tensors(folder, _tensors(mixers), notes)
         return
+    first, *further = denoisers_of(pipe_or_model).items()
+    for _, model in (first, *further):
+        check_saveable(model)
+    _save_folder(pipe_or_model, folder)
+    for name, model in further:
+        _save_folder(model, folder / name)
+
+
+def _save_folder(pipe_or_model: Any, folder: Path) -> None:
+    mixers = mixers_of(pipe_or_model)
+    notes = {NOTE: json.dumps(make_manifest(pipe_or_model, mixers))}
     with made_folder(folder) as place:
         remove_remains(place)
         digest = write_tensors(folder / BLOCKS, _tensors(mixers), notes)
-        manifest = _manifest(pipe_or_model, mixers, digest)
+        manifest = make_manifest(pipe_or_model, mixers, digest)
         write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
@@ -149,8 +169,26 @@ def load(
         CheckpointError: nothing is of that name; or a file is missing, damaged, or does not fit
             this model, which is unchanged.
     """
-    model = denoiser_of(pipe_or_model)
-    wanted, states, record = _read_source(fetch_blocks(source, revision), model, average)
+    path = fetch_blocks(source, revision)
+    first, *further = denoisers_of(pipe_or_model).items()
+    paths = [(first[1], path), *((model, path / name) for name, model in further)]
+    for name, _ in further:
+        if not (path / name / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{source} has no blocks for {name}, the further denoiser of this pipeline: load "
+                f"blocks into pipe.{first[0]} or pipe.{name} alone"
+            )
+    ready = [_ready_blocks(model, place, average) for model, place in paths]
+    for (model, _), (mixers, states, record) in zip(paths, ready, strict=True):
+        _put(model, mixers, states, record, keep_attention)
+    return status(pipe_or_model)
+
+
+def _ready_blocks(
+    model: Denoiser, source: Path, average: bool
+) -> tuple[dict[str, TokenMixer], dict[str, dict[str, Tensor]], TrainingRecord]:
+    """Mixers for a model, new or those that it has, and what they are to be filled with."""
+    wanted, states, record = _read_source(source, model, average)
     present = mixers_of(model)
     if present and {path: mixer.config for path, mixer in present.items()} != wanted:
         raise CheckpointError(
@@ -161,6 +199,18 @@ def load(
     mixers = present or build_mixers(model, list_sites(model), ConvertConfig(sites=wanted))
     for path, mixer in mixers.items():
         _check_finite(source, path, mixer, states[path])
+    return mixers, states, record
+
+
+def _put(
+    model: Denoiser,
+    mixers: dict[str, TokenMixer],
+    states: dict[str, dict[str, Tensor]],
+    record: TrainingRecord,
+    keep_attention: bool,
+) -> None:
+    """Fill mixers, and convert a model with them unless it has them already."""
+    present = bool(mixers_of(model))
     for path, mixer in mixers.items():
         fill(mixer, states[path])
         set_record(mixer, record)
@@ -170,7 +220,6 @@ def load(
         install(model, mixers, keep_attention=keep_attention)
     elif not keep_attention:
         drop_attention(model)
-    return status(model)
 
 
 def _trains_values(attention: Any) -> bool:
@@ -210,91 +259,6 @@ def _check_finite(
             )
 
 
-def _manifest(
-    pipe_or_model: Any, mixers: dict[str, TokenMixer], digest: str | None = None
-) -> dict[str, Any]:
-    from convfusion import __version__
-
-    model = denoiser_of(pipe_or_model)
-    named = str(getattr(pipe_or_model.config, "_name_or_path", "") or "")
-    channels = {site.path: site.channels for site in list_sites(model)}
-    return {
-        "format": FORMAT,
-        "version": __version__,
-        "family": block_family(model),
-        "base_model": public_name(named),
-        **({} if digest is None else {"sha256": digest}),
-        **joint_record(mixers.values()).to_dict(),
-        "sites": {
-            path: {"channels": channels[path], "mixer": mixer_to_dict(mixer.config)}
-            for path, mixer in mixers.items()
-        },
-    }
-
-
-def public_name(name: str) -> str:
-    """A Hub name, also out of a cache path; of any other path only its last part."""
-    cached = re.search(r"models--(.+?)--([^/\\\\]+)", name)
-    if cached:
-        return "/".join(cached.groups())
-    path = Path(name)
-    local = path.is_absolute() or name.startswith(".") or path.exists() or len(path.parts) > 2
-    return path.name if local else name
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of blocks, as far as it can be checked without their model.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of another format.
-    """
-    return _checked_manifest(path, read_json(path))
-
-
-def _read_note(path: Path) -> dict[str, Any] | None:
-    """The manifest in the header of a file that `save` wrote; None for another file."""
-    note = read_notes(path).get(NOTE)
-    if note is None:
-        return None
-    try:
-        manifest = json.loads(note)
-    except (ValueError, RecursionError) as error:
-        raise unreadable(path, error) from None
-    return _checked_manifest(path, manifest)
-
-
-def _checked_manifest(path: Path, manifest: Any) -> dict[str, Any]:
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a manifest of format {FORMAT}")
-    sites = manifest.get("sites")
-    if not isinstance(sites, dict) or not all(
-        isinstance(site, dict) and {"channels", "mixer"} <= site.keys() for site in sites.values()
-    ):
-        raise CheckpointError(f"{path}: `sites` must map paths to channels and mixers")
-    _read_record(path, manifest)
-    return manifest
-
-
-def _read_record(path: Path, manifest: dict[str, Any]) -> TrainingRecord:
-    """What blocks have been through, as their manifest says."""
-    try:
-        return TrainingRecord.from_dict(manifest)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: {error} does not say whether the blocks are trained, as "
-            '`"trained": {"steps": 1000}` or `"trained": false` would'
-        ) from None
-
-
-def check_digest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Refuse tensors that are not those that the manifest was written for."""
-    if manifest.get("sha256") != file_digest(folder / BLOCKS):
-        raise CheckpointError(
-            f"{folder / BLOCKS} is not the file that {MANIFEST} beside it was written for: it is "
-            "damaged, or the writing of it was cut short; save it again"
-        )
-
-
 def _check_family(model: Denoiser, manifest: dict[str, Any]) -> None:
     family = block_family(model)
     if manifest.get("family") != family:
@@ -317,7 +281,7 @@ def _read_source(path: Path, model: Denoiser, average: bool) -> Blocks:
     if path.name == BLOCKS and (path.parent / MANIFEST).is_file():
         return _read_folder(path.parent, model)
     if path.suffix == ".safetensors" and not path.is_dir():
-        if (manifest := _read_note(path)) is not None:
+        if (manifest := read_note(path)) is not None:
             return _read_blocks(path, manifest, path, model)
         layout = released.read_layout(path, model, average=average)
         states = released.read_states(path, layout)
@@ -363,7 +327,7 @@ def _read_blocks(path: Path, manifest: dict[str, Any], said: Path, model: Denois
     states: dict[str, dict[str, Tensor]] = {site: {} for site in wanted}
     for key, (site, name, _) in expected.items():
         states[site][name] = tensors[key]
-    return wanted, states, _read_record(said, manifest)
+    return wanted, states, read_record(said, manifest)
 
 
 def _expected_tensors(

@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from convfusion.checkpoint import saving
-from convfusion.checkpoint.blocks import MANIFEST, check_saveable, load, save
+from convfusion.checkpoint.blocks import check_saveable, load, save
 from convfusion.checkpoint.loading import (
     INDEX,
     build,
@@ -24,8 +24,9 @@ from convfusion.checkpoint.loading import (
     in_dtype,
     read_pipeline,
 )
+from convfusion.checkpoint.named import MANIFEST
 from convfusion.errors import CheckpointError, ConvFusionError
-from convfusion.families import Denoiser, component_names, denoiser_of
+from convfusion.families import Denoiser, check_alone, component_names, denoiser_of
 from convfusion.files import (
     few,
     read_header,
@@ -67,6 +68,7 @@ def save_pipeline(pipe: Any, folder: str | Path) -> None:
             not be read back, such as a LoRA. Nothing is written.
         CheckpointError: it cannot be written, as on a full disk. What was there is still there.
     """
+    check_alone(pipe, "whole saved pipelines")
     model = denoiser_of(pipe)
     name = _component(pipe, model)
     check_saveable(pipe)

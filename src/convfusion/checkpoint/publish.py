@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from convfusion.checkpoint import card, hub
-from convfusion.checkpoint.blocks import check_digest, read_manifest
 from convfusion.checkpoint.figures import SUMMARY, describe_figures
 from convfusion.checkpoint.licenses import LICENSES, OTHER
+from convfusion.checkpoint.manifests import check_digest, read_manifest
 from convfusion.checkpoint.named import BLOCKS, MANIFEST
 from convfusion.errors import CheckpointError
 from convfusion.families import FAMILIES

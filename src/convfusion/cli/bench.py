@@ -64,12 +64,13 @@ def flops(
         model.name: list_contenders(model, kinds, ratio or (0.5,), RANKS)
         for model in measured_models
     }
-    sizes = [parse_size(text) for text in size] if size else SIZES
+    wanted = [parse_size(text) for text in size or ()]
     for model in measured_models:
-        for pixels in sizes:
+        for pixels in wanted:
             model.latents(pixels)
     costs: list[Cost] = []
     for model in measured_models:
+        sizes = wanted or [pixels for pixels in SIZES if model.draws(pixels)]
         costs += operation_table(model, sizes, compared[model.name])
         print_totals([cost for cost in add_totals(costs) if cost.model == model.name])
     for line in COUNTED:

@@ -89,34 +89,29 @@ def check_clips(
     return True
 
 
-def name_clips(out: Path, seeds: list[int], is_file: bool) -> list[Path]:
-    """Names of new clips; without PyAV those in a folder are GIFs, which a line says."""
+def name_clips(folder: Path, seeds: list[int]) -> list[Path]:
+    """Names of new clips in a folder; without PyAV they are GIFs, which a line says."""
     from convfusion.cli.generate import number_files
 
-    if is_file:
-        return [out]
     kind = ".mp4" if is_installed("av") else ".gif"
     if kind == ".gif":
         typer.echo(
             f"Clips are written as GIFs; with pip install 'convfusion[{EXTRAS['av']}]', as mp4."
         )
-    return number_files(out, seeds, kind)
+    return number_files(folder, seeds, kind)
 
 
 def draw_clips(
     pipe: Any,
     prompts: list[str],
-    seeds: list[int],
     size: tuple[int, int] | None,
     frames: int | None,
     settings: dict[str, Any],
 ) -> list[np.ndarray]:
-    """A clip per prompt and seed, with a progress bar."""
+    """A clip per prompt, with a progress bar; `settings` are further ones of `generate_clips`."""
     from convfusion.clips import generate_clips
 
-    return generate_clips(
-        pipe, prompts, seeds=seeds, size=size, frames=frames, progress=True, **settings
-    )
+    return generate_clips(pipe, prompts, size=size, frames=frames, progress=True, **settings)
 
 
 def write_clips(

@@ -106,26 +106,27 @@ def compare(
     if wanted:
         check_size(pipe, wanted)
     check_rows(model, pipe, students)
-    compared = compare_blocks(
-        pipe,
-        students,
-        texts,
-        seeds,
-        removed=removed,
-        frames=count,
-        progress=True,
-        steps=steps,
-        guidance=choose_guidance(model, pipe) if guidance is None else guidance,
-        size=wanted,
-        batch_size=batch_size,
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "guidance": choose_guidance(model, pipe) if guidance is None else guidance,
+        "size": wanted,
+        "batch_size": batch_size,
         **options,
-    )
-    compared.grid(columns if count is None else 1).save(out)  # strips are wide
-    print_comparison(compared, "pictures" if count is None else "clips")
+    }
+    settings |= {"removed": removed, "frames": count, "progress": True}
+    compared = compare_blocks(pipe, students, texts, seeds, **settings)
+    noun, columns = ("pictures", columns) if count is None else ("clips", 1)  # strips are wide
+    compared.grid(columns).save(out)
+    print_comparison(compared, noun)
+    print_ending(out, next_command=name_evaluation(model, blocks, frames))
+
+
+def name_evaluation(model: str, blocks: list[str] | None, frames: int | None) -> tuple[str, ...]:
+    """The command that measures what was compared."""
     command = ["convfusion", "evaluate", model]
     command += ["--blocks", blocks[0]] if blocks else []
     command += ["--frames", str(frames)] if frames else []
-    print_ending(out, next_command=(*command, "--out", "convfusion-evaluation"))
+    return (*command, "--out", "convfusion-evaluation")
 
 
 def choose_prompts(

@@ -110,6 +110,7 @@ def convert(
     that it is chosen for. --frames goes with --measure, for models that draw videos.
     """
     from convfusion import save, save_pipeline, surgery
+    from convfusion.families import check_alone
 
     check_new(out)
     check_loading(precision, device)
@@ -122,6 +123,8 @@ def convert(
         raise ConvFusionError("--frames goes with --measure")
     opened = open_stock_pipeline if prompts or budget is not None else open_pipeline
     pipe = opened(model, precision, device if prompts else device or "cpu", revision)
+    if not blocks_only:
+        check_alone(pipe, "whole saved pipelines (without --blocks-only)")
     wanted = None if size is None else parse_size(size)
     latents = latents_of(pipe, wanted)
     calls = draw_calls(model, pipe, prompts, wanted, frames) if prompts else []

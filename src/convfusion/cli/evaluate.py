@@ -115,9 +115,8 @@ def evaluate(
         batch_size=batch_size,
     )
     pipe, other = open_pipelines(model, blocks, teacher, precision, device)
-    if guidance is None:
-        settings = replace(settings, guidance=choose_guidance(model, pipe))
-    settings = replace(settings, frames=choose_frames(pipe, frames))
+    scale = choose_guidance(model, pipe) if guidance is None else guidance
+    settings = replace(settings, guidance=scale, frames=choose_frames(pipe, frames))
     evaluation = run(
         pipe,
         settings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -136,14 +137,8 @@ def generate(
     check_loading(precision, device)
     check_blocks(blocks)
     check_numbers(seeds, steps, 0 if guidance is None else guidance, 1)
-    ladder = Ladder(
-        factor=factor,
-        strength=choose_strength(model) if strength is None else strength,
-        keep=keep,
-        guidance=rung_guidance,
-        memory=memory,
-        direct=direct,
-    )
+    chosen = choose_strength(model) if strength is None else strength
+    ladder = Ladder(factor, chosen, keep=keep, guidance=rung_guidance, memory=memory, direct=direct)
     wanted = parse_size(size) if size else None
     options = {"negative_prompt": negative_prompt} if negative_prompt else {}
     pipe = open_pipeline(model, precision, device, revision)
@@ -151,18 +146,16 @@ def generate(
     _prepare(pipe, blocks, texts, wanted, options, clips)
     scale = choose_guidance(model, pipe) if guidance is None else guidance
     check_negative_prompt(negative_prompt, scale)
-    settings = {"steps": steps, "guidance": scale, **options}
-    names = {"model": name_pipeline(model), "blocks": name_source(blocks) if blocks else ""}
-    if clips:
-        drawn = draw_clips(pipe, texts, seeds, wanted, frames, settings)
-        files = zip(name_clips(out, seeds, is_file), drawn, texts, seeds, strict=True)
-        print_ending(*write_clips(pipe, files, fps, **settings, **names))
-        return
+    settings: dict[str, Any] = {"steps": steps, "guidance": scale, **options}
     with keep_cheaper_attention(pipe, wanted) if hybrid else nullcontext():
-        images = _draw(pipe, texts, wanted, ladder, {"seeds": seeds, **settings})
-    paths = [out] if is_file else number_files(out, seeds)
-    write_pictures(pipe, zip(paths, images, texts, seeds, strict=True), **settings, **names)
-    print_ending(*paths)
+        told = {"seeds": seeds, **settings}
+        draw = partial(draw_clips, frames=frames) if clips else partial(_draw, ladder=ladder)
+        drawn: Any = draw(pipe, texts, wanted, settings=told)
+    name = name_clips if clips else number_files
+    files: Any = zip([out] if is_file else name(out, seeds), drawn, texts, seeds, strict=True)
+    settings |= {"model": name_pipeline(model), "blocks": name_source(blocks) if blocks else ""}
+    write = partial(write_clips, fps=fps) if clips else write_pictures
+    print_ending(*write(pipe, files, **settings))
 
 
 def gather_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
@@ -231,12 +224,19 @@ def number_files(folder: Path, seeds: list[int], kind: str = ".png") -> list[Pat
 
 def write_pictures(
     pipe: Any, drawn: Iterable[tuple[Path, Image, str, int]], **settings: Any
-) -> None:
-    """Write files, pictures, prompts and seeds, with what they were drawn with as text in them."""
+) -> list[Path]:
+    """Write files, pictures, prompts and seeds, with what they were drawn with as text in them.
+
+    Returns:
+        The paths of the files.
+    """
     from convfusion.generate import describe_picture, write_picture
 
+    paths = []
     for path, image, prompt, seed in drawn:
         write_picture(path, image, describe_picture(pipe, prompt, seed=seed, **settings))
+        paths.append(path)
+    return paths
 
 
 def keep_cheaper_attention(pipe: Any, size: tuple[int, int] | None) -> AbstractContextManager[None]:

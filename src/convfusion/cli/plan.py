@@ -104,7 +104,7 @@ def open_planned(
 
     A model that is known by name has random weights, or none where nothing is timed.
     """
-    from convfusion.bench.models import PIXELS_PER_LATENT, bench_model, full_size_configs
+    from convfusion.bench.models import bench_model, full_size_configs
     from convfusion.bench.runs import with_random_weights
     from convfusion.families import latent_scale
     from convfusion.generate import check_size
@@ -120,7 +120,7 @@ def open_planned(
     latents, target = named.latents(size), named.denoiser
     if timed:
         target = with_random_weights(target, parse_device(device), parse_precision(precision))
-    return target, PIXELS_PER_LATENT, latents
+    return target, named.pixels_per_latent, latents
 
 
 def print_plan(speed: SpeedPlan, scale: int, unit: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from convfusion import __version__, checkpoint, files, mini
 from convfusion.checkpoint import card
-from convfusion.checkpoint.blocks import public_name, read_manifest
+from convfusion.checkpoint.manifests import public_name, read_manifest
 from convfusion.checkpoint.publish import CARD
 from convfusion.distill.logs import read_history
 from convfusion.distill.run import DistillResult

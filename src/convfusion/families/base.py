@@ -90,6 +90,8 @@ class Family(ABC):
         name: short, stored in checkpoints and caches.
         classes: names of the diffusers classes of its denoisers; subclasses count too.
         component: the attribute of a pipeline that holds the denoiser.
+        further_components: attributes that may hold further denoisers of the same family, which
+            take their turns with the first; they are converted together.
         latents: the argument of the denoiser's forward that the noisy latents go to.
         presets: by name of the preset and pattern over site paths, the kernel size of a ΔConvBlock,
             or settings of any mixer.
@@ -110,6 +112,10 @@ class Family(ABC):
         frames: of the latents of its videos, as they are trained; 0 where it draws pictures. Where
             the grids of its sites have two sides, each frame is mixed by itself.
         frame_rate: frames a second that its videos are shown at.
+        pixels_per_latent: along a side, in the autoencoder that `full_size` was published with.
+        captioned: whether it draws what a text or the name of a class says.
+        mixes_maps: whether its self-attentions take maps [B, C, H, W], norm them first, and add
+            them to what they give.
         rotary: whether its self-attentions turn queries and keys by where they lie. Such a family
             has a `find_turn` of its own where analysis and measured starts know it.
         shares_blocks_with: the family whose blocks fit this one and the other way round, since its
@@ -120,6 +126,7 @@ class Family(ABC):
     name: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
     component: ClassVar[str]
+    further_components: ClassVar[tuple[str, ...]] = ()
     latents: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, int | Mixer]]]
     halo: ClassVar[Halo] = Halo()
@@ -134,6 +141,9 @@ class Family(ABC):
     prompted: ClassVar[int] = -1
     frames: ClassVar[int] = 0
     frame_rate: ClassVar[int] = 16
+    pixels_per_latent: ClassVar[int] = 8
+    captioned: ClassVar[bool] = True
+    mixes_maps: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
     shares_blocks_with: ClassVar[str] = ""
     without_sites: ClassVar[str] = "has no self-attention in transformer blocks to replace"
@@ -209,6 +219,20 @@ class Family(ABC):
         """What the sides of latents are multiples of where every layer divides them evenly."""
         return self.patch_size(model)
 
+    def latent_shape(self, model: Denoiser, batch: int, sides: Grid) -> tuple[int, ...]:
+        """The shape in which a model takes latents; by default [B, C, H, W] or [B, C, T, H, W].
+
+        Args:
+            model: a denoiser of this family.
+            batch: samples.
+            sides: (height, width) of the latents, of a video behind its frames.
+        """
+        return (batch, model.config.in_channels, *sides)
+
+    def latent_pixels(self, model: Denoiser) -> int:
+        """Pixels per latent along a side, in the autoencoder that a model was published with."""
+        return self.pixels_per_latent
+
     def native_latents(self, model: Denoiser) -> Size:
         """(height, width) of the latents that a model was trained on, by its config."""
         sides = model.config.sample_size
@@ -235,6 +259,10 @@ class Family(ABC):
 
     def check_frames(self, model: Denoiser, frames: int) -> None:
         """Raise a ConvFusionError for a number of frames that a model cannot draw."""
+
+    def check_convert(self, model: Denoiser) -> None:
+        """Raise an UnsupportedModelError for attention that no mixer replaces, such as a causal
+        one; by default, never."""
 
     def check_export(self, model: Denoiser) -> None:
         """Raise a ConvFusionError for a model that is not exported; by default, never."""

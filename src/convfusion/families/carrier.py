@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from convfusion.errors import ConvFusionError
 
 GRID = "grid"  # the keyword under which a grid travels to a self-attention
+
+_SIDES = ("num_frames", "height", "width")
+_COORDINATES = "video_coords"
 
 
 class Carrier(Protocol):
@@ -71,6 +77,22 @@ class KeywordCarrier:
         return args, {**kwargs, self.keywords: extra}
 
 
+@dataclass(frozen=True)
+class MapsCarrier:
+    """Sends nothing: the owner is the self-attention itself, and sees maps [B, C, H, W]."""
+
+    def grid(self, args: tuple, kwargs: dict) -> tuple[int, ...]:
+        """(H, W) of the maps, from the arguments of a call of the owner."""
+        maps: Tensor = args[0] if args else kwargs["hidden_states"]
+        return tuple(maps.shape[-2:])
+
+    def attach(self, owner: nn.Module) -> MapsCarrier:
+        return self
+
+    def remove(self) -> None:
+        """As the handle that it is: there is no hook to take off."""
+
+
 def argument_position(kind: type[Any], name: str) -> int:
     """The position of an argument of a module class's `forward`, counted without `self`.
 
@@ -83,6 +105,9 @@ def argument_position(kind: type[Any], name: str) -> int:
             f"the forward of a {kind.__name__} takes no {name}: its family needs its own carrier"
         )
     return names.index(name) - 1
+
+
+_BLOCK_KEYWORDS = argument_position(BasicTransformerBlock, "cross_attention_kwargs")
 
 
 @dataclass(frozen=True)
@@ -115,16 +140,233 @@ class RotaryCarrier:
         return tuple(side // patch for side, patch in zip(sides, self.patch, strict=True))
 
 
-def read_rotary(values: tuple) -> Tensor | None:
-    """The grid that travels behind a rotary embedding among the arguments of an attention."""
-    return next((value[2] for value in values if _carries_grid(value)), None)
+@dataclass(frozen=True)
+class BlockCarrier:
+    """Sends the grid to blocks whose owner hands no keywords down to them.
+
+    It goes with an argument that the owner passes on to each of its blocks as it is: as an
+    attribute of that tensor, or in the place of a None. A hook of each block hands it to the
+    attentions. So it comes again where gradient checkpointing calls a block again, with its own
+    arguments, whatever has gone through the owner since.
+
+    Attributes:
+        patch: side of a patch; the grid is ⌊H/patch⌋ × ⌊W/patch⌋ of the owner's maps.
+        argument: name of the argument, of the owner and of its blocks.
+        in_owner, in_block: where it stands among their positional arguments.
+        maps: name of the owner's first argument, maps […, H, W].
+        blocks: path in the owner of the list of its blocks, `BasicTransformerBlock`s.
+    """
+
+    patch: int
+    argument: str
+    in_owner: int
+    in_block: int
+    maps: str = "hidden_states"
+    blocks: str = "transformer_blocks"
+
+    @classmethod
+    def of(cls, owner: type[Any], patch: int, argument: str) -> BlockCarrier:
+        """For owners of a class, whose `forward` takes the argument and passes it on."""
+        in_block = argument_position(BasicTransformerBlock, argument)
+        return cls(patch, argument, argument_position(owner, argument), in_block)
+
+    def grid(self, args: tuple, kwargs: dict) -> tuple[int, int]:
+        """(H, W) of the tokens, from the arguments of a call of the owner."""
+        maps: Tensor = args[0] if args else kwargs[self.maps]
+        return maps.shape[-2] // self.patch, maps.shape[-1] // self.patch
+
+    def attach(self, owner: nn.Module) -> Handles:
+        unpack = BlockUnpacker(self.argument, self.in_block)
+        blocks: Any = owner.get_submodule(self.blocks)
+        return Handles(
+            (
+                owner.register_forward_pre_hook(self, with_kwargs=True),
+                *(block.register_forward_pre_hook(unpack, with_kwargs=True) for block in blocks),
+            )
+        )
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        maps: Tensor = args[0] if args else kwargs[self.maps]
+        sent: Any = maps.new_empty((*self.grid(args, kwargs), 0))
+        value = read_argument(args, kwargs, self.in_owner, self.argument)
+        if value is not None:
+            # A tensor of its own, since other owners with other grids get the same argument.
+            grid, sent = sent, value.view(value.shape)
+            sent.convfusion_grid = grid
+        return replace_argument(args, kwargs, self.in_owner, self.argument, sent)
+
+
+@dataclass(frozen=True)
+class BlockUnpacker:
+    """Forward pre-hook of a `BasicTransformerBlock`: hands the grid on as a keyword.
+
+    Attributes:
+        argument: the name of the argument that the grid comes with.
+        position: where it stands among the positional arguments.
+    """
+
+    argument: str
+    position: int
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        value = read_argument(args, kwargs, self.position, self.argument)
+        if value is None:
+            return None
+        grid = getattr(value, "convfusion_grid", None)
+        if grid is None:
+            if value.shape[-1] != 0:
+                return None
+            grid = value
+            args, kwargs = replace_argument(args, kwargs, self.position, self.argument, None)
+        name, place = "cross_attention_kwargs", _BLOCK_KEYWORDS
+        keywords = {**(read_argument(args, kwargs, place, name) or {}), GRID: grid}
+        return replace_argument(args, kwargs, place, name, keywords)
+
+
+def read_argument(args: tuple, kwargs: dict, position: int, name: str) -> Any:
+    """An argument of a call, given by its position or by its name; None if it is not given."""
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def replace_argument(
+    args: tuple, kwargs: dict, position: int, name: str, value: Any
+) -> tuple[tuple, dict]:
+    """The arguments of a call with another value for one of them."""
+    if len(args) > position:
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: value}
+
+
+@dataclass(frozen=True)
+class PackedCarrier:
+    """Sends the grid of packed latents [B, N, C] behind the rotary embedding of every token.
+
+    The owner is told their frames, height and width, or where each of its tokens lies. Where it is
+    told both, and they differ, the places count: some pipelines give sides of 1 beside them.
+
+    Attributes:
+        sides: positions of `num_frames`, `height` and `width` among the positional arguments.
+        coordinates: that of `video_coords`, [B, 3, N] or [B, 3, N, 2]: frame, row and column.
+        rope: path in the owner of the module that makes the embedding.
+    """
+
+    sides: tuple[int, int, int]
+    coordinates: int
+    rope: str = "rope"
+
+    @classmethod
+    def of(cls, owner: type[Any]) -> PackedCarrier:
+        """For owners of a class, whose `forward` takes these arguments."""
+        frames, height, width = (argument_position(owner, name) for name in _SIDES)
+        return cls((frames, height, width), argument_position(owner, _COORDINATES))
+
+    def grid(self, args: tuple, kwargs: dict) -> tuple[int, ...]:
+        """(T, H, W) of the tokens, from the arguments of a call of the owner.
+
+        Raises:
+            ConvFusionError: nothing tells it, or the tokens do not lie on a grid.
+        """
+        tokens: Tensor = args[0] if args else kwargs["hidden_states"]
+        sides = [
+            read_argument(args, kwargs, place, name)
+            for name, place in zip(_SIDES, self.sides, strict=True)
+        ]
+        coordinates = read_argument(args, kwargs, self.coordinates, _COORDINATES)
+        told = None not in sides
+        if told and (coordinates is None or math.prod(sides) == tokens.shape[1]):
+            return tuple(sides)
+        if coordinates is None:
+            raise ConvFusionError(
+                "a converted model of packed latents must be told num_frames, height and width, as "
+                "its pipeline does"
+            )
+        return read_coordinates(coordinates)
+
+    def attach(self, owner: nn.Module) -> Handles:
+        rope = owner.get_submodule(self.rope)
+        return Handles(
+            (
+                owner.register_forward_pre_hook(self, with_kwargs=True),
+                rope.register_forward_hook(append_grid),
+            )
+        )
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        tokens: Tensor = args[0] if args else kwargs["hidden_states"]
+        rope: Any = module.get_submodule(self.rope)
+        rope.grid_of_call = tokens.new_empty((*self.grid(args, kwargs), 0))
+
+
+@dataclass(frozen=True)
+class Handles:
+    """Several hooks that are taken off together."""
+
+    each: tuple[RemovableHandle, ...]
+
+    def remove(self) -> None:
+        for handle in self.each:
+            handle.remove()
+
+
+def append_grid(module: nn.Module, args: tuple, output: tuple) -> tuple:
+    """Forward hook of a rotary embedding: the grid that its owner's hook left goes behind it."""
+    grid = module.grid_of_call
+    del module.grid_of_call
+    return *output, grid
+
+
+def read_coordinates(coordinates: Tensor) -> tuple[int, int, int]:
+    """(T, H, W) of tokens in the order of a video, from where they lie.
+
+    Args:
+        coordinates: [B, 3, N] or [B, 3, N, 2], in which the last axis has the bounds of a patch:
+            frame, row and column, in any unit.
+
+    Raises:
+        ConvFusionError: they do not lie on a grid, one frame after the other and row by row, as
+            where a pipeline adds the tokens of a further picture.
+    """
+    places = coordinates[0].reshape(3, coordinates.shape[2], -1)[..., 0]  # [3, N]
+    frames, rows, _ = places
+    with_first = frames == frames[0]
+    of_frame, of_row = int(with_first.sum()), int((with_first & (rows == rows[0])).sum())
+    count = coordinates.shape[2]
+    grid = (count // of_frame, of_frame // of_row, of_row)
+    if math.prod(grid) == count:
+        maps = places.unflatten(1, grid)
+        first = (maps[0, :, :1, :1], maps[1, :1, :, :1], maps[2, :1, :1, :])
+        if all(torch.equal(a, b.expand(grid)) for a, b in zip(maps, first, strict=True)):
+            return grid
+    raise ConvFusionError(
+        f"the {count} tokens do not lie on one grid of frames, rows and columns: a converted model "
+        "takes no pictures or keyframes beside its video"
+    )
+
+
+def read_grid(values: tuple) -> Tensor | None:
+    """The grid among an attention's arguments: behind a rotary embedding, or in a dict."""
+    for value in values:
+        if isinstance(value, dict) and GRID in value:
+            return value[GRID]
+        if _carries_grid(value):
+            return value[2]
+    return None
 
 
 def drop_grid(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of every other attention in reach of a grid: it has no use for one."""
-    args = tuple(value[:2] if _carries_grid(value) else value for value in args)
-    kept = {key: value for key, value in kwargs.items() if key != GRID}
-    return args, {k: v[:2] if _carries_grid(v) else v for k, v in kept.items()}
+    return tuple(map(_strip, args)), without_grid(kwargs)
+
+
+def without_grid(kwargs: dict) -> dict:
+    """Keyword arguments of an attention as they would be without a grid."""
+    return {key: _strip(value) for key, value in kwargs.items() if key != GRID}
+
+
+def _strip(value: Any) -> Any:
+    if isinstance(value, dict) and GRID in value:
+        return None  # where a grid travels in a dict, there is no other reason for one
+    return value[:2] if _carries_grid(value) else value
 
 
 def _carries_grid(value: Any) -> bool:

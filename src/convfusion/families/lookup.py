@@ -50,6 +50,40 @@ def denoiser_of(pipe_or_model: Any) -> Denoiser:
     return model
 
 
+def denoisers_of(pipe_or_model: Any) -> dict[str, Denoiser]:
+    """All denoisers of a pipeline by component, first that of `denoiser_of`.
+
+    A model by itself has the name ''.
+
+    Raises:
+        UnsupportedModelError: as `denoiser_of`.
+    """
+    model = denoiser_of(pipe_or_model)
+    if model is pipe_or_model:
+        return {"": model}
+    family = family_of(model)
+    found = {family.component: model}
+    for name in family.further_components:
+        if (further := getattr(pipe_or_model, name, None)) is not None:
+            found[name] = further
+    return found
+
+
+def check_alone(pipe_or_model: Any, work: str) -> None:
+    """Raise a ConvFusionError for a pipeline with several denoisers.
+
+    Args:
+        pipe_or_model: a pipeline of a known family, or a denoiser.
+        work: what knows of one denoiser only, in the plural.
+    """
+    names = list(denoisers_of(pipe_or_model))
+    if len(names) > 1:
+        raise ConvFusionError(
+            f"this {type(pipe_or_model).__name__} has {len(names)} denoisers, "
+            f"{' and '.join(names)}, and {work} know one: give each by itself, as pipe.{names[-1]}"
+        )
+
+
 def list_sites(model: Denoiser) -> list[Site]:
     """All self-attention sites of a denoiser.
 
@@ -131,8 +165,14 @@ def check_captioned(pipe: Any) -> None:
     Such models can be converted and drawn with. Their training and measurement need more than
     pictures with captions.
     """
+    check_alone(pipe, "caches, distillation and evaluation")
     model, vae = denoiser_of(pipe), getattr(pipe, "vae", None)
-    channels, latents = model.config.in_channels, None
+    if not family_of(model).captioned:
+        raise ConvFusionError(
+            f"a {type(pipe).__name__} draws without captions, which caches, distillation and "
+            "evaluation go by. It can be converted, and drawn with in Python"
+        )
+    channels, latents = model.config.get("in_channels"), None
     if vae is not None:
         latents = vae.config.get("latent_channels", vae.config.get("z_dim"))  # of videos
     more = family_of(model).describe_further_needs(model)
@@ -170,7 +210,7 @@ def example_inputs(
     sides = _with_frames(family, size)
     values = Values(model, model.device if device is None else device, sides)
     return {
-        family.latents: values(batch, model.config.in_channels, *sides),
+        family.latents: values(*family.latent_shape(model, batch, sides)),
         "timestep": torch.full((batch,), 500, device=values.device),
         "return_dict": False,
         **family.example_conditioning(model, batch, words, values),

@@ -24,7 +24,7 @@ from convfusion.families.base import (
     is_self_attention,
     transformer_blocks,
 )
-from convfusion.families.carrier import KeywordCarrier
+from convfusion.families.carrier import Carrier, KeywordCarrier
 from convfusion.mixers import Gate
 
 CLIP_WORDS = 77  # tokens that CLIP's text encoders read
@@ -82,6 +82,7 @@ class UNet(Family):
     classes: ClassVar[tuple[str, ...]] = (_CLASS,)
     component = "unet"
     latents = "sample"
+    owner_class: ClassVar[type[Any]] = Transformer2DModel  # in which the blocks stand
     presets = {
         "default": {"*": 7},
         "sd15": SD15_KERNELS,
@@ -133,7 +134,7 @@ class UNet(Family):
     }
 
     def list_sites(self, model: Denoiser) -> list[Site]:
-        """Those of its `Transformer2DModel`s: a motion module attends over time, not space."""
+        """Those of its `owner_class`: a motion module attends over time, not space."""
         levels = len(model.config.block_out_channels)
         return [
             Site(
@@ -146,10 +147,10 @@ class UNet(Family):
             )
             for path, block in transformer_blocks(model)
             if is_self_attention(block)
-            and isinstance(model.get_submodule(owner_of(path)), Transformer2DModel)
+            and isinstance(model.get_submodule(owner_of(path)), self.owner_class)
         ]
 
-    def carrier(self, model: Denoiser) -> KeywordCarrier:
+    def carrier(self, model: Denoiser) -> Carrier:
         return KeywordCarrier.of(Transformer2DModel, patch=1)  # on feature maps
 
     def preset_for(self, model: Denoiser) -> str:

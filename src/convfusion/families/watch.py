@@ -13,7 +13,7 @@ from convfusion.errors import UnsupportedModelError
 from convfusion.families.base import Denoiser, Family, Site, family_of
 from convfusion.families.lookup import list_sites
 from convfusion.mixers import Grid
-from convfusion.mixers.base import TokenSample, Turn
+from convfusion.mixers.base import TokenSample, Turn, read_maps
 
 
 @contextmanager
@@ -64,6 +64,8 @@ def watch_tokens(model: Denoiser, see: Callable[[Site, Any, TokenSample], None])
     def attention_reader(site: Site) -> Callable:
         def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
             tokens, grid = args[0] if args else kwargs["hidden_states"], grids[site.owner]
+            if tokens.ndim == 4:
+                tokens = read_maps(module, tokens)
             turn = family.find_turn(args, kwargs)
             if turn is not None:
                 known = turns.get(grid)

@@ -6,8 +6,10 @@ attention heads, which returns a `TokenMixer`.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -151,6 +153,50 @@ def projections(attention: Any) -> tuple[Any, Any, Any, Any]:
         query, key, value, out = (getattr(attention, name) for name in names)
         return query, key, value, out
     return attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
+
+
+@torch.no_grad()
+def fold_gates(attention: Any) -> Any:
+    """An attention without gates, for a mixer to start from; itself where it has none.
+
+    The gates of LTX-2 multiply what each head gives to a token by 2·σ(w·x + b). Those of x = 0,
+    2·σ(b), go into the output projection, so a start leaves out how gates differ between tokens.
+    """
+    gates = getattr(attention, "to_gate_logits", None)
+    if gates is None:
+        return attention
+    out = copy.deepcopy(attention.to_out[0])
+    scale = 2 * gates.bias.float().sigmoid().repeat_interleave(out.in_features // attention.heads)
+    out.weight.copy_(out.weight.float() * scale)
+    plain = copy.copy(attention)
+    plain._modules = {**attention._modules, "to_out": nn.ModuleList([out]), "to_gate_logits": None}
+    return plain
+
+
+def as_plain(attention: Any) -> Any:
+    """An attention with its parts under the names of diffusers' own `Attention`.
+
+    Most have them already, and are returned as they are; of others it is a view of the same layers.
+    """
+    if not hasattr(attention, "to_query"):  # as in Kandinsky 5
+        return attention
+    query, key, value, out = projections(attention)
+    return SimpleNamespace(
+        to_q=query,
+        to_k=key,
+        to_v=value,
+        to_out=[out],
+        heads=attention.num_heads,
+        norm_q=attention.query_norm,
+        norm_k=attention.key_norm,
+    )
+
+
+def read_maps(attention: Any, maps: Tensor) -> Tensor:
+    """Maps [B, C, H, W] as tokens [B, H·W, C], normed where an attention does so first."""
+    flat = maps.flatten(2)
+    norm = getattr(attention, "group_norm", None)
+    return (flat if norm is None else norm(flat)).transpose(1, 2)
 
 
 def score_scale(attention: Any) -> float:

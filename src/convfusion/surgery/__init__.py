@@ -7,13 +7,11 @@ from convfusion.surgery.config import (
     uniform,
     with_kernel_sizes,
 )
+from convfusion.surgery.report import LOST_WITHOUT_ATTENTION, SiteStatus, Status
 from convfusion.surgery.start import start_from_attention
 from convfusion.surgery.surgery import (
-    LOST_WITHOUT_ATTENTION,
     DroppedAttention,
     MixedAttention,
-    SiteStatus,
-    Status,
     attention_back,
     attention_teacher,
     build_mixers,

@@ -19,16 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.carrier import read_rotary
-from convfusion.mixers.base import TokenMixer
+from convfusion.families.carrier import read_grid, without_grid
+from convfusion.mixers.base import TokenMixer, read_maps
 
 # What the layers that hold an attention's weights are called, in any class of them.
 PROJECTIONS = (
     *("to_q", "to_k", "to_v", "to_out", "to_qkv", "to_kv"),
     *("to_query", "to_key", "to_value", "out_layer"),
+    "to_gate_logits",
 )
 
-NORMS = ("norm_q", "norm_k")  # of queries and keys, where they have any
+# Norms of queries and keys, where they have any.
+NORMS = ("norm_q", "norm_k", "query_norm", "key_norm")
 
 # Processors that compute an attention as it is, each in a way of its own: a mixer replaces that.
 _PLAIN = frozenset(
@@ -36,6 +38,7 @@ _PLAIN = frozenset(
         "AttnProcessor",
         "AttnProcessor2_0",
         "AttnProcessorNPU",
+        "CosmosAttnProcessor2_0",
         "FusedAttnProcessor2_0",
         "FusedHunyuanAttnProcessor2_0",
         "FusedJointAttnProcessor2_0",
@@ -90,22 +93,33 @@ class ConvFusionProcessor:
         """Mix tokens [B, N, C] on the grid that `grid`, [H, W, 0] or [T, H, W, 0], has as shape.
 
         A rotary embedding is of the attention: a mixer has no use for one, but for the grid that
-        may travel behind it.
+        may travel behind it, or among the settings of a sparse mode.
 
         Raises:
             ConvFusionError: there is no grid, it has not N places, or there are further tokens to
                 attend to, or a mask.
         """
+        if hidden_states.ndim == 4:
+            return self.mix_maps(attention, hidden_states)
         if grid is None:
-            grid = read_rotary((*rotary, *others.values()))
+            grid = read_grid((*rotary, *others.values()))
         if grid is None:
             raise ConvFusionError(
                 f"no grid reached the converted self-attention {attention.site}: call the denoiser "
                 "itself, model(…), since model.forward(…) skips the hooks that pass the grid on; "
                 "and a patch of a block must pass on the block's cross_attention_kwargs"
             )
+        if others.get("perturbation_mask") is not None:
+            raise ConvFusionError(
+                f"spatio-temporal guidance perturbs the self-attention, and {attention.site} is "
+                "converted: choose `spatio_temporal_guidance_blocks` that are not, or "
+                + let_stand([attention.site])
+            )
         if attention_mask is not None:
-            raise ConvFusionError(f"a converted self-attention takes no mask: {attention.site}")
+            raise ConvFusionError(
+                "a converted self-attention takes no mask, as of causal attention: "
+                + attention.site
+            )
         if not _is_itself(encoder_hidden_states, hidden_states):
             raise ConvFusionError(
                 f"the converted self-attention {attention.site} was given further tokens to attend "
@@ -123,8 +137,16 @@ class ConvFusionProcessor:
             )
         processor = attention.get_processor()
         if is_foreign(attention, processor):
-            self.show(processor, attention, hidden_states, others)
+            self.show(processor, attention, hidden_states, without_grid(others))
         return attention.mixer(hidden_states, sides)
+
+    def mix_maps(self, attention: Any, maps: Tensor) -> Tensor:
+        """Mix maps [B, C, H, W], with the norm, the skip and the scale of their attention."""
+        sides = tuple(maps.shape[-2:])
+        mixed = (
+            attention.mixer(read_maps(attention, maps), sides).transpose(1, 2).unflatten(2, sides)
+        )
+        return (mixed + maps) / attention.rescale_output_factor
 
     def show(self, processor: Any, attention: Any, tokens: Tensor, others: dict[str, Any]) -> None:
         """Call another library's processor for what it records; what it returns is not used.
@@ -217,6 +239,12 @@ def mixed_class(stock: type[nn.Module], *, dropped: bool = False) -> Any:
         made = type(f"{word}{stock.__name__}", (base, stock), {"stock": stock})
         _classes[stock, dropped] = made
     return _classes[stock, dropped]
+
+
+def replaced_layers(attention: nn.Module) -> dict[str, nn.Module]:
+    """The layers of an attention that a mixer takes the place of, by name."""
+    names = {*PROJECTIONS, *NORMS}
+    return {name: layer for name, layer in attention.named_children() if name in names}
 
 
 def resting_mixer(attention: nn.Module) -> TokenMixer | None:

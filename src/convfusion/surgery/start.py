@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of
+from convfusion.families import check_alone, denoiser_of
 from convfusion.families.watch import sample_attention
 from convfusion.mixers.base import TokenMixer, TokenSample
 from convfusion.mixers.offsets import QUERIES, choose_queries
@@ -50,6 +50,7 @@ def start_from_attention(
         ConvFusionError: the model is not converted, its attention was dropped, there are no calls,
             or a mixer cannot start from its attention. Mixers set before it stay set.
     """
+    check_alone(pipe_or_model, "measured starts")
     model = denoiser_of(pipe_or_model)
     mixers = {p: m for p, m in mixers_of(model).items() if m.has_measured_start}
     if only is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +18,17 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
-from convfusion.families import Denoiser, Site, denoiser_of, family_of, list_sites
+from convfusion.families import (
+    Denoiser,
+    Site,
+    denoiser_of,
+    denoisers_of,
+    family_of,
+    list_sites,
+)
 from convfusion.families.carrier import drop_grid
 from convfusion.families.patches import copied_without_patches
-from convfusion.mixers import Mixer
-from convfusion.mixers.base import TokenMixer, projections
+from convfusion.mixers.base import TokenMixer, as_plain, fold_gates, projections
 from convfusion.surgery import presets
 from convfusion.surgery.config import ConvertConfig, checked_config
 from convfusion.surgery.guard import guard, unguard
@@ -35,86 +40,16 @@ from convfusion.surgery.layers import (
     unwrapped,
 )
 from convfusion.surgery.mixed import (
-    NORMS,
-    PROJECTIONS,
     DroppedAttention,
     MixedAttention,
     check_processor,
     mixed_class,
+    replaced_layers,
     resting_mixer,
 )
 from convfusion.surgery.plugins import check_forward, watch_plugins
-from convfusion.surgery.record import TrainingRecord, least_trained, record_of
-
-LOST_WITHOUT_ATTENTION = (
-    "revert",
-    "distillation (the attention is the teacher)",
-    "processors that read to_q, to_k or to_v of a self-attention",
-    "LoRA weights for a self-attention",
-    "fuse_qkv_projections",
-    "ControlNetModel.from_unet",
-)
-
-
-@dataclass(frozen=True)
-class SiteStatus:
-    """What stands at a site, and what it weighs.
-
-    Attributes:
-        site: the self-attention.
-        mixer: settings of what stands in its place; None where the attention does.
-        attention_kept: whether the attention's weights are still there.
-        attention_parameters: of the attention; 0 if it was dropped.
-        mixer_parameters: of the mixer.
-        record: whether the mixer is trained, and for how many steps; None without a mixer.
-    """
-
-    site: Site
-    mixer: Mixer | None
-    attention_kept: bool
-    attention_parameters: int
-    mixer_parameters: int
-    record: TrainingRecord | None = None
-
-
-@dataclass(frozen=True)
-class Status:
-    """The sites of a denoiser; `str(status)` is a table.
-
-    Attributes:
-        model: name of its class.
-        family: of the adapter.
-        sites: in the order of the modules.
-    """
-
-    model: str
-    family: str
-    sites: tuple[SiteStatus, ...]
-
-    @property
-    def converted(self) -> int:
-        """How many sites have a mixer."""
-        return sum(site.mixer is not None for site in self.sites)
-
-    @property
-    def record(self) -> TrainingRecord | None:
-        """What the least trained of the mixers has been through; None where nothing can train."""
-        records = [site.record for site in self.sites if site.record and site.mixer_parameters]
-        return least_trained(records) if records else None
-
-    def __str__(self) -> str:
-        dropped = sum(not site.attention_kept for site in self.sites)
-        lines = [
-            f"{self.model}: {self.converted} of {len(self.sites)} self-attention sites converted"
-            + (f", {dropped} without their attention" if dropped else "")
-            + (f"; blocks {self.record}" if self.record else "")
-        ]
-        for row in self.sites:
-            mixer = "attention" if row.mixer is None else str(row.mixer)
-            lines.append(f"  {row.site.path}  {row.site.channels} channels  {mixer}")
-        if dropped:
-            lines.append("Not available any more: " + "; ".join(LOST_WITHOUT_ATTENTION) + ".")
-        return "\n".join(lines)
+from convfusion.surgery.record import record_of
+from convfusion.surgery.report import SiteStatus, Status
 
 
 def convert(pipe_or_model: Any, config: ConvertConfig | str | None = None) -> Status:
@@ -122,6 +57,7 @@ def convert(pipe_or_model: Any, config: ConvertConfig | str | None = None) -> St
 
     Args:
         pipe_or_model: a diffusers pipeline, or its UNet or transformer; on any device, `meta` too.
+            Both transformers of a Wan 2.2 pipeline are converted.
         config: which mixer goes where; the name of a preset; or None for the preset whose layout
             the model has (see `convfusion.surgery.presets`).
 
@@ -132,18 +68,24 @@ def convert(pipe_or_model: Any, config: ConvertConfig | str | None = None) -> St
         UnsupportedModelError: no adapter for this class, or a site that is no plain attention.
         ConvFusionError: it is converted already, or the config does not fit. Nothing is changed.
     """
-    model = denoiser_of(pipe_or_model)
-    sites = list_sites(model)
-    if any(resting_mixer(module) for module in model.modules()):
-        raise ConvFusionError("this model is converted already: revert it first")
+    ready = []
+    for model in denoisers_of(pipe_or_model).values():
+        sites = list_sites(model)
+        if any(resting_mixer(module) for module in model.modules()):
+            raise ConvFusionError("this model is converted already: revert it first")
+        chosen = _read_config(model, config)
+        ready.append((model, build_mixers(model, sites, chosen), chosen.keep_attention))
+    for model, mixers, keep_attention in ready:
+        install(model, mixers, keep_attention=keep_attention)
+    return status(pipe_or_model)
+
+
+def _read_config(model: Denoiser, config: ConvertConfig | str | None) -> ConvertConfig:
     if config is None:
         config = presets.choose_preset(model)
     if isinstance(config, str) and not config.endswith(".json"):
         config = presets.get_preset(config, model)
-    chosen = checked_config(config)
-    mixers = build_mixers(model, sites, chosen)
-    install(model, mixers, keep_attention=chosen.keep_attention)
-    return status(model)
+    return checked_config(config)
 
 
 def build_mixers(
@@ -154,6 +96,7 @@ def build_mixers(
     It has the device and the dtype that its attention computes with, and can be trained, also where
     it is built under `torch.inference_mode`.
     """
+    family_of(model).check_convert(model)
     chosen = config.mixers_for(site.path for site in sites)
     check_at_hand(model, [model.get_submodule(path) for path in chosen])
     built: dict[str, TokenMixer] = {}
@@ -170,7 +113,7 @@ def build_mixers(
             check_rank(site, mixer)
             mixer = mixer.to(weight.device)
             if not weight.is_meta:
-                mixer.init_from(attention)
+                mixer.init_from(fold_gates(as_plain(attention)))
             built[site.path] = mixer.to(dtype)
     return built
 
@@ -209,13 +152,17 @@ def drop_attention(pipe_or_model: Any) -> Status:
 
     What stops working is `LOST_WITHOUT_ATTENTION`; it says so when tried.
     """
-    model = denoiser_of(pipe_or_model)
-    mixed = [site for site in list_sites(model) if _is_converted(model, site)]
+    mixed = [
+        model.get_submodule(site.path)
+        for model in denoisers_of(pipe_or_model).values()
+        for site in list_sites(model)
+        if _is_converted(model, site)
+    ]
     if not mixed:
         raise ConvFusionError("this model is not converted: there is no attention to drop")
-    for site in mixed:
-        _drop(model.get_submodule(site.path))
-    return status(model)
+    for attention in mixed:
+        _drop(attention)
+    return status(pipe_or_model)
 
 
 def revert(pipe_or_model: Any) -> Status:
@@ -227,31 +174,36 @@ def revert(pipe_or_model: Any) -> Status:
         ConvFusionError: the model is not converted, or its attention was dropped. Nothing is
             changed.
     """
-    model = denoiser_of(pipe_or_model)
-    mixed = [module for module in model.modules() if resting_mixer(module) is not None]
-    if not mixed and not hasattr(model, "_convfusion_hooks"):
+    models = list(denoisers_of(pipe_or_model).values())
+    mixed = [module for m in models for module in m.modules() if resting_mixer(module) is not None]
+    if not mixed and not any(hasattr(model, "_convfusion_hooks") for model in models):
         raise ConvFusionError("this model is not converted: there is nothing to revert")
     if any(isinstance(attention, DroppedAttention) for attention in mixed):
         raise ConvFusionError(
             "the attention weights of this model were dropped: load the original model again"
         )
-    _disconnect(model)
+    for model in models:
+        _disconnect(model)
     for attention in mixed:
         del attention.mixer, attention.site
         if isinstance(attention, MixedAttention):  # not, while `attention_back` lets it stand
             attention.__class__ = attention.stock  # type: ignore[assignment]
-    return status(model)
+    return status(pipe_or_model)
 
 
 def status(pipe_or_model: Any) -> Status:
     """What stands at each self-attention site of a pipeline or denoiser."""
-    model = denoiser_of(pipe_or_model)
+    first, *others = denoisers_of(pipe_or_model).items()
+    further = {name: status(model) for name, model in others}
+    _, model = first
     rows = []
     for site in family_of(model).list_sites(model):  # of which another library may have left none
         attention = model.get_submodule(site.path)
         mixer = attention.mixer if _is_converted(model, site) else None
         mixer_weights = sum(p.numel() for p in mixer.parameters()) if mixer is not None else 0
-        weights = sum(p.numel() for p in attention.parameters()) - mixer_weights
+        weights = sum(
+            p.numel() for layer in replaced_layers(attention).values() for p in layer.parameters()
+        )
         rows.append(
             SiteStatus(
                 site=site,
@@ -262,11 +214,11 @@ def status(pipe_or_model: Any) -> Status:
                 record=record_of(attention.mixer) if mixer is not None else None,
             )
         )
-    return Status(type(model).__name__, family_of(model).name, tuple(rows))
+    return Status(type(model).__name__, family_of(model).name, tuple(rows), further)
 
 
 def mixers_of(pipe_or_model: Any) -> dict[str, TokenMixer]:
-    """The mixers of a converted denoiser by site path; empty if it is not converted."""
+    """The mixers of a converted denoiser, a pipeline's first, by path; empty if there are none."""
     model = denoiser_of(pipe_or_model)
     return {
         site.path: model.get_submodule(site.path).mixer
@@ -312,8 +264,11 @@ def _is_converted(model: Denoiser, site: Site) -> bool:
 
 def _plain_attention(model: Denoiser, site: Site) -> Any:
     attention: Any = model.get_submodule(site.path)
-    plain = family_of(model).attention_classes
-    if type(attention) not in plain or getattr(attention, "residual_connection", False):
+    family = family_of(model)
+    plain = family.attention_classes
+    skips = getattr(attention, "residual_connection", False)
+    spatial = getattr(attention, "spatial_norm", None) is not None
+    if type(attention) not in plain or skips != family.mixes_maps or spatial:
         names = " or ".join(kind.__name__ for kind in plain)
         raise UnsupportedModelError(
             f"{site.path} is a {type(attention).__name__}, not a plain diffusers {names}"
@@ -325,9 +280,8 @@ def _plain_attention(model: Denoiser, site: Site) -> Any:
 
 
 def _drop(attention: Any) -> None:
-    for name in (*PROJECTIONS, *NORMS):
-        if isinstance(getattr(attention, name, None), nn.Module):
-            delattr(attention, name)
+    for name in replaced_layers(attention):
+        delattr(attention, name)
     if not isinstance(attention, DroppedAttention):
         attention.__class__ = mixed_class(attention.stock, dropped=True)
 
