@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_wan import make
+from tiny_models import CASES
 
 import convfusion
 from convfusion.bench.models import denoiser_on_meta, full_size_configs
@@ -19,7 +19,7 @@ SIZE = (4, 12, 14)
 
 @pytest.fixture(scope="module")
 def measured():
-    model = make()
+    model = next(case for case in CASES if case.name == "wan").model()
     model.requires_grad_(False)
     calls = [example_inputs(model, SIZE, batch=2, words=5)]
     return model, calls, measure_moments(model, calls)

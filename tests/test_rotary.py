@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from test_wan import SIZES, make
 from tiny_models import CASES
 
 import convfusion
@@ -22,10 +21,11 @@ from convfusion.surgery import attention_teacher, mixers_of
 from convfusion.surgery.start import measure_imitation
 
 BY_NAME = {case.name: case for case in CASES}
+SIZES = ((3, 8, 12), (4, 12, 6))
 
 
 def wan_calls():
-    model = make()
+    model = BY_NAME["wan"].model()
     for block in model.blocks:  # norms as a training leaves them
         for norm in (block.attn1.norm_q, block.attn1.norm_k):
             torch.nn.init.uniform_(norm.weight, 0.5, 3)
@@ -41,6 +41,10 @@ MODELS = {
     "wan": wan_calls,
     "hunyuan": lambda: table_calls("hunyuan"),  # norms of each head, turned
     "sd35": lambda: table_calls("sd35"),  # norms of each head
+    "wan-image": lambda: table_calls("wan-image"),
+    "skyreels": lambda: table_calls("skyreels"),
+    "vace": lambda: table_calls("vace"),
+    "latte": lambda: table_calls("latte"),
 }
 
 
@@ -186,10 +190,10 @@ def test_blocks_start_nearer_than_from_weights_alone(kind, mixer):
 
 def place_calls():
     """A Wan whose attention depends on the offset of a key alone, and is most at the query."""
-    model = make()
+    model = BY_NAME["wan"].model()
     for block in model.blocks:
         layers = [(block.attn1.to_q, block.attn1.norm_q), (block.attn1.to_k, block.attn1.norm_k)]
-        bias = torch.randn(24)
+        bias = torch.randn(len(block.attn1.to_q.bias))
         for layer, norm in layers:
             torch.nn.init.zeros_(layer.weight)
             layer.bias.data.copy_(bias)
