@@ -59,8 +59,8 @@ def test_what_is_watched_is_what_the_attention_compares():
 
         model.get_submodule(site.path).register_forward_hook(keep)
 
-    def see(site, attention, tokens, grid):
-        seen[site.path] = (attention, tokens, grid)
+    def see(site, attention, sample):
+        seen[site.path] = (attention, sample.tokens, sample.grid)
 
     with watch_attention(model, see):
         model(**example_inputs(model, (8, 12), batch=2))
