@@ -50,6 +50,7 @@ class Cosmos(Family):
         "encoder_hidden_states": TEXT_DOCS,
         "padding_mask": "1 where a picture was padded, [1, 1, H, W]",
     }
+    frame_rate = 30
     frames = 16  # of 121 frames of a video
     rotary = True
 

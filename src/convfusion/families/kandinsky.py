@@ -105,6 +105,7 @@ class Kandinsky5(Family):
         "text_rope_pos": "numbers of the tokens of the text",
     }
     attention_classes = (Kandinsky5Attention,)
+    frame_rate = 24
     frames = 31  # of 121 frames of a video
     rotary = True
 

@@ -62,6 +62,7 @@ class Latte(Family):
         "timestep": TIMESTEP_DOCS,
         "encoder_hidden_states": TEXT_DOCS,
     }
+    frame_rate = 8
     frames = 16
 
     def list_sites(self, model: Denoiser) -> list[Site]:

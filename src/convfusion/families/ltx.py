@@ -52,6 +52,7 @@ class LTX(Family):
         "encoder_attention_mask": "1 for a token of the text, 0 for padding",
     }
     attention_classes: ClassVar[tuple[type[nn.Module], ...]] = (LTXAttention,)
+    frame_rate = 24
     frames = 21  # of 161 frames of a video
     pixels_per_latent = 32
     rotary = True

@@ -43,6 +43,7 @@ class LTX2(LTX):
         "audio_encoder_hidden_states": "the same for the sound",
     }
     attention_classes = (LTX2Attention,)
+    frame_rate = 24
     frames = 16  # of 121 frames of a video
     next_layer = "norm2"
 

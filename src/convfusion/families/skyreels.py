@@ -38,6 +38,7 @@ class SkyReels(Wan):
     }
     attention_classes = (SkyReelsV2Attention,)
     native = NATIVE_LATENTS
+    frame_rate = 24
     frames = 25  # of 97 frames of a video
     shares_blocks_with = "wan"
 

@@ -28,6 +28,7 @@ class SVD(UNet):
     owner_class = TransformerSpatioTemporalModel
     presets = {"svd_unet": {"*": 7}, "svd": SD15_KERNELS}
     full_size = {"svd": (_CLASS, {"sample_size": 96})}
+    frame_rate = 7
     frames = 25
     released_gate = None
     input_docs = {}
