@@ -25,6 +25,7 @@ import picture_tables
 import quality_tables
 import speed_tables
 import training_tables
+import video_tables
 from convfusion.demo import list_results, tell_shares
 from convfusion.mini import Student
 from convfusion.report import format_psnr
@@ -330,6 +331,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **highres_tables.TABLES,
     **speed_tables.TABLES,
     **training_tables.TABLES,
+    **video_tables.TABLES,
     **quality_tables.TABLES,
     **picture_tables.TABLES,
 }

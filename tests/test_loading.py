@@ -215,11 +215,11 @@ def test_a_model_that_cannot_be_converted_is_refused_from_its_index(tmp_path):
         by_name(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "StableCascadeDecoderPipeline"])
+@pytest.mark.parametrize("name", ["Lumina2Pipeline", "StableCascadeDecoderPipeline"])
 def test_others_are_refused_too(name, tmp_path):
-    part = {"transformer": ["diffusers", "SD3Transformer2DModel"]} if "3" in name else {}
+    part = {"transformer": ["diffusers", "Lumina2Transformer2DModel"]} if "2" in name else {}
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name, **part}))
-    with pytest.raises(UnsupportedModelError, match=r"SD3Transformer2DModel|no `unet` or"):
+    with pytest.raises(UnsupportedModelError, match=r"Lumina2Transformer2DModel|no `unet` or"):
         by_name(tmp_path)
 
 
