@@ -20,7 +20,10 @@ def videos() -> str:
     for row in found:
         groups[row["blocks"], int(row["layers"])].append(row)
     lines = []
-    for (blocks, layers), own in groups.items():
+    order = list(dict.fromkeys(blocks for blocks, _ in groups))
+    for (blocks, layers), own in sorted(
+        groups.items(), key=lambda g: (order.index(g[0][0]), g[0][1])
+    ):
         errors = [float(row["velocity_error"]) for row in own]
         spread = f" ({min(errors):.3f} … {max(errors):.3f})" if len(errors) > 1 else ""
         saved = int(own[0]["attention_operations"]) / max(1, int(own[0]["operations"]))
@@ -49,7 +52,13 @@ def mean_of(own: list[dict[str, str]], name: str, unit: str) -> str:
 
 def locality() -> str:
     """How local each layer of the video teacher is, beside uniform attention."""
-    heads = ["layer", "in its own frame", "within 3×3×3", "within 5×5×5", "a token of the first frame"]
+    heads = [
+        "layer",
+        "in its own frame",
+        "within 3×3×3",
+        "within 5×5×5",
+        "a token of the first frame",
+    ]
     heads += ["its strongest hundredth of the tokens", "field, tokens a side", "field, frames"]
     lines = []
     for row in read("video_locality.csv"):
