@@ -283,7 +283,6 @@ def test_what_is_packaged_draws_as_what_was_trained(train, video, teacher, tmp_p
     assert captions == [video.clip("choice", number).caption for number in range(3)]
 
 
-@pytest.mark.skipif(not (MINI / "video" / "video.json").exists(), reason="it is not trained yet")
 def test_what_is_kept_is_small_and_draws(video, monkeypatch):
     assert sum(file.stat().st_size for file in video.KEPT.rglob("*") if file.is_file()) <= 12e6
     pipe = video.load_video()
