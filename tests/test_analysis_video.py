@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_pipelines import stable_diffusion, wan
+from tiny_pipelines import ltx_video, stable_diffusion, wan
 from typer.testing import CliRunner
 
 import convfusion
@@ -110,6 +110,13 @@ def test_an_analysis_of_a_wan_pipeline(analysis):
         assert len(site.frames.profile) == len(site.frames.uniform_score_mass) == 3
         assert site.mean.gathering.first_frame == pytest.approx(1, abs=0.3)  # of random weights
     assert give_verdict(analysis)
+
+
+def test_an_analysis_of_a_pipeline_whose_latents_come_packed():
+    found = analyze(ltx_video(), ["red"], replace(CLIP, size=(32, 64), frames=5))
+    assert [site.grid for site in found.sites] == [(3, 4, 8)] * 2
+    assert all(len(site.heads) == 2 and len(site.frames.profile) == 3 for site in found.sites)
+    assert give_verdict(found)
 
 
 def test_videos_are_the_same_with_and_without_being_watched():
