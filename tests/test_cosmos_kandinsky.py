@@ -9,6 +9,7 @@ from convfusion import ConvFusionError, DeltaConv, uniform
 from convfusion.bench.models import bench_model
 from convfusion.errors import UnsupportedModelError
 from convfusion.families import cosmos as cosmos_family
+from convfusion.families.watch import sample_attention
 from convfusion.families import example_inputs, list_sites, site_grid
 from convfusion.surgery import mixers_of
 
@@ -53,6 +54,17 @@ def test_settings_of_a_sparse_mode_are_refused_in_a_call(positional):
             model(*given, (1.0, 1.0, 1.0), sparse)
         else:
             model(**inputs, sparse_params=sparse)
+
+
+@torch.no_grad()
+def test_a_sparse_mode_is_refused_by_a_start():
+    model = kandinsky().eval()
+    sparse = {"to_fractal": False, "sta_mask": None, "P": 0.9}
+    with (
+        pytest.raises(ConvFusionError, match="does not attend to all of its tokens"),
+        sample_attention(model, [], memory=1.0),
+    ):
+        model(**example_inputs(model, SIZE, words=5), sparse_params=sparse)
 
 
 def test_the_text_of_kandinsky_keeps_its_self_attention():

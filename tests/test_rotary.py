@@ -13,7 +13,7 @@ from convfusion import ConvFusionError, Halo, MeanOnly, uniform
 from convfusion.errors import UnsupportedModelError
 from convfusion.families import Family, example_inputs, family_of, list_sites
 from convfusion.families.rotary import PairTurn
-from convfusion.families.watch import sample_attention, watch_attention
+from convfusion.families.watch import can_watch, sample_attention, watch_attention
 from convfusion.mixers.base import TokenSample, as_plain, normed_heads
 from convfusion.mixers.nearest_layers import average_turn, fit_norms
 from convfusion.mixers.sampling import attend_at
@@ -124,6 +124,10 @@ def test_where_tokens_lie_matters():
         attend_at(attention, sample[0].tokens, chosen, turn) for turn in (sample[0].turn, None)
     )
     assert (turned - plain).norm() > 0.01 * plain.norm()
+
+
+def test_how_every_family_compares_tokens_is_known():
+    assert all(can_watch(case.make()) for case in CASES)
 
 
 def test_a_rotary_embedding_of_an_unknown_kind_is_refused(monkeypatch):
