@@ -213,8 +213,8 @@ def attention_capture(
     now: list[float] = []  # the timestep of the call at hand, if it is one to look at
 
     def see_timestep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        timestep = call_timestep(model, args, kwargs)
-        now[:] = [timestep] if timestep in timesteps else []
+        timestep = call_timestep(model, args, kwargs, timesteps)
+        now[:] = [] if timestep is None else [timestep]
 
     def see(site: Site, attention: Any, given: TokenSample) -> None:
         for timestep in now:
@@ -233,13 +233,23 @@ def attention_capture(
         handle.remove()
 
 
-def call_timestep(model: Denoiser, args: tuple, kwargs: dict[str, Any]) -> float:
-    """The timestep of a denoiser call; of a batch, its first."""
+def call_timestep(
+    model: Denoiser, args: tuple, kwargs: dict[str, Any], timesteps: Sequence[float]
+) -> float | None:
+    """Which of these timesteps a denoiser is called at; of a batch, at its first. None: at another.
+
+    Some pipelines give them in the dtype of the denoiser, which is compared after like rounding.
+    """
     if "timestep" in kwargs:
         value = kwargs["timestep"]
     else:
         value = args[argument_position(type(model), "timestep")]
-    return as_timestep(torch.as_tensor(value).flatten()[0])
+    given = torch.as_tensor(value).flatten()[0]
+    for timestep in timesteps:
+        told = torch.tensor(timestep).to(given) if given.is_floating_point() else timestep
+        if as_timestep(told) == as_timestep(given):
+            return timestep
+    return None
 
 
 @contextmanager
@@ -249,8 +259,8 @@ def recorded_calls(pipe: Any, timesteps: list[float]) -> Iterator[list[DenoiserC
     calls: list[DenoiserCall] = []
 
     def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        timestep = call_timestep(model, args, kwargs)
-        if timestep in timesteps:
+        timestep = call_timestep(model, args, kwargs, timesteps)
+        if timestep is not None:
             tensor = output[0] if isinstance(output, tuple) else output.sample
             calls.append(DenoiserCall(timestep, args, dict(kwargs), tensor))
 
