@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_pipelines import stable_diffusion, wan
+from tiny_pipelines import ltx_video, stable_diffusion, wan
 from typer.testing import CliRunner
 
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError
 from convfusion.analysis import AnalysisConfig, HighPass, Measure, analyze, recommend
+from convfusion.analysis.capture import call_timestep
 from convfusion.analysis.page import write_report
 from convfusion.analysis.places import corner_tokens
 from convfusion.analysis.statistics import frame_distances, high_pass
@@ -110,6 +111,23 @@ def test_an_analysis_of_a_wan_pipeline(analysis):
         assert len(site.frames.profile) == len(site.frames.uniform_score_mass) == 3
         assert site.mean.gathering.first_frame == pytest.approx(1, abs=0.3)  # of random weights
     assert give_verdict(analysis)
+
+
+def test_an_analysis_of_a_pipeline_whose_latents_come_packed():
+    found = analyze(ltx_video(), ["red"], replace(CLIP, size=(32, 64), frames=5))
+    assert [site.grid for site in found.sites] == [(3, 4, 8)] * 2
+    assert all(len(site.heads) == 2 and len(site.frames.profile) == 3 for site in found.sites)
+    assert give_verdict(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_timesteps_are_known_in_the_dtype_of_the_denoiser(dtype):
+    """Cosmos and Kandinsky 5 are told 1.0955 as 1.09375 in bfloat16."""
+    model, visited = wan().transformer, [1.0955, -1.5537, 997]
+    for timestep in visited:
+        told = {"timestep": torch.tensor([timestep], dtype=torch.float32).to(dtype)}
+        assert call_timestep(model, (), told, visited) == timestep
+        assert call_timestep(model, (), told, [0.5]) is None
 
 
 def test_videos_are_the_same_with_and_without_being_watched():

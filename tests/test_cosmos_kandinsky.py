@@ -2,14 +2,21 @@
 
 import pytest
 import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    FlowMatchEulerDiscreteScheduler,
+    Kandinsky5T2VPipeline,
+)
 from tiny_models import cosmos, kandinsky, randomise
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
+from convfusion.analysis import AnalysisConfig, analyze
 from convfusion.bench.models import bench_model
 from convfusion.errors import UnsupportedModelError
 from convfusion.families import cosmos as cosmos_family
 from convfusion.families import example_inputs, list_sites, site_grid
+from convfusion.families.watch import sample_attention
 from convfusion.surgery import mixers_of
 
 VIDEO = DeltaConv(kernel_size=3, frame_kernel_size=3, first_frame_branch=True)
@@ -53,6 +60,17 @@ def test_settings_of_a_sparse_mode_are_refused_in_a_call(positional):
             model(*given, (1.0, 1.0, 1.0), sparse)
         else:
             model(**inputs, sparse_params=sparse)
+
+
+@torch.no_grad()
+def test_a_sparse_mode_is_refused_by_a_start():
+    model = kandinsky().eval()
+    sparse = {"to_fractal": False, "sta_mask": None, "P": 0.9}
+    with (
+        pytest.raises(ConvFusionError, match="does not attend to all of its tokens"),
+        sample_attention(model, [], memory=1.0),
+    ):
+        model(**example_inputs(model, SIZE, words=5), sparse_params=sparse)
 
 
 def test_the_text_of_kandinsky_keeps_its_self_attention():
@@ -104,3 +122,38 @@ def test_grids_of_published_models(name, size, grid):
     model = bench_model(name)
     site = list_sites(model.denoiser)[0]
     assert site_grid(model.denoiser, site, model.latents(size)) == grid
+
+
+class ToldKandinsky(Kandinsky5T2VPipeline):
+    """Without text encoders: what it is told of a prompt is made up."""
+
+    def encode_prompt(self, prompt, max_sequence_length, device, dtype):
+        count = len(prompt)
+        return torch.ones(count, 6, 16), torch.ones(count, 12), torch.arange(count + 1) * 6
+
+    def check_inputs(self, **options):
+        pass
+
+
+def test_an_analysis_of_a_kandinsky():
+    """Whose config has another name for the channels of its latents."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    )
+    pipe = ToldKandinsky(
+        transformer=kandinsky().eval(),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+    clip = AnalysisConfig(steps=2, size=(64, 96), frames=9, filters=())
+    found = analyze(pipe, ["red"], clip)
+    assert [site.grid for site in found.sites] == [(3, 4, 6)] * 2

@@ -3,11 +3,15 @@
 import pytest
 import torch
 from tiny_models import ltx, ltx2
+from tiny_pipelines import ltx_video
 
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, Halo, MeanOnly, Removed, uniform
 from convfusion.families import example_inputs
 from convfusion.families.carrier import read_coordinates
+from convfusion.families.watch import sample_attention
+from convfusion.mixers.base import TokenSample, fold_gates
+from convfusion.recording import record_calls
 from convfusion.surgery import attention_back, mixers_of
 
 GRID = (2, 3, 4)
@@ -107,3 +111,51 @@ def test_gates_are_dropped_with_the_attention_and_go_into_a_start():
     assert torch.equal(attention.to_out[0].weight, weight)
     convfusion.drop_attention(model)
     assert not [name for name, _ in attention.named_parameters() if not name.startswith("mixer.")]
+
+
+@torch.no_grad()
+def test_gates_of_a_measured_start_are_the_mean_of_the_sample():
+    torch.manual_seed(0)
+    model = ltx2().eval()
+    attention = model.transformer_blocks[0].attn1
+    attention.to_gate_logits.weight.mul_(5)
+    tokens = torch.randn(2, 24, 24) + 1
+    folded = fold_gates(attention, [TokenSample(tokens, GRID)])
+    gates = 2 * attention.to_gate_logits(tokens).sigmoid().mean((0, 1))  # [h]
+    expected = attention.to_out[0].weight.unflatten(1, (2, 12)) * gates[:, None]
+    torch.testing.assert_close(folded.to_out[0].weight, expected.flatten(1))
+    assert folded.to_gate_logits is None and attention.to_gate_logits is not None
+
+
+@torch.no_grad()
+def test_blocks_start_from_what_the_pipeline_draws():
+    pipe = ltx_video()
+    clip = {"steps": 2, "guidance": 2.0, "size": (32, 64), "frames": 5, "looks": 2}
+    calls = record_calls(pipe, ["red"], **clip)
+    convfusion.convert(pipe, uniform(NEAR))
+    errors = convfusion.start_from_attention(pipe, calls)
+    assert len(errors) == 2 and all(error < 1 for error in errors.values())
+
+
+def test_what_changes_scores_unseen_is_refused_by_a_start():
+    model = ltx2(**NEWER).eval()
+    inputs = example_inputs(model, GRID, batch=2, words=3)
+    mask = {"video_self_attention_mask": torch.ones(2, 24, 24)}
+    guided = {"spatio_temporal_guidance_blocks": [1], "perturbation_mask": torch.zeros(2)}
+    for more, named in ((mask, "attention_mask"), (guided, "perturbation_mask")):
+        with (
+            pytest.raises(ConvFusionError, match=f"attends to itself with a {named}"),
+            sample_attention(model, [], memory=1.0),
+        ):
+            model(**{**inputs, **more})
+
+
+def test_clips_of_other_places_in_one_batch_are_refused_by_a_start():
+    model = ltx().eval()
+    inputs = example_inputs(model, GRID, batch=2, words=3)
+    inputs["video_coords"] = places(GRID) * torch.tensor([1.0, 2.0]).view(2, 1, 1)
+    with (
+        pytest.raises(ConvFusionError, match="differs between the samples of one batch"),
+        sample_attention(model, [], memory=1.0),
+    ):
+        model(**inputs)

@@ -6,15 +6,15 @@ import math
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from tiny_models import CASES
+from tiny_models import CASES, ltx2
 
 import convfusion
 from convfusion import ConvFusionError, Halo, MeanOnly, uniform
 from convfusion.errors import UnsupportedModelError
 from convfusion.families import Family, example_inputs, family_of, list_sites
 from convfusion.families.rotary import PairTurn
-from convfusion.families.watch import sample_attention, watch_attention
-from convfusion.mixers.base import TokenSample, normed_heads
+from convfusion.families.watch import can_watch, sample_attention, watch_attention
+from convfusion.mixers.base import TokenSample, as_plain, normed_heads
 from convfusion.mixers.nearest_layers import average_turn, fit_norms
 from convfusion.mixers.sampling import attend_at
 from convfusion.surgery import attention_teacher, mixers_of
@@ -22,6 +22,7 @@ from convfusion.surgery.start import measure_imitation
 
 BY_NAME = {case.name: case for case in CASES}
 SIZES = ((3, 8, 12), (4, 12, 6))
+FRAMES = Halo(block=(2, 2, 2), window=(2, 4, 4), cells=(1, 2, 2), key_ratio=0.5)
 
 
 def wan_calls():
@@ -37,6 +38,13 @@ def table_calls(name):
     return case.model(), [case.inputs(*size) for size in case.sizes]
 
 
+def interleaved_calls():
+    """An LTX-2 whose channels are turned over all heads, as the guidance of LTX-2.3 calls it."""
+    model = ltx2(rope_type="interleaved", perturbed_attn=True)
+    sizes = ((3, 4, 6), (2, 3, 4))
+    return model.eval(), [example_inputs(model, size, batch=2, words=5) for size in sizes]
+
+
 MODELS = {
     "wan": wan_calls,
     "hunyuan": lambda: table_calls("hunyuan"),  # norms of each head, turned
@@ -45,6 +53,11 @@ MODELS = {
     "skyreels": lambda: table_calls("skyreels"),
     "vace": lambda: table_calls("vace"),
     "latte": lambda: table_calls("latte"),
+    "cosmos": lambda: table_calls("cosmos"),
+    "kandinsky": lambda: table_calls("kandinsky"),  # names of its own
+    "ltx": lambda: table_calls("ltx"),  # other angles in each head
+    "ltx2": lambda: table_calls("ltx2"),  # gates
+    "ltx2-interleaved": interleaved_calls,
 }
 
 
@@ -54,7 +67,7 @@ MODELS = {
 def test_what_is_worked_out_again_is_what_the_attention_gives(kind, dtype):
     """At every site and two sizes: scores, values and their sum, from tokens and rotary alone."""
     model, calls = MODELS[kind]()
-    model = model.to(dtype)
+    cast_model(model, dtype)
     given, outputs = {}, {}
 
     def see(site, attention, sample):
@@ -81,6 +94,14 @@ def test_what_is_worked_out_again_is_what_the_attention_gives(kind, dtype):
         handle.remove()
 
 
+def cast_model(model, dtype):
+    """As `from_pretrained` does it, which keeps some modules in float32."""
+    model.to(dtype)
+    for name, module in model.named_modules():
+        if any(part in name for part in model._keep_in_fp32_modules or ()):
+            module.float()
+
+
 def cast(value, dtype):
     if isinstance(value, tuple):
         return tuple(cast(each, dtype) for each in value)
@@ -103,6 +124,10 @@ def test_where_tokens_lie_matters():
         attend_at(attention, sample[0].tokens, chosen, turn) for turn in (sample[0].turn, None)
     )
     assert (turned - plain).norm() > 0.01 * plain.norm()
+
+
+def test_how_every_family_compares_tokens_is_known():
+    assert all(can_watch(case.make()) for case in CASES)
 
 
 def test_a_rotary_embedding_of_an_unknown_kind_is_refused(monkeypatch):
@@ -161,17 +186,24 @@ def test_the_layer_nearest_to_a_norm_is_the_best_one():
 @pytest.mark.parametrize(
     ("kind", "mixer"),
     [
-        ("wan", Halo(block=(2, 2, 2), window=(2, 4, 4), cells=(1, 2, 2), key_ratio=0.5)),
+        ("wan", FRAMES),
         ("hunyuan", Halo(key_ratio=0.5)),
         ("sd35", Halo(key_ratio=0.5)),
         ("wan", MeanOnly()),
+        ("cosmos", FRAMES),
+        ("kandinsky", FRAMES),
+        ("ltx", FRAMES),
+        ("ltx2", FRAMES),
+        ("ltx2-interleaved", FRAMES),
+        ("ltx2", MeanOnly()),
+        ("kandinsky", MeanOnly()),
     ],
 )
 @torch.no_grad()
 def test_blocks_start_nearer_than_from_weights_alone(kind, mixer):
     model, calls = MODELS[kind]()
     for site in list_sites(model):  # sharper maps than random weights have
-        model.get_submodule(site.path).norm_q.weight.mul_(3)
+        as_plain(model.get_submodule(site.path)).norm_q.weight.mul_(3)
     sites = [site.path for site in list_sites(model)]
     convfusion.convert(model, uniform(mixer))
     teacher = attention_teacher(model)

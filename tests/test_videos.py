@@ -10,7 +10,6 @@ import convfusion
 from convfusion import ConvertConfig, ConvFusionError, DeltaConv, Halo, MeanOnly, Removed, uniform
 from convfusion.bench.counts import operation_table
 from convfusion.bench.models import BenchModel
-from convfusion.errors import UnsupportedModelError
 from convfusion.families import example_inputs, family_of, list_sites
 from convfusion.mixers import Depthwise, GeneralisedLinear
 from convfusion.operations import site_operations
@@ -117,11 +116,12 @@ def test_a_mixer_for_pictures_is_refused(case, mixer):
         convfusion.convert(case.model(), uniform(mixer))
 
 
-TURNED = [case for case in VIDEOS if case.name in ("cosmos", "kandinsky", "ltx", "ltx2")]
-
-
-@pytest.mark.parametrize("case", TURNED, ids=lambda case: case.name)
-def test_what_needs_an_unknown_rotary_embedding_is_refused(case):
-    model = converted(case, uniform(NEAR))
-    with pytest.raises(UnsupportedModelError, match="turns its queries and keys"):
-        convfusion.start_from_attention(model, [example_inputs(model, SIZES[0])])
+@table
+def test_convolutions_start_from_the_mean_of_their_attention(case):
+    model = case.model()
+    convfusion.convert(model, uniform(VIDEO))
+    before = {path: mixer.proj_in.weight.clone() for path, mixer in mixers_of(model).items()}
+    errors = convfusion.start_from_attention(model, [example_inputs(model, SIZES[0])])
+    assert errors.keys() == before.keys() and all(error < 1 for error in errors.values())
+    for path, mixer in mixers_of(model).items():
+        assert not torch.equal(mixer.proj_in.weight, before[path])

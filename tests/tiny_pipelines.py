@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     DDIMScheduler,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
+    LTXPipeline,
     PixArtSigmaPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -19,7 +21,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from tiny_models import dit, pixart, sdxl
+from tiny_models import dit, ltx, pixart, sdxl
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -217,6 +219,41 @@ def wan() -> WanPipeline:
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
+    )
+
+
+def ltx_video() -> LTXPipeline:
+    """For videos, 8× smaller per side and 2× in time: 5 frames of 32×64 have 3×4×8 tokens."""
+    torch.manual_seed(3)
+    text = T5Config(
+        vocab_size=8,
+        d_model=12,
+        d_kv=6,
+        d_ff=12,
+        num_layers=1,
+        num_heads=2,
+        tie_word_embeddings=False,
+    )
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8,),
+        down_block_types=("LTXVideoDownBlock3D",),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("conv",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+    )
+    return LTXPipeline(
+        tokenizer=word_tokenizer(),
+        text_encoder=T5EncoderModel(text).eval(),
+        vae=vae.eval(),
+        transformer=ltx().eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     )
 
 

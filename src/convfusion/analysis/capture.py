@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,13 +97,56 @@ def as_timestep(value: Any) -> float:
     return int(number) if number.is_integer() else number
 
 
-def choose_timesteps(pipe: Any, steps: int, wanted: tuple[float, ...] | None) -> list[float]:
+def count_steps(pipe: Any, steps: int) -> int:
+    """How often a pipeline calls its denoiser in so many sampling steps."""
+    if pipe.scheduler.config.get("use_dynamic_shifting"):
+        return steps  # timesteps go by the size of what is drawn, but there is one for each step
+    return len(sampling_timesteps(pipe, steps))
+
+
+class _FirstCall(Exception):
+    """A pipeline has come to the first call of its denoiser."""
+
+
+def ask_timesteps(pipe: Any, draw: Callable[[], None]) -> list[float]:
+    """The timesteps of what a pipeline draws, as it sets them itself: some go by the size.
+
+    Args:
+        pipe: the pipeline.
+        draw: lets it draw; this is stopped at the first call of its denoiser.
+    """
+
+    def stop(*_: Any) -> None:
+        raise _FirstCall
+
+    handle = denoiser_of(pipe).register_forward_pre_hook(stop)
+    try:
+        draw()
+    except _FirstCall:
+        pass
+    finally:
+        handle.remove()
+    return [as_timestep(t) for t in pipe.scheduler.timesteps]
+
+
+def choose_timesteps(
+    pipe: Any,
+    steps: int,
+    wanted: tuple[float, ...] | None,
+    visited: Sequence[float] | None = None,
+) -> list[float]:
     """The wanted timesteps in sampling order; by default five, spread over the schedule.
+
+    Args:
+        pipe: the pipeline that draws.
+        steps: sampling steps.
+        wanted: timesteps to look at.
+        visited: those of its sampling, by default as its scheduler sets them alone.
 
     Raises:
         ConvFusionError: the scheduler does not visit a wanted one.
     """
-    visited = list(dict.fromkeys(sampling_timesteps(pipe, steps)))
+    visited = list(dict.fromkeys(visited or sampling_timesteps(pipe, steps)))
     if wanted is None:
         count = min(5, len(visited))
         return [visited[(2 * i + 1) * len(visited) // (2 * count)] for i in range(count)]
@@ -170,8 +213,8 @@ def attention_capture(
     now: list[float] = []  # the timestep of the call at hand, if it is one to look at
 
     def see_timestep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        timestep = call_timestep(model, args, kwargs)
-        now[:] = [timestep] if timestep in timesteps else []
+        timestep = call_timestep(model, args, kwargs, timesteps)
+        now[:] = [] if timestep is None else [timestep]
 
     def see(site: Site, attention: Any, given: TokenSample) -> None:
         for timestep in now:
@@ -190,13 +233,23 @@ def attention_capture(
         handle.remove()
 
 
-def call_timestep(model: Denoiser, args: tuple, kwargs: dict[str, Any]) -> float:
-    """The timestep of a denoiser call; of a batch, its first."""
+def call_timestep(
+    model: Denoiser, args: tuple, kwargs: dict[str, Any], timesteps: Sequence[float]
+) -> float | None:
+    """Which of these timesteps a denoiser is called at; of a batch, at its first. None: at another.
+
+    Some pipelines give them in the dtype of the denoiser, which is compared after like rounding.
+    """
     if "timestep" in kwargs:
         value = kwargs["timestep"]
     else:
         value = args[argument_position(type(model), "timestep")]
-    return as_timestep(torch.as_tensor(value).flatten()[0])
+    given = torch.as_tensor(value).flatten()[0]
+    for timestep in timesteps:
+        told = torch.tensor(timestep).to(given) if given.is_floating_point() else timestep
+        if as_timestep(told) == as_timestep(given):
+            return timestep
+    return None
 
 
 @contextmanager
@@ -206,8 +259,8 @@ def recorded_calls(pipe: Any, timesteps: list[float]) -> Iterator[list[DenoiserC
     calls: list[DenoiserCall] = []
 
     def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        timestep = call_timestep(model, args, kwargs)
-        if timestep in timesteps:
+        timestep = call_timestep(model, args, kwargs, timesteps)
+        if timestep is not None:
             tensor = output[0] if isinstance(output, tuple) else output.sample
             calls.append(DenoiserCall(timestep, args, dict(kwargs), tensor))
 

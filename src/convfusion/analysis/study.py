@@ -14,6 +14,7 @@ from torch import Tensor
 
 from convfusion.analysis.capture import (
     Captured,
+    ask_timesteps,
     attention_capture,
     check_prompts,
     choose_timesteps,
@@ -35,7 +36,7 @@ from convfusion.analysis.streaming import (
     uniform_score_mass,
 )
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, Site, denoiser_of, list_sites
+from convfusion.families import Denoiser, Site, denoiser_of, list_sites, native_frames
 from convfusion.files import write_text
 from convfusion.fingerprint import fingerprint
 from convfusion.mixers.base import Grid
@@ -194,8 +195,8 @@ def analyze(
     """
     check_prompts(prompts)
     model = denoiser_of(pipe)
-    timesteps = choose_timesteps(pipe, config.steps, config.timesteps)
-    with attention_capture(pipe, timesteps, config.measure) as seen, counted_calls(model, on_call):
+
+    def draw(progress: bool | None = None) -> None:
         run_denoiser(
             pipe,
             prompts,
@@ -204,7 +205,13 @@ def analyze(
             size=config.size,
             frames=config.frames,
             batch_size=config.batch_size,
+            progress=progress,
         )
+
+    visited = ask_timesteps(pipe, lambda: draw(progress=False)) if native_frames(pipe) else None
+    timesteps = choose_timesteps(pipe, config.steps, config.timesteps, visited)
+    with attention_capture(pipe, timesteps, config.measure) as seen, counted_calls(model, on_call):
+        draw()
     return Analysis(
         model=f"{type(pipe).__name__} with {type(model).__name__}",
         weights=fingerprint(model),

@@ -144,9 +144,9 @@ def run_analysis(
 
 def count_calls(pipe: Any, prompts: int, steps: int, batch_size: int) -> int:
     """How often the denoiser is called to draw every prompt once."""
-    from convfusion.analysis.capture import sampling_timesteps
+    from convfusion.analysis.capture import count_steps
 
-    return len(sampling_timesteps(pipe, steps)) * math.ceil(prompts / batch_size)
+    return count_steps(pipe, steps) * math.ceil(prompts / batch_size)
 
 
 def ablate(

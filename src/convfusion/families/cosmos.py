@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers.utils import is_torchvision_available
@@ -18,6 +18,7 @@ from convfusion.families.base import (
     Values,
 )
 from convfusion.families.carrier import RotaryCarrier
+from convfusion.families.rotary import HalvesTurn
 from convfusion.families.wan import VIDEO_HALO, VIDEO_KERNELS
 
 T5_WORDS = 512  # tokens that its text encoder reads
@@ -70,6 +71,9 @@ class Cosmos(Family):
 
     def carrier(self, model: Denoiser) -> RotaryCarrier:
         return RotaryCarrier(tuple(model.config.patch_size))
+
+    def find_turn(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> HalvesTurn:
+        return HalvesTurn.of((*args, *kwargs.values()))
 
     def patch_size(self, model: Denoiser) -> int:
         return model.config.patch_size[-1]

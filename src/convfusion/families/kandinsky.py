@@ -7,7 +7,7 @@ is None without that mode.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from convfusion.families.base import (
     Values,
 )
 from convfusion.families.carrier import GRID, argument_position
+from convfusion.families.rotary import take_first, without_rotary
 from convfusion.families.wan import VIDEO_HALO, VIDEO_KERNELS
 from convfusion.mixers.base import Grid
 
@@ -72,6 +73,29 @@ class SparseCarrier:
         if positional:
             return (*args[: self.position], carried, *args[self.position + 1 :]), kwargs
         return args, {**kwargs, _SPARSE: carried}
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixTurn:
+    """Turns channels 2i and 2i + 1 of each head by a matrix, and rounds them to bfloat16.
+
+    Kandinsky 5 rounds so in every dtype.
+
+    Attributes:
+        matrices: of each token and pair of channels, [N, d/2, 2, 2].
+    """
+
+    matrices: Tensor
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """Queries or keys [B, h, N, d] as they are compared."""
+        pairs = heads.unflatten(-1, (-1, 1, 2)).float()
+        turned = (self.matrices.to(heads.device, torch.float32) * pairs).sum(-1)
+        return turned.flatten(-2).to(torch.bfloat16).to(heads.dtype)
+
+    def equals(self, other: Any) -> bool:
+        """Whether another one turns every token alike."""
+        return torch.equal(self.matrices, other.matrices)
 
 
 class Kandinsky5(Family):
@@ -127,6 +151,22 @@ class Kandinsky5(Family):
     def carrier(self, model: Denoiser) -> SparseCarrier:
         position = argument_position(Kandinsky5Transformer3DModel, _SPARSE)
         return SparseCarrier(tuple(model.config.patch_size), position)
+
+    def find_turn(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> MatrixTurn:
+        """From the keyword that every block gives.
+
+        Raises:
+            ConvFusionError: the attention is sparse, or there is no embedding.
+        """
+        if GRID not in (kwargs.get(_SPARSE) or {GRID}):
+            raise ConvFusionError(
+                f"a Kandinsky 5 with {_SPARSE} does not attend to all of its tokens, which "
+                "analysis and measured starts take it to do: call it without"
+            )
+        rotary = kwargs.get("rotary_emb")
+        if rotary is None:
+            raise without_rotary()
+        return MatrixTurn(take_first(rotary).squeeze(1))
 
     def patch_size(self, model: Denoiser) -> int:
         return model.config.patch_size[-1]

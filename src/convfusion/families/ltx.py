@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from diffusers import LTXVideoTransformer3DModel
-from diffusers.models.transformers.transformer_ltx import LTXAttention
-from torch import nn
+from diffusers.models.transformers.transformer_ltx import LTXAttention, apply_rotary_emb
+from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
 from convfusion.families.base import (
@@ -21,12 +21,26 @@ from convfusion.families.base import (
     Values,
 )
 from convfusion.families.carrier import PackedCarrier
+from convfusion.families.rotary import PairTurn, find_angles, take_first
 from convfusion.mixers import DeltaConv, Halo
 from convfusion.mixers.base import Grid
 
 T5_WORDS = 128  # tokens that its text encoder reads
 
 _CLASS = "LTXVideoTransformer3DModel"
+
+
+class JoinedTurn(PairTurn):
+    """Turns the channels of all heads side by side, so that each head has angles of its own.
+
+    Attributes:
+        cosine, sine: of the angle of each token and channel, [N, h·d].
+    """
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        both = tuple(each.to(heads.device, heads.dtype) for each in (self.cosine, self.sine))
+        turned: Any = apply_rotary_emb(heads.transpose(1, 2).flatten(2), both)
+        return turned.unflatten(-1, (heads.shape[1], -1)).transpose(1, 2)
 
 
 class LTX(Family):
@@ -75,6 +89,10 @@ class LTX(Family):
 
     def carrier(self, model: Denoiser) -> PackedCarrier:
         return PackedCarrier.of(LTXVideoTransformer3DModel)
+
+    def find_turn(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> PairTurn:
+        cosine, sine = find_angles((*args, *kwargs.values()))
+        return JoinedTurn(take_first(cosine), take_first(sine))
 
     def latent_shape(self, model: Denoiser, batch: int, sides: Grid) -> tuple[int, ...]:
         return (batch, math.prod(sides), model.config.in_channels)

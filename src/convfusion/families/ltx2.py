@@ -6,16 +6,18 @@ to itself, of both to the text, and of each to the other are left alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import LTX2VideoTransformer3DModel
-from diffusers.models.transformers.transformer_ltx2 import LTX2Attention
+from diffusers.models.transformers.transformer_ltx2 import LTX2Attention, apply_split_rotary_emb
+from torch import Tensor
 
 from convfusion.errors import ConvFusionError
 from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Size, Values
 from convfusion.families.carrier import PackedCarrier
-from convfusion.families.ltx import LTX
+from convfusion.families.ltx import LTX, JoinedTurn
+from convfusion.families.rotary import PairTurn, find_angles, take_first
 from convfusion.mixers import DeltaConv
 
 GEMMA_WORDS = 1024  # tokens that its text encoder reads
@@ -24,6 +26,18 @@ FRAMES_PER_SECOND = 24
 SOUNDS_PER_SECOND = 25  # latents of the sound
 
 _CLASS = "LTX2VideoTransformer3DModel"
+
+
+class SplitTurn(PairTurn):
+    """Turns channels i and i + d/2 of each head by one angle, which is another in each head.
+
+    Attributes:
+        cosine, sine: of the angle of each head, token and pair of channels, [h, N, d/2].
+    """
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        both: Any = tuple(each.to(heads.device, heads.dtype) for each in (self.cosine, self.sine))
+        return apply_split_rotary_emb(heads, both)
 
 
 class LTX2(LTX):
@@ -49,6 +63,21 @@ class LTX2(LTX):
 
     def carrier(self, model: Denoiser) -> PackedCarrier:
         return PackedCarrier.of(LTX2VideoTransformer3DModel)
+
+    def find_turn(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> PairTurn:
+        """Of heads by themselves or side by side, by `rope_type`.
+
+        Raises:
+            ConvFusionError: beside its tokens, the attention is given what changes its scores.
+        """
+        for name in ("attention_mask", "perturbation_mask"):
+            if kwargs.get(name) is not None:
+                raise ConvFusionError(
+                    f"the video attends to itself with a {name} here, which analysis and measured "
+                    "starts leave out: call the model without"
+                )
+        cosine, sine = map(take_first, find_angles((*args, *kwargs.values())))
+        return (JoinedTurn if cosine.ndim == 2 else SplitTurn)(cosine, sine)
 
     def native_latents(self, model: Denoiser) -> Size:
         return 16, 24  # of 512×768 pixels

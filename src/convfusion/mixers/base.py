@@ -155,18 +155,39 @@ def projections(attention: Any) -> tuple[Any, Any, Any, Any]:
     return attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]
 
 
+def read_gates(attention: Any, tokens: Tensor) -> Tensor | None:
+    """What LTX-2 multiplies each head's output with at every token, 2·σ(w·x + b), in float32.
+
+    Args:
+        attention: a diffusers attention.
+        tokens: x, [B, N, C] of any device and dtype.
+
+    Returns:
+        [B, h, N]; None where an attention has no gates.
+    """
+    gates = getattr(attention, "to_gate_logits", None)
+    if gates is None:
+        return None
+    placed = tokens.to(gates.weight.device, torch.float32)
+    logits = F.linear(placed, gates.weight.float(), gates.bias.float())
+    return 2 * logits.sigmoid().transpose(1, 2)
+
+
 @torch.no_grad()
-def fold_gates(attention: Any) -> Any:
+def fold_gates(attention: Any, sample: Sequence[TokenSample] = ()) -> Any:
     """An attention without gates, for a mixer to start from; itself where it has none.
 
-    The gates of LTX-2 multiply what each head gives to a token by 2·σ(w·x + b). Those of x = 0,
-    2·σ(b), go into the output projection, so a start leaves out how gates differ between tokens.
+    The mean of its gates over a sample goes into the output projection, or without a sample those
+    of a token of zeros. So a start leaves out how gates differ between tokens; see `read_gates`.
     """
     gates = getattr(attention, "to_gate_logits", None)
     if gates is None:
         return attention
     out = copy.deepcopy(attention.to_out[0])
-    scale = 2 * gates.bias.float().sigmoid().repeat_interleave(out.in_features // attention.heads)
+    seen = [each.tokens for each in sample] or [gates.weight.new_zeros(1, 1, gates.in_features)]
+    read: Any = [read_gates(attention, tokens) for tokens in seen]
+    mean = torch.stack([each.mean((0, 2)) for each in read]).mean(0)  # [h]
+    scale = mean.repeat_interleave(out.in_features // attention.heads)
     out.weight.copy_(out.weight.float() * scale)
     plain = copy.copy(attention)
     plain._modules = {**attention._modules, "to_out": nn.ModuleList([out]), "to_gate_logits": None}
@@ -204,7 +225,7 @@ def score_scale(attention: Any) -> float:
     own = getattr(attention, "scale", None)
     if own is not None:
         return own
-    return (projections(attention)[0].out_features / attention.heads) ** -0.5
+    return (projections(attention)[0].out_features / as_plain(attention).heads) ** -0.5
 
 
 def project_heads(
@@ -225,7 +246,7 @@ def project_heads(
 
 def normed_heads(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `project_heads`, before a rotary embedding turns queries and keys."""
-    found = []
+    attention, found = as_plain(attention), []
     layers = zip(projections(attention)[:3], ("norm_q", "norm_k", ""), strict=True)
     for layer, norm in layers:
         bias = None if layer.bias is None else layer.bias.float()
@@ -253,7 +274,7 @@ def spans_heads(norm: Any, attention: Any) -> bool:
 def output_heads(attention: Any) -> Tensor:
     """W_o of each head in float32: [h, C, d]."""
     weight = projections(attention)[3].weight.float()
-    return weight.unflatten(1, (attention.heads, -1)).transpose(0, 1)
+    return weight.unflatten(1, (as_plain(attention).heads, -1)).transpose(0, 1)
 
 
 def check_grid(tokens: Tensor, grid: Grid) -> Grid:

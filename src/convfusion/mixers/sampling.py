@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convfusion.mixers.base import Turn, output_heads, project_heads, projections, score_scale
+from convfusion.mixers.base import (
+    Turn,
+    output_heads,
+    project_heads,
+    projections,
+    read_gates,
+    score_scale,
+)
 from convfusion.mixers.offsets import split_queries
 
 
@@ -23,10 +30,13 @@ def attend_at(attention: Any, tokens: Tensor, chosen: Tensor, turn: Turn | None 
     """
     query, key, value = project_heads(attention, tokens, turn)
     weights, bias = output_heads(attention), projections(attention)[3].bias
-    parts = []
+    gates, parts = read_gates(attention, tokens), []
     maps_of_each = query.shape[0] * query.shape[1]
     for part in split_queries(chosen.to(query.device), maps_of_each, query.shape[2]):
         maps = (query[:, :, part] @ key.transpose(2, 3) * score_scale(attention)).softmax(-1)
-        parts.append(torch.einsum("bhnd,hcd->bnc", maps @ value, weights))
+        gathered = maps @ value
+        if gates is not None:
+            gathered = gathered * gates[:, :, part, None]
+        parts.append(torch.einsum("bhnd,hcd->bnc", gathered, weights))
     output = torch.cat(parts, dim=1)
     return output if bias is None else output + bias.float()

@@ -11,7 +11,7 @@ import torch
 from convfusion.errors import ConvFusionError
 from convfusion.families import check_alone, denoiser_of
 from convfusion.families.watch import sample_attention
-from convfusion.mixers.base import TokenMixer, TokenSample
+from convfusion.mixers.base import TokenMixer, TokenSample, as_plain, fold_gates
 from convfusion.mixers.offsets import QUERIES, choose_queries
 from convfusion.mixers.sampling import attend_at
 from convfusion.surgery.record import TrainingRecord, set_record
@@ -78,7 +78,7 @@ def start_mixer(
     if not sample:
         raise ConvFusionError("no call of the model was given to start from")
     try:
-        mixer.start_from(attention, sample)
+        mixer.start_from(fold_gates(as_plain(attention), sample), sample)
         error = measure_imitation(mixer, attention, sample)
     except torch.linalg.LinAlgError:  # what is not finite has no decomposition
         error = math.nan
