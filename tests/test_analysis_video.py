@@ -187,4 +187,4 @@ def test_commands_analyse_and_measure_a_video_model(tmp_path):
     wrong = CliRunner().invoke(
         app, ["convert", str(model), "--frames", "9", "--out", str(tmp_path / "x")]
     )
-    assert "--frames goes with --measure" in str(wrong.exception)
+    assert "--frames goes with --measure, or with --budget and --size" in str(wrong.exception)
