@@ -49,7 +49,13 @@ def mean_of(own: list[dict[str, str]], name: str, unit: str) -> str:
 
 def locality() -> str:
     """How local each layer of the video teacher is, beside uniform attention."""
-    heads = ["layer", "in its own frame", "within 3×3×3", "within 5×5×5", "a token of the first frame"]
+    heads = [
+        "layer",
+        "in its own frame",
+        "within 3×3×3",
+        "within 5×5×5",
+        "a token of the first frame",
+    ]
     heads += ["its strongest hundredth of the tokens", "field, tokens a side", "field, frames"]
     lines = []
     for row in read("video_locality.csv"):
