@@ -143,6 +143,8 @@ def convert(
     warning = warn_of(status.record)
     trainable = warning and not (prompts or drop_attention)
     words = list_next_words(model, out, blocks_only, bool(trainable))
+    if frames is not None and not trainable:
+        words += ["--frames", frames, *(["--size", size] if size else [])]
     print_ending(out, verdict=warning, next_command=words)
 
 
