@@ -197,12 +197,14 @@ def test_commands_analyse_and_measure_a_video_model(tmp_path):
         return found.output
 
     words = ("--prompts", prompts, "--steps", 2, "--out", report)
-    assert "In time" in run("analyze", model, *words, *drawn)
+    said = run("analyze", model, *words, *drawn)
+    assert "In time" in said and "analysing: 2 of 2" in said  # steps: each calls the model twice
     assert (report / "strips.png").is_file()
     out = tmp_path / "converted"
     said = run("convert", model, "--mixer", "halo", "--measure", prompts, *drawn, "--out", out)
     assert "2 of 2 self-attention sites converted" in said and "window=(4, 8, 8)" in said
+    assert "--frames 9 --size 48x32" in said.replace("\n", " ")  # of the command to type next
     wrong = CliRunner().invoke(
         app, ["convert", str(model), "--frames", "9", "--out", str(tmp_path / "x")]
     )
-    assert "--frames goes with --measure" in str(wrong.exception)
+    assert "--frames goes with --measure, or with --budget and --size" in str(wrong.exception)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from tiny_models import CASES
+from tiny_pipelines import wan
+from typer.testing import CliRunner
 
 import convfusion
 from convfusion.bench.models import denoiser_on_meta, full_size_configs
@@ -10,6 +12,7 @@ from convfusion.budget import Moments, choose_mixers, measure_moments
 from convfusion.budget.candidates import covers
 from convfusion.budget.measure import list_reaches
 from convfusion.budget.moments import Reach
+from convfusion.cli import app
 from convfusion.families import example_inputs, list_sites
 from convfusion.mixers import Halo, MeanOnly
 from convfusion.surgery import start_from_attention
@@ -55,7 +58,8 @@ def test_a_budget_is_kept_and_what_is_chosen_starts(measured):
 
 def test_without_moments_every_site_has_the_same_block():
     model = denoiser_on_meta(*full_size_configs()["wan-1.3b"])
-    chosen = choose_mixers(model, "10x", size=(21, 60, 104))
+    chosen = choose_mixers(model, "10x", size=(60, 104))
+    assert chosen.latents == (21, 60, 104) and "104×60 and 21 frames" in str(chosen)
     (mixer,) = {site.mixer for site in chosen.sites}
     assert isinstance(mixer, Halo) and mixer.window == (4, 8, 8)
     assert len(chosen.sites) == len(list_sites(model)) == 30 and chosen.saving >= 10
@@ -67,3 +71,19 @@ def test_reaches_end_where_a_window_holds_the_video():
     few = list_reaches((4, 8, 8))
     assert covers(few[-1], (4, 8, 8)) and not any(covers(r, (4, 8, 8)) for r in few[:-1])
     assert not covers(Reach((2, 4, 4), (4, 8, 8), (1, 1, 1)), (5, 8, 8))
+
+
+def test_the_command_plans_for_the_frames_that_are_told(tmp_path):
+    folder = tmp_path / "tiny-wan"
+    wan().save_pretrained(folder)
+
+    def run(*words):
+        shown = CliRunner().invoke(app, ["plan", *map(str, words), "--size", "16x16"])
+        return f"{shown.output} {shown.exception}"
+
+    assert "2 frames of latents, batch 2" in run(folder, "--frames", 5)
+    within = run(folder, "--frames", 5, "--budget", "2x")
+    assert "2 frames all sites together" in within and "--frames 5" in within
+    assert "1 more than a multiple of 4" in run(folder, "--frames", 6)
+    assert "draws pictures" in run("mini", "--frames", 5)
+    assert "--frames needs a pipeline" in run("wan-1.3b", "--frames", 5, "--budget", "2x")

@@ -164,6 +164,10 @@ MISTAKES = {
     "an unknown network": (["mini", "--extractor", "resnet50"], "no name on the Hub, owner/name"),
     "an unknown clip": (["mini", "--clip", "clip"], "no name on the Hub, owner/name"),
     "no blocks": (["model", "--blocks", "empty"], "empty holds no trained blocks"),
+    "a pipeline as blocks": (
+        ["mini", "--blocks", "model"],
+        "model is a whole pipeline, not blocks",
+    ),
     "one sample": (["mini", "--samples", 1], "--samples"),
 }
 

@@ -117,6 +117,14 @@ def test_a_hybrid_takes_the_cheaper_one():
     assert own.hybrid < min(own.attention, own.converted)
 
 
+@pytest.mark.parametrize(("name", "tokens"), [("wan", 3 * 8 * 8), ("svd", 16 * 16)])
+def test_a_plan_is_for_as_many_frames_as_are_told(name, tokens):
+    """A site that mixes each frame by itself has no more tokens for more of them."""
+    case = next(case for case in CASES if case.name == name)
+    own = plan_speed(case.model(), presets.get_preset(case.preset), (3, 16, 16), batch=1)
+    assert own.size == (3, 16, 16) and own.sites[0].tokens == tokens
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_plans_of_every_family(case):
     model = case.model()

@@ -98,7 +98,7 @@ def site_operations(pipe_or_model: Any, size: Grid) -> dict[str, tuple[int, int]
         tokens = _meta_tokens(attention, site.channels, grid)
         block = mixer_operations(mixer, tokens, grid)
         own = attention_operations(attention, site.channels, grid)
-        times = count_sequences(model, site)
+        times = count_sequences(model, site, size)
         counts[site.path] = (times * own, times * block)
     if not counts:
         raise ConvFusionError("this model is not converted: there is nothing to compare")

@@ -98,7 +98,7 @@ def as_timestep(value: Any) -> float:
 
 
 def count_steps(pipe: Any, steps: int) -> int:
-    """How often a pipeline calls its denoiser in so many sampling steps."""
+    """How many steps a pipeline really takes where it is asked for so many."""
     if pipe.scheduler.config.get("use_dynamic_shifting"):
         return steps  # timesteps go by the size of what is drawn, but there is one for each step
     return len(sampling_timesteps(pipe, steps))

@@ -122,13 +122,13 @@ class SpeedPlan:
     """What a conversion brings for latents of one size on one device.
 
     Attributes:
-        size: (height, width) of the latents.
+        size: (height, width) of the latents, of a video with its frames before them.
         batch: samples of a forward pass.
         sites: by kind.
         rest: seconds of the denoiser without its self-attention.
     """
 
-    size: tuple[int, int]
+    size: Grid
     batch: int
     sites: tuple[SitePlan, ...]
     rest: float
@@ -162,7 +162,8 @@ class SpeedPlan:
     def faster_from(self) -> tuple[int, int] | None:
         """(height, width) of latents of this shape from which on the converted model is faster.
 
-        (0, 0) if it is at every size; None if it is at none, since the attention grows no faster.
+        Those of a video have as many frames as here. (0, 0) if it is at every size; None if it is
+        at none, since the attention grows no faster.
         """
         own = [(len(s.paths), s.tokens, s.attention, s.block) for s in self.sites]
         ahead = sum(k * n * (block.linear - attention.linear) for k, n, attention, block in own)
@@ -172,7 +173,7 @@ class SpeedPlan:
         if square == 0:
             return None
         side = math.sqrt(ahead / square)  # the square root of how often the planned tokens
-        return round(self.size[0] * side), round(self.size[1] * side)
+        return round(self.size[-2] * side), round(self.size[-1] * side)
 
     @property
     def weights(self) -> tuple[int, int]:
@@ -186,7 +187,7 @@ class SpeedPlan:
 def plan_speed(
     pipe_or_model: Any,
     config: ConvertConfig,
-    size: tuple[int, int],
+    size: Grid,
     *,
     batch: int = 2,
     on_case: Callable[[str], None] | None = None,
@@ -196,7 +197,8 @@ def plan_speed(
     Args:
         pipe_or_model: unconverted, on the device and in the dtype to plan for.
         config: of the conversion.
-        size: (height, width) of the latents.
+        size: (height, width) of the latents, or (frames, height, width) of a video's, which
+            without a number of frames has the family's own.
         batch: samples of a forward pass; two are one picture under classifier-free guidance.
         on_case: told what is measured next.
 
@@ -212,7 +214,8 @@ def plan_speed(
         say(f"{kind.site.channels} channels, {len(kind.paths)} sites")
         plans.append(_plan_site(model, kind, config, size, batch))
     say("the rest of the denoiser")
-    return SpeedPlan(size, batch, tuple(plans), _rest(model, size, batch))
+    whole = _with_frames(model, size)
+    return SpeedPlan(whole, batch, tuple(plans), _rest(model, whole, batch))
 
 
 def find_cheaper_attention(
@@ -240,7 +243,7 @@ def find_cheaper_attention(
 
 
 def _plan_site(
-    model: Any, kind: SiteKind, config: ConvertConfig, latents: tuple[int, int], batch: int
+    model: Any, kind: SiteKind, config: ConvertConfig, latents: Grid, batch: int
 ) -> SitePlan:
     weight = next(model.parameters())
     grid = site_grid(model, kind.site, latents)
@@ -248,7 +251,7 @@ def _plan_site(
     variants = {"attention": Variant(), "block": Variant(config)}
     times: dict[str, dict[int, float]] = {name: {} for name in variants}
     large = shrink_grid(grid, LARGEST)
-    batch *= count_sequences(model, kind.site)
+    batch *= count_sequences(model, kind.site, latents)
     for timed in (shrink_grid(large, math.prod(large) // 4), large):
         by_name = time_site(
             model, kind.site, variants, timed, batch=batch, dtype=weight.dtype,
@@ -286,15 +289,14 @@ def _weights(model: Any, kind: SiteKind, config: ConvertConfig) -> tuple[int, in
     return each * own, each * sum(p.numel() for p in mixer.parameters())
 
 
-def _rest(model: Any, latents: tuple[int, int], batch: int) -> float:
+def _rest(model: Any, latents: Grid, batch: int) -> float:
     """Seconds of a forward pass with nothing at the sites.
 
     Of a large one the line through two smaller ones tells: what is worked out of the text is the
     same at every size, and all else is linear in the latents, frames among them.
     """
-    whole = _with_frames(model, latents)
-    large = _fitting(model, whole, batch, 1.0)
-    sizes = [large] if large == whole else [_fitting(model, whole, batch, 0.25), large]
+    large = _fitting(model, latents, batch, 1.0)
+    sizes = [large] if large == latents else [_fitting(model, latents, batch, 0.25), large]
     device = next(model.parameters()).device
     times: dict[int, float] = {}
     for size in sizes:
@@ -304,12 +306,12 @@ def _rest(model: Any, latents: tuple[int, int], batch: int) -> float:
         times[math.prod(size)] = timing.median
     (first, fast), (last, slow) = min(times.items()), max(times.items())
     slope = max(0.0, (slow - fast) / (last - first)) if last > first else slow / last
-    return slow + slope * (math.prod(whole) - last)
+    return slow + slope * (math.prod(latents) - last)
 
 
-def _with_frames(model: Any, latents: tuple[int, int]) -> Grid:
+def _with_frames(model: Any, latents: Grid) -> Grid:
     frames = family_of(model).frames
-    return (frames, *latents) if frames else latents
+    return (frames, *latents) if frames and len(latents) == 2 else latents
 
 
 def _fitting(model: Any, latents: Grid, batch: int, share: float) -> Grid:

@@ -22,7 +22,7 @@ from convfusion.budget.knapsack import Front, find_front
 from convfusion.budget.moments import Moments, SiteMoments
 from convfusion.budget.seconds import time_candidates
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, Site, denoiser_of, list_sites, native_latents
+from convfusion.families import Denoiser, Site, denoiser_of, family_of, list_sites, native_latents
 from convfusion.families import site_grid as grid_of
 from convfusion.fingerprint import fingerprint
 from convfusion.mixers.base import Grid
@@ -98,8 +98,13 @@ def choose_mixers(
 
 
 def _choose_latents(model: Denoiser, moments: Moments | None, size: Grid | None) -> Grid:
-    """Sides of the latents to plan for: those asked for, as many frames as the moments have."""
-    own = moments.latents if moments else native_latents(model)
+    """Sides of the latents to plan for: those asked for, as many frames as the moments have.
+
+    Without moments a video has its family's own frames.
+    """
+    frames = family_of(model).frames
+    plain = (frames,) if frames else ()
+    own = moments.latents if moments else (*plain, *native_latents(model))
     if size is None:
         return own
     return (*own[:-2], *size) if len(size) == 2 else size

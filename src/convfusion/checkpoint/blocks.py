@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from convfusion.checkpoint import released
+from convfusion.checkpoint.loading import INDEX
 from convfusion.checkpoint.manifests import (
     NOTE,
     check_digest,
@@ -286,13 +287,23 @@ def _read_source(path: Path, model: Denoiser, average: bool) -> Blocks:
         layout = released.read_layout(path, model, average=average)
         states = released.read_states(path, layout)
         return dict(layout.mixers), states, TrainingRecord("released")
-    if not (path / MANIFEST).is_file():
-        hidden = "; it hides the blocks of that name that come with ConvFusion"
-        raise CheckpointError(
-            f"{path} holds no trained blocks: it has no {MANIFEST}"
-            f"{hidden if str(path) in PACKAGED else ''}"
-        )
+    check_folder(path)
     return _read_folder(path, model)
+
+
+def check_folder(path: Path) -> None:
+    """Raise a CheckpointError for a folder without blocks of its own."""
+    if (path / MANIFEST).is_file():
+        return
+    if (path / INDEX).is_file():
+        inside = path / "convfusion"
+        own = f", or its blocks, {inside}" if (inside / MANIFEST).is_file() else ""
+        raise CheckpointError(f"{path} is a whole pipeline, not blocks: name it as the model{own}")
+    hidden = "; it hides the blocks of that name that come with ConvFusion"
+    raise CheckpointError(
+        f"{path} holds no trained blocks: it has no {MANIFEST}"
+        f"{hidden if str(path) in PACKAGED else ''}"
+    )
 
 
 def _read_folder(folder: Path, model: Denoiser) -> Blocks:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,19 +133,37 @@ def run_analysis(
     from convfusion.analysis import analyze, build_untrained
     from convfusion.generate import swapped_denoiser
 
-    calls = count_calls(pipe, len(prompts), config.steps, config.batch_size)
+    steps = count_all_steps(pipe, len(prompts), config.steps, config.batch_size)
     with Progress(True) as progress:
-        bar = progress.add("analysing", total=calls)
-        analysis = analyze(pipe, prompts, config, on_call=bar.advance)
+        bar = progress.add("analysing", total=steps)
+        with counted_steps(pipe, bar.advance):
+            analysis = analyze(pipe, prompts, config)
         if not control:
             return analysis, None
-        bar = progress.add("analysing an untrained model", total=calls)
-        with swapped_denoiser(pipe, build_untrained(pipe)):
-            return analysis, analyze(pipe, prompts, config, on_call=bar.advance)
+        bar = progress.add("analysing an untrained model", total=steps)
+        with swapped_denoiser(pipe, build_untrained(pipe)), counted_steps(pipe, bar.advance):
+            return analysis, analyze(pipe, prompts, config)
 
 
-def count_calls(pipe: Any, prompts: int, steps: int, batch_size: int) -> int:
-    """How often the denoiser is called to draw every prompt once."""
+@contextmanager
+def counted_steps(pipe: Any, on_step: Callable[[], Any]) -> Iterator[None]:
+    """Call a function after each step that a pipeline draws.
+
+    Calls of the denoiser are no measure: some pipelines call it twice in a step, for guidance.
+    """
+    from convfusion.families.patches import wrapped_method
+
+    def counting(step: Any, *args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
+        on_step()
+        return output
+
+    with wrapped_method(pipe.scheduler, "step", counting):
+        yield
+
+
+def count_all_steps(pipe: Any, prompts: int, steps: int, batch_size: int) -> int:
+    """How many steps it takes to draw every prompt once."""
     from convfusion.analysis.capture import count_steps
 
     return count_steps(pipe, steps) * math.ceil(prompts / batch_size)
@@ -178,9 +198,9 @@ def ablate(
     tried = list_variants(window or [13, 7, 3], sites=site)
     looked_at, wanted = parse_timesteps(timesteps), parse_size(size) if size else None
     pipe = open_stock_pipeline(model, precision, device, revision)
-    calls = count_calls(pipe, len(drawn), steps, batch_size) * (1 + len(tried))
+    total = count_all_steps(pipe, len(drawn), steps, batch_size) * (1 + len(tried))
     with Progress(True) as progress:
-        bar = progress.add("drawing", total=calls)
+        bar = progress.add("drawing", total=total)
         rows = run(
             pipe,
             drawn,

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from convfusion.cli.clips import choose_frames
 from convfusion.cli.options import check_file
 from convfusion.errors import ConvFusionError
 from convfusion.progress import Progress
 
 if TYPE_CHECKING:
     from convfusion.budget import Allocation, Moments
+    from convfusion.mixers.base import Grid
 
 Within = Annotated[
     str | None,
@@ -79,20 +81,27 @@ def read_moments(file: Path | None) -> Moments | None:
     return None if file is None else Moments.load(file)
 
 
-def latents_of(pipe: Any, size: tuple[int, int] | None) -> tuple[int, int] | None:
-    """(height, width) of the latents of pictures of a size in pixels; None where none is asked for.
+def latents_of(pipe: Any, size: tuple[int, int], frames: int | None = None) -> Grid:
+    """(height, width) of the latents of a size in pixels, behind their frames if these are told.
+
+    Args:
+        pipe: a pipeline.
+        size: (height, width) in pixels.
+        frames: of a clip; None leaves them out.
 
     Raises:
-        ConvFusionError: no such pictures can be drawn.
+        ConvFusionError: no such pictures or clips can be drawn.
     """
-    from convfusion.families import latent_scale
+    from convfusion.families import frame_scale, latent_scale
     from convfusion.generate import check_size
 
-    if size is None:
-        return None
     check_size(pipe, size)
     scale = latent_scale(pipe)
-    return size[0] // scale, size[1] // scale
+    sides = size[0] // scale, size[1] // scale
+    if frames is None:
+        return sides
+    choose_frames(pipe, frames)
+    return (frames - 1) // frame_scale(pipe) + 1, *sides
 
 
 def choose_within(
@@ -100,7 +109,7 @@ def choose_within(
     budget: str,
     moments: Moments | None,
     keep: int,
-    latents: tuple[int, int] | None,
+    latents: Grid | None,
     batch: int = 2,
 ) -> Allocation:
     """The choice within a budget, which is timed where that is in seconds."""
@@ -116,7 +125,7 @@ def choose_conversion_within(
     budget: str | None,
     file: Path | None,
     keep: int,
-    latents: tuple[int, int] | None,
+    latents: Grid | None,
     calls: Sequence[Mapping[str, Any]],
 ) -> tuple[Allocation | None, Moments | None]:
     """What `convert` puts into a pipeline, which is printed, and the moments that it rests on.

@@ -107,7 +107,7 @@ def convert(
     ConvFusion's own format.
 
     With --budget, what stands at each site is chosen so that the error is least; --size is the one
-    that it is chosen for. --frames goes with --measure, for models that draw videos.
+    that it is chosen for. A model that draws videos takes --frames beside --size.
     """
     from convfusion import save, save_pipeline, surgery
     from convfusion.families import check_alone
@@ -119,14 +119,14 @@ def convert(
     prompts = read_prompts(measure) if measure is not None else []
     check_budget(budget, moments, keep, measured=bool(prompts))
     check_choice(bool(prompts), budget, size, blocks, (config, mixer, every))
-    if frames is not None and not prompts:
-        raise ConvFusionError("--frames goes with --measure")
+    if frames is not None and not prompts and (budget is None or size is None):
+        raise ConvFusionError("--frames goes with --measure, or with --budget and --size")
     opened = open_stock_pipeline if prompts or budget is not None else open_pipeline
     pipe = opened(model, precision, device if prompts else device or "cpu", revision)
     if not blocks_only:
         check_alone(pipe, "whole saved pipelines (without --blocks-only)")
     wanted = None if size is None else parse_size(size)
-    latents = latents_of(pipe, wanted)
+    latents = None if wanted is None else latents_of(pipe, wanted, frames)
     calls = draw_calls(model, pipe, prompts, wanted, frames) if prompts else []
     chosen, found = choose_conversion_within(pipe, budget, moments, keep, latents, calls)
     if chosen is not None:
@@ -143,6 +143,8 @@ def convert(
     warning = warn_of(status.record)
     trainable = warning and not (prompts or drop_attention)
     words = list_next_words(model, out, blocks_only, bool(trainable))
+    if frames is not None and not trainable:
+        words += ["--frames", frames, *(["--size", size] if size else [])]
     print_ending(out, verdict=warning, next_command=words)
 
 

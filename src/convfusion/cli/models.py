@@ -116,10 +116,11 @@ def name_source(source: str) -> str:
 def check_blocks(*sources: str | None) -> None:
     """Raise a ConvFusionError for blocks that are nowhere, before a model is loaded for them."""
     from convfusion.checkpoint import find_blocks
+    from convfusion.checkpoint.blocks import check_folder
 
     for source in sources:
-        if source is not None:
-            find_blocks(source)
+        if source is not None and isinstance(found := find_blocks(source), Path) and found.is_dir():
+            check_folder(found)
 
 
 def _read_folder(path: Path, dtype: Any) -> Any:

@@ -12,6 +12,7 @@ from convfusion.cli.budget import (
     Within,
     check_budget,
     choose_within,
+    latents_of,
     read_moments,
 )
 from convfusion.cli.console import console, print_ending
@@ -22,12 +23,13 @@ from convfusion.cli.models import (
     parse_device,
     parse_precision,
 )
-from convfusion.cli.options import Batch, Config, Device, Precision, Revision, parse_size
+from convfusion.cli.options import Batch, Config, Device, Frames, Precision, Revision, parse_size
 from convfusion.errors import ConvFusionError
 from convfusion.progress import Progress
 
 if TYPE_CHECKING:
     from convfusion.bench.speed_plan import SpeedPlan
+    from convfusion.mixers.base import Grid
 
 Name = Annotated[
     str,
@@ -42,6 +44,7 @@ WantedSize = Annotated[str, typer.Option(help="WIDTHxHEIGHT of the pictures, in 
 def plan(
     model: Name,
     size: WantedSize,
+    frames: Frames = None,
     config: Config = None,
     budget: Within = None,
     moments: MomentsFile = None,
@@ -66,7 +69,7 @@ def plan(
     wanted = parse_size(size)
     check_loading(precision, device)
     target, scale, latents = open_planned(
-        model, wanted, precision, device, revision, timed=budget is None
+        model, wanted, frames, precision, device, revision, timed=budget is None
     )
     known = model in full_size_configs()
     if budget is not None:
@@ -76,6 +79,7 @@ def plan(
             again: list[Any] = ["convfusion", "convert", model, "--budget", budget]
             again += ["--moments", moments] if moments else []
             again += ["--keep", keep] if keep else []
+            again += ["--frames", frames] if frames else []
             print_ending(next_command=(*again, "--size", size, "--out", "converted"))
         return
     chosen = choose_conversion(denoiser_of(target), config)
@@ -94,28 +98,30 @@ def plan(
 def open_planned(
     model: str,
     size: tuple[int, int],
+    frames: int | None,
     precision: str,
     device: str | None,
     revision: str | None,
     *,
     timed: bool,
-) -> tuple[Any, int, tuple[int, int]]:
-    """What is planned for, its pixels per latent, and the latents of pictures of a size.
+) -> tuple[Any, int, Grid]:
+    """What is planned for, its pixels per latent, and the latents of pictures or clips of a size.
 
     A model that is known by name has random weights, or none where nothing is timed.
     """
     from convfusion.bench.models import bench_model, full_size_configs
     from convfusion.bench.runs import with_random_weights
     from convfusion.families import latent_scale
-    from convfusion.generate import check_size
 
     if model not in full_size_configs():
         pipe = open_stock_pipeline(model, precision, device, revision)
-        check_size(pipe, size)
-        scale = latent_scale(pipe)
-        return pipe, scale, (size[0] // scale, size[1] // scale)
+        return pipe, latent_scale(pipe), latents_of(pipe, size, frames)
     if revision is not None:
         raise ConvFusionError(f"--revision needs a name on the Hub, and {model} is none")
+    if frames is not None:
+        raise ConvFusionError(
+            f"--frames needs a pipeline: {model} is planned with as many as it was trained on"
+        )
     named = bench_model(model)
     latents, target = named.latents(size), named.denoiser
     if timed:
@@ -130,8 +136,10 @@ def print_plan(speed: SpeedPlan, scale: int, unit: int) -> None:
     from convfusion.bench.speed_plan import describe_plan
     from convfusion.families import shorten_path
 
-    height, width = (side * scale for side in speed.size)
-    table = Table(title=f"One forward pass at {width}×{height} pixels, batch {speed.batch}")
+    *frames, height, width = speed.size
+    of_video = f", {frames[0]} frames of latents" if frames else ""
+    pixels = f"{width * scale}×{height * scale} pixels"
+    table = Table(title=f"One forward pass at {pixels}{of_video}, batch {speed.batch}")
     for name in ("site", "sites", "tokens", "attention", "block", "speed-up", ""):
         table.add_column(name, justify="left" if name in ("site", "") else "right")
     for site in speed.sites:

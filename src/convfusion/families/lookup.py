@@ -120,9 +120,13 @@ def _with_frames(family: Family, latents: Grid) -> Grid:
     return (family.frames, *latents) if family.frames and len(latents) == 2 else latents
 
 
-def count_sequences(model: Denoiser, site: Site) -> int:
-    """How many sequences of tokens a site mixes for one sample: 1, but for frames by themselves."""
-    return family_of(model).frames or 1 if site.rank == 2 else 1
+def count_sequences(model: Denoiser, site: Site, latents: Grid = ()) -> int:
+    """How many sequences of tokens a site mixes for one sample: 1, but for frames by themselves.
+
+    These are as many as the latents (frames, height, width) have, by default the family's own.
+    """
+    frames = latents[0] if len(latents) == 3 else family_of(model).frames
+    return frames or 1 if site.rank == 2 else 1
 
 
 def block_family(model: Denoiser) -> str:
