@@ -62,11 +62,18 @@ class Schedule:
         return self.timesteps.to(steps.device)[steps]
 
     def add_noise(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-        """x_t of latents [B, C, H, W] or [B, C, T, H, W] and noise of that shape at steps [B]."""
+        """x_t of latents [B, C, H, W] or [B, C, T, H, W] and noise of that shape at steps [B].
+
+        Noise of fewer channels is added to the first ones. Those behind them, of a picture or mask
+        to go by, stay as they are.
+        """
+        latents, given = latents.tensor_split([noise.shape[1]], dim=1)
         level = self._level(latents, steps)
         if self.is_flow:
-            return (1 - level) * latents + level * noise
-        return level.sqrt() * latents + (1 - level).sqrt() * noise
+            noisy = (1 - level) * latents + level * noise
+        else:
+            noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
+        return torch.cat([noisy, given], dim=1) if given.shape[1] else noisy
 
     def read_output(self, output: Tensor, noisy: Tensor, steps: Tensor) -> Tensor:
         """What a denoiser's output stands for: the noise, or of a flow the velocity.
@@ -75,12 +82,13 @@ class Schedule:
 
         Args:
             output: of the denoiser.
-            noisy: the latents x_t that it was given.
+            noisy: the latents x_t that it was given, with further channels as for `add_noise`.
             steps: [B].
 
         Returns:
-            As the latents, in float32.
+            As the noise, in float32.
         """
+        noisy = noisy[:, : output.shape[1]]
         output = output[:, : noisy.shape[1]].float()
         if self.prediction != "v_prediction":
             return output
@@ -89,7 +97,7 @@ class Schedule:
 
     def find_target(self, latents: Tensor, noise: Tensor) -> Tensor:
         """What a perfect denoiser's output would stand for: ε, or of a flow ε − x."""
-        return noise - latents if self.is_flow else noise
+        return noise - latents[:, : noise.shape[1]] if self.is_flow else noise
 
     def _level(self, like: Tensor, steps: Tensor) -> Tensor:
         """Levels at steps [B], with as many dimensions as latents."""

@@ -103,6 +103,12 @@ class HunyuanDiT(Family):
     def patch_size(self, model: Denoiser) -> int:
         return model.config.patch_size
 
+    def arrange_inputs(
+        self, model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """With timesteps in the model's dtype, which is that of what it makes of them."""
+        return super().arrange_inputs(model, latents, timesteps.to(model.dtype), conditioning)
+
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
         raise ConvFusionError(  # `describe_further_needs` comes first
             "a HunyuanDiT is told more than its prompts, which is not known here"

@@ -7,7 +7,7 @@ is None without that mode.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +137,14 @@ class Kandinsky5(Family):
         """[B, T, H, W, C]; with frames to begin from, these and their mask are among C."""
         channels = model.config.in_visual_dim
         return (batch, *sides, 2 * channels + 1 if model.config.visual_cond else channels)
+
+    def arrange_inputs(
+        self, model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return super().arrange_inputs(model, latents.movedim(1, -1), timesteps, conditioning)
+
+    def unpack_latents(self, model: Denoiser, packed: Tensor, sides: Grid) -> Tensor:
+        return packed.movedim(-1, 1)
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
         raise ConvFusionError(  # `describe_further_needs` comes first

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from diffusers import LTXVideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx import LTXAttention
-from torch import nn
+from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
 from convfusion.families.base import (
@@ -77,6 +77,18 @@ class LTX(Family):
 
     def latent_shape(self, model: Denoiser, batch: int, sides: Grid) -> tuple[int, ...]:
         return (batch, math.prod(sides), model.config.in_channels)
+
+    def arrange_inputs(
+        self, model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """With latents packed, and their sides."""
+        frames, height, width = latents.shape[2:]
+        sides = {"num_frames": frames, "height": height, "width": width}
+        packed = latents.flatten(2).transpose(1, 2)
+        return super().arrange_inputs(model, packed, timesteps, {**conditioning, **sides})
+
+    def unpack_latents(self, model: Denoiser, packed: Tensor, sides: Grid) -> Tensor:
+        return packed.transpose(1, 2).unflatten(2, sides)
 
     def native_latents(self, model: Denoiser) -> Size:
         return 16, 22  # of 512×704 pixels
