@@ -214,8 +214,8 @@ def wan_image() -> WanTransformer3DModel:
     return WanTransformer3DModel(**{**WAN, "in_channels": 6, **picture})
 
 
-def skyreels() -> SkyReelsV2Transformer3DModel:
-    return SkyReelsV2Transformer3DModel(**WAN, inject_sample_info=True)
+def skyreels(**options: Any) -> SkyReelsV2Transformer3DModel:
+    return SkyReelsV2Transformer3DModel(**{**WAN, "inject_sample_info": True, **options})
 
 
 def vace() -> WanVACETransformer3DModel:

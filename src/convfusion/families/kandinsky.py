@@ -164,7 +164,7 @@ class Kandinsky5(Family):
         }
 
     def describe_further_needs(self, model: Denoiser) -> str:
-        return "the frames of a video"
+        return "the places of its words, and the frames that it goes on from, if any, with a mask"
 
     def check_convert(self, model: Denoiser) -> None:
         kind = model.config.attention_type

@@ -6,8 +6,8 @@ to itself, of both to the text, and of each to the other are left alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from diffusers import LTX2VideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx2 import LTX2Attention
@@ -15,11 +15,10 @@ from diffusers.models.transformers.transformer_ltx2 import LTX2Attention
 from convfusion.errors import ConvFusionError
 from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Size, Values
 from convfusion.families.carrier import PackedCarrier
-from convfusion.families.ltx import LTX
+from convfusion.families.ltx import FRAMES_PER_LATENT, LTX
 from convfusion.mixers import DeltaConv
 
 GEMMA_WORDS = 1024  # tokens that its text encoder reads
-FRAMES_PER_LATENT = 8
 FRAMES_PER_SECOND = 24
 SOUNDS_PER_SECOND = 25  # latents of the sound
 
@@ -45,6 +44,8 @@ class LTX2(LTX):
     attention_classes = (LTX2Attention,)
     frames = 16  # of 121 frames of a video
     next_layer = "norm2"
+    frame_rate = FRAMES_PER_SECOND
+    spacing: ClassVar[Mapping[str, Any]] = {}  # it knows its own
 
     def carrier(self, model: Denoiser) -> PackedCarrier:
         return PackedCarrier.of(LTX2VideoTransformer3DModel)
@@ -81,7 +82,7 @@ class LTX2(LTX):
         return made
 
     def describe_further_needs(self, model: Denoiser) -> str:
-        return "the frames of a video and its sound"
+        return "the sound of a video"
 
 
 LTX_2 = LTX2()

@@ -72,7 +72,7 @@ class SVD(UNet):
         }
 
     def describe_further_needs(self, model: Denoiser) -> str:
-        return "a picture to go on from, and the frames of a video"
+        return "a picture to go on from, its frame rate and how much moves"
 
     def check_export(self, model: Denoiser) -> None:
         raise ConvFusionError(
