@@ -154,7 +154,7 @@ def controlnet(**options: Any) -> ControlNetModel:
     return model
 
 
-def hunyuan() -> HunyuanDiT2DModel:
+def hunyuan(text_len: int = 4, text_len_t5: int = 5) -> HunyuanDiT2DModel:
     return HunyuanDiT2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -166,8 +166,8 @@ def hunyuan() -> HunyuanDiT2DModel:
         cross_attention_dim=16,
         cross_attention_dim_t5=16,
         pooled_projection_dim=16,
-        text_len=4,
-        text_len_t5=5,
+        text_len=text_len,
+        text_len_t5=text_len_t5,
         use_style_cond_and_image_meta_size=False,
     )
 

@@ -23,12 +23,13 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    TextToVideoSDPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
-from tiny_models import dit, hunyuan, latte, ltx, pixart, sdxl, skyreels
+from tiny_models import dit, hunyuan, latte, ltx, pixart, sdxl, skyreels, video
 from transformers import (
     BertConfig,
     BertModel,
@@ -299,6 +300,18 @@ def animate_diff() -> AnimateDiffPipeline:
     )
 
 
+def text_to_video() -> TextToVideoSDPipeline:
+    """Of ModelScope."""
+    stock = stable_diffusion()
+    return TextToVideoSDPipeline(
+        vae=stock.vae,
+        text_encoder=stock.text_encoder,
+        tokenizer=stock.tokenizer,
+        unet=video().eval(),
+        scheduler=stock.scheduler,
+    )
+
+
 def hunyuan_dit(folder: Path) -> HunyuanDiTPipeline:
     """Args: folder: for the words of its first text encoder."""
     torch.manual_seed(3)
@@ -317,7 +330,7 @@ def hunyuan_dit(folder: Path) -> HunyuanDiTPipeline:
         tokenizer=BertTokenizer(str(folder / "vocab.txt")),
         text_encoder_2=text_encoder(16),
         tokenizer_2=word_tokenizer(),
-        transformer=hunyuan().eval(),
+        transformer=hunyuan(77, 256).eval(),
         scheduler=DDIMScheduler(clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
