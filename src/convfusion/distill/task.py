@@ -21,7 +21,7 @@ from convfusion.families import (
 )
 from convfusion.families.watch import watch_tokens
 from convfusion.mixers.base import Grid, TokenSample, read_added
-from convfusion.schedule import noise_schedule
+from convfusion.schedule import Schedule, noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of
 
 
@@ -80,7 +80,8 @@ class DistillTask(nn.Module):
 
     Args:
         student: a converted denoiser with its attention kept.
-        scheduler: the pipeline's; only its noise schedule and prediction type are read.
+        scheduler: the pipeline's, of which only its noise schedule and prediction type are read; or
+            a `Schedule`, for a model whose scheduler says it in a way of its own.
         weights: of the terms. A term of weight 0 is not computed.
 
     Raises:
@@ -96,7 +97,8 @@ class DistillTask(nn.Module):
         self.student = student
         self._unregistered = (attention_teacher(student),)
         self.weights = weights
-        self.schedule = noise_schedule(scheduler, student)
+        given = isinstance(scheduler, Schedule)
+        self.schedule = scheduler if given else noise_schedule(scheduler, student)
         self.sites = [site for site in list_sites(student) if site.path in mixers_of(student)]
 
     @property
