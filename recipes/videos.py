@@ -48,10 +48,10 @@ SHOWN = 3  # clips of the picture
 
 
 @cache
-def rank_layers(name: str) -> list[str]:
-    """Paths of the layers, the one first whose block alone costs least after stage 1."""
+def rank_layers() -> list[str]:
+    """Paths of the layers, the one first whose halo block alone costs least after stage 1."""
     pipe = TEACHERS["video"].load()
-    trained = how(name, uniform(BLOCKS[name]), 24, 0)
+    trained = how(HALO, uniform(BLOCKS[HALO]), 24, 0)
     convert(pipe, trained.blocks)
     held_out = held_out_data("choice", JUDGED)
     costs = site_costs(pipe, TEACHERS["video"].training_data(), held_out, trained.settings)
@@ -68,8 +68,7 @@ def how(name: str, blocks: ConvertConfig, steps: int, seed: int) -> Recipe:
 def choose(name: str, count: int) -> ConvertConfig:
     """What is converted where so many layers are: those that are cheapest for halo blocks."""
     whole = uniform(BLOCKS[name])
-    order = rank_layers(HALO)
-    return whole if count == len(order) else select_sites(whole, sorted(order[:count]))
+    return whole if count == max(COUNTS) else select_sites(whole, sorted(rank_layers()[:count]))
 
 
 def rows() -> Iterator[tuple[str, int, int, int]]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_pipelines import ltx_video, stable_diffusion, wan
+from tiny_pipelines import ltx_video_8x, stable_diffusion, wan
 from typer.testing import CliRunner
 
 import convfusion
@@ -114,7 +114,7 @@ def test_an_analysis_of_a_wan_pipeline(analysis):
 
 
 def test_an_analysis_of_a_pipeline_whose_latents_come_packed():
-    found = analyze(ltx_video(), ["red"], replace(CLIP, size=(32, 64), frames=5))
+    found = analyze(ltx_video_8x(), ["red"], replace(CLIP, size=(32, 64), frames=5))
     assert [site.grid for site in found.sites] == [(3, 4, 8)] * 2
     assert all(len(site.heads) == 2 and len(site.frames.profile) == 3 for site in found.sites)
     assert give_verdict(found)

@@ -23,14 +23,7 @@ def task_and_inputs(case):
     model = case.model()
     convfusion.convert(model, uniform(DeltaConv(kernel_size=3)))
     randomise(mixers_of(model))
-    height, width = case.sizes[0]
-    inputs = case.inputs(height, width)
-    latents = inputs.pop("hidden_states", None)
-    latents = inputs.pop("sample") if latents is None else latents
-    steps = inputs.pop("timestep")
-    inputs.pop("return_dict")
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
-    return DistillTask(model, DDIMScheduler()), (latents, noise, steps, inputs)
+    return DistillTask(model, DDIMScheduler()), case.batch(*case.sizes[0])
 
 
 @table

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_models import ltx, ltx2
-from tiny_pipelines import ltx_video
+from tiny_pipelines import ltx_video_8x
 
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, Halo, MeanOnly, Removed, uniform
@@ -129,7 +129,7 @@ def test_gates_of_a_measured_start_are_the_mean_of_the_sample():
 
 @torch.no_grad()
 def test_blocks_start_from_what_the_pipeline_draws():
-    pipe = ltx_video()
+    pipe = ltx_video_8x()
     clip = {"steps": 2, "guidance": 2.0, "size": (32, 64), "frames": 5, "looks": 2}
     calls = record_calls(pipe, ["red"], **clip)
     convfusion.convert(pipe, uniform(NEAR))

@@ -123,3 +123,28 @@ def test_steps_of_a_flow_weigh_alike():
     assert not diffusion.is_same(flow)
     assert diffusion.is_same(schedule_of("DDIMScheduler"))
     assert not flow.is_same(schedule_of("FlowMatchEulerDiscreteScheduler", shift=2.0))
+
+
+def test_continuous_times_are_those_that_stable_video_diffusion_draws_at():
+    """Noised latents, times and what an output stands for are those of the scheduler."""
+    scheduler = diffusers.EulerDiscreteScheduler(
+        prediction_type="v_prediction",
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
+    )
+    schedule = noise_schedule(scheduler, None)
+    scheduler.set_timesteps(len(schedule))
+    torch.testing.assert_close(
+        schedule.timesteps, scheduler.timesteps.flip(0), rtol=1e-4, atol=1e-4
+    )
+    clean, noise, output = torch.randn(3, 1, 4, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    step, place = torch.tensor([700]), len(schedule) - 1 - 700
+    time, sigma = scheduler.timesteps[place], scheduler.sigmas[place]
+    theirs = scheduler.scale_model_input(clean + sigma * noise, time)
+    ours = schedule.add_noise(clean, noise, step)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    drawn = scheduler.step(output, time, clean + sigma * noise).pred_original_sample
+    read = clean + sigma * noise - sigma * schedule.read_output(output, ours, step)
+    torch.testing.assert_close(read, drawn, rtol=1e-3, atol=1e-2)

@@ -5,20 +5,17 @@ import torch
 from diffusers import (
     AnimateDiffPipeline,
     ControlNetModel,
-    MotionAdapter,
     StableDiffusionControlNetPipeline,
     UNetMotionModel,
 )
 from PIL import Image
 from tiny_models import controlnet, motion, randomise
-from tiny_pipelines import stable_diffusion
+from tiny_pipelines import animate_diff, stable_diffusion
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, uniform
 from convfusion.bench.counts import operation_table
 from convfusion.bench.models import BenchModel
-from convfusion.data.cache import build_cache
-from convfusion.data.sources import Prompts
 from convfusion.export import export_onnx
 from convfusion.families import denoiser_of, example_inputs
 from convfusion.generate import generate
@@ -65,21 +62,7 @@ def test_blocks_of_other_widths_are_refused(tmp_path):
 
 @pytest.fixture
 def animation() -> AnimateDiffPipeline:
-    stock = stable_diffusion()
-    adapter = MotionAdapter(
-        block_out_channels=(8, 16),
-        motion_layers_per_block=1,
-        motion_num_attention_heads=2,
-        motion_norm_num_groups=4,
-    )
-    pipe = AnimateDiffPipeline(
-        vae=stock.vae,
-        text_encoder=stock.text_encoder,
-        tokenizer=stock.tokenizer,
-        unet=stock.unet,
-        motion_adapter=adapter,
-        scheduler=stock.scheduler,
-    )
+    pipe = animate_diff()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -103,8 +86,6 @@ def test_what_an_animation_cannot_do_is_refused_in_one_line(animation, tmp_path)
     convfusion.convert(animation)
     with pytest.raises(ConvFusionError, match="draws videos"):
         generate(animation, ["red apple"])
-    with pytest.raises(ConvFusionError, match="takes the frames of a video, beside a caption"):
-        build_cache(animation, Prompts("list", ("red",)), tmp_path / "cache")
     with pytest.raises(ConvFusionError, match="draws videos and is not exported"):
         export_onnx(animation, tmp_path / "x.onnx")
 

@@ -154,7 +154,7 @@ def controlnet(**options: Any) -> ControlNetModel:
     return model
 
 
-def hunyuan() -> HunyuanDiT2DModel:
+def hunyuan(text_len: int = 4, text_len_t5: int = 5) -> HunyuanDiT2DModel:
     return HunyuanDiT2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -166,8 +166,8 @@ def hunyuan() -> HunyuanDiT2DModel:
         cross_attention_dim=16,
         cross_attention_dim_t5=16,
         pooled_projection_dim=16,
-        text_len=4,
-        text_len_t5=5,
+        text_len=text_len,
+        text_len_t5=text_len_t5,
         use_style_cond_and_image_meta_size=False,
     )
 
@@ -214,8 +214,8 @@ def wan_image() -> WanTransformer3DModel:
     return WanTransformer3DModel(**{**WAN, "in_channels": 6, **picture})
 
 
-def skyreels() -> SkyReelsV2Transformer3DModel:
-    return SkyReelsV2Transformer3DModel(**WAN, inject_sample_info=True)
+def skyreels(**options: Any) -> SkyReelsV2Transformer3DModel:
+    return SkyReelsV2Transformer3DModel(**{**WAN, "inject_sample_info": True, **options})
 
 
 def vace() -> WanVACETransformer3DModel:
@@ -376,9 +376,9 @@ class Case:
 
     `largest` are (height, width) of the latents that it is tried with, and `frames` theirs where it
     draws videos.
-    `distils` is false of a model that is not trained here: a ControlNet predicts no noise, and a
-    HunyuanDiT takes timesteps that are no integers. `plain` is false of one whose queries and keys
-    are normed or turned before they are compared.
+    `distils` is false of a model that predicts neither noise nor a velocity, and `flow` true of one
+    that predicts a velocity. `plain` is false of one whose queries and keys are normed or turned
+    before they are compared.
     """
 
     name: str
@@ -390,6 +390,7 @@ class Case:
     frames: int = 2
     distils: bool = True
     plain: bool = True
+    flow: bool = False
 
     def model(self) -> nn.Module:
         torch.manual_seed(1)
@@ -427,6 +428,19 @@ class Case:
 
         return fill(made, "")
 
+    def batch(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Arguments of a `DistillTask` for two samples: latents, noise, steps and conditioning.
+
+        All tiny models draw four channels, and some are given further ones.
+        """
+        family, inputs = family_of(shapes_of(self.make)), self.inputs(height, width)
+        del inputs["return_dict"]
+        packed, steps = inputs.pop(family.latents), inputs.pop("timestep").long()
+        sides = self.latents(height, width)
+        latents = family.unpack_latents(shapes_of(self.make), packed, sides)
+        noise = torch.randn(latents[:, :4].shape, generator=torch.Generator().manual_seed(2))
+        return latents, noise, steps, inputs
+
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Two sizes with as many tokens each, one the other's transpose where that is possible."""
@@ -438,7 +452,7 @@ class Case:
         return (self.frames, height, width) if draws_videos else (height, width)
 
 
-FRAMES: dict[str, Any] = {"largest": (8, 12), "distils": False, "plain": False}
+FRAMES: dict[str, Any] = {"largest": (8, 12), "plain": False, "flow": True}
 
 CASES = [
     Case("sd15", sd15, 16, "sd15"),
@@ -455,13 +469,13 @@ CASES = [
     Case("vace", vace, 3, "wan-vace", **FRAMES),
     Case("cosmos", cosmos, 2, "cosmos", **FRAMES),
     Case("kandinsky", kandinsky, 2, "kandinsky5", **FRAMES),
-    Case("ltx", ltx, 2, "ltx", largest=(4, 6), distils=False, plain=False),
-    Case("ltx2", ltx2, 2, "ltx2", largest=(4, 6), distils=False, plain=False),
-    Case("latte", latte, 2, "latte", largest=(8, 12), frames=16, distils=False),
-    Case("svd", svd, 4, "svd_unet", largest=(8, 12), distils=False),
-    Case("ddpm", ddpm, 4, "ddpm", distils=False, plain=False),
-    Case("hunyuan", hunyuan, 4, "hunyuandit", distils=False, plain=False),
-    Case("sd35", sd35, 2, "sd35-medium", plain=False),
+    Case("ltx", ltx, 2, "ltx", largest=(4, 6), plain=False, flow=True),
+    Case("ltx2", ltx2, 2, "ltx2", largest=(4, 6), plain=False, flow=True),
+    Case("latte", latte, 2, "latte", largest=(8, 12), frames=16),
+    Case("svd", svd, 4, "svd_unet", largest=(8, 12)),
+    Case("ddpm", ddpm, 4, "ddpm", plain=False),
+    Case("hunyuan", hunyuan, 4, "hunyuandit", plain=False),
+    Case("sd35", sd35, 2, "sd35-medium", plain=False, flow=True),
 ]
 FLAT = [case for case in CASES if case.rank == 2]
 VIDEOS = [case for case in CASES if case.rank == 3]

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKL,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     DDIMScheduler,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanDiTPipeline,
+    LattePipeline,
     LTXPipeline,
+    MotionAdapter,
     PixArtSigmaPipeline,
     SD3Transformer2DModel,
+    SkyReelsV2Pipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    TextToVideoSDPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
-from tiny_models import dit, ltx, pixart, sdxl
+from tiny_models import dit, hunyuan, latte, ltx, pixart, sdxl, skyreels, video
 from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -57,12 +68,12 @@ def text_config(width: int) -> CLIPTextConfig:
     )
 
 
-def autoencoder() -> AutoencoderKL:
-    """Two pixels per latent along a side."""
+def autoencoder(levels: int = 2) -> AutoencoderKL:
+    """Two pixels per latent along a side, and twice as many for each further level."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * levels,
         norm_num_groups=4,
         latent_channels=4,
         sample_size=16,
@@ -115,20 +126,25 @@ def word_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=16)
 
 
-def pixart_sigma() -> PixArtSigmaPipeline:
-    torch.manual_seed(3)
-    text = T5Config(
+def text_encoder(width: int = 12) -> T5EncoderModel:
+    """Of the words of `word_tokenizer`."""
+    config = T5Config(
         vocab_size=8,
-        d_model=12,
+        d_model=width,
         d_kv=6,
         d_ff=12,
         num_layers=1,
         num_heads=2,
         tie_word_embeddings=False,
     )
+    return T5EncoderModel(config).eval()
+
+
+def pixart_sigma() -> PixArtSigmaPipeline:
+    torch.manual_seed(3)
     return PixArtSigmaPipeline(
         tokenizer=word_tokenizer(),
-        text_encoder=T5EncoderModel(text).eval(),
+        text_encoder=text_encoder(),
         vae=autoencoder(),
         transformer=pixart().eval(),
         scheduler=DDIMScheduler(clip_sample=False),
@@ -222,7 +238,7 @@ def wan() -> WanPipeline:
     )
 
 
-def ltx_video() -> LTXPipeline:
+def ltx_video_8x() -> LTXPipeline:
     """For videos, 8× smaller per side and 2× in time: 5 frames of 32×64 have 3×4×8 tokens."""
     torch.manual_seed(3)
     text = T5Config(
@@ -254,6 +270,106 @@ def ltx_video() -> LTXPipeline:
         vae=vae.eval(),
         transformer=ltx().eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+
+
+def skyreels_v2() -> SkyReelsV2Pipeline:
+    """As `wan`, of the same parts but the transformer."""
+    other = wan()
+    torch.manual_seed(3)
+    parts = {**other.components, "transformer": skyreels(text_dim=12, inject_sample_info=False)}
+    del parts["transformer_2"]
+    return SkyReelsV2Pipeline(**parts)
+
+
+def ltx_video() -> LTXPipeline:
+    """8× smaller in time and 32× per side, as the published one: 9 frames of 64×96 are 2×2×3."""
+    torch.manual_seed(3)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    vae.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+    vae.latents_std.copy_(torch.tensor([1.5, 0.5, 1.0, 2.0]))
+    return LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1
+        ),
+        vae=vae.eval(),
+        text_encoder=text_encoder(),
+        tokenizer=word_tokenizer(),
+        transformer=ltx().eval(),
+    )
+
+
+def latte_pipeline() -> LattePipeline:
+    """For clips of 16 frames, each encoded by itself."""
+    torch.manual_seed(3)
+    return LattePipeline(
+        tokenizer=word_tokenizer(),
+        text_encoder=text_encoder(),
+        vae=autoencoder(),
+        transformer=latte().eval(),
+        scheduler=DDIMScheduler(clip_sample=False),
+    )
+
+
+def animate_diff() -> AnimateDiffPipeline:
+    stock = stable_diffusion()
+    adapter = MotionAdapter(
+        block_out_channels=(8, 16),
+        motion_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=4,
+    )
+    return AnimateDiffPipeline(
+        vae=stock.vae,
+        text_encoder=stock.text_encoder,
+        tokenizer=stock.tokenizer,
+        unet=stock.unet,
+        motion_adapter=adapter.eval(),
+        scheduler=stock.scheduler,
+    )
+
+
+def text_to_video() -> TextToVideoSDPipeline:
+    """Of ModelScope."""
+    stock = stable_diffusion()
+    return TextToVideoSDPipeline(
+        vae=stock.vae,
+        text_encoder=stock.text_encoder,
+        tokenizer=stock.tokenizer,
+        unet=video().eval(),
+        scheduler=stock.scheduler,
+    )
+
+
+def hunyuan_dit(folder: Path) -> HunyuanDiTPipeline:
+    """Args: folder: for the words of its first text encoder."""
+    torch.manual_seed(3)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "apple"]
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    text = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    return HunyuanDiTPipeline(
+        vae=autoencoder(levels=4),  # which its pipelines rely on
+        text_encoder=BertModel(text).eval(),
+        tokenizer=BertTokenizer(str(folder / "vocab.txt")),
+        text_encoder_2=text_encoder(16),
+        tokenizer_2=word_tokenizer(),
+        transformer=hunyuan(77, 256).eval(),
+        scheduler=DDIMScheduler(clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 

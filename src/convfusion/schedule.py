@@ -24,19 +24,22 @@ if TYPE_CHECKING:
 
 FLOW = "flow_prediction"
 DIFFUSIONS = ("epsilon", "v_prediction")
+KARRAS = 7  # ρ of the noise levels of EDM
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How much noise latents have at each of T steps, and what the denoiser predicts.
 
-    Steps are integers in [0, T), from little noise to much. Those of a diffusion are its timesteps.
+    Steps are integers in [0, T), from little noise to much. Those of a diffusion are its timesteps,
+    but of one with continuous times, see `continuous_schedule`.
     Those of a flow are spread over the times that its scheduler draws with, see `noise_schedule`.
 
     Attributes:
         prediction: `epsilon`, `v_prediction` or `flow_prediction`.
         levels: ᾱ of a diffusion or σ of a flow, [T].
-        timesteps: what the denoiser is told at each step, [T]: integers, or real numbers of a flow.
+        timesteps: what the denoiser is told at each step, [T]: integers, or real numbers of a flow
+            or of continuous times.
     """
 
     prediction: str
@@ -62,11 +65,18 @@ class Schedule:
         return self.timesteps.to(steps.device)[steps]
 
     def add_noise(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-        """x_t of latents [B, C, H, W] or [B, C, T, H, W] and noise of that shape at steps [B]."""
+        """x_t of latents [B, C, H, W] or [B, C, T, H, W] and noise of that shape at steps [B].
+
+        Noise of fewer channels is added to the first ones. Those behind them, of a picture or mask
+        to go by, stay as they are.
+        """
+        latents, given = latents.tensor_split([noise.shape[1]], dim=1)
         level = self._level(latents, steps)
         if self.is_flow:
-            return (1 - level) * latents + level * noise
-        return level.sqrt() * latents + (1 - level).sqrt() * noise
+            noisy = (1 - level) * latents + level * noise
+        else:
+            noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
+        return torch.cat([noisy, given], dim=1) if given.shape[1] else noisy
 
     def read_output(self, output: Tensor, noisy: Tensor, steps: Tensor) -> Tensor:
         """What a denoiser's output stands for: the noise, or of a flow the velocity.
@@ -75,12 +85,13 @@ class Schedule:
 
         Args:
             output: of the denoiser.
-            noisy: the latents x_t that it was given.
+            noisy: the latents x_t that it was given, with further channels as for `add_noise`.
             steps: [B].
 
         Returns:
-            As the latents, in float32.
+            As the noise, in float32.
         """
+        noisy = noisy[:, : output.shape[1]]
         output = output[:, : noisy.shape[1]].float()
         if self.prediction != "v_prediction":
             return output
@@ -89,7 +100,7 @@ class Schedule:
 
     def find_target(self, latents: Tensor, noise: Tensor) -> Tensor:
         """What a perfect denoiser's output would stand for: ε, or of a flow ε − x."""
-        return noise - latents if self.is_flow else noise
+        return noise - latents[:, : noise.shape[1]] if self.is_flow else noise
 
     def _level(self, like: Tensor, steps: Tensor) -> Tensor:
         """Levels at steps [B], with as many dimensions as latents."""
@@ -118,6 +129,12 @@ def noise_schedule(scheduler: Any, denoiser: Denoiser) -> Schedule:
         sigmas = flow_sigmas(scheduler, denoiser)
         return Schedule(FLOW, sigmas, sigmas * config.num_train_timesteps)
     kind = config.get("prediction_type")
+    if config.get("timestep_type") == "continuous" and config.get("sigma_max") is not None:
+        if kind != "v_prediction":
+            raise ConvFusionError(
+                f"continuous times with prediction type {kind!r} are not supported"
+            )
+        return continuous_schedule(config)
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if kind not in DIFFUSIONS or alphas_cumprod is None:
         raise ConvFusionError(
@@ -126,6 +143,18 @@ def noise_schedule(scheduler: Any, denoiser: Denoiser) -> Schedule:
             "(FlowMatchEulerDiscreteScheduler, or flow_prediction with use_flow_sigmas)"
         )
     return Schedule(kind, alphas_cumprod, torch.arange(len(alphas_cumprod)))
+
+
+def continuous_schedule(config: Any) -> Schedule:
+    """Steps of a model that is told the logarithm of its noise, such as Stable Video Diffusion.
+
+    With noise of deviation σ added to clean latents, it is given (x + σ·ε)/√(1 + σ²), which is x_t
+    of ᾱ = 1/(1 + σ²), and told ¼·ln σ (EDM, Karras et al. 2022). The steps are spread as the
+    scheduler draws: evenly in σ^(1/7).
+    """
+    least, most = (config[name] ** (1 / KARRAS) for name in ("sigma_min", "sigma_max"))
+    sigmas = torch.linspace(least, most, config.num_train_timesteps) ** KARRAS
+    return Schedule("v_prediction", 1 / (1 + sigmas.square()), 0.25 * sigmas.log())
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -24,7 +24,13 @@ from convfusion.data.samples import CHUNK, Sample, Source
 from convfusion.data.sources import Drawing
 from convfusion.data.workers import ignore_interrupts
 from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of, encode_conditioning, family_of
+from convfusion.families import (
+    denoiser_of,
+    encode_conditioning,
+    family_of,
+    frame_scale,
+    latent_scale,
+)
 from convfusion.families.calls import frames_argument
 from convfusion.families.conditioning import flatten_conditioning
 from convfusion.families.patches import replaced_attributes
@@ -307,7 +313,10 @@ def _draw_videos(pipe: Any, samples: Sequence[Sample], size: Extent, drawing: Dr
         str(frames_argument(pipe)): frames,
     }
     drawn = draw_batches(pipe, prompts, seeds, (height, width), len(prompts), False, options)
-    return torch.cat([batch.frames for batch in drawn]).float().cpu()
+    latents = torch.cat([batch.frames for batch in drawn])
+    scale, denoiser = latent_scale(pipe), denoiser_of(pipe)
+    sides = ((frames - 1) // frame_scale(pipe) + 1, height // scale, width // scale)
+    return family_of(denoiser).unpack_latents(denoiser, latents, sides).float().cpu()
 
 
 @contextmanager

@@ -43,8 +43,19 @@ def choose_sizes(
     if isinstance(source, Prompts):
         raise ConvFusionError("the teacher draws prompts at one size: leave the buckets out")
     others = [each for each in list_buckets(size, choose_step(pipe, size)) if each != size]
-    lengths = [(each,) for each in list_lengths(length[0], frame_scale(pipe))] if length else [()]
-    return [(*each, *sides) for each in lengths for sides in (size, *others)]
+    if not length:
+        return [size, *others]
+    lengths = [n for n in list_lengths(length[0], frame_scale(pipe)) if _can_draw(pipe, n)]
+    return [(each, *sides) for each in lengths for sides in (size, *others)]
+
+
+def _can_draw(pipe: Any, frames: int) -> bool:
+    """Whether a pipeline draws clips of so many frames: some draw those of one length only."""
+    try:
+        check_frames(pipe, frames)
+    except ConvFusionError:
+        return False
+    return True
 
 
 def choose_length(pipe: Any, source: Source, frames: int | None) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from convfusion.text import open_plain
 
@@ -129,8 +129,8 @@ def encode_pictures(vae: Any, pictures: np.ndarray) -> Tensor:
     """Latents of pictures or clips, as the denoiser expects them.
 
     Args:
-        vae: an `AutoencoderKL` or `AutoencoderTiny`, or one of clips such as `AutoencoderKLWan`;
-            inside of `upcast_vae`.
+        vae: an `AutoencoderKL` or `AutoencoderTiny`, which takes the frames of a clip one by one,
+            or one of clips such as `AutoencoderKLWan`; inside of `upcast_vae`.
         pictures: [B, H, W, 3] in 0…255, or clips [B, T, H, W, 3].
 
     Returns:
@@ -139,19 +139,37 @@ def encode_pictures(vae: Any, pictures: np.ndarray) -> Tensor:
     """
     batch = torch.from_numpy(pictures).movedim(-1, 1).float() / 127.5 - 1
     device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device
-    encoded = vae.encode(batch.to(device, vae.dtype))
-    if "latents" in encoded:  # an `AutoencoderTiny` has no distribution
-        latents = encoded.latents.float().cpu()
+    batch, config = batch.to(device, vae.dtype), vae.config
+    if batch.dim() == 5 and not takes_clips(vae):
+        latents = torch.stack([_encode_means(vae, frame) for frame in batch.unbind(2)], dim=2)
     else:
-        latents = encoded.latent_dist.mean.float().cpu()
-    config = vae.config
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        mean, std = (
-            torch.tensor(config[name]).view(1, -1, *[1] * (latents.dim() - 2))
-            for name in ("latents_mean", "latents_std")
-        )
+        latents = _encode_means(vae, batch)
+    moments = [_read_moment(vae, name) for name in ("latents_mean", "latents_std")]
+    if all(each is not None for each in moments):
+        mean, std = (each.view(1, -1, *[1] * (latents.dim() - 2)) for each in moments)
         return (latents - mean) * config.get("scaling_factor", 1.0) / std
     return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+
+def takes_clips(vae: Any) -> bool:
+    """Whether a VAE encodes the frames of a clip together."""
+    return any(isinstance(module, nn.Conv3d) for module in getattr(vae, "encoder", vae).modules())
+
+
+def _encode_means(vae: Any, batch: Tensor) -> Tensor:
+    encoded = vae.encode(batch)
+    if "latents" in encoded:  # an `AutoencoderTiny` has no distribution
+        return encoded.latents.float().cpu()
+    return encoded.latent_dist.mean.float().cpu()
+
+
+def _read_moment(vae: Any, name: str) -> Any:
+    """A mean or deviation of each channel [C], which LTX's VAE has among its tensors; or None."""
+    told = vae.config.get(name)
+    if told is not None:
+        return torch.tensor(told)
+    buffer = getattr(vae, name, None)
+    return buffer.float().cpu() if isinstance(buffer, Tensor) else None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 
 from convfusion.data.latents import LatentDataset, TrainingData, prepare_data
 from convfusion.distill.batches import BatchIndices
-from convfusion.families import Denoiser, denoiser_of, family_of
+from convfusion.families import Denoiser, arrange_call, denoiser_of
 from convfusion.families.conditioning import place_conditioning
 from convfusion.families.watch import can_watch
 from convfusion.schedule import noise_schedule
@@ -45,12 +45,12 @@ def draw_noised_batches(
         noise = torch.randn(clean.shape, generator=generator)
         steps = torch.randint(0, len(schedule), (len(part),), generator=generator)
         noisy = schedule.add_noise(clean, noise, steps)
-        yield {
-            family_of(denoiser).latents: noisy.to(denoiser.device, denoiser.dtype),
-            "timestep": schedule.tell(steps).to(denoiser.device),
-            "return_dict": False,
-            **place_conditioning(conditioning, denoiser),
-        }
+        yield arrange_call(
+            denoiser,
+            noisy.to(denoiser.device, denoiser.dtype),
+            schedule.tell(steps).to(denoiser.device),
+            place_conditioning(conditioning, denoiser),
+        )
 
 
 def blocks_to_start(student: Denoiser) -> set[str]:

@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 from convfusion.distill.config import LossWeights
 from convfusion.distill.losses import feature_losses, weigh_steps, weighted_mse
-from convfusion.families import Denoiser, Site, list_sites
+from convfusion.families import (
+    Denoiser,
+    Site,
+    arrange_call,
+    call_denoiser,
+    family_of,
+    list_sites,
+)
 from convfusion.families.watch import watch_tokens
-from convfusion.mixers.base import Grid, TokenSample
-from convfusion.schedule import noise_schedule
+from convfusion.mixers.base import Grid, TokenSample, read_added
+from convfusion.schedule import Schedule, noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of
 
 
@@ -73,18 +80,25 @@ class DistillTask(nn.Module):
 
     Args:
         student: a converted denoiser with its attention kept.
-        scheduler: the pipeline's; only its noise schedule and prediction type are read.
+        scheduler: the pipeline's, of which only its noise schedule and prediction type are read; or
+            a `Schedule`, for a model whose scheduler says it in a way of its own.
         weights: of the terms. A term of weight 0 is not computed.
+
+    Raises:
+        ConvFusionError: the denoiser predicts neither noise nor a velocity; or its schedule is not
+            known.
     """
 
     def __init__(
         self, student: Denoiser, scheduler: Any, weights: LossWeights = LossWeights()
     ) -> None:
         super().__init__()
+        family_of(student).check_distill(student)
         self.student = student
         self._unregistered = (attention_teacher(student),)
         self.weights = weights
-        self.schedule = noise_schedule(scheduler, student)
+        given = isinstance(scheduler, Schedule)
+        self.schedule = scheduler if given else noise_schedule(scheduler, student)
         self.sites = [site for site in list_sites(student) if site.path in mixers_of(student)]
 
     @property
@@ -103,8 +117,10 @@ class DistillTask(nn.Module):
         """The terms of `imitation` (each block alone), or of `losses` (end to end).
 
         Args:
-            latents: clean and scaled, [B, C, h, w] or [B, C, t, h, w].
-            noise: as the latents.
+            latents: clean and scaled, [B, C, h, w] or [B, C, t, h, w], whatever layout the denoiser
+                takes them in. A picture or mask that it goes by is among the channels, behind what
+                it draws.
+            noise: as the latents, of the channels that are drawn.
             timesteps: [B], integers: steps of the schedule.
             conditioning: further keyword arguments of the denoiser.
             alone: choose `imitation`.
@@ -165,22 +181,33 @@ class DistillTask(nn.Module):
             inputs[site.path] = (seen.tokens, seen.grid)
 
         noisy = self._noisy(latents, noise, timesteps)
-        watched = {site.path: self.teacher.get_submodule(site.path) for site in self.sites}
-        with (
-            torch.no_grad(),
-            watch_tokens(self.teacher, see),
-            collected(watched, "output") as outputs,
-        ):
-            self.teacher(
-                noisy,
-                timestep=self.schedule.tell(timesteps),
-                return_dict=False,
-                **conditioning,
-            )
+        told = self.schedule.tell(timesteps)
+        with torch.no_grad(), watch_tokens(self.teacher, see), self._attended() as outputs:
+            self.teacher(**arrange_call(self.teacher, noisy, told, conditioning))
         return {
             path: (mixer(*inputs[path]).float(), outputs[path].float())
             for path, mixer in mixers_of(self.student).items()
         }
+
+    @contextmanager
+    def _attended(self) -> Iterator[dict[str, Tensor]]:
+        """Collect what the attention of each site gives, [B, N, C], while the block runs."""
+        outputs: dict[str, Tensor] = {}
+
+        def keep(path: str) -> Any:
+            def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+                maps = output.ndim == 4
+                outputs[path] = read_added(module, args[0], output) if maps else output
+
+            return hook
+
+        attentions = {site.path: self.teacher.get_submodule(site.path) for site in self.sites}
+        handles = [module.register_forward_hook(keep(p)) for p, module in attentions.items()]
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return self.schedule.add_noise(latents, noise, timesteps).to(self.student.dtype)
@@ -189,5 +216,5 @@ class DistillTask(nn.Module):
         self, model: Denoiser, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Any]
     ) -> Tensor:
         told = self.schedule.tell(timesteps)
-        output = model(noisy, timestep=told, return_dict=False, **conditioning)[0]
+        output = call_denoiser(model, noisy, told, conditioning)
         return self.schedule.read_output(output, noisy, timesteps)

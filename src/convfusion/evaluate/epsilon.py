@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convfusion.families import Denoiser, denoiser_of, encode_conditioning, latent_scale
+from convfusion.families import (
+    Denoiser,
+    call_denoiser,
+    denoiser_of,
+    encode_conditioning,
+    latent_scale,
+)
 from convfusion.schedule import Schedule, noise_schedule
 
 TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # where ε-errors are measured
@@ -109,6 +115,6 @@ def predictions(
         steps = torch.full((len(clean),), t, device=clean.device)
         noisy = schedule.add_noise(clean, noise.to(clean.device), steps).to(model.dtype)
         told = schedule.tell(steps)
-        output = model(noisy, timestep=told, return_dict=False, **conditioning)[0]
+        output = call_denoiser(model, noisy, told, conditioning)
         outputs.append(schedule.read_output(output, noisy, steps))
     return outputs

@@ -32,7 +32,9 @@ from convfusion.families.base import (
 )
 from convfusion.families.carrier import Carrier, KeywordCarrier
 from convfusion.families.lookup import (
+    arrange_call,
     block_family,
+    call_denoiser,
     check_alone,
     check_captioned,
     component_names,

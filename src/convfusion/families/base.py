@@ -229,6 +229,31 @@ class Family(ABC):
         """
         return (batch, model.config.in_channels, *sides)
 
+    def arrange_inputs(
+        self, model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Keyword arguments of one call of a model; by default what is given, as it is.
+
+        A family whose latents are packed, or that is told their sides, says so here.
+
+        Args:
+            model: a denoiser of this family.
+            latents: noisy, [B, C, H, W] or [B, C, T, H, W].
+            timesteps: [B].
+            conditioning: all else, as `encode_prompts` or `example_conditioning` gives it.
+        """
+        return {self.latents: latents, "timestep": timesteps, **conditioning}
+
+    def unpack_latents(self, model: Denoiser, packed: Tensor, sides: Grid) -> Tensor:
+        """Latents in a model's own layout, or what it gives for them, as [B, C, *sides].
+
+        Args:
+            model: a denoiser of this family.
+            packed: latents of `latent_shape`, with any number of channels.
+            sides: (height, width) of the latents, of a video behind its frames.
+        """
+        return packed
+
     def latent_pixels(self, model: Denoiser) -> int:
         """Pixels per latent along a side, in the autoencoder that a model was published with."""
         return self.pixels_per_latent
@@ -263,6 +288,10 @@ class Family(ABC):
     def check_convert(self, model: Denoiser) -> None:
         """Raise an UnsupportedModelError for attention that no mixer replaces, such as a causal
         one; by default, never."""
+
+    def check_distill(self, model: Denoiser) -> None:
+        """Raise a ConvFusionError for a model that predicts nothing that is distilled; by default,
+        never."""
 
     def check_export(self, model: Denoiser) -> None:
         """Raise a ConvFusionError for a model that is not exported; by default, never."""

@@ -88,6 +88,12 @@ class ControlNet(UNet):
     def describe_further_needs(self, model: Denoiser) -> str:
         return "a picture that guides it"
 
+    def check_distill(self, model: Denoiser) -> None:
+        raise ConvFusionError(
+            f"a {type(model).__name__} is not distilled: it predicts neither noise nor a velocity, "
+            "but maps that its UNet adds to its own"
+        )
+
     def check_export(self, model: Denoiser) -> None:
         raise ConvFusionError(
             f"a {type(model).__name__} is not exported: it gives its UNet a tensor for each layer, "

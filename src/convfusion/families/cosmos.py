@@ -112,7 +112,7 @@ class Cosmos(Family):
         return made
 
     def describe_further_needs(self, model: Denoiser) -> str:
-        return "the frames of a video"
+        return "times of a schedule of its own, and in some versions frames to go on from"
 
 
 COSMOS = Cosmos()

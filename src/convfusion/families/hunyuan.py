@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers import HunyuanDiT2DModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -15,6 +16,8 @@ from convfusion.families.base import Denoiser, Family, Site, Size, Values
 from convfusion.families.carrier import argument_position
 from convfusion.families.rotary import PairTurn
 
+ORIGINAL = (1024, 1024)  # size of the picture that a pipeline tells an older model of
+TRAINED_SIDE = 64  # of the latents that places are counted in
 NUMBERS = 6  # that older ones take of their picture: its size, the wanted size, and the crop
 
 _CLASS = "HunyuanDiT2DModel"
@@ -103,10 +106,32 @@ class HunyuanDiT(Family):
     def patch_size(self, model: Denoiser) -> int:
         return model.config.patch_size
 
+    def arrange_inputs(
+        self, model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """With its rotary embedding, and with timesteps in the dtype of what it makes of them."""
+        arranged = super().arrange_inputs(model, latents, timesteps.to(model.dtype), conditioning)
+        if _ROTARY not in arranged:
+            arranged[_ROTARY] = make_rotary(model, latents)
+        return arranged
+
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
-        raise ConvFusionError(  # `describe_further_needs` comes first
-            "a HunyuanDiT is told more than its prompts, which is not known here"
-        )
+        """Those of both encoders; an older model is told the size of its picture and a style."""
+        model, inputs = pipe.transformer, {}
+        config, device = model.config, model.device
+        readers = {"": config.text_len, "_t5": config.text_len_t5}
+        for encoder, (name, words) in enumerate(readers.items()):
+            embeds, _, mask, _ = pipe.encode_prompt(
+                list(prompts), device=device, dtype=model.dtype, do_classifier_free_guidance=False,
+                max_sequence_length=words, text_encoder_index=encoder,
+            )  # fmt: skip
+            inputs[f"encoder_hidden_states{name}"] = embeds
+            inputs[f"text_embedding_mask{name}"] = mask
+        if config.use_style_cond_and_image_meta_size:
+            numbers = torch.tensor([[*ORIGINAL, *size, 0, 0]], dtype=model.dtype, device=device)
+            inputs["image_meta_size"] = numbers.repeat(len(prompts), 1)
+            inputs["style"] = torch.zeros(len(prompts), dtype=torch.long, device=device)
+        return inputs
 
     def example_conditioning(
         self, model: Denoiser, batch: int, words: int | None, values: Values
@@ -129,13 +154,25 @@ class HunyuanDiT(Family):
             inputs["style"] = values.zeros(batch)
         return inputs
 
-    def describe_further_needs(self, model: Denoiser) -> str:
-        return "a rotary embedding of the size of its picture"
-
     def check_export(self, model: Denoiser) -> None:
         raise ConvFusionError(
             f"a {type(model).__name__} is not exported: its rotary embedding would be of one size"
         )
+
+
+def make_rotary(model: Denoiser, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotary embedding that its pipelines give for latents [B, C, H, W]: (cos, sin), [N, d]."""
+    from diffusers.pipelines.hunyuandit import pipeline_hunyuandit as pipelines
+
+    patch = model.config.patch_size
+    grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
+    return pipelines.get_2d_rotary_pos_embed(
+        model.config.attention_head_dim,
+        pipelines.get_resize_crop_region_for_grid(grid, TRAINED_SIDE // patch),
+        grid,
+        device=latents.device,
+        output_type="pt",
+    )
 
 
 HUNYUAN_DIT = HunyuanDiT()

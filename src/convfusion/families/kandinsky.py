@@ -179,6 +179,14 @@ class Kandinsky5(Family):
         channels = model.config.in_visual_dim
         return (batch, *sides, 2 * channels + 1 if model.config.visual_cond else channels)
 
+    def arrange_inputs(
+        self, model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return super().arrange_inputs(model, latents.movedim(1, -1), timesteps, conditioning)
+
+    def unpack_latents(self, model: Denoiser, packed: Tensor, sides: Grid) -> Tensor:
+        return packed.movedim(-1, 1)
+
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
         raise ConvFusionError(  # `describe_further_needs` comes first
             "a Kandinsky 5 is told more than its prompts, which is not known here"
@@ -197,7 +205,7 @@ class Kandinsky5(Family):
         }
 
     def describe_further_needs(self, model: Denoiser) -> str:
-        return "the frames of a video"
+        return "the places of its words, and the frames that it goes on from, if any, with a mask"
 
     def check_convert(self, model: Denoiser) -> None:
         kind = model.config.attention_type

@@ -77,10 +77,11 @@ class Latte(Family):
         return model.config.patch_size
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
+        """With zeros for padding, as its pipelines read several prompts at once: they cut one."""
         embeds, _ = pipe.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, device=pipe.transformer.device
+            [*prompts, ""], do_classifier_free_guidance=False, device=pipe.transformer.device
         )
-        return {"encoder_hidden_states": embeds}
+        return {"encoder_hidden_states": embeds[:-1]}
 
     def example_conditioning(
         self, model: Denoiser, batch: int, words: int | None, values: Values
@@ -88,8 +89,10 @@ class Latte(Family):
         width = model.config.caption_channels
         return {"encoder_hidden_states": values(batch, words or T5_WORDS, width)}
 
-    def describe_further_needs(self, model: Denoiser) -> str:
-        return "the frames of a video"
+    def check_frames(self, model: Denoiser, frames: int) -> None:
+        own = model.config.video_length
+        if frames != own:
+            raise ConvFusionError(f"this {type(model).__name__} draws clips of {own} frames only")
 
     def check_export(self, model: Denoiser) -> None:
         raise ConvFusionError(

@@ -145,6 +145,35 @@ def noisy_latents(model: Denoiser, args: Sequence[Any], kwargs: Mapping[str, Any
     return args[0] if args else kwargs[family_of(model).latents]
 
 
+def arrange_call(
+    model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Keyword arguments of one call of a denoiser, which then returns a tuple.
+
+    Args:
+        model: a denoiser of a known family.
+        latents: noisy, [B, C, h, w] or [B, C, t, h, w], whatever layout the model takes.
+        timesteps: [B], as the model is told them.
+        conditioning: its further arguments.
+    """
+    arranged = family_of(model).arrange_inputs(model, latents, timesteps, conditioning)
+    return {**arranged, "return_dict": False}
+
+
+def call_denoiser(
+    model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
+) -> Tensor:
+    """What a denoiser gives for noisy latents, laid out as they are: [B, C, h, w] or with frames.
+
+    C may be larger than that of the latents, by a learned variance, or smaller, where they hold a
+    picture or mask too. Arguments as for `arrange_call`.
+    """
+    output = model(**arrange_call(model, latents, timesteps, conditioning))
+    if not isinstance(output, Tensor):  # a Kandinsky 5 gives no tuple
+        output = output[0]
+    return family_of(model).unpack_latents(model, output, tuple(latents.shape[2:]))
+
+
 def encode_conditioning(pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
     """Keyword arguments of the denoiser for a batch of prompts, without guidance.
 

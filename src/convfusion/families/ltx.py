@@ -26,6 +26,8 @@ from convfusion.mixers import DeltaConv, Halo
 from convfusion.mixers.base import Grid
 
 T5_WORDS = 128  # tokens that its text encoder reads
+FRAMES_PER_LATENT = 8
+FRAMES_PER_SECOND = 25
 
 _CLASS = "LTXVideoTransformer3DModel"
 
@@ -66,9 +68,12 @@ class LTX(Family):
         "encoder_attention_mask": "1 for a token of the text, 0 for padding",
     }
     attention_classes: ClassVar[tuple[type[nn.Module], ...]] = (LTXAttention,)
-    frame_rate = 24
     frames = 21  # of 161 frames of a video
+    frame_rate = FRAMES_PER_SECOND
     pixels_per_latent = 32
+    spacing: ClassVar[Mapping[str, Any]] = {
+        "rope_interpolation_scale": (FRAMES_PER_LATENT / FRAMES_PER_SECOND, 32, 32)
+    }  # of latents, in seconds and pixels
     rotary = True
 
     def list_sites(self, model: Denoiser) -> list[Site]:
@@ -97,6 +102,19 @@ class LTX(Family):
     def latent_shape(self, model: Denoiser, batch: int, sides: Grid) -> tuple[int, ...]:
         return (batch, math.prod(sides), model.config.in_channels)
 
+    def arrange_inputs(
+        self, model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """With latents packed, their sides, and how far apart they lie."""
+        frames, height, width = latents.shape[2:]
+        sides = {"num_frames": frames, "height": height, "width": width}
+        packed = latents.flatten(2).transpose(1, 2)
+        told = {**self.spacing, **conditioning, **sides}
+        return super().arrange_inputs(model, packed, timesteps, told)
+
+    def unpack_latents(self, model: Denoiser, packed: Tensor, sides: Grid) -> Tensor:
+        return packed.transpose(1, 2).unflatten(2, sides)
+
     def native_latents(self, model: Denoiser) -> Size:
         return 16, 22  # of 512×704 pixels
 
@@ -116,10 +134,8 @@ class LTX(Family):
             "num_frames": frames,
             "height": height,
             "width": width,
+            **self.spacing,
         }
-
-    def describe_further_needs(self, model: Denoiser) -> str:
-        return "the frames of a video"
 
     def check_export(self, model: Denoiser) -> None:
         raise ConvFusionError(

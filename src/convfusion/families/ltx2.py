@@ -7,7 +7,7 @@ to itself, of both to the text, and of each to the other are left alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import LTX2VideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx2 import LTX2Attention, apply_split_rotary_emb
@@ -16,12 +16,11 @@ from torch import Tensor
 from convfusion.errors import ConvFusionError
 from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Size, Values
 from convfusion.families.carrier import PackedCarrier
-from convfusion.families.ltx import LTX, JoinedTurn
+from convfusion.families.ltx import FRAMES_PER_LATENT, LTX, JoinedTurn
 from convfusion.families.rotary import PairTurn, find_angles, take_first
 from convfusion.mixers import DeltaConv
 
 GEMMA_WORDS = 1024  # tokens that its text encoder reads
-FRAMES_PER_LATENT = 8
 FRAMES_PER_SECOND = 24
 SOUNDS_PER_SECOND = 25  # latents of the sound
 
@@ -57,9 +56,10 @@ class LTX2(LTX):
         "audio_encoder_hidden_states": "the same for the sound",
     }
     attention_classes = (LTX2Attention,)
-    frame_rate = 24
     frames = 16  # of 121 frames of a video
     next_layer = "norm2"
+    frame_rate = FRAMES_PER_SECOND
+    spacing: ClassVar[Mapping[str, Any]] = {}  # it knows its own
 
     def carrier(self, model: Denoiser) -> PackedCarrier:
         return PackedCarrier.of(LTX2VideoTransformer3DModel)
@@ -111,7 +111,7 @@ class LTX2(LTX):
         return made
 
     def describe_further_needs(self, model: Denoiser) -> str:
-        return "the frames of a video and its sound"
+        return "the sound of a video"
 
 
 LTX_2 = LTX2()

@@ -6,7 +6,10 @@ attend over time, which are left alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from convfusion.errors import ConvFusionError
 from convfusion.families.base import Denoiser, Values
@@ -49,8 +52,15 @@ class MotionUNet(UNet):
             inputs["encoder_hidden_states"] = text.repeat_interleave(values.sides[0], 0)
         return inputs
 
-    def describe_further_needs(self, model: Denoiser) -> str:
-        return "the frames of a video"
+    def arrange_inputs(
+        self, model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """With the text of every sample for each of its frames, where a model is given it so."""
+        arranged = super().arrange_inputs(model, latents, timesteps, conditioning)
+        text, count = arranged["encoder_hidden_states"], len(latents)
+        if takes_text_of_frames(model) and len(text) == count:
+            arranged["encoder_hidden_states"] = text.repeat_interleave(latents.shape[2], 0)
+        return arranged
 
     def check_frames(self, model: Denoiser, frames: int) -> None:
         most = model.config.get("motion_max_seq_length")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2Attention
+from diffusers.utils import is_ftfy_available
+from torch import Tensor
 
-from convfusion.errors import UnsupportedModelError
-from convfusion.families.base import Denoiser, Values
+from convfusion.errors import ConvFusionError, UnsupportedModelError
+from convfusion.families.base import Denoiser, Size, Values
 from convfusion.families.wan import VIDEO_KERNELS, Wan
 
 NATIVE_LATENTS = (68, 120)  # of 544×960 pixels
+FAST = [1]  # stands for 24 frames a second, as 0 does for 16
 
 _CLASS = "SkyReelsV2Transformer3DModel"
 
@@ -47,8 +51,29 @@ class SkyReels(Wan):
     ) -> dict[str, Any]:
         made = super().example_conditioning(model, batch, words, values)
         if model.config.inject_sample_info:
-            made["fps"] = [1] * batch  # for 24 frames per second; 0 is for 16
+            made["fps"] = FAST * batch
         return made
+
+    def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
+        """As Wan does.
+
+        Raises:
+            ConvFusionError: its pipelines clean prompts with ftfy, which is not there.
+        """
+        if not is_ftfy_available():
+            raise ConvFusionError(
+                f"diffusers needs ftfy for a {type(pipe).__name__}: pip install ftfy"
+            )
+        return super().encode_prompts(pipe, prompts, size)
+
+    def arrange_inputs(
+        self, model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """With a frame rate, for a model that is told one."""
+        arranged = super().arrange_inputs(model, latents, timesteps, conditioning)
+        if model.config.inject_sample_info:
+            arranged.setdefault("fps", FAST * len(latents))
+        return arranged
 
     def check_convert(self, model: Denoiser) -> None:
         frames = model.config.num_frame_per_block

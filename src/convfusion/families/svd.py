@@ -6,10 +6,11 @@ self-attentions are sites; the other attends over time, and is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
+from torch import Tensor
 
 from convfusion.errors import ConvFusionError
 from convfusion.families.base import Denoiser, Size, Values
@@ -44,6 +45,14 @@ class SVD(UNet):
         frames, height, width = sides
         return (batch, frames, model.config.in_channels, height, width)
 
+    def arrange_inputs(
+        self, model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return super().arrange_inputs(model, latents.transpose(1, 2), timesteps, conditioning)
+
+    def unpack_latents(self, model: Denoiser, packed: Tensor, sides: Grid) -> Tensor:
+        return packed.transpose(1, 2)
+
     def native_latents(self, model: Denoiser) -> Size:
         return 72, 128  # of 576×1024 pixels
 
@@ -64,7 +73,7 @@ class SVD(UNet):
         }
 
     def describe_further_needs(self, model: Denoiser) -> str:
-        return "a picture to go on from, and the frames of a video"
+        return "a picture to go on from, its frame rate and how much moves"
 
     def check_export(self, model: Denoiser) -> None:
         raise ConvFusionError(

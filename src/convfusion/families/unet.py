@@ -168,7 +168,7 @@ class UNet(Family):
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
         device, prompts = pipe.unet.device, list(prompts)
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        if pipe.unet.config.addition_embed_type != "text_time":
+        if pipe.unet.config.get("addition_embed_type") != "text_time":
             return {"encoder_hidden_states": pipe.encode_prompt(prompts, device, **options)[0]}
         embeds, _, pooled, _ = pipe.encode_prompt(prompts, device=device, **options)
         if pipe.config.force_zeros_for_empty_prompt:  # as SDXL draws without a negative prompt

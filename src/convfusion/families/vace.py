@@ -45,7 +45,7 @@ class WanVACE(Wan):
         return {**made, "control_hidden_states": values(batch, channels, *values.sides)}
 
     def describe_further_needs(self, model: Denoiser) -> str:
-        return "the frames of a video, and of one to be edited"
+        return "a video to be edited, with masks"
 
 
 WAN_VACE = WanVACE()

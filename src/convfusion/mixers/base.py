@@ -220,6 +220,12 @@ def read_maps(attention: Any, maps: Tensor) -> Tensor:
     return (flat if norm is None else norm(flat)).transpose(1, 2)
 
 
+def read_added(attention: Any, maps: Tensor, output: Tensor) -> Tensor:
+    """What an attention adds to maps [B, C, H, W] to give its output; tokens [B, H·W, C]."""
+    added = output * attention.rescale_output_factor - maps
+    return added.flatten(2).transpose(1, 2)
+
+
 def score_scale(attention: Any) -> float:
     """What an attention multiplies q·k with; 1/√d unless it says otherwise."""
     own = getattr(attention, "scale", None)
