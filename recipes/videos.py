@@ -39,7 +39,8 @@ BLOCKS: dict[str, Mixer] = {
     HALO: Halo(block=(1, 2, 2), window=(3, 4, 4), cells=(2, 4, 4)),
     OURS: DeltaConv(kernel_size=7, frame_kernel_size=3, first_frame_branch=True),
 }
-RATES = {HALO: 2e-3, OURS: 5e-3}  # the best of 7e-4, 2e-3, 5e-3 and of 5e-3, 1e-2 on the list `choice`
+# On the list `choice` the best of 7e-4, 2e-3 and 5e-3, and of 5e-3 and 1e-2.
+RATES = {HALO: 2e-3, OURS: 5e-3}
 COUNTS, STEPS, BATCH = (2, 3, 6), 100, 4
 JUDGED, DRAWN, DRAWING_STEPS = 16, 8, 10  # clips of velocity errors, and drawn ones; their steps
 TABLE = Table("videos.csv", ("blocks", "layers", "seed", "steps", "made"), "results")
