@@ -79,7 +79,7 @@ MISTAKES = {
         "a/b/c is no folder here",
     ),
     "twice": (
-        ["compare", "MODEL", "--prompt", "x", "--blocks", "MODEL", "--blocks", "MODEL"],
+        ["compare", "mini", "--prompt", "x", "--blocks", "mini-delta", "--blocks", "mini-delta"],
         "given twice",
     ),
     "no PNG": (["compare", "mini", "--out", "grid.jpg"], "must end in .png"),
@@ -165,6 +165,7 @@ def test_the_teachers_row_is_drawn_with_attention(student, tmp_path):
 def test_rows_have_names_that_tell_them_apart(tmp_path):
     for name in ("a/blocks", "b/blocks", "c"):
         (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "convfusion.json").write_text("{}")
     paths = [str(tmp_path / name) for name in ("a/blocks", "b/blocks", "c")]
     assert list(name_rows(paths)) == [*paths[:2], "c"]
 
