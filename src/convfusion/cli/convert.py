@@ -78,6 +78,14 @@ Average = Annotated[
 ]
 
 
+def check_use_of_frames(
+    frames: int | None, measured: bool, budget: str | None, size: str | None
+) -> None:
+    """Raise a ConvFusionError for frames that nothing would be drawn or chosen for."""
+    if frames is not None and not measured and (budget is None or size is None):
+        raise ConvFusionError("--frames goes with --measure, or with --budget and --size")
+
+
 def convert(
     model: Model,
     out: Converted,
@@ -119,8 +127,7 @@ def convert(
     prompts = read_prompts(measure) if measure is not None else []
     check_budget(budget, moments, keep, measured=bool(prompts))
     check_choice(bool(prompts), budget, size, blocks, (config, mixer, every))
-    if frames is not None and not prompts and (budget is None or size is None):
-        raise ConvFusionError("--frames goes with --measure, or with --budget and --size")
+    check_use_of_frames(frames, bool(prompts), budget, size)
     opened = open_stock_pipeline if prompts or budget is not None else open_pipeline
     pipe = opened(model, precision, device if prompts else device or "cpu", revision)
     if not blocks_only:
@@ -141,10 +148,9 @@ def convert(
     (save if blocks_only else save_pipeline)(pipe, out)
     typer.echo(str(status))
     warning = warn_of(status.record)
-    trainable = warning and not (prompts or drop_attention)
-    words = list_next_words(model, out, blocks_only, bool(trainable))
-    if frames is not None and not trainable:
-        words += ["--frames", frames, *(["--size", size] if size else [])]
+    trainable = bool(warning) and not (prompts or drop_attention)
+    drawn = [] if frames is None else ["--frames", frames, *(["--size", size] if size else [])]
+    words = list_next_words(model, out, blocks_only, trainable) + ([] if trainable else drawn)
     print_ending(out, verdict=warning, next_command=words)
 
 
