@@ -18,7 +18,6 @@ from diffusers import (
     LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
-    SD3Transformer2DModel,
     SkyReelsV2Transformer3DModel,
     UNet2DConditionModel,
     UNet2DModel,
@@ -28,6 +27,7 @@ from diffusers import (
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
+from tiny_joint import prx, sd35
 from torch import Tensor, nn
 
 from convfusion.families import example_inputs, family_of, list_sites
@@ -169,24 +169,6 @@ def hunyuan(text_len: int = 4, text_len_t5: int = 5) -> HunyuanDiT2DModel:
         text_len=text_len,
         text_len_t5=text_len_t5,
         use_style_cond_and_image_meta_size=False,
-    )
-
-
-def sd35() -> SD3Transformer2DModel:
-    """Of SD3.5 Medium: the first blocks have an attention of the image alone."""
-    return SD3Transformer2DModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        joint_attention_dim=16,
-        caption_projection_dim=16,
-        pooled_projection_dim=12,
-        pos_embed_max_size=24,
-        dual_attention_layers=(0, 1),
-        qk_norm="rms_norm",
     )
 
 
@@ -475,7 +457,8 @@ CASES = [
     Case("svd", svd, 4, "svd_unet", largest=(8, 12)),
     Case("ddpm", ddpm, 4, "ddpm", plain=False),
     Case("hunyuan", hunyuan, 4, "hunyuandit", plain=False),
-    Case("sd35", sd35, 2, "sd35-medium", plain=False, flow=True),
+    Case("sd35", sd35, 5, "sd35-medium", plain=False, flow=True),
+    Case("prx", prx, 2, "prx", plain=False, flow=True),
 ]
 FLAT = [case for case in CASES if case.rank == 2]
 VIDEOS = [case for case in CASES if case.rank == 3]

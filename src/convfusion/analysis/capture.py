@@ -51,7 +51,7 @@ class Captured:
         """
         if given.grid != self.grid:
             raise ConvFusionError("analyse pictures of one size at a time")
-        queries, keys, _ = project_heads(attention, given.tokens, given.turn)
+        queries, keys, _ = project_heads(attention, given)
         scale = score_scale(attention)
         for query, key in zip(queries, keys, strict=True):
             sums = measure_attention(query, key, scale, given.grid, settings, self.mean_map)

@@ -20,7 +20,8 @@ from convfusion.analysis.statistics import (
 from convfusion.app.studio import Studio
 from convfusion.errors import ConvFusionError
 from convfusion.families import Site, family_of
-from convfusion.mixers.base import Grid, TokenSample, Turn, project_heads, score_scale
+from convfusion.families.watch import attention_at
+from convfusion.mixers.base import Grid, TokenSample, project_heads, score_scale
 from convfusion.mixers.offsets import ring_sums
 from convfusion.surgery import mixers_of
 
@@ -31,19 +32,15 @@ NOTHING = 1e-5  # a high-frequency part below this share of a map is rounding
 
 @dataclass(frozen=True)
 class Seen:
-    """The tokens that a site was given: what a look needs of one call of the denoiser.
+    """What a site was given: what a look needs of one call of the denoiser.
 
     Attributes:
         site: the self-attention.
-        tokens: [1, N, C], of the sample that sees the prompt.
-        grid: (H, W) with H·W = N.
-        turn: the rotary embedding of its attention, if there is one.
+        given: to the sample that sees the prompt.
     """
 
     site: Site
-    tokens: Tensor
-    grid: Grid
-    turn: Turn | None = None
+    given: TokenSample
 
 
 @dataclass(frozen=True)
@@ -95,8 +92,8 @@ def watch_call(studio: Studio, call: DenoiserCall) -> list[Seen]:
     prompted = family_of(studio.teacher).prompted
 
     def see(site: Site, attention: Any, given: TokenSample) -> None:
-        tokens = given.tokens[prompted][None].detach().clone()
-        seen.append(Seen(site, tokens, given.grid, given.turn))
+        last = prompted % len(given.tokens)
+        seen.append(Seen(site, given.map(lambda each: each[last : last + 1].detach().clone())))
 
     studio.repeat(call, see)
     return seen
@@ -118,23 +115,22 @@ def look_from(studio: Studio, seen: Sequence[Seen], point: tuple[float, float]) 
     mixers = mixers_of(studio.pipe) if studio.has_blocks else {}
     views = []
     for each in seen:
+        given, grid = each.given, each.given.grid
         row, column = (
-            min(int(share * side), side - 1) for share, side in zip(point, each.grid, strict=True)
+            min(int(share * side), side - 1) for share, side in zip(point, grid, strict=True)
         )
-        token = row * each.grid[1] + column
-        attention = studio.teacher.get_submodule(each.site.path)
+        token = row * grid[1] + column
+        attention = attention_at(studio.teacher, each.site)
         mixer = mixers.get(each.site.path)
-        block = None if mixer is None else measure_dependence(mixer, each.tokens, each.grid, token)
-        distances = chebyshev(torch.tensor([token]), each.grid)
+        block = None if mixer is None else measure_dependence(mixer, given.tokens, grid, token)
+        distances = chebyshev(torch.tensor([token]), grid)
         views.append(
             SiteView(
                 path=each.site.path,
-                grid=each.grid,
+                grid=grid,
                 query=(row, column),
-                attention=_reach(
-                    attend(attention, each.tokens, token, each.turn), each.grid, token
-                ),
-                block=None if block is None else _reach(block, each.grid, token),
+                attention=_reach(attend(attention, given, token), grid, token),
+                block=None if block is None else _reach(block, grid, token),
                 uniform=_score_mass(torch.ones_like(distances, dtype=torch.float32), distances),
                 mixer="" if mixer is None else str(mixer.config),
             )
@@ -143,13 +139,13 @@ def look_from(studio: Studio, seen: Sequence[Seen], point: tuple[float, float]) 
 
 
 @torch.no_grad()
-def attend(attention: Any, tokens: Tensor, token: int, turn: Turn | None = None) -> Tensor:
+def attend(attention: Any, given: TokenSample, token: int) -> Tensor:
     """softmax(scale·q·kᵀ) of one query, the mean over heads: tokens [1, N, C] → [N] on the CPU.
 
     Raises:
         ConvFusionError: it is not finite.
     """
-    queries, keys, _ = project_heads(attention, tokens, turn)
+    queries, keys, _ = project_heads(attention, given)
     scores = queries[0, :, token : token + 1] @ keys[0].transpose(1, 2) * score_scale(attention)
     return _checked(scores.softmax(-1).mean((0, 1)).float().cpu())
 

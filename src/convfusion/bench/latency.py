@@ -165,7 +165,7 @@ def site_module(
         mixer = None if config is None else config.mixer_for(site.path)
         if mixer is None:
             return attention
-        built = mixer.build(site.channels, site.heads)
+        built = site.build(mixer)
         built.init_from(as_plain(attention))
     return built
 

@@ -285,7 +285,7 @@ def _weights(model: Any, kind: SiteKind, config: ConvertConfig) -> tuple[int, in
     if settings is None:
         return each * own, each * own
     with torch.device("meta"):
-        mixer = settings.build(kind.site.channels, kind.site.heads)
+        mixer = kind.site.build(settings)
     return each * own, each * sum(p.numel() for p in mixer.parameters())
 
 

@@ -60,7 +60,6 @@ from convfusion.surgery.layers import (
     check_blocks,
     check_floats,
     check_untied,
-    projections,
     separate,
 )
 from convfusion.surgery.record import TrainingRecord, set_record
@@ -217,14 +216,14 @@ def _put(
         set_record(mixer, record)
     if not present:
         for path, mixer in mixers.items():  # of a base that is frozen, they are as well
-            mixer.requires_grad_(_trains_values(model.get_submodule(path)))
+            mixer.requires_grad_(_trains(model.get_submodule(path)))
         install(model, mixers, keep_attention=keep_attention)
     elif not keep_attention:
         drop_attention(model)
 
 
-def _trains_values(attention: Any) -> bool:
-    return projections(attention)[2].weight.requires_grad
+def _trains(attention: Any) -> bool:
+    return any(parameter.requires_grad for parameter in attention.parameters())
 
 
 def fill(mixer: TokenMixer, state: dict[str, Tensor]) -> None:
@@ -349,7 +348,7 @@ def _expected_tensors(
     for site in list_sites(model):
         if site.path in wanted:
             with torch.device("meta"):
-                mixer = wanted[site.path].build(site.channels, site.heads)
+                mixer = site.build(wanted[site.path])
             for name, tensor in mixer.state_dict().items():
                 expected[f"{site.path}.mixer.{name}"] = (site.path, name, tuple(tensor.shape))
     return expected

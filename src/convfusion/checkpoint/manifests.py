@@ -27,7 +27,7 @@ def make_manifest(
 
     model = denoiser_of(pipe_or_model)
     named = str(getattr(pipe_or_model.config, "_name_or_path", "") or "")
-    channels = {site.path: site.channels for site in list_sites(model)}
+    sites = {site.path: site for site in list_sites(model)}
     return {
         "format": FORMAT,
         "version": __version__,
@@ -36,7 +36,11 @@ def make_manifest(
         **({} if digest is None else {"sha256": digest}),
         **joint_record(mixers.values()).to_dict(),
         "sites": {
-            path: {"channels": channels[path], "mixer": mixer_to_dict(mixer.config)}
+            path: {
+                "channels": sites[path].channels,
+                **({} if sites[path].joint is None else {"joint": True}),
+                "mixer": mixer_to_dict(mixer.config),
+            }
             for path, mixer in mixers.items()
         },
     }

@@ -19,6 +19,7 @@ from convfusion.errors import CheckpointError
 from convfusion.families import FAMILIES
 from convfusion.files import FLOATS, few, read_header, read_tensors
 from convfusion.mixers import mixer_from_dict, mixer_to_dict
+from convfusion.mixers.base import build_mixer
 from convfusion.surgery.record import TrainingRecord
 from convfusion.text import read_text
 
@@ -153,7 +154,7 @@ def check_content(folder: Path, manifest: Mapping[str, Any]) -> None:
         if mixer_to_dict(mixer) != site["mixer"] or type(site["channels"]) is not int:
             raise CheckpointError(f"{folder / MANIFEST} does not say all settings of {path}")
         with torch.device("meta"):  # heads change the shapes of tensors, and not their names
-            names = mixer.build(site["channels"], 1).state_dict()
+            names = build_mixer(mixer, site["channels"], 1, bool(site.get("joint"))).state_dict()
         expected |= {f"{path}.mixer.{name}" for name in names}
     header = read_header(folder / BLOCKS)
     check_digest(folder, dict(manifest))

@@ -12,6 +12,7 @@ from convfusion.families import (
     ltx2,
     motion,
     pixart,
+    prx,
     sd3,
     skyreels,
     svd,
@@ -71,7 +72,8 @@ for _family in (
     svd.SVD_UNET,
     motion.MOTION,
     hunyuan.HUNYUAN_DIT,
-    sd3.SD3_MEDIUM,
+    sd3.STABLE_DIFFUSION_3,
+    prx.PRX_IMAGE,
     ddpm.DDPM_UNET,
     controlnet.CONTROLNET,  # after the others: what a pipeline with one converts is its denoiser
 ):
@@ -116,6 +118,7 @@ __all__ = [
     "pixart",
     "pixel_unit",
     "pixel_unit_of",
+    "prx",
     "register",
     "sd3",
     "shorten_path",

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families.carrier import Carrier
+from convfusion.families.joint import JointLayout
 from convfusion.mixers import Gate, Halo, Mixer
-from convfusion.mixers.base import Grid, Turn
+from convfusion.mixers.base import Grid, TokenMixer, Turn, build_mixer
 
 Denoiser: TypeAlias = Any  # a diffusers ModelMixin and ConfigMixin; no type can say both
 Size: TypeAlias = tuple[int, int]  # (height, width)
@@ -39,6 +40,7 @@ class Site:
         tap: module path of the module whose first input is the hidden state right after this
             site, gated and added to the residual: the feature that distillation compares.
         rank: of its grid: 2 for (H, W), 3 for (T, H, W).
+        joint: how text and image share it; None where it is of the image alone.
     """
 
     path: str
@@ -48,6 +50,18 @@ class Site:
     owner: str
     tap: str
     rank: int = 2
+    joint: JointLayout | None = None
+
+    def build(self, settings: Mixer) -> TokenMixer:
+        """The mixer of some settings for this site.
+
+        Raises:
+            ConvFusionError: they do not fit it.
+        """
+        try:
+            return build_mixer(settings, self.channels, self.heads, self.joint is not None)
+        except ConvFusionError as wrong:
+            raise ConvFusionError(f"{self.path}: {wrong}") from None
 
     @property
     def block(self) -> str:

@@ -283,18 +283,54 @@ class PackedCarrier:
         return read_coordinates(coordinates)
 
     def attach(self, owner: nn.Module) -> Handles:
-        rope = owner.get_submodule(self.rope)
-        return Handles(
-            (
-                owner.register_forward_pre_hook(self, with_kwargs=True),
-                rope.register_forward_hook(append_grid),
-            )
-        )
+        return note_grid(self, owner, self.rope)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         tokens: Tensor = args[0] if args else kwargs["hidden_states"]
         rope: Any = module.get_submodule(self.rope)
         rope.grid_of_call = tokens.new_empty((*self.grid(args, kwargs), 0))
+
+
+@dataclass(frozen=True)
+class NotedCarrier:
+    """Sends the grid behind a rotary embedding that is made without seeing the latents.
+
+    A hook of the owner notes it for the module that makes the embedding, in the same forward.
+
+    Attributes:
+        patch: sides of a patch along the axes of the grid.
+        rope: path in the owner of the module that makes the embedding.
+        latents: name of the owner's first argument, latents [B, C, …].
+    """
+
+    patch: tuple[int, ...]
+    rope: str
+    latents: str = "hidden_states"
+
+    def grid(self, args: tuple, kwargs: dict) -> tuple[int, ...]:
+        """(H, W) of the tokens, from the arguments of a call of the owner."""
+        latents: Tensor = args[0] if args else kwargs[self.latents]
+        sides = latents.shape[-len(self.patch) :]
+        return tuple(side // patch for side, patch in zip(sides, self.patch, strict=True))
+
+    def attach(self, owner: nn.Module) -> Handles:
+        return note_grid(self, owner, self.rope)
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        latents: Tensor = args[0] if args else kwargs[self.latents]
+        rope: Any = module.get_submodule(self.rope)
+        rope.grid_of_call = latents.new_empty((*self.grid(args, kwargs), 0))
+
+
+def note_grid(hook: Any, owner: nn.Module, rope: str) -> Handles:
+    """Let a hook of the owner note the grid as `grid_of_call` of the rotary embedding at a path."""
+    embedding = owner.get_submodule(rope)
+    return Handles(
+        (
+            owner.register_forward_pre_hook(hook, with_kwargs=True),
+            embedding.register_forward_hook(append_grid),
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -308,11 +344,11 @@ class Handles:
             handle.remove()
 
 
-def append_grid(module: nn.Module, args: tuple, output: tuple) -> tuple:
+def append_grid(module: nn.Module, args: tuple, output: Any) -> tuple:
     """Forward hook of a rotary embedding: the grid that its owner's hook left goes behind it."""
     grid = module.grid_of_call
     del module.grid_of_call
-    return *output, grid
+    return (*output, grid) if isinstance(output, tuple) else (output, grid)
 
 
 def read_coordinates(coordinates: Tensor) -> tuple[int, int, int]:
@@ -349,7 +385,7 @@ def read_grid(values: tuple) -> Tensor | None:
         if isinstance(value, dict) and GRID in value:
             return value[GRID]
         if _carries_grid(value):
-            return value[2]
+            return value[-1]
     return None
 
 
@@ -366,8 +402,10 @@ def without_grid(kwargs: dict) -> dict:
 def _strip(value: Any) -> Any:
     if isinstance(value, dict) and GRID in value:
         return None  # where a grid travels in a dict, there is no other reason for one
-    return value[:2] if _carries_grid(value) else value
+    if not _carries_grid(value):
+        return value
+    return value[:-1] if len(value) > 2 else value[0]
 
 
 def _carries_grid(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 3 and value[2].shape[-1] == 0
+    return isinstance(value, tuple) and len(value) > 1 and 0 in getattr(value[-1], "shape", ())[-1:]

@@ -1,7 +1,7 @@
-"""SD3Transformer2DModel with the image-only attentions of Stable Diffusion 3.5 Medium.
+"""SD3Transformer2DModel: Stable Diffusion 3 and 3.5, whose text and image attend to each other.
 
-Its first blocks have two attentions: `attn`, in which text and image attend to each other, and
-beside it `attn2`, of the image alone. The second are sites; the first are left alone.
+Every block has an attention `attn` that text and image share. The first ones of Stable Diffusion
+3.5 Medium have a second one beside it, `attn2`, of the image alone.
 """
 
 from __future__ import annotations
@@ -10,41 +10,87 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffusers import SD3Transformer2DModel
+from torch import Tensor
 
 from convfusion.errors import ConvFusionError
 from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Family, Site, Size, Values
 from convfusion.families.carrier import KeywordCarrier
+from convfusion.families.joint import (
+    JOINT_HALO,
+    JointLayout,
+    close,
+    project_image,
+    project_text,
+)
+from convfusion.mixers.base import Grid, JointTokens
 
 WORDS = 77 + 256  # tokens that its text encoders read: CLIP's, then T5's
 
 _CLASS = "SD3Transformer2DModel"
 
 
+_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+
+
+class SD3Layout(JointLayout):
+    """Text and image have projections of their own; tokens of the image come first."""
+
+    processors = ("JointAttnProcessor2_0", "XFormersJointAttnProcessor")
+
+    def project(
+        self,
+        attention: Any,
+        grid: Grid,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> JointTokens:
+        image = project_image(attention, hidden_states)
+        return JointTokens(image, project_text(attention, encoder_hidden_states))
+
+    def finish(
+        self, attention: Any, image: Tensor, text: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The last block throws the rows of the text away, and has no layer for them."""
+        words = text if attention.context_pre_only else attention.to_add_out(text)
+        return close(attention, image), words
+
+
 class SD3(Family):
-    """SD3.5 Medium. SD3 and SD3.5 Large have joint attention only, and so no site."""
+    """Stable Diffusion 3 Medium, 3.5 Medium and 3.5 Large."""
 
     name = "sd3"
     classes = (_CLASS,)
     component = "transformer"
     latents = "hidden_states"
-    presets = {"sd35-medium": {"*": 13}}  # as PixArt, whose grids it has
+    presets = {
+        "sd3": {"*.attn": JOINT_HALO},
+        "sd35-medium": {"*.attn": JOINT_HALO, "*.attn2": 13},  # as PixArt, whose grids it has
+    }
+    halo = JOINT_HALO
     full_size = {
+        "sd3-medium": (_CLASS, _MEDIUM),
         "sd35-medium": (
             _CLASS,
-            {
-                "num_layers": 24,
-                "num_attention_heads": 24,
-                "caption_projection_dim": 1536,
+            _MEDIUM
+            | {
                 "pos_embed_max_size": 384,
                 "dual_attention_layers": tuple(range(13)),
                 "qk_norm": "rms_norm",
             },
-        )
+        ),
+        "sd35-large": (
+            _CLASS,
+            {
+                "num_layers": 38,
+                "num_attention_heads": 38,
+                "caption_projection_dim": 2432,
+                "pos_embed_max_size": 192,
+                "qk_norm": "rms_norm",
+            },
+        ),
     }
-    without_sites = (
-        "has no self-attention of the image alone, as Stable Diffusion 3.5 Medium has: text and "
-        "image share every attention"
-    )
     input_docs = {
         "hidden_states": "noisy latents",
         "timestep": TIMESTEP_DOCS,
@@ -53,18 +99,27 @@ class SD3(Family):
     }
 
     def list_sites(self, model: Denoiser) -> list[Site]:
-        return [
-            Site(
-                path=f"transformer_blocks.{number}.attn2",
-                channels=block.attn2.query_dim,
-                heads=block.attn2.heads,
-                level=0,
-                owner="",
-                tap=f"transformer_blocks.{number}.norm2",
-            )
-            for number, block in enumerate(model.transformer_blocks)
-            if getattr(block, "attn2", None) is not None
-        ]
+        sites = []
+        for number, block in enumerate(model.transformer_blocks):
+            for name, layout in (("attn", _LAYOUT), ("attn2", None)):
+                attention = getattr(block, name, None)
+                if attention is None:
+                    continue
+                sites.append(
+                    Site(
+                        path=f"transformer_blocks.{number}.{name}",
+                        channels=attention.inner_dim,
+                        heads=attention.heads,
+                        level=0,
+                        owner="",
+                        tap=f"transformer_blocks.{number}.norm2",
+                        joint=layout,
+                    )
+                )
+        return sites
+
+    def preset_for(self, model: Denoiser) -> str:
+        return "sd35-medium" if model.config.dual_attention_layers else "sd3"
 
     def carrier(self, model: Denoiser) -> KeywordCarrier:
         patch = model.config.patch_size
@@ -99,4 +154,5 @@ class SD3(Family):
         )
 
 
-SD3_MEDIUM = SD3()
+_LAYOUT = SD3Layout()
+STABLE_DIFFUSION_3 = SD3()

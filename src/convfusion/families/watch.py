@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from convfusion.errors import UnsupportedModelError
 from convfusion.families.base import Denoiser, Family, Site, family_of
 from convfusion.families.lookup import list_sites
 from convfusion.mixers import Grid
 from convfusion.mixers.base import TokenSample, Turn, read_maps
+from convfusion.mixers.joint import stand_in
 
 
 @contextmanager
@@ -63,7 +65,13 @@ def watch_tokens(model: Denoiser, see: Callable[[Site, Any, TokenSample], None])
 
     def attention_reader(site: Site) -> Callable:
         def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            tokens, grid = args[0] if args else kwargs["hidden_states"], grids[site.owner]
+            grid = grids[site.owner]
+            if site.joint is not None:
+                joint = site.joint.project(module, grid, *args, **kwargs)
+                tokens = joint.image.value.transpose(1, 2).flatten(2)
+                see(site, attention_at(model, site), TokenSample(tokens, grid, None, joint))
+                return
+            tokens = args[0] if args else kwargs["hidden_states"]
             if tokens.ndim == 4:
                 tokens = read_maps(module, tokens)
             turn = family.find_turn(args, kwargs)
@@ -85,6 +93,18 @@ def watch_tokens(model: Denoiser, see: Callable[[Site, Any, TokenSample], None])
     finally:
         for handle in handles:
             handle.remove()
+
+
+def attention_at(model: Denoiser, site: Site) -> Any:
+    """The attention of a site, as what is measured of it takes it.
+
+    Where a text shares it, a stand-in for the image's part, whose queries, keys and values come
+    with each `TokenSample`.
+    """
+    attention: Any = model.get_submodule(site.path)
+    if site.joint is None:
+        return attention
+    return stand_in(site.channels, site.heads, next(attention.parameters()).device)
 
 
 class TokenReservoir:
@@ -114,17 +134,21 @@ class TokenReservoir:
         """Look at what an attention was called with; those of further paths are passed over."""
         if path not in self.kept:
             return
-        kept, lots, tokens = self.kept[path], self._lots[path], seen.tokens
-        fit = max(2, int(self._room // (tokens[0].numel() * tokens.element_size())))
+        kept, lots = self.kept[path], self._lots[path]
+        fit = max(2, int(self._room // seen.count_bytes()))
         most = self._most[path] = min(self._most.get(path, fit), fit)
-        drawn = torch.rand(len(tokens), generator=self._generator)  # those of the least lots stay
-        for picture, lot in zip(tokens.detach(), drawn, strict=True):
+        drawn = torch.rand(len(seen.tokens), generator=self._generator)  # the least lots stay
+        for number, lot in enumerate(drawn):
             if len(lots) < most or lot < max(lots):
-                kept.append(seen._replace(tokens=picture[None].cpu().clone()))
+                kept.append(seen.map(partial(_take_picture, number)))
                 lots.append(lot.item())
             while len(lots) > most:
                 last = lots.index(max(lots))
                 del kept[last], lots[last]
+
+
+def _take_picture(number: int, tensor: Tensor) -> Tensor:
+    return tensor[number : number + 1].detach().cpu().clone()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ Register the settings in `MIXERS` and the mixer works with every adapter, checkp
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 from convfusion.errors import ConvFusionError
@@ -18,6 +18,7 @@ from convfusion.mixers.linear import GeneralisedLinear
 from convfusion.mixers.local import Circular, Neighbourhood
 from convfusion.mixers.plain import Depthwise, MeanOnly, Removed
 from convfusion.mixers.reduced import Pooled, ToMe
+from convfusion.mixers.shared import Shared
 from convfusion.settings import check_names
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Neighbourhood",
     "Pooled",
     "Removed",
+    "Shared",
     "ToMe",
     "TokenMixer",
     "check_grid",
@@ -54,6 +56,7 @@ MIXERS: dict[str, type] = {
     "pooled": Pooled,
     "tome": ToMe,
     "depthwise": Depthwise,
+    "shared": Shared,
 }
 
 
@@ -61,7 +64,11 @@ def mixer_to_dict(mixer: Any) -> dict[str, Any]:
     """Settings as JSON-ready values, with their registered name under `kind`."""
     kinds = {settings: kind for kind, settings in MIXERS.items()}
     if type(mixer) in kinds:
-        return {"kind": kinds[type(mixer)], **asdict(mixer)}
+        values = {f.name: getattr(mixer, f.name) for f in fields(mixer)}
+        for name, value in values.items():
+            if type(value) in kinds:
+                values[name] = mixer_to_dict(value)
+        return {"kind": kinds[type(mixer)], **values}
     raise ConvFusionError(f"{type(mixer).__name__} is not a registered mixer: {', '.join(MIXERS)}")
 
 
@@ -73,4 +80,7 @@ def mixer_from_dict(values: dict[str, Any]) -> Any:
     settings = MIXERS[values["kind"]]
     options = {key: value for key, value in values.items() if key != "kind"}
     check_names(settings, options, values["kind"])
+    for name, value in options.items():
+        if isinstance(value, dict):
+            options[name] = mixer_from_dict(value)
     return settings(**options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -35,18 +35,91 @@ class Turn(Protocol):
         """By identity."""
 
 
+class Heads(NamedTuple):
+    """Queries, keys and values of some tokens, normed and turned, each [B, h, n, d]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class JointTokens(NamedTuple):
+    """What an attention computes with that text and image share.
+
+    Attributes:
+        image: of its N tokens, row by row on their grid.
+        text: of the T tokens of the text, with whatever else is attended to; no queries where the
+            text only is attended to.
+        bias: added to the scores of the text's keys in the rows of the image, [B, 1, 1, T], or None
+            for nothing; the least number where a token is not seen.
+        text_bias: added in the rows of the text, [B, 1, T or 1, N + T], with the keys of the image
+            first; None for `bias`, and nothing for those of the image.
+    """
+
+    image: Heads
+    text: Heads
+    bias: Tensor | None = None
+    text_bias: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> JointTokens:
+        """With each of its tensors changed."""
+        image, text = (Heads(*map(change, each)) for each in (self.image, self.text))
+        bias, text_bias = (
+            None if each is None else change(each) for each in (self.bias, self.text_bias)
+        )
+        return JointTokens(image, text, bias, text_bias)
+
+    def count_words(self) -> Tensor:
+        """Tokens of the text that a row of the image sees: [B, 1, 1, 1]."""
+        if self.bias is None:
+            size, words = self.text.key.shape[0], self.text.key.shape[2]
+            return self.text.key.new_full((size, 1, 1, 1), words)
+        seen = self.bias > torch.finfo(self.bias.dtype).min / 2
+        return seen.sum(-1, keepdim=True).to(self.bias.dtype)
+
+
 class TokenSample(NamedTuple):
     """What an attention was seen with.
 
     Attributes:
-        tokens: [B, N, C].
+        tokens: [B, N, C]; where text and image share an attention, values of the image.
         grid: of the tokens.
         turn: what turns its queries and keys by where they lie; None without rotary embedding.
+        joint: what an attention computes with that text and image share; None of another one.
     """
 
     tokens: Tensor
     grid: Grid
     turn: Turn | None = None
+    joint: JointTokens | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TokenSample:
+        """With its tensors changed, such as one picture of each or all on another device."""
+        joint = None if self.joint is None else self.joint.map(change)
+        return self._replace(tokens=change(self.tokens), joint=joint)
+
+    def without_text(self) -> TokenSample:
+        """With the tokens of the image alone."""
+        if self.joint is None:
+            return self
+        none = Heads(*(each[:, :, :0] for each in self.joint.text))
+        return self._replace(joint=JointTokens(self.joint.image, none))
+
+    def count_bytes(self) -> int:
+        """Of its tensors, for each picture."""
+        sizes: list[int] = []
+
+        def count(each: Tensor) -> Tensor:
+            sizes.append(each[0].numel() * each.element_size())
+            return each
+
+        self.map(count)
+        return sum(sizes)
+
+    @property
+    def inputs(self) -> Any:
+        """What a mixer in the place of the attention is given beside the grid."""
+        return self.tokens if self.joint is None else self.joint
 
 
 class TokenMixer(nn.Module):
@@ -83,6 +156,29 @@ class Mixer(Protocol):
     """Settings of a token mixer."""
 
     def build(self, channels: int, heads: int) -> TokenMixer: ...
+
+
+def build_mixer(settings: Mixer, channels: int, heads: int, joint: bool) -> TokenMixer:
+    """The mixer of some settings.
+
+    Args:
+        settings: of it.
+        channels, heads: of the attention that it replaces.
+        joint: whether text and image share that attention.
+
+    Raises:
+        ConvFusionError: they do, and the mixer knows nothing of a text.
+    """
+    if not joint:
+        return settings.build(channels, heads)
+    build = getattr(settings, "build_joint", None)
+    if build is None:
+        raise ConvFusionError(
+            f"text and image share this attention, and {type(settings).__name__} knows nothing of "
+            "a text: choose Halo, DeltaConv, MeanOnly, Depthwise or Removed"
+        )
+    mixer: TokenMixer = build(channels, heads)
+    return mixer
 
 
 class ProjectedMixer(TokenMixer):
@@ -234,20 +330,22 @@ def score_scale(attention: Any) -> float:
     return (projections(attention)[0].out_features / as_plain(attention).heads) ** -0.5
 
 
-def project_heads(
-    attention: Any, tokens: Tensor, turn: Turn | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of an attention in float32: [B, N, C] → three of [B, h, N, d].
+def project_heads(attention: Any, given: TokenSample) -> Heads:
+    """Queries, keys and values of an attention in float32, of the image's where a text shares it.
 
     Norms of queries and keys are applied, of each head or across all of them.
 
     Args:
         attention: a diffusers attention.
-        tokens: [B, N, C] of any device and dtype.
-        turn: its rotary embedding, where it has one: see `TokenSample`.
+        given: what it was seen with, on any device and in any dtype.
     """
-    query, key, value = normed_heads(attention, tokens)
-    return (query, key, value) if turn is None else (turn(query), turn(key), value)
+    if given.joint is not None:
+        device = projections(attention)[2].weight.device
+        return Heads(*(each.to(device, torch.float32) for each in given.joint.image))
+    query, key, value = normed_heads(attention, given.tokens)
+    if given.turn is None:
+        return Heads(query, key, value)
+    return Heads(given.turn(query), given.turn(key), value)
 
 
 def normed_heads(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from convfusion.errors import ConvFusionError
 from convfusion.mixers import delta_conv_start
 from convfusion.mixers.base import Grid, TokenMixer, TokenSample, check_grid, projections
+from convfusion.mixers.joint import JointMixer, SharedMixer
 from convfusion.ops import library, reference
 from convfusion.settings import check_fields
 
@@ -93,6 +94,10 @@ class DeltaConv:
     def build(self, channels: int, heads: int = 1) -> DeltaConvBlock:
         """A block for tokens of `channels` channels; heads mean nothing to it."""
         return DeltaConvBlock(channels, self)
+
+    def build_joint(self, channels: int, heads: int) -> JointMixer:
+        """For the values of an image that shares an attention with a text: see `joint.Shared`."""
+        return SharedMixer(channels, heads, self, "predicted", self)
 
 
 class DeltaConvBlock(TokenMixer):

@@ -60,12 +60,12 @@ def set_from_sample(block: DeltaConvBlock, attention: Any, sample: Sequence[Toke
         ConvFusionError: that mean is not finite.
     """
     radius, frames, found = block.config.kernel_size // 2, block.config.frame_kernel_size // 2, []
-    for tokens, grid, turn in sample:
-        queries, keys, _ = project_heads(attention, tokens, turn)
+    for each in sample:
+        queries, keys, _ = project_heads(attention, each)
         chosen = choose_queries(queries.shape[2], QUERIES)
-        radii = [frames, radius, radius][-len(grid) :]
+        radii = [frames, radius, radius][-len(each.grid) :]
         found += [
-            offset_means(query, key, score_scale(attention), grid, radii, chosen)
+            offset_means(query, key, score_scale(attention), each.grid, radii, chosen)
             for query, key in zip(queries, keys, strict=True)
         ]
     means = mean_offsets(found)

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,9 @@ from convfusion.mixers.halo_grid import (
 )
 from convfusion.mixers.halo_whole import mix_whole
 from convfusion.settings import check_fields
+
+if TYPE_CHECKING:
+    from convfusion.mixers.joint import JointMixer
 
 MAX_SIDE = 64  # of blocks, windows and cells: beyond it the attention itself is cheaper
 CHUNK = 512  # tokens worked at a time on a CPU, whose caches hold what they need
@@ -112,6 +115,12 @@ class Halo:
     def build(self, channels: int, heads: int = 1) -> HaloMixer:
         return HaloMixer(channels, heads, self)
 
+    def build_joint(self, channels: int, heads: int) -> JointMixer:
+        """For attention that text and image share: see `joint_halo`."""
+        from convfusion.mixers.joint_halo import JointHaloMixer
+
+        return JointHaloMixer(channels, heads, self)
+
 
 def _check_sides(name: str, value: Any, least: int) -> None:
     sides = value if isinstance(value, tuple) else (value,)
@@ -132,12 +141,16 @@ class HaloMixer(TokenMixer):
         to_out: h·n → C.
         relative: ρ, [h, 2w − 1 along each axis], by the offset of a key from its query.
         far: λ, [h].
+        large_chunk: tokens worked at a time elsewhere than on a CPU.
+        may_fuse: whether fused attention may do it, which tells no sums of its softmax.
 
     Raises:
         ConvFusionError: the heads do not divide the channels.
     """
 
     has_measured_start = True
+    large_chunk = LARGE_CHUNK
+    may_fuse = True
 
     def __init__(self, channels: int, heads: int, config: Halo) -> None:
         super().__init__()
@@ -158,17 +171,32 @@ class HaloMixer(TokenMixer):
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Mix tokens [B, N, C] that lie row by row on a grid; same shape and dtype out."""
+        return self.to_out(self.gather(tokens, grid))
+
+    def gather(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """What each head gathers for tokens [B, N, C], side by side: [B, N, h·n]."""
         check_grid(tokens, grid)
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             grid = tuple(len(range(side)) for side in grid)  # numbers: a graph for each size
         lines = self._lay_out(grid)
         if torch.compiler.is_compiling():
-            return self.to_out(mix_whole(self, tokens, lines))
-        chunk = CHUNK if tokens.device.type == "cpu" else LARGE_CHUNK
+            return mix_whole(self, tokens, lines)
+        chunk = self.large_chunk if tokens.device.type != "cpu" else CHUNK
         call = _Call(self, lines, chunk, _is_recomputed(tokens))
         parts = tokens.split(max(1, chunk // tokens.shape[1]))
         mixed = [self._mix(part, call) for part in parts]
-        return self.to_out(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+    def read_queries(self, tokens: Tensor) -> Tensor:
+        """Queries of all heads of tokens [B, n, C], side by side: [B, n, h·r]."""
+        return self.to_q(tokens)
+
+    def read_keys(self, tokens: Tensor) -> Tensor:
+        """Of each head its keys, then its values: [B, n, C] → [B, n, h·(r + n)].
+
+        It is linear, so that the mean of the keys of some tokens is the key of their mean.
+        """
+        return self.to_kv(tokens)
 
     def _lay_out(self, grid: Grid) -> tuple[GridLine, ...]:
         """Blocks, windows and cells along each axis; no cells where the window holds everything."""
@@ -180,12 +208,12 @@ class HaloMixer(TokenMixer):
 
     def _mix(self, tokens: Tensor, call: _Call) -> Tensor:
         """What each head of some pictures [B, N, C] gathers, side by side: [B, N, h·n]."""
-        cells = self.to_kv(pool_cells(tokens, call.lines))  # the mean of keys is the mean's key
+        cells = self.read_keys(pool_cells(tokens, call.lines))
         row = tokens.shape[1] // call.lines[0].side  # its tokens
         mixed, held, low, high = [], cells[:, :0], 0, 0  # the keys of the rows low … high − 1
         for chunk in call.chunks:
             known = held[:, (chunk.start - low) * row :]
-            fresh = self.to_kv(tokens[:, max(chunk.start, high) * row : chunk.stop * row])
+            fresh = self.read_keys(tokens[:, max(chunk.start, high) * row : chunk.stop * row])
             keys = torch.cat([known, fresh, cells], dim=1)
             low, high = chunk.start, chunk.stop
             held = keys[:, : (high - low) * row]
@@ -214,17 +242,23 @@ class HaloMixer(TokenMixer):
             rows: what each block takes.
         """
         r, n, pictures = self.key_rank, self.value_rank, tokens.shape[0]
-        query = self.to_q(tokens).reshape(-1, r).index_select(0, rows.queries)
+        query = self.read_queries(tokens).reshape(-1, r).index_select(0, rows.queries)
         query = query.unflatten(0, (-1, near.shape[2]))  # [B·blocks·h, b², r]
         both = keys.reshape(-1, r + n).index_select(0, rows.keys)
         key, value = both.unflatten(0, (query.shape[0], -1)).split((r, n), dim=2)
         far = (far + self.far[:, None, None]).expand(-1, -1, near.shape[2], -1)
         scores = torch.cat([near, far], dim=3).to(query.dtype)
         scores = scores.expand(pictures, -1, -1, -1, -1).flatten(0, 2)
-        weights = torch.baddbmm(scores, query, key.transpose(1, 2)).softmax(2).to(value.dtype)
+        scores = torch.baddbmm(scores, query, key.transpose(1, 2))
+        weights = scores.softmax(2).to(value.dtype)
         mixed = torch.bmm(value.transpose(1, 2), weights.transpose(1, 2))  # faster than A·V on CPUs
-        mixed = mixed.transpose(1, 2).reshape(-1, n).index_select(0, rows.results)
+        mixed = self.finish_rows(mixed.transpose(1, 2), scores)
+        mixed = mixed.reshape(-1, mixed.shape[2]).index_select(0, rows.results)
         return mixed.view(pictures, tokens.shape[1], -1)
+
+    def finish_rows(self, mixed: Tensor, scores: Tensor) -> Tensor:
+        """What goes out of rows […, n] that were gathered by scores […, keys]: here, they alone."""
+        return mixed
 
     def _attend_fused(
         self, tokens: Tensor, keys: Tensor, near: Tensor, far: Tensor, rows: Rows
@@ -295,7 +329,7 @@ class _Call:
         self.chunks = list(cut_into_chunks(lines, tokens))
         self.device = mixer.far.device
         seen = prod(line.reach for line in lines) + prod(line.cells for line in lines)
-        self.fused = self.device.type in FUSED and seen >= FUSED_FROM
+        self.fused = mixer.may_fuse and self.device.type in FUSED and seen >= FUSED_FROM
         blocks, cells = (prod(getattr(line, of) for line in lines) for of in ("blocks", "cells"))
         self.far = recall(blocks * cells, _weigh_cells, lines, self.device, mixer.far.dtype)
         self.near: dict[Any, Tensor] = {}

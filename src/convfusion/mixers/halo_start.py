@@ -83,13 +83,13 @@ def measure_moments(attention: Any, sample: Sequence[TokenSample], layers: Layer
     squares: Any = 0
     total: Any = 0
     tokens_seen = queries_seen = 0
-    for tokens, _, turn in sample:
-        query, key = (layer.split(tokens, attention.heads) for layer in layers[:2])
+    for each in sample:
+        query, key = (layer.split(each.tokens, attention.heads) for layer in layers[:2])
         key = key - key.mean(2, keepdim=True)
         query_sum += torch.einsum("bhnd,bhne->hde", query, query)
         key_sum += torch.einsum("bhnd,bhne->hde", key, key)
         tokens_seen += query.shape[0] * query.shape[2]
-        query, key, value = project_heads(attention, tokens, turn)
+        query, key, value = project_heads(attention, each)
         chosen = choose_queries(query.shape[2], QUERIES).to(query.device)
         for part in split_queries(chosen, query.shape[0] * query.shape[1], query.shape[2]):
             scores = query[:, :, part] @ key.transpose(2, 3) * score_scale(attention)
@@ -170,15 +170,15 @@ def set_from_sample(mixer: HaloMixer, attention: Any, sample: Sequence[TokenSamp
     read_q, read_k = _set_projections(mixer, attention, moments, layers, turned)
     scale = score_scale(attention)
     sums = counts = torch.zeros((), device=read_q.device)
-    for tokens, grid, turn in sample:
-        query, key, _ = project_heads(attention, tokens, turn)
-        own_query, own_key = (layer.split(tokens, attention.heads) for layer in layers[:2])
+    for each in sample:
+        query, key, _ = project_heads(attention, each)
+        own_query, own_key = (layer.split(each.tokens, attention.heads) for layer in layers[:2])
         query = torch.cat([query * scale, -own_query @ read_q.transpose(1, 2)], dim=3)
         own_key = (own_key - own_key.mean(2, keepdim=True)) @ read_k.transpose(1, 2)
-        if turn is None:  # else what keys have in common tells where they are
+        if each.turn is None:  # else what keys have in common tells where they are
             key = key - key.mean(2, keepdim=True)
         key = torch.cat([key, own_key], dim=3)
-        more = sum_by_offset(query, key, grid, [side - 1 for side in window])
+        more = sum_by_offset(query, key, each.grid, [side - 1 for side in window])
         sums, counts = sums + more[0], counts + more[1]
     means = sums / counts.clamp(min=1)
     mixer.relative.copy_(means[:, :-1].unflatten(1, mixer.relative.shape[1:]))

@@ -25,13 +25,15 @@ def mix_whole(mixer: HaloMixer, tokens: Tensor, lines: Sequence[GridLine]) -> Te
     sides = [line.side for line in lines]
     queries = [line.list_queries(device).clamp(max=line.side - 1) for line in lines]
     keys = [line.list_keys(device).clamp(max=line.side - 1) for line in lines]
-    query = _take(mixer.to_q(tokens).unflatten(1, sides), queries, r)
-    near = _take(mixer.to_kv(tokens).unflatten(1, sides), keys, r + n)
-    cells = mixer.to_kv(pool_cells(tokens, lines)).unflatten(2, (mixer.heads, -1)).transpose(1, 2)
+    query = _take(mixer.read_queries(tokens).unflatten(1, sides), queries, r)
+    near = _take(mixer.read_keys(tokens).unflatten(1, sides), keys, r + n)
+    cells = mixer.read_keys(pool_cells(tokens, lines))
+    cells = cells.unflatten(2, (mixer.heads, -1)).transpose(1, 2)
     far = _index(cells, 1, *[None] * len(lines)).expand(*near.shape[:-2], -1, -1)
     key, value = torch.cat([near, far], dim=-2).split((r, n), dim=-1)
     bias = _lay_out_bias(mixer, lines, device).to(query.dtype)
-    mixed = (query @ key.transpose(-1, -2) + bias).softmax(-1).to(value.dtype) @ value
+    scores = query @ key.transpose(-1, -2) + bias
+    mixed = mixer.finish_rows(scores.softmax(-1).to(value.dtype) @ value, scores)
     return _put_back(mixed, lines).flatten(1, len(lines)).flatten(2)
 
 

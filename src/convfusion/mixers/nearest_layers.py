@@ -84,9 +84,9 @@ def _fit_norm(
     given: Any = 0
     wanted: Any = 0
     count = 0
-    for tokens, _, _ in sample:
-        mapped = layer.split(tokens, attention.heads)
-        normed = normed_heads(attention, tokens)[place]
+    for each in sample:
+        mapped = layer.split(each.tokens, attention.heads)
+        normed = normed_heads(attention, each.tokens)[place]
         squares += torch.einsum("bhnd,bhne->hde", mapped, mapped)
         cross += torch.einsum("bhnd,bhne->hde", normed, mapped)
         given, wanted = given + mapped.sum((0, 2)), wanted + normed.sum((0, 2))

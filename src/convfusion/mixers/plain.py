@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from convfusion.errors import ConvFusionError
 from convfusion.mixers.base import (
     Grid,
+    JointTokens,
     TokenMixer,
     TokenSample,
     check_grid,
@@ -20,6 +21,7 @@ from convfusion.mixers.base import (
     take_over,
 )
 from convfusion.mixers.delta_conv import set_to_uniform_attention
+from convfusion.mixers.joint import JointMixer, SharedMixer, attend_to_text, split_rows
 from convfusion.mixers.offsets import QUERIES, choose_queries
 from convfusion.mixers.sampling import attend_at
 from convfusion.settings import check_fields
@@ -32,6 +34,10 @@ class Removed:
     def build(self, channels: int, heads: int = 1) -> TokenMixer:
         return RemovedMixer(self)
 
+    def build_joint(self, channels: int, heads: int) -> JointMixer:
+        """Tokens of the image attend to the text alone."""
+        return JointRemovedMixer(self)
+
 
 @dataclass(frozen=True)
 class MeanOnly:
@@ -39,6 +45,9 @@ class MeanOnly:
 
     def build(self, channels: int, heads: int = 1) -> TokenMixer:
         return MeanOnlyMixer(channels, self)
+
+    def build_joint(self, channels: int, heads: int) -> JointMixer:
+        return SharedMixer(channels, heads, self, "predicted", self)
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,9 @@ class Depthwise:
     def build(self, channels: int, heads: int = 1) -> TokenMixer:
         return DepthwiseMixer(channels, self)
 
+    def build_joint(self, channels: int, heads: int) -> JointMixer:
+        return SharedMixer(channels, heads, self, "predicted", self)
+
 
 class RemovedMixer(TokenMixer):
     """Zeros in the shape of the tokens."""
@@ -77,6 +89,20 @@ class RemovedMixer(TokenMixer):
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         check_grid(tokens, grid)
         return torch.zeros_like(tokens)
+
+
+class JointRemovedMixer(JointMixer):
+    """What tokens of the image gather from the text; 0 without one."""
+
+    ranks = (2, 3)
+
+    def __init__(self, config: Removed) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, tokens: JointTokens, grid: Grid) -> Tensor:  # type: ignore[override]
+        parts = [attend_to_text(q, tokens)[0] for (q,) in split_rows(tokens, tokens.image.query)]
+        return torch.cat(parts, dim=2).transpose(1, 2).flatten(2)
 
 
 class MeanOnlyMixer(TokenMixer):
@@ -103,10 +129,10 @@ class MeanOnlyMixer(TokenMixer):
         """Uniform attention, whose bias is such that the mean output is the attention's."""
         self.init_from(attention)
         missed = []
-        for tokens, _, turn in sample:
-            chosen = choose_queries(tokens.shape[1], QUERIES)
-            given = attend_at(attention, tokens, chosen, turn)
-            mean = tokens.to(given).mean(dim=1)
+        for each in sample:
+            chosen = choose_queries(each.tokens.shape[1], QUERIES)
+            given = attend_at(attention, each, chosen)
+            mean = each.tokens.to(given).mean(dim=1)
             missed.append((given.mean(dim=1) - F.linear(mean, self.proj.weight.float())).mean(0))
         self.proj.bias.copy_(torch.stack(missed).mean(0))
 

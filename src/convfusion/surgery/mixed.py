@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.carrier import read_grid, without_grid
+from convfusion.families.carrier import GRID, read_grid, without_grid
+from convfusion.families.joint import JointLayout
 from convfusion.mixers.base import TokenMixer, read_maps
+from convfusion.mixers.joint import attend_from_text
 
 # What the layers that hold an attention's weights are called, in any class of them.
 PROJECTIONS = (
@@ -104,11 +106,7 @@ class ConvFusionProcessor:
         if grid is None:
             grid = read_grid((*rotary, *others.values()))
         if grid is None:
-            raise ConvFusionError(
-                f"no grid reached the converted self-attention {attention.site}: call the denoiser "
-                "itself, model(…), since model.forward(…) skips the hooks that pass the grid on; "
-                "and a patch of a block must pass on the block's cross_attention_kwargs"
-            )
+            raise _without_grid(attention.site)
         if others.get("perturbation_mask") is not None:
             raise ConvFusionError(
                 f"spatio-temporal guidance perturbs the self-attention, and {attention.site} is "
@@ -163,6 +161,60 @@ class ConvFusionProcessor:
         processor(attention, tokens, **{key: v for key, v in others.items() if key in known})
 
 
+def mix_joint(attention: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a converted attention returns that text and image share.
+
+    Raises:
+        ConvFusionError: there is no grid, there are fewer tokens than it has places, or something
+            was put there since that computes another attention.
+    """
+    layout: JointLayout = attention.layout
+    grid = kwargs.pop(GRID, None)
+    if grid is None:
+        grid = read_grid((*args, *kwargs.values()))
+    if grid is None:
+        raise _without_grid(attention.site)
+    check_joint(attention.site, layout, attention)
+    sides = tuple(grid.shape[:-1])
+    tokens = layout.project(attention, sides, *args, **kwargs)
+    places = tokens.image.query.shape[2]
+    if places != math.prod(sides):
+        raise ConvFusionError(
+            f"the converted attention {attention.site} was given {places} tokens of the image, but "
+            f"the grid {'×'.join(map(str, sides))} has {math.prod(sides)}: pictures to go by, "
+            f"beside the one that is drawn, are not known here; {let_stand([attention.site])}"
+        )
+    image = attention.mixer(tokens, sides)
+    return layout.finish(attention, image, attend_from_text(tokens), *args, **kwargs)
+
+
+def check_joint(site: str, layout: JointLayout, attention: Any) -> None:
+    """Refuse an attention of text and image that is computed in another way than its class does.
+
+    Raises:
+        ConvFusionError: its projections are fused, or its processor is another library's.
+    """
+    if getattr(attention, "fused_projections", False):
+        raise ConvFusionError(
+            f"the projections of {site} are fused: call unfuse_qkv_projections() before, since "
+            "text and image are projected apart where a block stands in"
+        )
+    processor = type(attention.get_processor()).__name__
+    if processor not in (*layout.processors, "NoneType"):
+        raise ConvFusionError(
+            f"{site} has the processor {processor}, which computes another attention than its "
+            f"model was trained with: take it off, or {let_stand([site])}"
+        )
+
+
+def _without_grid(site: str) -> ConvFusionError:
+    return ConvFusionError(
+        f"no grid reached the converted self-attention {site}: call the denoiser "
+        "itself, model(…), since model.forward(…) skips the hooks that pass the grid on; "
+        "and a patch of a block must pass on the block's cross_attention_kwargs"
+    )
+
+
 def _is_itself(given: Tensor | None, tokens: Tensor) -> bool:
     """Whether what is to be attended to are the tokens themselves."""
     if given is None or given is tokens:
@@ -184,17 +236,21 @@ class MixedAttention(nn.Module):
         stock: the class of the attention, which `revert` gives back.
         mixer: what is computed.
         site: the path of this attention.
+        layout: how text and image share it; None where it is of the image alone.
     """
 
     stock: ClassVar[type[nn.Module]]
     mixer: TokenMixer
     site: str
+    layout: JointLayout | None
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Mix tokens; see `ConvFusionProcessor`."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Mix tokens; see `ConvFusionProcessor` and `mix_joint`."""
         if not isinstance(self, MixedAttention):  # taken by a hook before the site was reverted
-            return type(self).forward(self, hidden_states, *args, **kwargs)
-        return _PROCESSOR(self, hidden_states, *args, **kwargs)
+            return type(self).forward(self, *args, **kwargs)
+        if self.layout is not None:
+            return mix_joint(self, args, kwargs)
+        return _PROCESSOR(self, *args, **kwargs)
 
     @property
     def processor(self) -> Any:
@@ -242,7 +298,12 @@ def mixed_class(stock: type[nn.Module], *, dropped: bool = False) -> Any:
 
 
 def replaced_layers(attention: nn.Module) -> dict[str, nn.Module]:
-    """The layers of an attention that a mixer takes the place of, by name."""
+    """The layers of an attention that a mixer takes the place of, by name.
+
+    There are none where text and image share it: its mixer works with what they project.
+    """
+    if getattr(attention, "layout", None) is not None:
+        return {}
     names = {*PROJECTIONS, *NORMS}
     return {name: layer for name, layer in attention.named_children() if name in names}
 

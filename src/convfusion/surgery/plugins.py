@@ -118,7 +118,7 @@ def _is_filled(cell: Any) -> bool:
 def _check_guidance(path: str, attention: Any) -> None:
     """Refuse diffusers' guiders that perturb the scores or the queries of a self-attention."""
     hooks = list(diffusers_hooks(attention).values())
-    if not isinstance(attention, DroppedAttention):
+    if not isinstance(attention, DroppedAttention) and attention.layout is None:
         hooks += diffusers_hooks(next(iter(projections(attention)))).values()
     for hook in hooks:
         name = type(hook).__name__
@@ -132,7 +132,7 @@ def _check_guidance(path: str, attention: Any) -> None:
 
 def _idle_adapters(attention: Any) -> Iterator[tuple[nn.Module, str]]:
     """The active adapters around the unused projections of a site, each with its layer."""
-    if isinstance(attention, DroppedAttention):
+    if isinstance(attention, DroppedAttention) or attention.layout is not None:
         return
     for layer in projections(attention):
         if unwrapped(layer) is not layer:

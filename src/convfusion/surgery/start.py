@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from convfusion.errors import ConvFusionError
-from convfusion.families import check_alone, denoiser_of
-from convfusion.families.watch import sample_attention
+from convfusion.families import check_alone, denoiser_of, list_sites
+from convfusion.families.watch import attention_at, sample_attention
 from convfusion.mixers.base import TokenMixer, TokenSample, as_plain, fold_gates
 from convfusion.mixers.offsets import QUERIES, choose_queries
 from convfusion.mixers.sampling import attend_at
@@ -62,8 +63,11 @@ def start_from_attention(
         for call in calls:
             teacher(**call)
     return {
-        path: start_mixer(path, mixer, teacher.get_submodule(path), samples[path])
-        for path, mixer in mixers.items()
+        site.path: start_mixer(
+            site.path, mixers[site.path], attention_at(teacher, site), samples[site.path]
+        )
+        for site in list_sites(teacher)
+        if site.path in mixers
     }
 
 
@@ -106,11 +110,12 @@ def measure_imitation(mixer: Any, attention: Any, sample: Sequence[TokenSample])
     """
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     own = next(iter(mixer.parameters()), None)
-    for tokens, grid, turn in sample:
-        chosen = choose_queries(tokens.shape[1], QUERIES)
-        target = attend_at(attention, tokens, chosen, turn)
-        placed = tokens.to(target.device, torch.float32 if own is None else own.dtype)
-        mixed = mixer(placed, grid)[:, chosen.to(target.device)].float()
+    for each in sample:
+        chosen = choose_queries(each.tokens.shape[1], QUERIES)
+        target = attend_at(attention, each, chosen)
+        dtype = torch.float32 if own is None else own.dtype
+        placed = each.map(partial(torch.Tensor.to, device=target.device, dtype=dtype))
+        mixed = mixer(placed.inputs, each.grid)[:, chosen.to(target.device)].float()
         error = (mixed - target).double().square().sum()
         moments = [error, target.double().sum(), target.double().square().sum()]
         sums += torch.stack(moments).cpu()

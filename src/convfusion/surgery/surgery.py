@@ -28,11 +28,13 @@ from convfusion.families import (
 )
 from convfusion.families.carrier import drop_grid
 from convfusion.families.patches import copied_without_patches
+from convfusion.families.watch import attention_at
 from convfusion.mixers.base import TokenMixer, as_plain, fold_gates, projections
 from convfusion.surgery import presets
 from convfusion.surgery.config import ConvertConfig, checked_config
 from convfusion.surgery.guard import guard, unguard
 from convfusion.surgery.layers import (
+    FLOATS,
     check_at_hand,
     check_projections,
     check_unhooked,
@@ -42,6 +44,7 @@ from convfusion.surgery.layers import (
 from convfusion.surgery.mixed import (
     DroppedAttention,
     MixedAttention,
+    check_joint,
     check_processor,
     mixed_class,
     replaced_layers,
@@ -105,15 +108,15 @@ def build_mixers(
         for site in sites:
             if site.path not in chosen:
                 continue
-            attention = _plain_attention(model, site)
-            value: Any = unwrapped(projections(attention)[2])
-            weight, dtype = value.weight, compute_dtype(model, value)
+            attention = _checked_attention(model, site)
+            layer = _weighty_layer(site, attention)
+            weight, dtype = layer.weight, compute_dtype(model, layer)
             with torch.device("meta" if weight.is_meta else "cpu"):
-                mixer = chosen[site.path].build(site.channels, site.heads)
+                mixer = site.build(chosen[site.path])
             check_rank(site, mixer)
             mixer = mixer.to(weight.device)
             if not weight.is_meta:
-                mixer.init_from(fold_gates(as_plain(attention)))
+                mixer.init_from(fold_gates(as_plain(attention_at(model, site))))
             built[site.path] = mixer.to(dtype)
     return built
 
@@ -141,8 +144,8 @@ def install(model: Denoiser, mixers: dict[str, TokenMixer], *, keep_attention: b
             attention = model.get_submodule(site.path)
             attention.__class__ = mixed_class(type(attention))
             attention.mixer = mixers[site.path].train(attention.training)
-            attention.site = site.path
-            if not keep_attention:
+            attention.site, attention.layout = site.path, site.joint
+            if not keep_attention and site.joint is None:
                 _drop(attention)
     _connect(model)
 
@@ -150,7 +153,8 @@ def install(model: Denoiser, mixers: dict[str, TokenMixer], *, keep_attention: b
 def drop_attention(pipe_or_model: Any) -> Status:
     """Free the replaced attention weights of a converted model, for deployment.
 
-    What stops working is `LOST_WITHOUT_ATTENTION`; it says so when tried.
+    Where text and image share an attention, its weights are all in use, and stay. What stops
+    working is `LOST_WITHOUT_ATTENTION`; it says so when tried.
     """
     mixed = [
         model.get_submodule(site.path)
@@ -161,7 +165,8 @@ def drop_attention(pipe_or_model: Any) -> Status:
     if not mixed:
         raise ConvFusionError("this model is not converted: there is no attention to drop")
     for attention in mixed:
-        _drop(attention)
+        if attention.layout is None:
+            _drop(attention)
     return status(pipe_or_model)
 
 
@@ -185,7 +190,7 @@ def revert(pipe_or_model: Any) -> Status:
     for model in models:
         _disconnect(model)
     for attention in mixed:
-        del attention.mixer, attention.site
+        del attention.mixer, attention.site, attention.layout
         if isinstance(attention, MixedAttention):  # not, while `attention_back` lets it stand
             attention.__class__ = attention.stock  # type: ignore[assignment]
     return status(pipe_or_model)
@@ -262,7 +267,19 @@ def _is_converted(model: Denoiser, site: Site) -> bool:
     return isinstance(model.get_submodule(site.path), MixedAttention)
 
 
-def _plain_attention(model: Denoiser, site: Site) -> Any:
+def _weighty_layer(site: Site, attention: Any) -> Any:
+    """A layer of an attention whose weight tells device and dtype.
+
+    Where text and image share the attention its projections may be quantised, but not its norms.
+    """
+    if site.joint is None:
+        return unwrapped(projections(attention)[2])
+    layers = [each for each in attention.modules() if hasattr(each, "weight")]
+    floating = [each for each in layers if each.weight is not None and each.weight.dtype in FLOATS]
+    return (floating or layers)[-1]
+
+
+def _checked_attention(model: Denoiser, site: Site) -> Any:
     attention: Any = model.get_submodule(site.path)
     family = family_of(model)
     plain = family.attention_classes
@@ -273,8 +290,11 @@ def _plain_attention(model: Denoiser, site: Site) -> Any:
         raise UnsupportedModelError(
             f"{site.path} is a {type(attention).__name__}, not a plain diffusers {names}"
         )
-    check_projections(site.path, attention)
     check_forward(site.path, attention)
+    if site.joint is not None:
+        check_joint(site.path, site.joint, attention)
+        return attention
+    check_projections(site.path, attention)
     check_processor(site.path, getattr(attention, "processor", None))
     return attention
 

@@ -1,0 +1,47 @@
+"""Tiny random denoisers whose text and image share their attention, a function each."""
+
+from diffusers import PRXTransformer2DModel, SD3Transformer2DModel
+from torch import nn
+
+
+def sd35() -> SD3Transformer2DModel:
+    """Of SD3.5 Medium: its first blocks also have an attention of the image alone."""
+    return sharpen(
+        SD3Transformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            num_layers=3,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            joint_attention_dim=16,
+            caption_projection_dim=16,
+            pooled_projection_dim=12,
+            pos_embed_max_size=24,
+            dual_attention_layers=(0, 1),
+            qk_norm="rms_norm",
+        )
+    )
+
+
+def prx() -> PRXTransformer2DModel:
+    model = PRXTransformer2DModel(
+        in_channels=4,
+        context_in_dim=12,
+        hidden_size=16,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=2,
+        axes_dim=[4, 4],
+    )
+    for block in model.blocks:  # zeros, with which no block changes anything
+        nn.init.normal_(block.modulation.lin.weight, std=0.2)
+    return sharpen(model)
+
+
+def sharpen(model: nn.Module) -> nn.Module:
+    """Let scores differ, so that it matters what attends to what."""
+    for name, parameter in model.named_parameters():
+        if "norm_q" in name or "norm_k" in name or "norm_added" in name:
+            nn.init.constant_(parameter, 1.6)
+    return model
