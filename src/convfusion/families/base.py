@@ -183,6 +183,18 @@ class Family(ABC):
             Keyword arguments of the denoiser; each tensor is [B, …].
         """
 
+    def find_padding(self, pipe: Any, prompts: Sequence[str]) -> Tensor | None:
+        """Which tokens of the text are padding, where all of them are attended to: [B, T].
+
+        Args:
+            pipe: a pipeline of this family.
+            prompts: one per sample.
+
+        Returns:
+            True where a token is padding; None, the default, where that is not known.
+        """
+        return None
+
     def text_readers(self, pipe: Any) -> tuple[TextReader, ...]:
         """How a pipeline turns prompts into `encoder_hidden_states`, for an export of all of it.
 

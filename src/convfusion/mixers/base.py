@@ -116,6 +116,14 @@ class TokenSample(NamedTuple):
         self.map(count)
         return sum(sizes)
 
+    def with_tokens(self, tokens: Tensor) -> TokenSample:
+        """With other tokens [B, N, C], and all else as it was."""
+        if self.joint is None:
+            return self._replace(tokens=tokens)
+        heads = self.joint.image.value.shape[1]
+        image = self.joint.image._replace(value=tokens.unflatten(2, (heads, -1)).transpose(1, 2))
+        return self._replace(tokens=tokens, joint=self.joint._replace(image=image))
+
     @property
     def inputs(self) -> Any:
         """What a mixer in the place of the attention is given beside the grid."""
