@@ -26,6 +26,7 @@ from convfusion.families import encode_conditioning
 
 KEPT = Path(__file__).parent / "joint"
 SIZE = 64  # pixels
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # which `from_pretrained` must be told
 GUIDANCE, STEPS = 3.0, 25  # that pictures are drawn with
 NOISES = 4  # that the error of each picture is measured at
 
@@ -51,8 +52,7 @@ def embedded_parts() -> dict[str, Any]:
         "text_encoder": with_projection(teacher.text_encoder),
         "tokenizer": teacher.tokenizer,
         "tokenizer_2": teacher.tokenizer,
-        "text_encoder_3": None,
-        "tokenizer_3": None,
+        **NO_T5,
     }
 
 

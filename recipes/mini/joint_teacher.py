@@ -40,6 +40,7 @@ from diffusers.utils import make_image_grid
 from joint import (
     GUIDANCE,
     KEPT,
+    NO_T5,
     SIZE,
     STEPS,
     embedded_parts,
@@ -287,18 +288,18 @@ def draw(pipe: StableDiffusion3Pipeline, path: Path) -> None:
     images = generate(
         pipe, prompts, guidance=GUIDANCE, steps=STEPS, size=(SIZE, SIZE), progress=False
     )
-    make_image_grid(images, rows=2, cols=8).save(path)
+    make_image_grid(images, rows=2, cols=len(images) // 2).save(path)
 
 
 def package(run: Path) -> None:
     """Keep the trained parts in float16: measured, with a picture."""
     pipe = StableDiffusion3Pipeline.from_pretrained(
-        run / "joint" / "teacher", **in_dtype(torch.float16)
+        run / "joint" / "teacher", **NO_T5, **in_dtype(torch.float16)
     )
-    for name in embedded_parts():
-        setattr(pipe, name, None)
     shutil.rmtree(KEPT, ignore_errors=True)
     pipe.save_pretrained(KEPT)
+    for name in embedded_parts():
+        shutil.rmtree(KEPT / name, ignore_errors=True)  # there is no folder of a missing T5
     forget_folder(KEPT)
     pipe = load_joint(KEPT)  # the kept weights, not the trained ones
     facts = json.loads((run / "joint" / "teacher.json").read_text())
