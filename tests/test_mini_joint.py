@@ -98,7 +98,7 @@ def test_one_counted_zero_is_attended_to_as_the_zeros_of_the_pipeline(teacher, m
 
 
 def test_shares_of_noise_are_logit_normal(joint):
-    drawn = joint.shares((torch.arange(1000) + 0.5) / 1000)
+    drawn = joint.noise_shares((torch.arange(1000) + 0.5) / 1000)
     logits = drawn.logit()
     assert logits.mean() == pytest.approx(0, abs=1e-4)
     assert logits.std() == pytest.approx(1, abs=0.01)

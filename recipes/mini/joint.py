@@ -75,19 +75,7 @@ def with_projection(text_encoder: Any) -> CLIPTextModelWithProjection:
     return model
 
 
-def training_data() -> LatentDataset:
-    """Latents [512, 4, 16, 16] of training pictures, and their captions."""
-    return mini.training_data()
-
-
-def held_out_data(part: mini.HeldOut, count: int) -> LatentDataset:
-    """As many latents [4, 16, 16] of a held-out list, evenly spread, and captions."""
-    data = mini.held_out_data(part)
-    picks = [i * len(data) // count for i in range(count)]
-    return LatentDataset(data.latents[picks], [data.captions[i] for i in picks])
-
-
-def shares(uniform: torch.Tensor) -> torch.Tensor:
+def noise_shares(uniform: torch.Tensor) -> torch.Tensor:
     """σ of even numbers in (0, 1): the share of noise, logit-normal as Stable Diffusion 3's."""
     return torch.special.ndtri(uniform).sigmoid()
 
@@ -107,7 +95,7 @@ def measure(pipe: StableDiffusion3Pipeline, data: LatentDataset) -> dict[str, fl
         told = encode_conditioning(pipe, data.captions[first : first + 16], (SIZE, SIZE))
         for _ in range(NOISES):
             noise = torch.randn(latents.shape, generator=generator)
-            share = shares(torch.rand(len(latents), 1, 1, 1, generator=generator))
+            share = noise_shares(torch.rand(len(latents), 1, 1, 1, generator=generator))
             noisy = (1 - share) * latents + share * noise
             found = pipe.transformer(
                 noisy, timestep=1000 * share.flatten(), return_dict=False, **told
@@ -126,7 +114,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("build").add_argument("folder", type=Path)
-    load_joint().save_pretrained(parser.parse_args().folder)
+    folder = parser.parse_args().folder
+    load_joint().save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -44,17 +44,17 @@ from joint import (
     SIZE,
     STEPS,
     embedded_parts,
-    held_out_data,
     load_joint,
     measure,
-    shares,
+    noise_shares,
 )
-from joint import training_data as packaged_data
 from teacher import Batches, encode
 from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from convfusion import mini
 from convfusion.checkpoint.pipelines import in_dtype
+from convfusion.demo import spread
 from convfusion.generate import generate
 
 WIDTH, HEADS, BLOCKS = 128, 4, 6
@@ -161,7 +161,7 @@ def flow_loss(transformer: Any, batch: tuple, text: tuple[torch.Tensor, torch.Te
         text: of `embed`.
     """
     clean, noise, t, _ = batch
-    share = shares((t + 0.5) / 1000).view(-1, 1, 1, 1)
+    share = noise_shares((t + 0.5) / 1000).view(-1, 1, 1, 1)
     noisy = (1 - share) * clean + share * noise
     velocity = transformer(noisy, *text, 1000 * share.flatten(), return_dict=False)[0]
     return (velocity.float() - (noise - clean)).square().mean()
@@ -279,7 +279,7 @@ def make_parts(first: CLIPTextModelWithProjection) -> torch.nn.ModuleDict:
 
 def shown_prompts() -> list[str]:
     """Eight captions of training and eight of the list `choice`, evenly spread."""
-    sides = (packaged_data().captions, held_out_data("choice", JUDGED).captions)
+    sides = (mini.training_data().captions, mini.held_out_data("choice").captions)
     return [side[(2 * i + 1) * len(side) // 16] for side in sides for i in range(8)]
 
 
@@ -303,7 +303,8 @@ def package(run: Path) -> None:
     forget_folder(KEPT)
     pipe = load_joint(KEPT)  # the kept weights, not the trained ones
     facts = json.loads((run / "joint" / "teacher.json").read_text())
-    facts |= {side: measure(pipe, held_out_data(side, JUDGED)) for side in ("choice", "results")}
+    for part in ("choice", "results"):
+        facts[part] = measure(pipe, spread(mini.held_out_data(part), JUDGED))
     (KEPT / "joint.json").write_text(json.dumps(facts, indent=1) + "\n")
     draw(pipe, KEPT / "drawn.png")
     size = sum(f.stat().st_size for f in KEPT.rglob("*") if f.is_file())
