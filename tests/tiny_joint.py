@@ -1,6 +1,6 @@
 """Tiny random denoisers whose text and image share their attention, a function each."""
 
-from diffusers import PRXTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, PRXTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
 
@@ -37,6 +37,23 @@ def prx() -> PRXTransformer2DModel:
     for block in model.blocks:  # zeros, with which no block changes anything
         nn.init.normal_(block.modulation.lin.weight, std=0.2)
     return sharpen(model)
+
+
+def flux() -> FluxTransformer2DModel:
+    """Of FLUX.1-dev, which is told a guidance scale."""
+    return sharpen(
+        FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            pooled_projection_dim=8,
+            guidance_embeds=True,
+            axes_dims_rope=(2, 2, 4),
+        )
+    )
 
 
 def sharpen(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from convfusion.families import (
     cosmos,
     ddpm,
     dit,
+    flux,
     hunyuan,
     kandinsky,
     latte,
@@ -74,6 +75,7 @@ for _family in (
     hunyuan.HUNYUAN_DIT,
     sd3.STABLE_DIFFUSION_3,
     prx.PRX_IMAGE,
+    flux.FLUX_1,
     ddpm.DDPM_UNET,
     controlnet.CONTROLNET,  # after the others: what a pipeline with one converts is its denoiser
 ):
@@ -102,6 +104,7 @@ __all__ = [
     "encode_conditioning",
     "example_inputs",
     "family_of",
+    "flux",
     "frame_scale",
     "hunyuan",
     "kandinsky",

@@ -205,7 +205,7 @@ def check_captioned(pipe: Any) -> None:
             f"a {type(pipe).__name__} draws without captions, which caches, distillation and "
             "evaluation go by. It can be converted, and drawn with in Python"
         )
-    channels, latents = model.config.get("in_channels"), None
+    channels, latents = family_of(model).latent_channels(model), None
     if vae is not None:
         latents = vae.config.get("latent_channels", vae.config.get("z_dim"))  # of videos
     more = family_of(model).describe_further_needs(model)
