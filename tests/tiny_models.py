@@ -27,7 +27,7 @@ from diffusers import (
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
-from tiny_joint import flux, prx, sd35
+from tiny_joint import chroma, flux, prx, sd35
 from torch import Tensor, nn
 
 from convfusion.families import example_inputs, family_of, list_sites
@@ -475,6 +475,7 @@ CASES = [
     Case("hunyuan", hunyuan, 4, "hunyuandit", plain=False),
     Case("sd35", sd35, 5, "sd35-medium", plain=False, flow=True),
     Case("prx", prx, 2, "prx", plain=False, flow=True),
+    Case("chroma", chroma, 4, "chroma", largest=(12, 16), plain=False, flow=True),
     Case("flux", flux, 4, "flux", largest=(12, 16), plain=False, flow=True),
 ]
 FLAT = [case for case in CASES if case.rank == 2]

@@ -1,6 +1,7 @@
 """Model families, a file each: what is particular to one kind of denoiser is said there alone."""
 
 from convfusion.families import (
+    chroma,
     controlnet,
     cosmos,
     ddpm,
@@ -76,6 +77,7 @@ for _family in (
     sd3.STABLE_DIFFUSION_3,
     prx.PRX_IMAGE,
     flux.FLUX_1,
+    chroma.CHROMA,
     ddpm.DDPM_UNET,
     controlnet.CONTROLNET,  # after the others: what a pipeline with one converts is its denoiser
 ):
@@ -93,6 +95,7 @@ __all__ = [
     "block_family",
     "check_alone",
     "check_captioned",
+    "chroma",
     "component_names",
     "controlnet",
     "cosmos",

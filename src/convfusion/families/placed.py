@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class PlacedCarrier:
     rope: str = "pos_embed"
 
     @classmethod
-    def of(cls, owner: type[Any]) -> PlacedCarrier:
+    def of(cls, owner: type[Any]) -> Self:
         """For owners of a class, whose `forward` takes these arguments."""
         return cls(argument_position(owner, _PLACES), argument_position(owner, _KEYWORDS))
 
