@@ -49,7 +49,7 @@ def flux() -> FluxTransformer2DModel:
     return sharpen(
         FluxTransformer2DModel(
             in_channels=16,
-            num_layers=2,
+            num_layers=1,
             num_single_layers=2,
             attention_head_dim=8,
             num_attention_heads=2,
@@ -65,7 +65,7 @@ def chroma() -> ChromaTransformer2DModel:
     """With an approximator whose modulation matters, unlike at the beginning of a training."""
     model = ChromaTransformer2DModel(
         in_channels=16,
-        num_layers=2,
+        num_layers=1,
         num_single_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
