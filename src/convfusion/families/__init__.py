@@ -57,6 +57,7 @@ from convfusion.families.lookup import (
     pixel_unit_of,
     shorten_path,
     site_grid,
+    unpack_drawn,
 )
 
 for _family in (
@@ -133,6 +134,7 @@ __all__ = [
     "supported_classes",
     "svd",
     "unet",
+    "unpack_drawn",
     "vace",
     "wan",
 ]
