@@ -1,10 +1,12 @@
 """Model families, a file each: what is particular to one kind of denoiser is said there alone."""
 
 from convfusion.families import (
+    chroma,
     controlnet,
     cosmos,
     ddpm,
     dit,
+    flux,
     hunyuan,
     kandinsky,
     latte,
@@ -55,6 +57,7 @@ from convfusion.families.lookup import (
     pixel_unit_of,
     shorten_path,
     site_grid,
+    unpack_drawn,
 )
 
 for _family in (
@@ -74,6 +77,8 @@ for _family in (
     hunyuan.HUNYUAN_DIT,
     sd3.STABLE_DIFFUSION_3,
     prx.PRX_IMAGE,
+    flux.FLUX_1,
+    chroma.CHROMA,
     ddpm.DDPM_UNET,
     controlnet.CONTROLNET,  # after the others: what a pipeline with one converts is its denoiser
 ):
@@ -91,6 +96,7 @@ __all__ = [
     "block_family",
     "check_alone",
     "check_captioned",
+    "chroma",
     "component_names",
     "controlnet",
     "cosmos",
@@ -102,6 +108,7 @@ __all__ = [
     "encode_conditioning",
     "example_inputs",
     "family_of",
+    "flux",
     "frame_scale",
     "hunyuan",
     "kandinsky",
@@ -127,6 +134,7 @@ __all__ = [
     "supported_classes",
     "svd",
     "unet",
+    "unpack_drawn",
     "vace",
     "wan",
 ]

@@ -205,7 +205,7 @@ def check_captioned(pipe: Any) -> None:
             f"a {type(pipe).__name__} draws without captions, which caches, distillation and "
             "evaluation go by. It can be converted, and drawn with in Python"
         )
-    channels, latents = model.config.get("in_channels"), None
+    channels, latents = family_of(model).latent_channels(model), None
     if vae is not None:
         latents = vae.config.get("latent_channels", vae.config.get("z_dim"))  # of videos
     more = family_of(model).describe_further_needs(model)
@@ -270,6 +270,23 @@ def native_frames(pipe: Any) -> int:
     """Frames of the videos that a pipeline's denoiser was trained on; 0 where it draws pictures."""
     frames = family_of(denoiser_of(pipe)).frames
     return (frames - 1) * frame_scale(pipe) + 1 if frames else 0
+
+
+def unpack_drawn(
+    pipe: Any, packed: Tensor, size: Size | None = None, frames: int | None = None
+) -> Tensor:
+    """Latents as a pipeline has them while it draws, as [B, C, h, w] or [B, C, t, h, w].
+
+    Args:
+        pipe: a pipeline of a known family.
+        packed: its latents.
+        size: (height, width) of what is drawn in pixels, by default the pipeline's own.
+        frames: of a clip; None for a picture.
+    """
+    scale, model = latent_scale(pipe), denoiser_of(pipe)
+    height, width = size or native_size(pipe)
+    own = () if frames is None else ((frames - 1) // frame_scale(pipe) + 1,)
+    return family_of(model).unpack_latents(model, packed, (*own, height // scale, width // scale))
 
 
 def native_size(pipe: Any) -> Size:
