@@ -1,6 +1,6 @@
 """Tiny random denoisers whose text and image share their attention, a function each."""
 
-from diffusers import PRXTransformer2DModel, SD3Transformer2DModel
+from diffusers import PRXTransformer2DModel, SD3Transformer2DModel, ZImageTransformer2DModel
 from torch import nn
 
 
@@ -36,6 +36,24 @@ def prx() -> PRXTransformer2DModel:
     )
     for block in model.blocks:  # zeros, with which no block changes anything
         nn.init.normal_(block.modulation.lin.weight, std=0.2)
+    return sharpen(model)
+
+
+def zimage() -> ZImageTransformer2DModel:
+    """With padding that is not zero, unlike at the beginning of a training."""
+    model = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=12,
+        axes_dims=[4, 2, 2],
+        axes_lens=[128, 32, 32],
+    )
+    for padding in (model.x_pad_token, model.cap_pad_token):
+        nn.init.normal_(padding)
     return sharpen(model)
 
 

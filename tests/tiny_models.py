@@ -27,7 +27,7 @@ from diffusers import (
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
-from tiny_joint import prx, sd35
+from tiny_joint import prx, sd35, zimage
 from torch import Tensor, nn
 
 from convfusion.families import example_inputs, family_of, list_sites
@@ -398,14 +398,14 @@ class Case:
                 return tuple(fill(value, name) for value in values)
             if not isinstance(values, Tensor):
                 return values
-            if name == "timestep":
-                return (torch.arange(1, batch + 1) * 300).to(values.dtype)
+            if name == family_of(model).times:
+                return family_of(model).tell(300 * torch.arange(1, batch + 1)).to(values.dtype)
             if "rope_pos" in name:
                 return torch.arange(len(values))
+            if "mask" in name:
+                return torch.ones(values.shape, dtype=values.dtype)
             if not values.is_floating_point():
                 return torch.arange(batch)  # classes
-            if "mask" in name:
-                return torch.ones(values.shape)
             return torch.randn(values.shape, generator=generator)
 
         return fill(made, "")
@@ -417,7 +417,8 @@ class Case:
         """
         family, inputs = family_of(shapes_of(self.make)), self.inputs(height, width)
         del inputs["return_dict"]
-        packed, steps = inputs.pop(family.latents), inputs.pop("timestep").long()
+        packed, steps = inputs.pop(family.latents), 300 * torch.arange(1, 3)
+        del inputs[family.times]
         sides = self.latents(height, width)
         latents = family.unpack_latents(shapes_of(self.make), packed, sides)
         noise = torch.randn(latents[:, :4].shape, generator=torch.Generator().manual_seed(2))
@@ -459,6 +460,7 @@ CASES = [
     Case("hunyuan", hunyuan, 4, "hunyuandit", plain=False),
     Case("sd35", sd35, 5, "sd35-medium", plain=False, flow=True),
     Case("prx", prx, 2, "prx", plain=False, flow=True),
+    Case("zimage", zimage, 3, "zimage", largest=(10, 14), plain=False, flow=True),
 ]
 FLAT = [case for case in CASES if case.rank == 2]
 VIDEOS = [case for case in CASES if case.rank == 3]

@@ -19,6 +19,7 @@ from convfusion.families import (
     unet,
     vace,
     wan,
+    zimage,
 )
 from convfusion.families.base import (
     FAMILIES,
@@ -74,6 +75,7 @@ for _family in (
     hunyuan.HUNYUAN_DIT,
     sd3.STABLE_DIFFUSION_3,
     prx.PRX_IMAGE,
+    zimage.Z_IMAGE,
     ddpm.DDPM_UNET,
     controlnet.CONTROLNET,  # after the others: what a pipeline with one converts is its denoiser
 ):

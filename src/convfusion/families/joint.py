@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -75,6 +76,25 @@ def project_text(attention: Any, tokens: Tensor) -> Heads:
         split_heads(attention.add_k_proj(tokens), heads, attention.norm_added_k),
         split_heads(attention.add_v_proj(tokens), heads),
     )
+
+
+def turn_pairs(heads: Tensor, turn: Tensor) -> Tensor:
+    """Queries or keys [B, h, n, d], channels 2i and 2i + 1 of which are one complex number.
+
+    Args:
+        heads: the queries or keys.
+        turn: what these are multiplied with, complex: [n, d/2], or [B, n, d/2] of each sample.
+    """
+    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)).contiguous())
+    turn = turn if turn.ndim == 2 else turn[:, None]
+    return torch.view_as_real(pairs * turn).flatten(3).type_as(heads)
+
+
+def split_rows_at(grid: Grid, *heads: Tensor) -> tuple[Heads, Heads]:
+    """Queries, keys and values [B, h, n, d] of tokens of a grid, and of those behind them."""
+    places = math.prod(grid)
+    image, text = zip(*(each.tensor_split([places], dim=2) for each in heads), strict=True)
+    return Heads(*image), Heads(*text)
 
 
 def mask_as_bias(seen: Tensor | None) -> Tensor | None:
