@@ -50,7 +50,7 @@ def zimage() -> ZImageTransformer2DModel:
         n_kv_heads=2,
         cap_feat_dim=12,
         axes_dims=[4, 2, 2],
-        axes_lens=[128, 32, 32],
+        axes_lens=[600, 32, 32],
     )
     for padding in (model.x_pad_token, model.cap_pad_token):
         nn.init.normal_(padding)

@@ -478,6 +478,8 @@ def first_output(outputs: tuple[Any, ...]) -> Tensor:
     output, *others = outputs
     if isinstance(output, Tensor):
         return output
+    if not others:  # of each sample by itself
+        return torch.stack(list(output))
     return torch.cat([each.flatten(1) for each in (*output, *others)], dim=1)
 
 

@@ -237,6 +237,10 @@ class Family(ABC):
         """What the sides of latents are multiples of where every layer divides them evenly."""
         return self.patch_size(model)
 
+    def latent_channels(self, model: Denoiser) -> int | None:
+        """Channels of the latents that a model is given, by its config; None if it does not say."""
+        return model.config.get("in_channels")
+
     def latent_shape(self, model: Denoiser, batch: int, sides: Grid) -> tuple[int, ...]:
         """The shape in which a model takes latents; by default [B, C, H, W] or [B, C, T, H, W].
 

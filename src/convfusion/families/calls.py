@@ -130,8 +130,9 @@ def _check_needed(pipe: Any, named: Mapping[str, Any], options: Mapping[str, Any
     latents = None
     if vae is not None:
         latents = vae.config.get("latent_channels", vae.config.get("z_dim"))  # of videos
-    taken = denoiser.config.get("in_channels", latents)  # Kandinsky 5 has another name for it
-    if not NEEDED.keys() & named.keys() and latents not in (None, taken):
+    taken = family_of(denoiser).latent_channels(denoiser)
+    known = None not in (latents, taken)
+    if not NEEDED.keys() & named.keys() and known and latents != taken:
         raise ConvFusionError(
             f"this {type(denoiser).__name__} takes {taken} channels, and a "
             f"{kind} gives it the {latents} of its latents: load it with the pipeline that it was "

@@ -140,8 +140,11 @@ def native_latents(model: Denoiser) -> Size:
     return family_of(model).native_latents(model)
 
 
-def noisy_latents(model: Denoiser, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The latents [B, C, h, w] among the arguments of a call of a denoiser."""
+def noisy_latents(model: Denoiser, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The latents among the arguments of a call of a denoiser, as they are there.
+
+    They are [B, C, h, w] in most models, or a list of samples (Z-Image).
+    """
     return args[0] if args else kwargs[family_of(model).latents]
 
 
@@ -206,7 +209,7 @@ def check_captioned(pipe: Any) -> None:
             f"a {type(pipe).__name__} draws without captions, which caches, distillation and "
             "evaluation go by. It can be converted, and drawn with in Python"
         )
-    channels, latents = model.config.get("in_channels"), None
+    channels, latents = family_of(model).latent_channels(model), None
     if vae is not None:
         latents = vae.config.get("latent_channels", vae.config.get("z_dim"))  # of videos
     more = family_of(model).describe_further_needs(model)
