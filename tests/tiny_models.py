@@ -27,7 +27,7 @@ from diffusers import (
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
-from tiny_joint import prx, sd35, zimage
+from tiny_joint import lumina2, prx, qwenimage, sd35, zimage
 from torch import Tensor, nn
 
 from convfusion.families import example_inputs, family_of, list_sites
@@ -461,6 +461,8 @@ CASES = [
     Case("sd35", sd35, 5, "sd35-medium", plain=False, flow=True),
     Case("prx", prx, 2, "prx", plain=False, flow=True),
     Case("zimage", zimage, 3, "zimage", largest=(10, 14), plain=False, flow=True),
+    Case("qwenimage", qwenimage, 2, "qwenimage", largest=(10, 14), plain=False, flow=True),
+    Case("lumina2", lumina2, 3, "lumina2", largest=(10, 14), plain=False, flow=True),
 ]
 FLAT = [case for case in CASES if case.rank == 2]
 VIDEOS = [case for case in CASES if case.rank == 3]

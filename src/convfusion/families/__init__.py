@@ -10,9 +10,11 @@ from convfusion.families import (
     latte,
     ltx,
     ltx2,
+    lumina2,
     motion,
     pixart,
     prx,
+    qwenimage,
     sd3,
     skyreels,
     svd,
@@ -76,6 +78,8 @@ for _family in (
     sd3.STABLE_DIFFUSION_3,
     prx.PRX_IMAGE,
     zimage.Z_IMAGE,
+    qwenimage.QWEN_IMAGE,
+    lumina2.LUMINA_2,
     ddpm.DDPM_UNET,
     controlnet.CONTROLNET,  # after the others: what a pipeline with one converts is its denoiser
 ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -90,11 +89,15 @@ def turn_pairs(heads: Tensor, turn: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn).flatten(3).type_as(heads)
 
 
-def split_rows_at(grid: Grid, *heads: Tensor) -> tuple[Heads, Heads]:
-    """Queries, keys and values [B, h, n, d] of tokens of a grid, and of those behind them."""
-    places = math.prod(grid)
-    image, text = zip(*(each.tensor_split([places], dim=2) for each in heads), strict=True)
-    return Heads(*image), Heads(*text)
+def split_heads_at(places: int, heads: Heads) -> tuple[Heads, Heads]:
+    """Queries, keys and values of so many tokens, and of those behind them."""
+    first = (each[:, :, :places] for each in heads)
+    return Heads(*first), Heads(*(each[:, :, places:] for each in heads))
+
+
+def join_heads(first: Heads, second: Heads) -> Heads:
+    """Queries, keys and values of some tokens and, behind them, of others."""
+    return Heads(*(torch.cat(both, dim=2) for both in zip(first, second, strict=True)))
 
 
 def mask_as_bias(seen: Tensor | None) -> Tensor | None:

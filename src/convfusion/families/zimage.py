@@ -7,6 +7,7 @@ shorter sequences of the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,13 @@ from convfusion.families.joint import (
     close,
     mask_as_bias,
     project_image,
-    split_rows_at,
+    split_heads_at,
     turn_pairs,
 )
-from convfusion.mixers.base import Grid, JointTokens
+from convfusion.mixers.base import Grid, Heads, JointTokens
 
-WORDS = 512  # tokens that its text encoder reads
+WORDS = 512  # tokens that its text encoder reads at most
+EXAMPLE_WORDS = 256  # of a long prompt, which is not padded
 NATIVE_LATENTS = (128, 128)  # of 1024×1024 pixels
 STEPS = 1000  # of its schedule
 PATCH = 2  # which its forward goes by unless it is told another one
@@ -58,8 +60,8 @@ class ZImageLayout(JointLayout):
         if freqs_cis is not None:
             turn = freqs_cis[0] if isinstance(freqs_cis, tuple) else freqs_cis
             query, key = turn_pairs(query, turn), turn_pairs(key, turn)
-        image, text = split_rows_at(grid, query, key, value)
-        places = image.query.shape[2]
+        places = math.prod(grid)
+        image, text = split_heads_at(places, Heads(query, key, value))
         seen = None if attention_mask is None else attention_mask[:, places:]
         return JointTokens(image, text, mask_as_bias(seen))
 
@@ -216,7 +218,7 @@ class ZImage(Family):
     def example_conditioning(
         self, model: Denoiser, batch: int, words: int | None, values: Values
     ) -> dict[str, Any]:
-        return {"cap_feats": values(batch, words or WORDS, model.config.cap_feat_dim)}
+        return {"cap_feats": values(batch, words or EXAMPLE_WORDS, model.config.cap_feat_dim)}
 
     def check_export(self, model: Denoiser) -> None:
         raise ConvFusionError(

@@ -176,9 +176,7 @@ def run_one_at_a_time(model: Denoiser) -> Iterator[None]:
         latents, kwargs = noisy_latents(model, args, kwargs), {**kwargs, "return_dict": False}
         count, listed = len(latents), isinstance(latents, list)
         outputs = [
-            forward(
-                *_take_sample(args, i, count, listed), **_take_sample(kwargs, i, count, listed)
-            )
+            forward(*_take_sample(args, i, count, listed), **_take_sample(kwargs, i, count, listed))
             for i in range(count)
         ]
         return tuple(_join_samples(parts) for parts in zip(*outputs, strict=True))
