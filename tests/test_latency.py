@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from tiny_models import CASES, run
-from torch.utils._pytree import tree_leaves
+from tiny_models import CASES, first_output, run
 
 from convfusion.bench import latency
 from convfusion.bench.latency import Variant, replaced_sites, site_kinds, time_denoiser, time_site

@@ -1,8 +1,8 @@
 """ZImageTransformer2DModel: Z-Image, whose image and caption are one sequence of tokens.
 
-Each is padded to a multiple of 32 tokens by a token that is learned and attended to. The image comes
-first. All that is not a token of its grid counts as text: its padding, the caption, and what pads
-shorter sequences of the batch.
+Each is padded to a multiple of 32 tokens, by a token that is learned and attended to. The image
+comes first. All that is not a token of its grid counts as text: its padding, the caption, and what
+pads shorter sequences of the batch.
 """
 
 from __future__ import annotations
