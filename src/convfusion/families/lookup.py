@@ -171,10 +171,8 @@ def call_denoiser(
     C may be larger than that of the latents, by a learned variance, or smaller, where they hold a
     picture or mask too. Arguments as for `arrange_call`.
     """
-    family, output = (
-        family_of(model),
-        model(**arrange_call(model, latents, timesteps, conditioning)),
-    )
+    family = family_of(model)
+    output = model(**arrange_call(model, latents, timesteps, conditioning))
     if not isinstance(output, Tensor):  # a Kandinsky 5 gives no tuple
         output = output[0]
     unpacked = family.unpack_latents(model, output, tuple(latents.shape[2:]))
