@@ -208,8 +208,8 @@ def test_the_demo_is_a_shipped_run():
 MISTAKES = {
     "unknown model": (["generate", "no/such", "--prompt", "x"], "no/such"),
     "unknown preset": (
-        ["convert", "MODEL", "--out", "OUT", "--config", "sd3"],
-        "no preset 'sd3'; there are default, sd15, sd21, sdxl, pixart, dit",
+        ["convert", "MODEL", "--out", "OUT", "--config", "sd4"],
+        "no preset 'sd4'; there are default, sd15, sd21, sdxl, pixart, dit",
     ),
     "no config": (["convert", "MODEL", "--out", "OUT", "--config", "x.json"], "x.json"),
     "bad size": (["generate", "MODEL", "--prompt", "x", "--size", "12"], "512x768"),

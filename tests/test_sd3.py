@@ -7,19 +7,21 @@ from PIL import Image
 from tiny_pipelines import stable_diffusion_3
 
 import convfusion
-from convfusion import ConvFusionError
+from convfusion import ConvertConfig, ConvFusionError, DeltaConv
 from convfusion.data import LatentDataset, build_cache, open_cache
 from convfusion.distill import DistillConfig, distill
 from convfusion.evaluate import epsilon_error
 from convfusion.families import encode_conditioning
 from convfusion.generate import generate
+from convfusion.mixers import Halo
 from convfusion.surgery import attention_teacher, mixers_of
 
 
 @pytest.fixture
 def pipe():
     pipe = stable_diffusion_3()
-    convfusion.convert(pipe)
+    blocks = {"*.attn": Halo(2, 2, 2, 1.0, 1.0), "*.attn2": DeltaConv(3)}
+    convfusion.convert(pipe, ConvertConfig(blocks))
     return pipe
 
 
@@ -74,4 +76,6 @@ def test_the_error_is_that_of_the_velocity(pipe):
         )
     by_hand = (learned - taught).square().sum((1, 2, 3)) / taught.square().sum((1, 2, 3))
     assert error == pytest.approx(by_hand.mean().item(), rel=1e-4)
-    assert mixers_of(pipe).keys() == {"transformer_blocks.0.attn2"}
+    assert mixers_of(pipe).keys() == {
+        *("transformer_blocks.0.attn", "transformer_blocks.0.attn2", "transformer_blocks.1.attn")
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -31,6 +31,7 @@ from tiny_joint import lumina2, prx, qwenimage, sd35, zimage
 from torch import Tensor, nn
 
 from convfusion.families import example_inputs, family_of, list_sites
+from convfusion.mixers import Halo, Mixer
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 DOWN, UP = "DownBlock2D", "UpBlock2D"
@@ -383,6 +384,21 @@ class Case:
         """Of the grids of its sites."""
         return list_sites(shapes_of(self.make))[0].rank
 
+    @property
+    def joint(self) -> bool:
+        """Whether text and image share an attention of it."""
+        return any(site.joint is not None for site in list_sites(shapes_of(self.make)))
+
+    def fit(self, mixer: Mixer) -> Mixer | None:
+        """Settings of the same kind that fit all of its sites; None where there are none."""
+        if self.rank not in mixer.build(8, 2).ranks:
+            return None
+        if not self.joint:
+            return mixer
+        if isinstance(mixer, Halo):
+            return replace(mixer, key_ratio=1.0, value_ratio=1.0)
+        return mixer if hasattr(mixer, "build_joint") else None
+
     def inputs(self, height: int, width: int, batch: int = 2) -> dict[str, Any]:
         """Keyword arguments of one call on latents of this size."""
         generator = torch.Generator().manual_seed(height * 1000 + width)
@@ -468,6 +484,8 @@ FLAT = [case for case in CASES if case.rank == 2]
 VIDEOS = [case for case in CASES if case.rank == 3]
 DISTILLED = [case for case in CASES if case.distils]
 PLAIN = [case for case in DISTILLED if case.plain]
+JOINT = [case for case in CASES if case.joint]
+APART = [case for case in CASES if not case.joint]
 
 
 def run(model: nn.Module, case: Case, height: int, width: int, batch: int = 2) -> Tensor:

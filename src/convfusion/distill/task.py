@@ -20,7 +20,8 @@ from convfusion.families import (
     list_sites,
 )
 from convfusion.families.watch import watch_tokens
-from convfusion.mixers.base import Grid, TokenSample, read_added
+from convfusion.mixers.base import TokenSample, read_added
+from convfusion.mixers.joint import attend_from_image
 from convfusion.schedule import Schedule, noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of
 
@@ -172,22 +173,26 @@ class DistillTask(nn.Module):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """What each block b(x) and its attention a(x) make of the same input, [B, N, C] float32.
 
+        Where text and image share the attention, it is what the image's tokens gather.
+
         The attention a and its input x come from one pass of the teacher, so that no block meets
         another's errors. Arguments as for `forward`.
         """
-        inputs: dict[str, tuple[Tensor, Grid]] = {}
+        inputs: dict[str, TokenSample] = {}
 
         def see(site: Site, attention: Any, seen: TokenSample) -> None:
-            inputs[site.path] = (seen.tokens, seen.grid)
+            inputs[site.path] = seen
 
         noisy = self._noisy(latents, noise, timesteps)
         told = self.schedule.tell(timesteps)
         with torch.no_grad(), watch_tokens(self.teacher, see), self._attended() as outputs:
             self.teacher(**arrange_call(self.teacher, noisy, told, conditioning))
-        return {
-            path: (mixer(*inputs[path]).float(), outputs[path].float())
-            for path, mixer in mixers_of(self.student).items()
-        }
+        compared = {}
+        for path, mixer in mixers_of(self.student).items():
+            seen = inputs[path]
+            taught = outputs[path] if seen.joint is None else attend_from_image(seen.joint)
+            compared[path] = (mixer(seen.inputs, seen.grid).float(), taught.float())
+        return compared
 
     @contextmanager
     def _attended(self) -> Iterator[dict[str, Tensor]]:
@@ -201,7 +206,8 @@ class DistillTask(nn.Module):
 
             return hook
 
-        attentions = {site.path: self.teacher.get_submodule(site.path) for site in self.sites}
+        alone = [site.path for site in self.sites if site.joint is None]
+        attentions = {path: self.teacher.get_submodule(path) for path in alone}
         handles = [module.register_forward_hook(keep(p)) for p, module in attentions.items()]
         try:
             yield outputs

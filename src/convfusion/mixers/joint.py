@@ -67,10 +67,10 @@ def attend_to_text(query: Tensor, tokens: JointTokens) -> tuple[Tensor, Tensor]:
     """
     key, value = tokens.text.key, tokens.text.value
     scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
-    if tokens.bias is not None:
-        scores = scores + tokens.bias
+    if tokens.bias is not None:  # whose least number is none of a shorter dtype
+        scores = scores.float() + tokens.bias
     total = scores.float().logsumexp(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    return scores.softmax(-1) @ value, total
+    return scores.softmax(-1).to(value.dtype) @ value, total
 
 
 def blend(own: Tensor, of_image: Tensor, query: Tensor, tokens: JointTokens) -> Tensor:
@@ -95,6 +95,18 @@ def split_rows(tokens: JointTokens, *each: Tensor) -> Iterator[tuple[Tensor, ...
     batch, heads, words, _ = tokens.text.key.shape
     size = max(1, ROWS // (batch * heads * max(1, words)))
     yield from zip(*(rows.split(size, dim=2) for rows in each), strict=True)
+
+
+def attend_from_image(tokens: JointTokens) -> Tensor:
+    """The rows of the image, exactly: [B, N, h·d], as the attention itself has them."""
+    image, text = tokens.image, tokens.text
+    key = torch.cat([image.key, text.key], dim=2)
+    value = torch.cat([image.value, text.value], dim=2)
+    bias = tokens.bias
+    if bias is not None:
+        bias = F.pad(bias, (image.key.shape[2], 0)).to(key.dtype)
+    rows = F.scaled_dot_product_attention(image.query, key, value, attn_mask=bias)
+    return rows.transpose(1, 2).flatten(2)
 
 
 def attend_from_text(tokens: JointTokens) -> Tensor:
