@@ -63,7 +63,9 @@ def is_foreign(attention: Any, processor: Any) -> bool:
     """Whether a processor does more than compute an attention of this class."""
     own = getattr(attention, "_default_processor_cls", None)
     plain = (type(None), *([own] if own else []), *getattr(attention, "_available_processors", ()))
-    return type(processor).__name__ not in _PLAIN and type(processor) not in plain
+    layout = getattr(attention, "layout", None)
+    named = _PLAIN if layout is None else _PLAIN.union(layout.processors)
+    return type(processor).__name__ not in named and type(processor) not in plain
 
 
 def check_processor(site: str, processor: Any) -> None:
