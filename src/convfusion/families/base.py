@@ -245,6 +245,10 @@ class Family(ABC):
         """Latents along the side of a patch, which pictures must be multiples of."""
         return 1
 
+    def largest_side(self, model: Denoiser) -> int | None:
+        """The longest side of latents that a model knows places for; None where any will do."""
+        return None
+
     def latent_unit(self, model: Denoiser) -> int:
         """What the sides of latents are multiples of where every layer divides them evenly."""
         return self.patch_size(model)

@@ -72,7 +72,7 @@ class SD3(Family):
     }
     halo = JOINT_HALO
     full_size = {
-        "sd3-medium": (_CLASS, _MEDIUM),
+        "sd3-medium": (_CLASS, _MEDIUM | {"pos_embed_max_size": 192}),
         "sd35-medium": (
             _CLASS,
             _MEDIUM
@@ -129,6 +129,9 @@ class SD3(Family):
 
     def patch_size(self, model: Denoiser) -> int:
         return model.config.patch_size
+
+    def largest_side(self, model: Denoiser) -> int:
+        return model.config.pos_embed_max_size * model.config.patch_size
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
         embeds, _, pooled, _ = pipe.encode_prompt(
