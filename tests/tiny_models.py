@@ -484,8 +484,8 @@ CASES = [
     Case("hunyuan", hunyuan, 4, "hunyuandit", plain=False),
     Case("sd35", sd35, 5, "sd35-medium", plain=False, flow=True),
     Case("prx", prx, 2, "prx", plain=False, flow=True),
-    Case("chroma", chroma, 3, "chroma", largest=(12, 16), plain=False, flow=True),
-    Case("flux", flux, 3, "flux", largest=(12, 16), plain=False, flow=True),
+    Case("chroma", chroma, 3, "chroma", plain=False, flow=True),
+    Case("flux", flux, 3, "flux", plain=False, flow=True),
 ]
 FLAT = [case for case in CASES if case.rank == 2]
 VIDEOS = [case for case in CASES if case.rank == 3]
