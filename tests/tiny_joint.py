@@ -1,10 +1,15 @@
 """Tiny random denoisers whose text and image share their attention, a function each."""
 
+from typing import Any
+
 from diffusers import (
     ChromaTransformer2DModel,
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     PRXTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 
@@ -42,6 +47,58 @@ def prx() -> PRXTransformer2DModel:
     for block in model.blocks:  # zeros, with which no block changes anything
         nn.init.normal_(block.modulation.lin.weight, std=0.2)
     return sharpen(model)
+
+
+def zimage() -> ZImageTransformer2DModel:
+    """With padding that is not zero, unlike at the beginning of a training."""
+    model = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=12,
+        axes_dims=[4, 2, 2],
+        axes_lens=[600, 32, 32],
+    )
+    for padding in (model.x_pad_token, model.cap_pad_token):
+        nn.init.normal_(padding)
+    return sharpen(model)
+
+
+def qwenimage(**options: Any) -> QwenImageTransformer2DModel:
+    return sharpen(
+        QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            axes_dims_rope=(4, 2, 2),
+            **options,
+        )
+    )
+
+
+def lumina2() -> Lumina2Transformer2DModel:
+    """With two heads to each head of keys and values."""
+    return sharpen(
+        Lumina2Transformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            hidden_size=32,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=4,
+            num_kv_heads=2,
+            multiple_of=8,
+            axes_dim_rope=(4, 2, 2),
+            axes_lens=(300, 32, 32),
+            cap_feat_dim=12,
+        )
+    )
 
 
 def flux() -> FluxTransformer2DModel:

@@ -27,7 +27,7 @@ from diffusers import (
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
-from tiny_joint import chroma, flux, prx, sd35
+from tiny_joint import chroma, flux, lumina2, prx, qwenimage, sd35, zimage
 from torch import Tensor, nn
 
 from convfusion.families import example_inputs, family_of, list_sites, site_grid
@@ -415,8 +415,8 @@ class Case:
                 return tuple(fill(value, name) for value in values)
             if not isinstance(values, Tensor) or not values.is_meta:
                 return values
-            if name == "timestep":
-                return (torch.arange(1, batch + 1) * 300).to(values.dtype)
+            if name == family_of(model).times:
+                return family_of(model).tell(300 * torch.arange(1, batch + 1)).to(values.dtype)
             if "rope_pos" in name:
                 return torch.arange(len(values))
             if "mask" in name:
@@ -442,7 +442,8 @@ class Case:
         """
         family, inputs = family_of(shapes_of(self.make)), self.inputs(height, width)
         del inputs["return_dict"]
-        packed, steps = inputs.pop(family.latents), inputs.pop("timestep").long()
+        packed, steps = inputs.pop(family.latents), 300 * torch.arange(1, 3)
+        del inputs[family.times]
         sides = self.latents(height, width)
         latents = family.unpack_latents(shapes_of(self.make), packed, sides)
         noise = torch.randn(latents[:, :4].shape, generator=torch.Generator().manual_seed(2))
@@ -486,6 +487,9 @@ CASES = [
     Case("prx", prx, 2, "prx", plain=False, flow=True),
     Case("chroma", chroma, 3, "chroma", plain=False, flow=True),
     Case("flux", flux, 3, "flux", plain=False, flow=True),
+    Case("zimage", zimage, 3, "zimage", largest=(10, 14), plain=False, flow=True),
+    Case("qwenimage", qwenimage, 2, "qwenimage", largest=(10, 14), plain=False, flow=True),
+    Case("lumina2", lumina2, 3, "lumina2", largest=(10, 14), plain=False, flow=True),
 ]
 FLAT = [case for case in CASES if case.rank == 2]
 VIDEOS = [case for case in CASES if case.rank == 3]
@@ -505,6 +509,8 @@ def first_output(outputs: tuple[Any, ...]) -> Tensor:
     output, *others = outputs
     if isinstance(output, Tensor):
         return output
+    if not others:  # of each sample by itself
+        return torch.stack(list(output))
     return torch.cat([each.flatten(1) for each in (*output, *others)], dim=1)
 
 

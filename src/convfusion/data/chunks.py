@@ -296,8 +296,7 @@ def draw_latents(pipe: Any, samples: Sequence[Sample], size: Extent, drawing: Dr
     if family_of(denoiser_of(pipe)).gives_latents:
         options |= {"size": size, "output_type": "latent"}
         drawn: list[Any] = generate(pipe, prompts, **options)
-        height, width = size
-        return unpack_drawn(pipe, torch.stack(drawn), (height, width)).float().cpu()
+        return unpack_drawn(pipe, torch.stack(drawn), (size[0], size[1])).float().cpu()
     with _collect_latents(pipe.vae) as latents:  # it gives pictures only
         generate(pipe, prompts, output_type="pt", **options)
     return torch.cat(latents).float().cpu() * pipe.vae.config.scaling_factor

@@ -12,15 +12,18 @@ from convfusion.families import (
     latte,
     ltx,
     ltx2,
+    lumina2,
     motion,
     pixart,
     prx,
+    qwenimage,
     sd3,
     skyreels,
     svd,
     unet,
     vace,
     wan,
+    zimage,
 )
 from convfusion.families.base import (
     FAMILIES,
@@ -79,6 +82,9 @@ for _family in (
     prx.PRX_IMAGE,
     flux.FLUX_1,
     chroma.CHROMA,
+    zimage.Z_IMAGE,
+    qwenimage.QWEN_IMAGE,
+    lumina2.LUMINA_2,
     ddpm.DDPM_UNET,
     controlnet.CONTROLNET,  # after the others: what a pipeline with one converts is its denoiser
 ):

@@ -107,6 +107,8 @@ class Family(ABC):
         further_components: attributes that may hold further denoisers of the same family, which
             take their turns with the first; they are converted together.
         latents: the argument of the denoiser's forward that the noisy latents go to.
+        times: the one that timesteps go to.
+        negated: whether it predicts the opposite of what its scheduler takes.
         presets: by name of the preset and pattern over site paths, the kernel size of a ΔConvBlock,
             or settings of any mixer.
         halo: settings of halo blocks for grids of its rank.
@@ -142,6 +144,8 @@ class Family(ABC):
     component: ClassVar[str]
     further_components: ClassVar[tuple[str, ...]] = ()
     latents: ClassVar[str]
+    times: ClassVar[str] = "timestep"
+    negated: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Mapping[str, int | Mixer]]]
     halo: ClassVar[Halo] = Halo()
     full_size: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]] = {}
@@ -182,6 +186,18 @@ class Family(ABC):
         Returns:
             Keyword arguments of the denoiser; each tensor is [B, …].
         """
+
+    def find_padding(self, pipe: Any, prompts: Sequence[str]) -> Tensor | None:
+        """Which tokens of the text are padding, where all of them are attended to: [B, T].
+
+        Args:
+            pipe: a pipeline of this family.
+            prompts: one per sample.
+
+        Returns:
+            True where a token is padding; None, the default, where that is not known.
+        """
+        return None
 
     def text_readers(self, pipe: Any) -> tuple[TextReader, ...]:
         """How a pipeline turns prompts into `encoder_hidden_states`, for an export of all of it.
@@ -229,6 +245,10 @@ class Family(ABC):
         """Latents along the side of a patch, which pictures must be multiples of."""
         return 1
 
+    def largest_side(self, model: Denoiser) -> int | None:
+        """The longest side of latents that a model knows places for; None where any will do."""
+        return None
+
     def latent_unit(self, model: Denoiser) -> int:
         """What the sides of latents are multiples of where every layer divides them evenly."""
         return self.patch_size(model)
@@ -260,9 +280,13 @@ class Family(ABC):
             timesteps: [B].
             conditioning: all else, as `encode_prompts` or `example_conditioning` gives it.
         """
-        return {self.latents: latents, "timestep": timesteps, **conditioning}
+        return {self.latents: latents, self.times: self.tell(timesteps), **conditioning}
 
-    def unpack_latents(self, model: Denoiser, packed: Tensor, sides: Grid) -> Tensor:
+    def tell(self, timesteps: Tensor) -> Tensor:
+        """Timesteps [B] of the scheduler as the denoiser is told them; by default as they are."""
+        return timesteps
+
+    def unpack_latents(self, model: Denoiser, packed: Any, sides: Grid) -> Tensor:
         """Latents in a model's own layout, or what it gives for them, as [B, C, *sides].
 
         Args:

@@ -77,6 +77,29 @@ def project_text(attention: Any, tokens: Tensor) -> Heads:
     )
 
 
+def turn_pairs(heads: Tensor, turn: Tensor) -> Tensor:
+    """Queries or keys [B, h, n, d], channels 2i and 2i + 1 of which are one complex number.
+
+    Args:
+        heads: the queries or keys.
+        turn: what these are multiplied with, complex: [n, d/2], or [B, n, d/2] of each sample.
+    """
+    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)).contiguous())
+    turn = turn if turn.ndim == 2 else turn[:, None]
+    return torch.view_as_real(pairs * turn).flatten(3).type_as(heads)
+
+
+def split_heads_at(places: int, heads: Heads) -> tuple[Heads, Heads]:
+    """Queries, keys and values of so many tokens, and of those behind them."""
+    first = (each[:, :, :places] for each in heads)
+    return Heads(*first), Heads(*(each[:, :, places:] for each in heads))
+
+
+def join_heads(first: Heads, second: Heads) -> Heads:
+    """Queries, keys and values of some tokens and, behind them, of others."""
+    return Heads(*(torch.cat(both, dim=2) for both in zip(first, second, strict=True)))
+
+
 def mask_as_bias(seen: Tensor | None) -> Tensor | None:
     """A mask [B, T], true where a token is seen, as scores to add: [B, 1, 1, T]."""
     if seen is None:

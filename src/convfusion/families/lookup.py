@@ -140,8 +140,11 @@ def native_latents(model: Denoiser) -> Size:
     return family_of(model).native_latents(model)
 
 
-def noisy_latents(model: Denoiser, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The latents [B, C, h, w] among the arguments of a call of a denoiser."""
+def noisy_latents(model: Denoiser, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The latents among the arguments of a call of a denoiser, as they are there.
+
+    They are [B, C, h, w] in most models, or a list of samples (Z-Image).
+    """
     return args[0] if args else kwargs[family_of(model).latents]
 
 
@@ -168,10 +171,12 @@ def call_denoiser(
     C may be larger than that of the latents, by a learned variance, or smaller, where they hold a
     picture or mask too. Arguments as for `arrange_call`.
     """
+    family = family_of(model)
     output = model(**arrange_call(model, latents, timesteps, conditioning))
     if not isinstance(output, Tensor):  # a Kandinsky 5 gives no tuple
         output = output[0]
-    return family_of(model).unpack_latents(model, output, tuple(latents.shape[2:]))
+    unpacked = family.unpack_latents(model, output, tuple(latents.shape[2:]))
+    return -unpacked if family.negated else unpacked
 
 
 def encode_conditioning(pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
@@ -244,7 +249,7 @@ def example_inputs(
     values = Values(model, model.device if device is None else device, sides)
     return {
         family.latents: values(*family.latent_shape(model, batch, sides)),
-        "timestep": torch.full((batch,), 500, device=values.device),
+        family.times: family.tell(torch.full((batch,), 500, device=values.device)),
         "return_dict": False,
         **family.example_conditioning(model, batch, words, values),
     }

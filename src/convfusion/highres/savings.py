@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -172,28 +172,42 @@ def choose_chunk(tokens: int) -> int | None:
 def run_one_at_a_time(model: Denoiser) -> Iterator[None]:
     """Let a denoiser work on the samples of a batch one after the other, for a while."""
 
-    def call_in_turn(forward: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        count = len(noisy_latents(model, args, kwargs))
+    def call_in_turn(forward: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        latents, kwargs = noisy_latents(model, args, kwargs), {**kwargs, "return_dict": False}
+        count, listed = len(latents), isinstance(latents, list)
         outputs = [
-            forward(
-                *_take_sample(args, i, count),
-                **_take_sample({**kwargs, "return_dict": False}, i, count),
-            )
+            forward(*_take_sample(args, i, count, listed), **_take_sample(kwargs, i, count, listed))
             for i in range(count)
         ]
-        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+        return tuple(_join_samples(parts) for parts in zip(*outputs, strict=True))
 
     with wrapped_method(model, "forward", call_in_turn):
         yield
 
 
-def _take_sample(arguments: Any, index: int, count: int) -> Any:
-    """One sample of nested arguments for a batch; what is no part of the batch stays."""
+def _join_samples(parts: Sequence[Any]) -> Any:
+    """What a denoiser gives for several batches, as for all their samples at once."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    return [sample for part in parts for sample in part]  # Z-Image gives them one by one
+
+
+def _take_sample(arguments: Any, index: int, count: int, listed: bool = False) -> Any:
+    """One sample of nested arguments for a batch; what is no part of the batch stays.
+
+    Args:
+        arguments: of the denoiser, or a part of them.
+        index: of the sample.
+        count: samples of the batch.
+        listed: whether the denoiser takes lists with a tensor for each sample.
+    """
+    if listed and isinstance(arguments, list) and len(arguments) == count:
+        return arguments[index : index + 1]
     if isinstance(arguments, tuple | list):  # residuals of a control net, pictures of IP-Adapters
-        return type(arguments)(_take_sample(value, index, count) for value in arguments)
+        return type(arguments)(_take_sample(value, index, count, listed) for value in arguments)
     if isinstance(arguments, Mapping):
         return {
-            name: value if name == GRID else _take_sample(value, index, count)
+            name: value if name == GRID else _take_sample(value, index, count, listed)
             for name, value in arguments.items()
         }
     if isinstance(arguments, Tensor) and arguments.dim() and len(arguments) == count:

@@ -63,7 +63,9 @@ def is_foreign(attention: Any, processor: Any) -> bool:
     """Whether a processor does more than compute an attention of this class."""
     own = getattr(attention, "_default_processor_cls", None)
     plain = (type(None), *([own] if own else []), *getattr(attention, "_available_processors", ()))
-    return type(processor).__name__ not in _PLAIN and type(processor) not in plain
+    layout = getattr(attention, "layout", None)
+    named = _PLAIN if layout is None else _PLAIN.union(layout.processors)
+    return type(processor).__name__ not in named and type(processor) not in plain
 
 
 def check_processor(site: str, processor: Any) -> None:
@@ -295,6 +297,15 @@ def mixed_class(stock: type[nn.Module], *, dropped: bool = False) -> Any:
         made = type(f"{word}{stock.__name__}", (base, stock), {"stock": stock})
         _classes[stock, dropped] = made
     return _classes[stock, dropped]
+
+
+def put_mixer(
+    attention: Any, mixer: TokenMixer, site: str, layout: JointLayout | None = None
+) -> None:
+    """Let a mixer stand in for an attention, in place; the attributes are those of the class."""
+    attention.__class__ = mixed_class(type(attention))
+    attention.mixer = mixer.train(attention.training)
+    attention.site, attention.layout = site, layout
 
 
 def replaced_layers(attention: nn.Module) -> dict[str, nn.Module]:
