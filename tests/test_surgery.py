@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from diffusers import (
-    FluxTransformer2DModel,
+    AuraFlowTransformer2DModel,
     UNet2DConditionModel,
 )
 from tiny_models import (
@@ -274,6 +274,9 @@ LAYOUTS: dict[str, tuple] = {
     "sd3-medium": ({0: (24, 1536)}, 2_028_328_000, 0.0, "sd3"),
     "sd35-large": ({0: (38, 2432)}, 8_056_627_520, 0.0, "sd3"),
     "prx-1.2b": ({0: (16, 1792)}, 1_170_691_648, 0.0, "prx"),
+    "flux1-dev": ({0: (57, 3072)}, 11_901_408_320, 0.0, "flux"),
+    "flux1-schnell": ({0: (57, 3072)}, 11_891_178_560, 0.0, "flux"),
+    "chroma1-hd": ({0: (57, 3072)}, 8_899_983_424, 0.0, "chroma"),
     "ddpm-256": ({4: (5, 512), 5: (1, 512)}, 113_673_219, 6.3, "ddpm"),
     "controlnet-sd15": (
         {0: (2, 320), 1: (2, 640), 2: (2, 1280), 3: (1, 1280)}, 361_279_120, 23.8
@@ -318,16 +321,16 @@ def test_patterns_choose_sites():
     ("make", "message"),
     [
         (
-            lambda: FluxTransformer2DModel(
-                num_layers=1,
-                num_single_layers=1,
+            lambda: AuraFlowTransformer2DModel(
+                num_mmdit_layers=1,
+                num_single_dit_layers=1,
                 attention_head_dim=8,
                 num_attention_heads=1,
-                axes_dims_rope=(2, 2, 4),
                 joint_attention_dim=8,
-                pooled_projection_dim=8,
+                caption_projection_dim=8,
+                pos_embed_max_size=16,
             ),
-            "FluxTransformer2DModel is not supported; supported are ControlNetModel, ",
+            "AuraFlowTransformer2DModel is not supported; supported are ChromaTransformer2D",
         ),
         (lambda: nn.Linear(2, 2), "Linear is not supported"),
         (lambda: "a path", "str has no `unet` or `transformer`"),
