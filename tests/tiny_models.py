@@ -476,9 +476,9 @@ CASES = [
     Case("hunyuan", hunyuan, 4, "hunyuandit", plain=False),
     Case("sd35", sd35, 5, "sd35-medium", plain=False, flow=True),
     Case("prx", prx, 2, "prx", plain=False, flow=True),
-    Case("zimage", zimage, 3, "zimage", largest=(10, 14), plain=False, flow=True),
-    Case("qwenimage", qwenimage, 2, "qwenimage", largest=(10, 14), plain=False, flow=True),
-    Case("lumina2", lumina2, 3, "lumina2", largest=(10, 14), plain=False, flow=True),
+    Case("zimage", zimage, 3, "zimage", plain=False, flow=True),
+    Case("qwenimage", qwenimage, 2, "qwenimage", plain=False, flow=True),
+    Case("lumina2", lumina2, 3, "lumina2", plain=False, flow=True),
 ]
 FLAT = [case for case in CASES if case.rank == 2]
 VIDEOS = [case for case in CASES if case.rank == 3]
