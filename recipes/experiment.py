@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 from convfusion import (
     ConvertConfig,
@@ -40,6 +40,7 @@ from convfusion.mixers import Mixer
 from convfusion.mixers.base import Grid
 from convfusion.operations import site_operations
 from mini import fashion, large, video
+from mini.joint import load_joint
 from mini.pixart import load_pixart
 from pages import add, rows
 from reach import window_share
@@ -73,6 +74,7 @@ TEACHERS = {
         fashion.load_fashion, fashion.training_data, lambda part: fashion.test_data(), (8, 8)
     ),
     "video": Teacher(video.load_video, video.training_data, video.held_out_data, (5, 16, 16)),
+    "joint": Teacher(load_joint, mini.training_data, mini.held_out_data, (16, 16)),
     "large": Teacher(large.load_large, large.training_data, large.held_out_data, (32, 32)),
 }
 TEXT_TO_IMAGE = ("mini", "pixart")
@@ -155,9 +157,12 @@ def shipped(name: mini.Student) -> tuple[Callable[[], Any], str]:
 
 
 def unfused(pipe: Any) -> None:
-    """Attention as products and a softmax: on a CPU faster to train than the fused one."""
+    """Attention as products and a softmax: on a CPU faster to train than the fused one.
+
+    Joint attention, which has processors of its own, is left as it is.
+    """
     for module in denoiser_of(pipe).modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention) and isinstance(module.processor, AttnProcessor2_0):
             module.set_processor(AttnProcessor())
 
 

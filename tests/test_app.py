@@ -37,7 +37,8 @@ from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.evaluate.results import SCHEMA
 from convfusion.families import denoiser_of, list_sites
 from convfusion.generate import generate
-from convfusion.mixers import DeltaConv, Depthwise, MeanOnly, Removed
+from convfusion.mixers import DeltaConv, Depthwise, Halo, MeanOnly, Removed
+from convfusion.mixers.base import Heads, JointTokens, TokenSample
 from convfusion.surgery import attention_teacher, drop_attention, uniform
 
 STEPS = 3
@@ -262,23 +263,25 @@ def test_a_look_at_an_earlier_step_sees_what_was_given_then():
     studio = make_studio()
     calls = studio.draw(TEACHER, wish_for(studio), Job()).calls
     first, last, again = (watch_call(studio, calls[i]) for i in (0, -1, 0))
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0].tokens, last[0].tokens)
+    assert all(
+        torch.equal(a.given.tokens, b.given.tokens) for a, b in zip(first, again, strict=True)
+    )
+    assert not torch.equal(first[0].given.tokens, last[0].given.tokens)
     with pytest.raises(ConvFusionError, match="outside"):
         look_from(studio, first, (0.5, 1.5))
 
 
 def test_a_block_depends_on_what_it_computes_with():
     torch.manual_seed(0)
-    tokens, token = torch.randn(1, 35, 8), 16  # row 2, column 2 of 5×7
-    window = measure_dependence(Depthwise(3).build(8, 2), tokens, (5, 7), token).view(5, 7)
+    given, token = TokenSample(torch.randn(1, 35, 8), (5, 7)), 16  # row 2, column 2 of 5×7
+    window = measure_dependence(Depthwise(3).build(8, 2), given, token).view(5, 7)
     inside = torch.zeros(5, 7, dtype=torch.bool)
     inside[1:4, 1:4] = True
     assert bool((window[inside] > 0).all()) and float(window[~inside].abs().max()) == 0
-    mean = measure_dependence(MeanOnly().build(8, 2), tokens, (5, 7), token)
+    mean = measure_dependence(MeanOnly().build(8, 2), given, token)
     assert torch.allclose(mean, torch.full((35,), 1 / 35))
-    assert measure_dependence(Removed().build(8, 2), tokens, (5, 7), token) is None
-    assert tokens.requires_grad is False
+    assert measure_dependence(Removed().build(8, 2), given, token) is None
+    assert given.tokens.requires_grad is False
 
 
 def test_a_dependence_is_the_norm_of_the_jacobian():
@@ -290,8 +293,21 @@ def test_a_dependence_is_the_norm_of_the_jacobian():
     whole = torch.autograd.functional.jacobian(lambda x: mixer(x, (4, 4))[0, 5], tokens)
     exact = whole[:, 0].square().sum((0, 2)).sqrt()
     assert torch.allclose(
-        measure_dependence(mixer, tokens, (4, 4), 5), exact / exact.sum(), atol=0.03
+        measure_dependence(mixer, TokenSample(tokens, (4, 4)), 5), exact / exact.sum(), atol=0.03
     )
+
+
+def test_beside_a_text_a_dependence_is_that_on_the_values_of_the_image():
+    torch.manual_seed(0)
+    image, text = (Heads(*torch.randn(3, 1, 2, n, 4)) for n in (12, 5))
+    values = image.value.transpose(1, 2).flatten(2)
+    given = TokenSample(values, (3, 4), None, JointTokens(image, text))
+    mixer = Halo(2, 4, 0, 1.0, 1.0).build_joint(8, 2)  # all of the attention
+    found = measure_dependence(mixer, given, 5)
+    keys = torch.cat([image.key, text.key], 2)
+    maps = (image.query[:, :, 5:6] @ keys.transpose(2, 3) / 2).softmax(-1)[0, :, 0, :12]
+    exact = maps.square().sum(0).sqrt()
+    assert torch.allclose(found, exact / exact.sum(), atol=0.02)
 
 
 def test_what_is_not_finite_is_refused():
@@ -299,7 +315,7 @@ def test_what_is_not_finite_is_refused():
     attention = studio.teacher.get_submodule(next(iter(studio.labels)))
     tokens = torch.full((1, 16, attention.query_dim), torch.nan)
     with pytest.raises(ConvFusionError, match="not finite"):
-        attend(attention, tokens, 3)
+        attend(attention, TokenSample(tokens, (4, 4)), 3)
 
 
 def test_cards_show_every_site_and_no_text_as_markup():

@@ -34,6 +34,7 @@ from convfusion.mixers import (
     Halo,
     Neighbourhood,
     Pooled,
+    Shared,
     ToMe,
 )
 from convfusion.operations import count, pairs_in_windows, peak_bytes, site_operations
@@ -131,6 +132,8 @@ def by_hand(mixer, height, width):
             left = n - int(n * ratio)
             matching = 2 * (n - ends) * ends * c
             return matching + 4 * 2 * left * c * c + 2 * 2 * left * left * c
+        case Shared(alone):
+            return by_hand(alone, height, width)
     raise AssertionError(mixer)
 
 
@@ -147,6 +150,7 @@ COUNTED = [
     GeneralisedLinear(),
     Pooled(2),
     ToMe(0.5),
+    Shared(DeltaConv(5)),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Z-Image, Qwen-Image and Lumina 2 with captions of several lengths, padding and pictures to go by."""
+"""Z-Image, Qwen-Image and Lumina 2: captions of several lengths, padding, pictures to go by."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_checkpointing_computes_each_size_with_its_own_grid(name):
 @pytest.mark.parametrize("name", ["zimage", "qwen-edit", "lumina2"])
 @torch.no_grad()
 def test_blocks_compile_one_by_one(name):
-    """What a halo block computes is compiled in `test_joint.py`; here the grid must come through."""
+    """What a halo block computes is compiled in `test_joint.py`: here the grid must arrive."""
     model = make(name)
     convfusion.convert(model, uniform(Depthwise(kernel_size=3)))
     randomise(mixers_of(model))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import save_file
-from tiny_pipelines import stable_diffusion, stable_diffusion_xl
+from tiny_pipelines import stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from transformers import CLIPConfig, CLIPImageProcessor
 
 import convfusion
@@ -170,6 +170,20 @@ def test_components_given_by_hand_take_the_place_of_those_on_disk(saved):
         saved / "converted", safety_checker=None, requires_safety_checker=False
     )
     assert given.safety_checker is None
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["converted", "stock"])
+def test_a_pipeline_without_a_component_that_diffusers_wants_to_be_told_of_loads(ours, tmp_path):
+    pipe = stable_diffusion_3()
+    if ours:
+        convfusion.convert(pipe)
+        convfusion.save_pipeline(pipe, tmp_path / "pipe")
+    else:
+        pipe.save_pretrained(tmp_path / "pipe")
+    found = (convfusion.load_pipeline if ours else by_name)(tmp_path / "pipe")
+    assert found.text_encoder_3 is found.tokenizer_3 is None
+    expected = pipe.transformer.state_dict()
+    assert all(torch.equal(own, expected[k]) for k, own in found.transformer.state_dict().items())
 
 
 def test_weights_of_one_variant_load(tmp_path):

@@ -436,8 +436,10 @@ def test_a_converted_model_compiles_whole(case):
     torch._dynamo.reset()
     model.compile(fullgraph=True, backend="eager")
     for size, output in zip(case.sizes, expected, strict=True):
-        inputs = case.inputs(*size)
+        inputs = {**case.inputs(*size), **case.told_grid(*size)}
         latents = inputs[family_of(model).latents]
         torch._dynamo.maybe_mark_dynamic(latents, (latents.ndim - 2, latents.ndim - 1))
+        for grid in inputs.get("joint_attention_kwargs", {}).values():
+            torch._dynamo.maybe_mark_dynamic(grid, (0, 1))
         found = first_output(model(**inputs))
         torch.testing.assert_close(found, output, rtol=1e-4, atol=1e-5)

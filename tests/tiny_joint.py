@@ -3,6 +3,8 @@
 from typing import Any
 
 from diffusers import (
+    ChromaTransformer2DModel,
+    FluxTransformer2DModel,
     Lumina2Transformer2DModel,
     PRXTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -97,6 +99,40 @@ def lumina2() -> Lumina2Transformer2DModel:
             cap_feat_dim=12,
         )
     )
+
+
+def flux() -> FluxTransformer2DModel:
+    """Of FLUX.1-dev, which is told a guidance scale."""
+    return sharpen(
+        FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            pooled_projection_dim=8,
+            guidance_embeds=True,
+            axes_dims_rope=(2, 2, 4),
+        )
+    )
+
+
+def chroma() -> ChromaTransformer2DModel:
+    """With an approximator whose modulation matters, unlike at the beginning of a training."""
+    model = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    return sharpen(model)
 
 
 def sharpen(model: nn.Module) -> nn.Module:

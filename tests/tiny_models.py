@@ -27,10 +27,11 @@ from diffusers import (
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
-from tiny_joint import lumina2, prx, qwenimage, sd35, zimage
+from tiny_joint import chroma, flux, lumina2, prx, qwenimage, sd35, zimage
 from torch import Tensor, nn
 
-from convfusion.families import example_inputs, family_of, list_sites
+from convfusion.families import example_inputs, family_of, list_sites, site_grid
+from convfusion.families.placed import PlacedCarrier
 from convfusion.mixers import Halo, Mixer
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -412,7 +413,7 @@ class Case:
                 return {key: fill(value, key) for key, value in values.items()}
             if isinstance(values, tuple):
                 return tuple(fill(value, name) for value in values)
-            if not isinstance(values, Tensor):
+            if not isinstance(values, Tensor) or not values.is_meta:
                 return values
             if name == family_of(model).times:
                 return family_of(model).tell(300 * torch.arange(1, batch + 1)).to(values.dtype)
@@ -425,6 +426,14 @@ class Case:
             return torch.randn(values.shape, generator=generator)
 
         return fill(made, "")
+
+    def told_grid(self, height: int, width: int) -> dict[str, Any]:
+        """What spares a model reading its grid from where tokens lie; {} where it does not."""
+        model = shapes_of(self.make)
+        if not isinstance(family_of(model).carrier(model), PlacedCarrier):
+            return {}
+        grid = site_grid(model, list_sites(model)[0], (height, width))
+        return {"joint_attention_kwargs": {"grid": torch.empty(*grid, 0)}}
 
     def batch(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """Arguments of a `DistillTask` for two samples: latents, noise, steps and conditioning.
@@ -476,6 +485,8 @@ CASES = [
     Case("hunyuan", hunyuan, 4, "hunyuandit", plain=False),
     Case("sd35", sd35, 5, "sd35-medium", plain=False, flow=True),
     Case("prx", prx, 2, "prx", plain=False, flow=True),
+    Case("chroma", chroma, 3, "chroma", largest=(12, 16), plain=False, flow=True),
+    Case("flux", flux, 3, "flux", largest=(12, 16), plain=False, flow=True),
     Case("zimage", zimage, 3, "zimage", plain=False, flow=True),
     Case("qwenimage", qwenimage, 2, "qwenimage", plain=False, flow=True),
     Case("lumina2", lumina2, 3, "lumina2", plain=False, flow=True),

@@ -10,9 +10,12 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
+    ChromaPipeline,
     DDIMScheduler,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
     HunyuanDiTPipeline,
     LattePipeline,
     LTXPipeline,
@@ -29,6 +32,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from tiny_joint import chroma, flux
 from tiny_models import dit, hunyuan, latte, ltx, pixart, sdxl, skyreels, video
 from transformers import (
     BertConfig,
@@ -190,6 +194,38 @@ def stable_diffusion_3() -> StableDiffusion3Pipeline:
         tokenizer=tokenizer(),
         tokenizer_2=tokenizer(),
         tokenizer_3=None,
+    )
+
+
+def flux_dev() -> FluxPipeline:
+    """For pictures with a token for each 4×4 pixels."""
+    torch.manual_seed(3)
+    vae = autoencoder()
+    vae.register_to_config(shift_factor=0.1)  # which its pipelines ask for
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config(8)).eval(),
+        tokenizer=tokenizer(),
+        text_encoder_2=text_encoder(),
+        tokenizer_2=word_tokenizer(),
+        transformer=flux().eval(),
+    )
+
+
+def flux_kontext() -> FluxKontextPipeline:
+    return FluxKontextPipeline(**flux_dev().components)
+
+
+def chroma_pipeline() -> ChromaPipeline:
+    parts = flux_dev().components
+    torch.manual_seed(3)
+    return ChromaPipeline(
+        scheduler=parts["scheduler"],
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder_2"],
+        tokenizer=parts["tokenizer_2"],
+        transformer=chroma().eval(),
     )
 
 

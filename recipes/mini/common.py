@@ -90,25 +90,12 @@ def fit(
         average: of the weights, updated with each step.
         on_step: called with the number of steps done.
     """
-    device = next(model.parameters()).device.type
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.99), weight_decay=schedule.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(model, schedule.weight_decay)
     state = {"model": model, "optimizer": optimizer} | ({"average": average} if average else {})
     first = step = load_state(kept, state)
     started = time.time()
     while step < schedule.steps:
-        torch.manual_seed(2**31 + step)  # none of the seeds that batches are drawn from
-        with torch.autocast(device, torch.bfloat16):
-            loss = loss_of(step)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(step)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if average is not None:
-            average.update_parameters(model)
+        loss = take_step(model, optimizer, loss_of, step, schedule.rate(step), average)
         step += 1
         if step % 50 == 0:
             rate = (step - first) / (time.time() - started)
@@ -116,6 +103,36 @@ def fit(
         on_step(step)  # before the state that says it was
         if step % 250 == 0 or step == schedule.steps:
             save_state(kept, state, step)
+
+
+def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """The optimiser of all trainings."""
+    return torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+    )
+
+
+def take_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.AdamW,
+    loss_of: Callable[[int], torch.Tensor],
+    step: int,
+    rate: float,
+    average: AveragedModel | None,
+) -> torch.Tensor:
+    """Take one step in bfloat16 autocast at a learning rate, and return its loss."""
+    torch.manual_seed(2**31 + step)  # none of the seeds that batches are drawn from
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+        loss = loss_of(step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    if average is not None:
+        average.update_parameters(model)
+    return loss.detach()
 
 
 def weighted(prediction: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -169,3 +186,11 @@ def load_state(path: Path, parts: dict) -> int:
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"]
+
+
+def forget_folder(kept: Path) -> None:
+    """Drop the name of the folder that a pipeline was read from, which diffusers saves with it."""
+    for file in (kept / "model_index.json", *kept.glob("*/config.json")):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")

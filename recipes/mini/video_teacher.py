@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Schedule, ema_step, fit
+from common import Schedule, ema_step, fit, forget_folder
 from diffusers import (
     AutoencoderKLWan,
     UniPCMultistepScheduler,
@@ -262,14 +262,6 @@ def package(run: Path) -> None:
     save_strips(generate(pipe, captions), KEPT / "drawn.png")
     size = sum(f.stat().st_size for f in KEPT.rglob("*") if f.is_file())
     print(f"{size / 1e6:.1f} MB", facts)
-
-
-def forget_folder(kept: Path) -> None:
-    """Drop the name of the folder that a pipeline was read from, which diffusers saves with it."""
-    for file in (kept / "model_index.json", *kept.glob("*/config.json")):
-        config = json.loads(file.read_text())
-        config.pop("_name_or_path", None)
-        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def parse_args() -> argparse.Namespace:

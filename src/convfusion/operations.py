@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from convfusion.errors import ConvFusionError
-from convfusion.families import count_sequences, denoiser_of, list_sites, site_grid
-from convfusion.mixers import Circular, Neighbourhood
-from convfusion.mixers.base import Grid, TokenMixer, projections
+from convfusion.families import (
+    Denoiser,
+    Site,
+    count_sequences,
+    denoiser_of,
+    list_sites,
+    site_grid,
+)
+from convfusion.mixers import Circular, Mixer, Neighbourhood
+from convfusion.mixers.base import Grid, JointTokens, TokenMixer, projections
 from convfusion.ops import library
-from convfusion.surgery.mixed import DroppedAttention, MixedAttention
+from convfusion.shapes import JointCall, find_joint_calls, shape_of_site, stock_on_meta
+from convfusion.surgery.mixed import DroppedAttention, MixedAttention, put_mixer
 
 
 def _sdpa_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -77,22 +86,29 @@ def site_operations(pipe_or_model: Any, size: Grid) -> dict[str, tuple[int, int]
     """Operations at each converted site for the latents of one sample.
 
     Their size is (height, width), or (frames, height, width) of a video, which is one sample even
-    if its frames are mixed each by itself.
+    if its frames are mixed each by itself. Where text and image share an attention, its projections
+    and what involves the text stay as they are, and count on both sides.
 
     Returns:
-        By site path, those of the attention with its four projections and those of the mixer.
+        By site path, those of the attention with its projections and those of what is there now.
 
     Raises:
         ConvFusionError: the attention was dropped, or nothing is converted.
     """
     model = denoiser_of(pipe_or_model)
+    attentions = {site: model.get_submodule(site.path) for site in list_sites(model)}
+    converted = {s: each for s, each in attentions.items() if isinstance(each, MixedAttention)}
+    if any(isinstance(each, DroppedAttention) for each in converted.values()):
+        raise ConvFusionError("the attention was dropped: there is nothing to compare with")
     counts: dict[str, tuple[int, int]] = {}
-    for site in list_sites(model):
-        attention = model.get_submodule(site.path)
-        if not isinstance(attention, MixedAttention):
+    joint = JointCounter(model, size, [site for site in converted if site.joint])
+    for site, attention in converted.items():
+        if site.joint:
+            counts[site.path] = (
+                joint.count(site).whole,
+                joint.count(site, attention.mixer.config).whole,
+            )
             continue
-        if isinstance(attention, DroppedAttention):
-            raise ConvFusionError("the attention was dropped: there is nothing to compare with")
         grid = site_grid(model, site, size)
         mixer: Any = copy.deepcopy(attention.mixer).to("meta")
         tokens = _meta_tokens(attention, site.channels, grid)
@@ -125,13 +141,115 @@ def _meta_tokens(attention: Any, channels: int, grid: Grid) -> Tensor:
     return torch.empty(1, math.prod(grid), channels, device="meta", dtype=dtype)
 
 
+class JointOperations(NamedTuple):
+    """Operations of an attention that text and image share, for one sample.
+
+    Attributes:
+        image: between tokens of the image, which is all that a mixer takes the place of.
+        text: what tokens of the image gather from the text, and the rows of the text; it stays.
+        projections: of image and text, before and after; they stay.
+    """
+
+    image: int
+    text: int
+    projections: int
+
+    @property
+    def kept(self) -> int:
+        """What stays whatever is put there."""
+        return self.text + self.projections
+
+    @property
+    def whole(self) -> int:
+        """All of them."""
+        return self.image + self.kept
+
+
+class JointCounter:
+    """Counts what is at the sites of a denoiser that text and image share.
+
+    The denoiser is called on the meta device, as its pipeline calls it, and the attention and what
+    may stand in for it are counted with the arguments that are seen there. Sites of the same shape
+    are counted once.
+
+    Args:
+        pipe_or_model: a pipeline or denoiser, converted or not, on any device.
+        latents: (height, width) of the latents, or (frames, height, width) of a video.
+        sites: of it; those that text and image share are counted. All of them by default.
+
+    Raises:
+        ConvFusionError: a part of its attention was dropped.
+    """
+
+    def __init__(
+        self, pipe_or_model: Any, latents: Grid, sites: Iterable[Site] | None = None
+    ) -> None:
+        model: Denoiser = denoiser_of(pipe_or_model)
+        listed = list_sites(model) if sites is None else sites
+        joint = [site for site in listed if site.joint]
+        self._model = stock_on_meta(model) if joint else model
+        self._shapes = {site.path: shape_of_site(self._model, site) for site in joint}
+        first = {self._shapes[site.path]: site for site in reversed(joint)}
+        calls = find_joint_calls(self._model, latents, first.values())
+        self._calls = {shape: (site, calls[site.path]) for shape, site in first.items()}
+        self._known: dict[Any, JointOperations] = {}
+
+    def find_call(self, site: Site) -> JointCall:
+        """What the attention of a site is called with, or one of the same shape."""
+        return self._calls[self._shapes[site.path]][1]
+
+    def read_tokens(self, site: Site) -> JointTokens:
+        """What the attention of a site computes with, without values."""
+        first, call = self._calls[self._shapes[site.path]]
+        attention = self._model.get_submodule(first.path)
+        assert site.joint is not None
+        with torch.no_grad():
+            return site.joint.project(attention, call.grid, *call.args, **call.kwargs)
+
+    def count(self, site: Site, mixer: Mixer | None = None) -> JointOperations:
+        """Operations with a mixer of these settings, or of the attention itself."""
+        key = (self._shapes[site.path], mixer)
+        if key not in self._known:
+            self._known[key] = self._count(site, mixer)
+        return self._known[key]
+
+    def _count(self, site: Site, mixer: Mixer | None) -> JointOperations:
+        image, text, *_ = tokens = self.read_tokens(site)
+        if mixer is not None:
+            few = tokens.take_words(1)  # what is gathered from the text is known: see below
+            of_text = _count_pairs(image.query, *few.text[1:])
+            with torch.device("meta"):
+                own = count(site.build(mixer).to(image.query.dtype), few, self.find_call(site).grid)
+            return self.count(site)._replace(image=own - of_text)
+        call = self.find_call(site)
+        whole = count(self.build(site), *call.args, **call.kwargs)
+        every = [torch.cat(pair, dim=2) for pair in zip(image[1:], text[1:], strict=True)]
+        between = _count_pairs(image.query, *image[1:])
+        of_text = _count_pairs(image.query, *text[1:]) + _count_pairs(text.query, *every)
+        return JointOperations(between, of_text, whole - between - of_text)
+
+    def build(self, site: Site, mixer: Mixer | None = None) -> Any:
+        """A copy of what is at a site, with a mixer of these settings or without, on meta."""
+        first, _ = self._calls[self._shapes[site.path]]
+        attention = copy.deepcopy(self._model.get_submodule(first.path))
+        if mixer is not None:
+            with torch.device("meta"):
+                put_mixer(attention, site.build(mixer), site.path, site.joint)
+        return attention
+
+
+def _count_pairs(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Operations of attention between heads [B, h, n, d]."""
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
 def operations_ratio(pipe_or_model: Any, size: tuple[int, int]) -> float:
     """Operations of all replaced attentions over those of their mixers, latents (height, width)."""
     counts = site_operations(pipe_or_model, size).values()
     return sum(attention for attention, _ in counts) / max(1, sum(mixer for _, mixer in counts))
 
 
-def peak_bytes(module: nn.Module, tokens: Tensor, *args: Any, **kwargs: Any) -> int:
+def peak_bytes(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     """The largest total size, in bytes, of the tensors that exist at once in a forward.
 
     Input and output count, and every tensor in between for as long as the code holds it; weights
@@ -141,13 +259,14 @@ def peak_bytes(module: nn.Module, tokens: Tensor, *args: Any, **kwargs: Any) -> 
 
     Args:
         module: on the device of the tokens, usually meta; its dtype is theirs.
-        tokens: its first argument.
-        args, kwargs: its further arguments.
+        args, kwargs: of its call.
     """
     alive = _Alive(module)
-    alive.add(tokens)
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor):
+            alive.add(leaf)
     with torch.no_grad(), alive, _FusedAttention():
-        module(tokens, *args, **kwargs)
+        module(*args, **kwargs)
     return alive.peak
 
 

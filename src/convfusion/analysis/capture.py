@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from convfusion.analysis.streaming import AttentionSums, Measure, measure_attention
+from convfusion.analysis.text_share import TextSums, measure_text_share
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, Site, denoiser_of
+from convfusion.families import Denoiser, Site, denoiser_of, family_of
 from convfusion.families.carrier import argument_position
 from convfusion.families.watch import watch_attention
-from convfusion.mixers.base import Grid, TokenSample, project_heads, score_scale
+from convfusion.mixers.base import Grid, JointTokens, TokenSample, project_heads, score_scale
 from convfusion.surgery import mixers_of
 
 
@@ -29,12 +30,14 @@ class Captured:
         by_timestep: sums over pictures at each timestep: of the heads and, last, their mean.
         mean_map: [Q, N] float32 on the model's device, the mean over heads of the chosen queries
             summed over pictures and timesteps; `maps` says how many went in.
+        text: what of it went to a text, at each timestep; empty where there is none.
     """
 
     grid: Grid
     by_timestep: dict[float, AttentionSums]
     mean_map: Tensor
     maps: int = 0
+    text: dict[float, TextSums] = field(default_factory=dict)
 
     @classmethod
     def blank(cls, grid: Grid, settings: Measure, tokens: Tensor) -> Captured:
@@ -43,8 +46,22 @@ class Captured:
         return cls(grid, {}, torch.zeros(queries, tokens.shape[1], device=tokens.device))
 
     @torch.no_grad()
-    def add(self, attention: Any, given: TokenSample, timestep: float, settings: Measure) -> None:
-        """Measure the attention of a batch of tokens.
+    def add(
+        self,
+        attention: Any,
+        given: TokenSample,
+        timestep: float,
+        settings: Measure,
+        padding: Tensor | None = None,
+    ) -> None:
+        """Measure the attention of a batch of tokens, of the image's among each other.
+
+        Args:
+            attention: a diffusers attention.
+            given: what it is called with.
+            timestep: of the call.
+            settings: what to measure.
+            padding: [B, T], true where a token of the text is padding, if that is known.
 
         Raises:
             ConvFusionError: the grid is another than before, or a map is not finite.
@@ -58,6 +75,22 @@ class Captured:
             before = self.by_timestep.get(timestep)
             self.by_timestep[timestep] = sums if before is None else before + sums
             self.maps += 1
+        if given.joint is not None:
+            self.add_text(given.joint, timestep, settings, padding)
+
+    def add_text(
+        self, joint: JointTokens, timestep: float, settings: Measure, padding: Tensor | None
+    ) -> None:
+        """Measure what goes to the text; where each row's padding is known, to padding too."""
+        words, queries = joint.text.key.shape[2], settings.chosen_queries(self.grid)
+        if not words:
+            return
+        if padding is not None and padding.shape != (len(joint.image.query), words):
+            padding = None  # of a text that is put together in another way
+        chunk = settings.chunk(joint.image.query.shape[1], joint.image.query.shape[2] + words)
+        sums = measure_text_share(joint, queries, chunk, padding)
+        before = self.text.get(timestep)
+        self.text[timestep] = sums if before is None else before + sums
 
 
 @dataclass(frozen=True)
@@ -197,13 +230,20 @@ def counted_calls(model: Denoiser, on_call: Callable[[], Any] | None) -> Iterato
 
 @contextmanager
 def attention_capture(
-    pipe: Any, timesteps: list[float], settings: Measure
+    pipe: Any, timesteps: list[float], settings: Measure, padding: Sequence[Tensor] = ()
 ) -> Iterator[dict[str, Captured]]:
     """Measure every self-attention at these timesteps of whatever the pipeline draws inside.
 
     Queries and keys are projected a second time beside the model's own forward pass, which goes
     on untouched: pictures are bit-equal with and without. What is seen of each site, summed over
     pictures and the halves of classifier-free guidance, is in the yielded dictionary.
+
+    Args:
+        pipe: the pipeline.
+        timesteps: to look at.
+        settings: what to measure.
+        padding: a list that holds, while a batch is drawn, [P, T] of its prompts and of as many
+            empty ones, true where a token of the text is padding.
 
     Raises:
         ConvFusionError: the model is converted; inside, a map that is not finite.
@@ -221,7 +261,8 @@ def attention_capture(
             if site.path not in seen:
                 seen[site.path] = Captured.blank(given.grid, settings, given.tokens)
             try:
-                seen[site.path].add(attention, given, timestep, settings)
+                told = _match_padding(padding, len(given.tokens), family_of(model).prompted)
+                seen[site.path].add(attention, given, timestep, settings, told)
             except ConvFusionError as error:
                 raise ConvFusionError(f"{site.path}, timestep {timestep}: {error}") from None
 
@@ -231,6 +272,18 @@ def attention_capture(
             yield seen
     finally:
         handle.remove()
+
+
+def _match_padding(padding: Sequence[Tensor], rows: int, prompted: int) -> Tensor | None:
+    """The padding of each row of a batch: of prompts, with empty ones beside them if guided."""
+    if not padding:
+        return None
+    told, empty = padding
+    if rows == len(told):
+        return told
+    if rows != 2 * len(told):
+        return None
+    return torch.cat([empty, told] if prompted == -1 else [told, empty])
 
 
 def call_timestep(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -129,6 +130,7 @@ def build_page(analysis: Analysis, images: dict[str, Image.Image], control: Anal
         "Decay: power with its exponent, exponential with its length in tokens. "
         "The last column is what <code>kernels.json</code> recommends.</p>",
         *_show_frames(analysis),
+        *_show_text(analysis),
         "<h2>Where attention gathers</h2>",
         _show_gathering(analysis),
         '<p class="note">How many times the attention that uniform attention would give it a token '
@@ -189,6 +191,35 @@ def _show_frames(analysis: Analysis) -> list[str]:
         "share of the attention that stays in the query's own frame, and within windows of so many "
         "frames, rows and columns round the query; in brackets the share of uniform attention, "
         "which is the share of all tokens that lie there. Frames are those of the latents.</p>",
+    ]
+
+
+def _show_text(analysis: Analysis) -> list[str]:
+    """The table of what goes to a text, where image and text share an attention."""
+    texts = [(site, site.text) for site in analysis.sites if site.text is not None]
+    if not texts:
+        return []
+    times = list(texts[0][1].timesteps)
+    rows = [
+        (
+            html.escape(shorten_path(site.path)),
+            f"{text.words:.0f} beside {math.prod(site.grid)}",
+            f"{text.share:.1%} ({text.uniform_share:.1%})",
+            "–" if text.padding is None else f"{text.padding:.1%}",
+            f"{min(text.heads):.0%} – {max(text.heads):.0%}",
+            *(f"{text.timesteps[time]:.1%}" for time in times),
+        )
+        for site, text in texts
+    ]
+    heads = ("layer", "tokens", "text", "padding", "heads", *(f"t = {time}" for time in times))
+    return [
+        "<h2>Image and text</h2>",
+        report.show_table(heads, rows, kind="dense"),
+        '<p class="note">Here image and text share an attention. The share of what the tokens of '
+        "the image attend to that is text, and in brackets that of uniform attention; the part of "
+        "it that is padding, where that is known; the least and the largest share of a head; and "
+        "the share at each timestep. All other tables of such a layer are about what its tokens of "
+        "the image attend to among each other.</p>",
     ]
 
 

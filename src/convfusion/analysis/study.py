@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,8 +36,16 @@ from convfusion.analysis.streaming import (
     summarise,
     uniform_score_mass,
 )
+from convfusion.analysis.text_share import TextAnalysis, summarise_text
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, Site, denoiser_of, list_sites, native_frames
+from convfusion.families import (
+    Denoiser,
+    Site,
+    denoiser_of,
+    family_of,
+    list_sites,
+    native_frames,
+)
 from convfusion.files import write_text
 from convfusion.fingerprint import fingerprint
 from convfusion.mixers.base import Grid
@@ -125,6 +134,8 @@ class SiteAnalysis:
         shown: the mean map `[S][H][W]` or `[S][T][H][W]` of a few queries, `shown_at` where they
             lie, as sinks do.
         frames: what is said of frames; None of a picture.
+        text: what goes to a text that shares the attention, of which all else is left out; None
+            where the image has it for itself.
     """
 
     path: str
@@ -144,6 +155,7 @@ class SiteAnalysis:
     shown: list[Any]
     shown_at: list[tuple[int, ...]]
     frames: FrameAnalysis | None
+    text: TextAnalysis | None
 
 
 @dataclass(frozen=True)
@@ -196,21 +208,28 @@ def analyze(
     check_prompts(prompts)
     model = denoiser_of(pipe)
 
+    padding: list[Tensor] = []
+
     def draw(progress: bool | None = None) -> None:
-        run_denoiser(
-            pipe,
-            prompts,
-            steps=config.steps,
-            guidance=config.guidance,
-            size=config.size,
-            frames=config.frames,
-            batch_size=config.batch_size,
-            progress=progress,
-        )
+        for start in range(0, len(prompts), config.batch_size):
+            part = prompts[start : start + config.batch_size]
+            padding[:] = find_padding(pipe, part)
+            run_denoiser(
+                pipe,
+                part,
+                seeds=list(range(start, start + len(part))),
+                steps=config.steps,
+                guidance=config.guidance,
+                size=config.size,
+                frames=config.frames,
+                batch_size=config.batch_size,
+                progress=progress,
+            )
 
     visited = ask_timesteps(pipe, lambda: draw(progress=False)) if native_frames(pipe) else None
     timesteps = choose_timesteps(pipe, config.steps, config.timesteps, visited)
-    with attention_capture(pipe, timesteps, config.measure) as seen, counted_calls(model, on_call):
+    capture = attention_capture(pipe, timesteps, config.measure, padding)
+    with capture as seen, counted_calls(model, on_call):
         draw()
     return Analysis(
         model=f"{type(pipe).__name__} with {type(model).__name__}",
@@ -220,6 +239,13 @@ def analyze(
         config=config,
         sites=site_analyses(model, seen, config),
     )
+
+
+def find_padding(pipe: Any, prompts: list[str]) -> list[Tensor]:
+    """Which tokens of the text are padding: of prompts, and of as many empty ones, if known."""
+    family = family_of(denoiser_of(pipe))
+    told = [family.find_padding(pipe, each) for each in (prompts, [""] * len(prompts))]
+    return [each for each in told if each is not None]
 
 
 def site_analyses(
@@ -262,6 +288,7 @@ def _analyse_site(site: Site, seen: Captured, config: AnalysisConfig) -> SiteAna
         shown=mean_map[rows.to(mean_map.device)].unflatten(1, grid).tolist(),
         shown_at=[_place(token, grid) for token in sorted(shown.tolist())],
         frames=_analyse_frames(sums, config.share) if len(grid) == 3 else None,
+        text=summarise_text(seen.text, math.prod(grid)),
     )
 
 

@@ -122,7 +122,7 @@ def look_from(studio: Studio, seen: Sequence[Seen], point: tuple[float, float]) 
         token = row * grid[1] + column
         attention = attention_at(studio.teacher, each.site)
         mixer = mixers.get(each.site.path)
-        block = None if mixer is None else measure_dependence(mixer, given.tokens, grid, token)
+        block = None if mixer is None else measure_dependence(mixer, given, token)
         distances = chebyshev(torch.tensor([token]), grid)
         views.append(
             SiteView(
@@ -150,16 +150,16 @@ def attend(attention: Any, given: TokenSample, token: int) -> Tensor:
     return _checked(scores.softmax(-1).mean((0, 1)).float().cpu())
 
 
-def measure_dependence(mixer: Any, tokens: Tensor, grid: Grid, token: int) -> Tensor | None:
+def measure_dependence(mixer: Any, given: TokenSample, token: int) -> Tensor | None:
     """How much the output of a mixer at one token depends on every token, as shares.
 
     The norm of the Jacobian ‖∂y_q/∂x_k‖_F of the output at the token q by the input at each token
     k, estimated from a few products vᵀ·J with random signs v, whose mean square is its square.
+    Where text and image share the attention, x are the values of the image.
 
     Args:
         mixer: a token mixer.
-        tokens: [1, N, C] that it is given.
-        grid: (H, W) with H·W = N.
+        given: what it is given, of one sample.
         token: q.
 
     Returns:
@@ -168,18 +168,19 @@ def measure_dependence(mixer: Any, tokens: Tensor, grid: Grid, token: int) -> Te
     Raises:
         ConvFusionError: it is not finite.
     """
-    kind = next((p.dtype for p in mixer.parameters()), tokens.dtype)
+    kind = next((p.dtype for p in mixer.parameters()), given.tokens.dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad():
-        given = tokens.to(kind, copy=True).requires_grad_()
-        output = mixer(given, grid)[0, token]
+        tokens = given.tokens.to(kind, copy=True).requires_grad_()
+        placed = given.map(lambda each: each.to(kind, copy=True)).with_tokens(tokens)
+        output = mixer(placed.inputs, given.grid)[0, token]
         if not output.requires_grad:  # as of zeros
             return None
         squares = torch.zeros(tokens.shape[1], device=tokens.device)
         for _ in range(PROBES):
             signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
             signs = signs.to(output.device, output.dtype)
-            (slope,) = torch.autograd.grad(output, given, signs, retain_graph=True)
+            (slope,) = torch.autograd.grad(output, tokens, signs, retain_graph=True)
             squares += slope[0].float().square().sum(-1)
     norms = _checked(squares.sqrt().cpu())
     return norms / norms.sum() if norms.sum() > 0 else None

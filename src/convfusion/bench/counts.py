@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from convfusion.bench.models import BenchModel
 from convfusion.errors import ConvFusionError
 from convfusion.families import (
+    Denoiser,
     Site,
     count_sequences,
     example_inputs,
@@ -30,7 +32,8 @@ from convfusion.files import write_csv
 from convfusion.mixers import MIXERS, Mixer
 from convfusion.mixers.base import Grid, as_plain, projections
 from convfusion.mixers.delta_conv import DeltaConv
-from convfusion.operations import count, mixer_operations, peak_bytes
+from convfusion.operations import JointCounter, count, mixer_operations, peak_bytes
+from convfusion.shapes import shape_of_site
 from convfusion.surgery.config import ConvertConfig, uniform
 from convfusion.surgery.presets import choose_preset, get_preset
 
@@ -48,6 +51,11 @@ COUNTED = (
     "Memory: the most that the tensors of one site take at once in float16, without weights and "
     "attention scores; of halo blocks as on a GPU, which works 65,536 tokens at a time.",
 )
+COUNTED_JOINT = (
+    "Where text and image share an attention, its projections and all that involves the text stay, "
+    "and count on both sides: a mixer replaces what goes from image to image alone. Halo blocks "
+    "work 8,192 tokens at a time there."
+)
 EVERY = "all"  # the place of a total
 WHOLE = "denoiser"  # and of all that a denoiser works out
 
@@ -61,7 +69,8 @@ class Cost:
         width, height: of the picture, in pixels.
         mixer: `attention`, or the name of a contender.
         place: the part of the model, such as `down_blocks.0`; `all` is a total over the sites, and
-            `denoiser` over all layers.
+            `denoiser` over all layers. What stays of an attention that text and image share counts
+            with whatever stands there.
         sites: how many sites of that place cost the same, or all that a total sums up.
         channels: C of the tokens; 0 in a total.
         tokens: N of a sequence; 0 in a total.
@@ -103,29 +112,45 @@ def list_contenders(
         ConvFusionError: an unknown kind, or a ratio that no block can have.
     """
     compared: dict[str, ConvertConfig | None] = {ATTENTION: None}
-    family, rank = family_of(model.denoiser), list_sites(model.denoiser)[0].rank
-    for kind in [k for k in RIVALS if _works_on(k, rank)] if kinds is None else kinds:
+    family, sites = family_of(model.denoiser), list_sites(model.denoiser)
+    joint = [site for site in sites if site.joint]
+    for kind in [k for k in RIVALS if _works_on(k, sites)] if kinds is None else kinds:
         if kind not in MIXERS:
             raise ConvFusionError(f"no mixer {kind!r}; there are {', '.join(MIXERS)}")
         if kind == "halo":
-            for key, value in ranks:
+            whole = replace(family.halo, key_ratio=1.0, value_ratio=1.0)
+            for key, value in ranks if len(joint) < len(sites) else [(1, 1)]:
                 config = uniform(replace(family.halo, key_ratio=key, value_ratio=value))
-                compared[f"{kind} {key:g} {value:g}"] = config
-            continue
-        if kind != "delta_conv":
+                shared = {site.path: whole for site in joint}
+                compared[f"{kind} {key:g} {value:g}"] = ConvertConfig({**shared, **config.sites})
+        elif kind == "delta_conv":
+            preset = get_preset(choose_preset(model.denoiser)).sites
+            blocks: dict[str, Any] = {site.path: DeltaConv() for site in joint}
+            blocks |= {path: mixer for path, mixer in preset.items() if type(mixer) is DeltaConv}
+            for ratio in ratios:
+                compared[f"{kind} {ratio:g}"] = ConvertConfig(
+                    {path: replace(mixer, ratio=ratio) for path, mixer in blocks.items()}
+                )
+        else:
+            _check_joint(MIXERS[kind](), joint)
             compared[kind] = uniform(MIXERS[kind]())
-            continue
-        preset = get_preset(choose_preset(model.denoiser)).sites
-        for ratio in ratios:
-            compared[f"{kind} {ratio:g}"] = ConvertConfig(
-                {p: replace(m, ratio=ratio) for p, m in preset.items() if isinstance(m, DeltaConv)}
-            )
     return compared
 
 
-def _works_on(kind: str, rank: int) -> bool:
-    """Whether a mixer works on grids of a rank, with its default settings or a family's."""
-    return kind in ("delta_conv", "halo") or rank in MIXERS[kind]().build(2, 1).ranks
+def _works_on(kind: str, sites: Sequence[Site]) -> bool:
+    """Whether a mixer works at all sites, with its default settings or a family's."""
+    if kind in ("delta_conv", "halo"):
+        return True
+    settings = MIXERS[kind]()
+    knows_text = hasattr(settings, "build_joint") or not any(site.joint for site in sites)
+    return knows_text and sites[0].rank in settings.build(2, 1).ranks
+
+
+def _check_joint(settings: Mixer, joint: Sequence[Site]) -> None:
+    """Raise a ConvFusionError for a mixer that knows nothing of a text, where there is one."""
+    for site in joint[:1]:
+        with torch.device("meta"):
+            site.build(settings)
 
 
 def denoiser_operations(model: BenchModel, size: tuple[int, int]) -> int:
@@ -150,26 +175,48 @@ def operation_table(
     configs = list_contenders(model) if configs is None else configs
     latents = {size: model.latents(size) for size in sizes}
     groups = _groups(model, configs)
-    attentions = {
-        (group.first.channels, group.first.heads): model.denoiser.get_submodule(group.first.path)
-        for group in groups
-    }
-
+    plain = {(g.first.channels, g.first.heads): g.first for g in groups if not g.first.joint}
+    joint = [group.first for group in groups if group.first.joint]
+    short = _in_float16(model.denoiser) if joint else model.denoiser
     sequences = count_sequences(model.denoiser, groups[0].first)
 
     @cache  # the same at every place of so many channels and tokens
     def cost(channels: int, heads: int, mixer: Any, grid: Grid) -> tuple[int, int, int]:
-        return site_cost(attentions[channels, heads], mixer, grid, sequences)
+        attention = model.denoiser.get_submodule(plain[channels, heads].path)
+        return site_cost(attention, mixer, grid, sequences)
 
     rows = []
-    for size, group in product(latents, groups):
-        site, (height, width) = group.first, size
-        grid = site_grid(model.denoiser, site, latents[size])
-        for label, mixer in zip(configs, group.mixers, strict=True):
-            what = (model.name, width, height, label, group.place, group.sites, site.channels)
-            numbers = cost(site.channels, site.heads, mixer, grid)
+    for size, of_latents in latents.items():
+        counter = JointCounter(short, of_latents, joint)
+        for group, (number, label) in product(groups, enumerate(configs)):
+            site, mixer = group.first, group.mixers[number]
+            grid = site_grid(model.denoiser, site, of_latents)
+            if site.joint:
+                numbers = joint_cost(counter, site, mixer)
+            else:
+                numbers = cost(site.channels, site.heads, mixer, grid)
+            what = (model.name, size[1], size[0], label, group.place, group.sites, site.channels)
             rows.append(Cost(*what, math.prod(grid), *numbers))
     return rows
+
+
+def _in_float16(denoiser: Denoiser) -> Denoiser:
+    """A copy whose every layer is, which diffusers warns of."""
+    return nn.Module.to(copy.deepcopy(denoiser), torch.float16)
+
+
+def joint_cost(counter: JointCounter, site: Site, mixer: Mixer | None) -> tuple[int, int, int]:
+    """As `site_cost`, of a site that text and image share, with all that stays of it.
+
+    Args:
+        counter: of a denoiser in float16.
+        site: of it.
+        mixer: settings of what takes the place of its image-to-image attention; None for nothing.
+    """
+    module, call = counter.build(site, mixer), counter.find_call(site)
+    parameters = sum(p.numel() for p in module.parameters())
+    peak = peak_bytes(module, *call.args, **(call.kwargs if mixer is None else call.with_grid()))
+    return counter.count(site, mixer).whole, parameters, peak
 
 
 @dataclass
@@ -188,7 +235,7 @@ def _groups(model: BenchModel, configs: Mapping[str, ConvertConfig | None]) -> l
         in_unet = ".attentions." in site.path
         place = site.path.partition(".attentions." if in_unet else ".")[0]
         mixers = tuple(c.mixer_for(site.path) if c else None for c in configs.values())
-        alike = (place, site.channels, site.heads, site.level, mixers)
+        alike = (place, shape_of_site(model.denoiser, site), mixers)
         groups.setdefault(alike, _Group(place, site, mixers)).sites += 1
     return list(groups.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,16 @@ class BenchModel:
         """What the sides of its pictures are multiples of, in pixels."""
         return self.pixels_per_latent * family_of(self.denoiser).patch_size(self.denoiser)
 
+    @property
+    def largest(self) -> float:
+        """The longest side of a picture that it can draw, in pixels."""
+        side = family_of(self.denoiser).largest_side(self.denoiser)
+        return math.inf if side is None else side * self.pixels_per_latent
+
     def draws(self, size: tuple[int, int]) -> bool:
         """Whether it can draw pictures of (height, width) pixels."""
-        return min(size) >= self.unit and not any(side % self.unit for side in size)
+        fits = not any(side % self.unit for side in size)
+        return fits and self.unit <= min(size) and max(size) <= self.largest
 
     def latents(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of the latents of pictures of (height, width) pixels.
@@ -56,6 +64,11 @@ class BenchModel:
             ConvFusionError: the model draws no pictures of this size.
         """
         height, width = size
+        if max(size) > self.largest:
+            raise ConvFusionError(
+                f"{self.name} draws pictures of at most {self.largest} pixels along a side, not "
+                f"{width}×{height}"
+            )
         if not self.draws(size):
             raise ConvFusionError(
                 f"{self.name} draws multiples of {self.unit} pixels along a side, not "

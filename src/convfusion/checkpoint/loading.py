@@ -61,12 +61,23 @@ def read_pipeline(folder: Path, **options: Any) -> Any:
         if kind is not None and name not in options:
             dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
             parts[name] = read_part(folder / name, kind, dtype or torch.float32, variant)
+    options = _left_out(folder / INDEX) | options
     if options.keys() & set(ELSEWHERE):  # what was read has been checked, and is read again
         parts, options["variant"] = {}, variant
     try:
         return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **parts, **options)
     except Exception as error:
         raise _damaged(folder / INDEX, error) from error
+
+
+def _left_out(index: Path) -> dict[str, None]:
+    """Components that a pipeline has none of and that diffusers must be told so: SD3's T5."""
+    import diffusers
+
+    facts = read_json(index)
+    optional = getattr(diffusers, facts["_class_name"])._optional_components
+    nothing = (k for k, part in facts.items() if isinstance(part, list) and part[:1] == [None])
+    return dict.fromkeys(name for name in nothing if name not in optional)
 
 
 def read_part(folder: Path, kind: Any, dtype: torch.dtype, variant: str | None = None) -> Any:

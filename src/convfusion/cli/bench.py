@@ -13,6 +13,7 @@ from convfusion.cli.options import Ratio, Rivals, check_file, parse_size
 
 if TYPE_CHECKING:
     from convfusion.bench.counts import Cost
+    from convfusion.bench.joint_counts import JointCost
 
 Names = Annotated[
     list[str] | None,
@@ -23,7 +24,10 @@ Names = Annotated[
 ]
 Sizes = Annotated[
     list[str] | None,
-    typer.Option(help="WIDTHxHEIGHT in pixels. Repeat for more. Default: nine sizes."),
+    typer.Option(
+        help="WIDTHxHEIGHT in pixels. Repeat for more. Default: nine sizes; three where text and "
+        "image share attentions."
+    ),
 ]
 Csv = Annotated[
     Path | None,
@@ -48,6 +52,7 @@ def flops(
     """Count operations, parameters and memory from shapes alone: no weights, no GPU."""
     from convfusion.bench.counts import (
         COUNTED,
+        COUNTED_JOINT,
         RANKS,
         SIZES,
         add_totals,
@@ -55,6 +60,8 @@ def flops(
         operation_table,
         write_costs,
     )
+    from convfusion.bench.joint_counts import SIZES as JOINT_SIZES
+    from convfusion.bench.joint_counts import count_joint, has_joint_sites
     from convfusion.bench.models import bench_model, model_names
 
     check_file(out)
@@ -69,11 +76,15 @@ def flops(
         for pixels in wanted:
             model.latents(pixels)
     costs: list[Cost] = []
+    joint = [model.name for model in measured_models if has_joint_sites(model)]
     for model in measured_models:
-        sizes = wanted or [pixels for pixels in SIZES if model.draws(pixels)]
+        usual = JOINT_SIZES if model.name in joint else SIZES
+        sizes = wanted or [pixels for pixels in usual if model.draws(pixels)]
         costs += operation_table(model, sizes, compared[model.name])
         print_totals([cost for cost in add_totals(costs) if cost.model == model.name])
-    for line in COUNTED:
+        if model.name in joint:
+            print_joint(count_joint(model, sizes, compared[model.name]))
+    for line in (*COUNTED, *([COUNTED_JOINT] if joint else [])):
         typer.echo(line)
     if out is not None:
         write_costs(costs, out)
@@ -113,6 +124,33 @@ def print_totals(costs: list[Cost]) -> None:
         table.add_row(name, *cells)
     table.add_row("parameters", *parameters.values())
     console().print(table)
+
+
+def print_joint(costs: Sequence[JointCost]) -> None:
+    """Of a model whose text and image share attentions: what goes of its operations, and stays."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{costs[0].model}: attentions that text and image share, one forward",
+        show_lines=True,
+        caption=f"operations, with {costs[0].words} tokens of text; those of text and of "
+        "projections stay",
+    )
+    table.add_column("pixels", no_wrap=True)
+    for name in ("mixer", "image to image", "text", "projections", "denoiser"):
+        table.add_column(name, justify="left" if name == "mixer" else "right", overflow="fold")
+    for cost in costs:
+        image = describe_change(cost.image_before, cost.image_after)
+        denoiser = describe_change(cost.denoiser_before, cost.denoiser_after)
+        stay = (format_number(each, 1000, DECIMAL) for each in (cost.text, cost.projections))
+        table.add_row(f"{cost.width}×{cost.height}", cost.mixer, image, *stay, denoiser)
+    console().print(table)
+
+
+def describe_change(before: int, after: int) -> str:
+    """Operations before and after, and how many times fewer they are, in lines."""
+    lines = [f"{format_number(before, 1000, DECIMAL)} →", format_number(after, 1000, DECIMAL)]
+    return "\n".join(lines + ([f"{before / after:.3g}×"] if after else []))
 
 
 def format_number(number: float, step: int, units: tuple[str, ...]) -> str:

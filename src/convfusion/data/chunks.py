@@ -28,8 +28,7 @@ from convfusion.families import (
     denoiser_of,
     encode_conditioning,
     family_of,
-    frame_scale,
-    latent_scale,
+    unpack_drawn,
 )
 from convfusion.families.calls import frames_argument
 from convfusion.families.conditioning import flatten_conditioning
@@ -297,7 +296,7 @@ def draw_latents(pipe: Any, samples: Sequence[Sample], size: Extent, drawing: Dr
     if family_of(denoiser_of(pipe)).gives_latents:
         options |= {"size": size, "output_type": "latent"}
         drawn: list[Any] = generate(pipe, prompts, **options)
-        return torch.stack(drawn).float().cpu()
+        return unpack_drawn(pipe, torch.stack(drawn), (size[0], size[1])).float().cpu()
     with _collect_latents(pipe.vae) as latents:  # it gives pictures only
         generate(pipe, prompts, output_type="pt", **options)
     return torch.cat(latents).float().cpu() * pipe.vae.config.scaling_factor
@@ -314,9 +313,7 @@ def _draw_videos(pipe: Any, samples: Sequence[Sample], size: Extent, drawing: Dr
     }
     drawn = draw_batches(pipe, prompts, seeds, (height, width), len(prompts), False, options)
     latents = torch.cat([batch.frames for batch in drawn])
-    scale, denoiser = latent_scale(pipe), denoiser_of(pipe)
-    sides = ((frames - 1) // frame_scale(pipe) + 1, height // scale, width // scale)
-    return family_of(denoiser).unpack_latents(denoiser, latents, sides).float().cpu()
+    return unpack_drawn(pipe, latents, (height, width), frames).float().cpu()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from convfusion.distill.optimizers import STATE_PER_NUMBER
 from convfusion.distill.run import distill
 from convfusion.families import (
     denoiser_of,
+    family_of,
     frame_scale,
     latent_scale,
     native_frames,
@@ -132,7 +133,8 @@ def _make_noise(pipe: Any, config: DistillConfig, size: Grid | None) -> LatentDa
     check_size(pipe, (height, width))
     if own := native_frames(pipe):
         frames = [((frames or [own])[0] - 1) // frame_scale(pipe) + 1]
-    channels = denoiser_of(pipe).config.in_channels
+    denoiser = denoiser_of(pipe)
+    channels: Any = family_of(denoiser).latent_channels(denoiser)
     shape = (config.batch_size, channels, *frames, height // scale, width // scale)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed))
     return LatentDataset(noise, [""] * config.batch_size)

@@ -33,7 +33,13 @@ from convfusion.errors import CheckpointError, ConvFusionError
 from convfusion.evaluate.drawn import digest_drawn, write_drawn
 from convfusion.evaluate.epsilon import epsilon_errors, relative_error
 from convfusion.evaluate.settings import EvaluationSettings
-from convfusion.families import Denoiser, denoiser_of, encode_conditioning, latent_scale
+from convfusion.families import (
+    Denoiser,
+    denoiser_of,
+    encode_conditioning,
+    latent_scale,
+    unpack_drawn,
+)
 from convfusion.families.patches import wrapped_method
 from convfusion.files import read_json, write_text
 from convfusion.fingerprint import shown
@@ -190,7 +196,7 @@ def _draw_batch(
         for i, each in zip(rows, drawn, strict=True):
             write_drawn(folder, side, i, each)
         paths[side] = path
-    final = paths[TEACHER][-1][1]
+    final = unpack_drawn(pipe, paths[TEACHER][-1][1], settings.size, settings.frames)
     errors = _measure_epsilon(pipe, teacher, settings, final, rows)
     if not np.isfinite(errors).all():
         raise ConvFusionError(

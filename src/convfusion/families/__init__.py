@@ -1,10 +1,12 @@
 """Model families, a file each: what is particular to one kind of denoiser is said there alone."""
 
 from convfusion.families import (
+    chroma,
     controlnet,
     cosmos,
     ddpm,
     dit,
+    flux,
     hunyuan,
     kandinsky,
     latte,
@@ -58,6 +60,7 @@ from convfusion.families.lookup import (
     pixel_unit_of,
     shorten_path,
     site_grid,
+    unpack_drawn,
 )
 
 for _family in (
@@ -77,6 +80,8 @@ for _family in (
     hunyuan.HUNYUAN_DIT,
     sd3.STABLE_DIFFUSION_3,
     prx.PRX_IMAGE,
+    flux.FLUX_1,
+    chroma.CHROMA,
     zimage.Z_IMAGE,
     qwenimage.QWEN_IMAGE,
     lumina2.LUMINA_2,
@@ -97,6 +102,7 @@ __all__ = [
     "block_family",
     "check_alone",
     "check_captioned",
+    "chroma",
     "component_names",
     "controlnet",
     "cosmos",
@@ -108,6 +114,7 @@ __all__ = [
     "encode_conditioning",
     "example_inputs",
     "family_of",
+    "flux",
     "frame_scale",
     "hunyuan",
     "kandinsky",
@@ -133,6 +140,7 @@ __all__ = [
     "supported_classes",
     "svd",
     "unet",
+    "unpack_drawn",
     "vace",
     "wan",
 ]

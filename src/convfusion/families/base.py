@@ -187,6 +187,18 @@ class Family(ABC):
             Keyword arguments of the denoiser; each tensor is [B, …].
         """
 
+    def find_padding(self, pipe: Any, prompts: Sequence[str]) -> Tensor | None:
+        """Which tokens of the text are padding, where all of them are attended to: [B, T].
+
+        Args:
+            pipe: a pipeline of this family.
+            prompts: one per sample.
+
+        Returns:
+            True where a token is padding; None, the default, where that is not known.
+        """
+        return None
+
     def text_readers(self, pipe: Any) -> tuple[TextReader, ...]:
         """How a pipeline turns prompts into `encoder_hidden_states`, for an export of all of it.
 
@@ -232,6 +244,10 @@ class Family(ABC):
     def patch_size(self, model: Denoiser) -> int:
         """Latents along the side of a patch, which pictures must be multiples of."""
         return 1
+
+    def largest_side(self, model: Denoiser) -> int | None:
+        """The longest side of latents that a model knows places for; None where any will do."""
+        return None
 
     def latent_unit(self, model: Denoiser) -> int:
         """What the sides of latents are multiples of where every layer divides them evenly."""

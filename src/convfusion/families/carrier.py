@@ -348,7 +348,8 @@ def append_grid(module: nn.Module, args: tuple, output: Any) -> tuple:
     """Forward hook of a rotary embedding: the grid that its owner's hook left goes behind it."""
     grid = module.grid_of_call
     del module.grid_of_call
-    return (*output, grid) if isinstance(output, tuple) else (output, grid)
+    sent = grid if isinstance(grid, tuple) else (grid,)
+    return (*output, *sent) if isinstance(output, tuple) else (output, *sent)
 
 
 def read_coordinates(coordinates: Tensor) -> tuple[int, int, int]:
@@ -404,7 +405,9 @@ def _strip(value: Any) -> Any:
         return None  # where a grid travels in a dict, there is no other reason for one
     if not _carries_grid(value):
         return value
-    return value[:-1] if len(value) > 2 else value[0]
+    while _carries_grid(value):
+        value = value[:-1]
+    return value if len(value) > 1 else value[0]
 
 
 def _carries_grid(value: Any) -> bool:

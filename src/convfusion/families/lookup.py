@@ -277,6 +277,23 @@ def native_frames(pipe: Any) -> int:
     return (frames - 1) * frame_scale(pipe) + 1 if frames else 0
 
 
+def unpack_drawn(
+    pipe: Any, packed: Tensor, size: Size | None = None, frames: int | None = None
+) -> Tensor:
+    """Latents as a pipeline has them while it draws, as [B, C, h, w] or [B, C, t, h, w].
+
+    Args:
+        pipe: a pipeline of a known family.
+        packed: its latents.
+        size: (height, width) of what is drawn in pixels, by default the pipeline's own.
+        frames: of a clip; None for a picture.
+    """
+    scale, model = latent_scale(pipe), denoiser_of(pipe)
+    height, width = size or native_size(pipe)
+    own = () if frames is None else ((frames - 1) // frame_scale(pipe) + 1,)
+    return family_of(model).unpack_latents(model, packed, (*own, height // scale, width // scale))
+
+
 def native_size(pipe: Any) -> Size:
     """(height, width) in pixels of the pictures that a pipeline's denoiser was trained on."""
     scale = latent_scale(pipe)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
@@ -24,7 +25,8 @@ from convfusion.families.joint import (
 )
 from convfusion.mixers.base import Grid, JointTokens
 
-WORDS = 77 + 256  # tokens that its text encoders read: CLIP's, then T5's
+T5_WORDS = 256  # tokens that it reads unless a pipeline is told otherwise
+WORDS = 77 + T5_WORDS  # tokens that its text encoders read: CLIP's, then T5's
 
 _CLASS = "SD3Transformer2DModel"
 
@@ -70,7 +72,7 @@ class SD3(Family):
     }
     halo = JOINT_HALO
     full_size = {
-        "sd3-medium": (_CLASS, _MEDIUM),
+        "sd3-medium": (_CLASS, _MEDIUM | {"pos_embed_max_size": 192}),
         "sd35-medium": (
             _CLASS,
             _MEDIUM
@@ -128,12 +130,27 @@ class SD3(Family):
     def patch_size(self, model: Denoiser) -> int:
         return model.config.patch_size
 
+    def largest_side(self, model: Denoiser) -> int:
+        return model.config.pos_embed_max_size * model.config.patch_size
+
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
         embeds, _, pooled, _ = pipe.encode_prompt(
             list(prompts), None, None, device=pipe.transformer.device,
             do_classifier_free_guidance=False,
         )  # fmt: skip
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def find_padding(self, pipe: Any, prompts: Sequence[str]) -> Tensor:
+        """Both CLIP encoders read the same words, and T5 as many as it is asked for."""
+        words = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        clip = pipe.tokenizer(
+            list(prompts), max_length=pipe.tokenizer_max_length, **words
+        ).attention_mask
+        if pipe.text_encoder_3 is None:
+            t5 = torch.zeros(len(prompts), T5_WORDS, dtype=clip.dtype)
+        else:
+            t5 = pipe.tokenizer_3(list(prompts), max_length=T5_WORDS, **words).attention_mask
+        return torch.cat([clip, t5], dim=1) == 0
 
     def example_conditioning(
         self, model: Denoiser, batch: int, words: int | None, values: Values

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from convfusion.errors import ConvFusionError
 from convfusion.families import denoiser_of, example_inputs, family_of
-from convfusion.families.patches import copied_without_patches
 from convfusion.operations import peak_bytes
+from convfusion.shapes import copy_to_meta
 
 GIB = 2**30
 
@@ -51,20 +50,3 @@ def estimate_decoder_peak(vae: Any, size: tuple[int, int]) -> float:
     decoder = copy_to_meta(vae.decoder, dtype).to(dtype)
     latents = torch.empty(1, vae.config.latent_channels, *size, device="meta", dtype=dtype)
     return peak_bytes(decoder, latents) / GIB
-
-
-def copy_to_meta(model: nn.Module, dtype: torch.dtype) -> Any:
-    """A copy of a model without values.
-
-    Its settings and PyTorch's hooks are kept. What moves weights about, casts or compiles them is
-    not: it would move and call the model itself, and changes little of what is estimated.
-    """
-    shapes: dict[int, Any] = {
-        id(p): nn.Parameter(
-            torch.empty_like(p, device="meta", dtype=dtype if p.itemsize == 1 else p.dtype),
-            requires_grad=False,
-        )
-        for p in model.parameters()
-    }
-    shapes |= {id(b): b.to("meta") for b in model.buffers()}
-    return copied_without_patches(model, shapes)

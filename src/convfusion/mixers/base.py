@@ -69,6 +69,10 @@ class JointTokens(NamedTuple):
         )
         return JointTokens(image, text, bias, text_bias)
 
+    def take_words(self, most: int) -> JointTokens:
+        """With the first tokens of the text alone, all of which are seen."""
+        return JointTokens(self.image, Heads(*(each[:, :, :most] for each in self.text)))
+
     def count_words(self) -> Tensor:
         """Tokens of the text that a row of the image sees: [B, 1, 1, 1]."""
         if self.bias is None:
@@ -102,8 +106,7 @@ class TokenSample(NamedTuple):
         """With the tokens of the image alone."""
         if self.joint is None:
             return self
-        none = Heads(*(each[:, :, :0] for each in self.joint.text))
-        return self._replace(joint=JointTokens(self.joint.image, none))
+        return self._replace(joint=self.joint.take_words(0))
 
     def count_bytes(self) -> int:
         """Of its tensors, for each picture."""
@@ -115,6 +118,14 @@ class TokenSample(NamedTuple):
 
         self.map(count)
         return sum(sizes)
+
+    def with_tokens(self, tokens: Tensor) -> TokenSample:
+        """With other tokens [B, N, C], and all else as it was."""
+        if self.joint is None:
+            return self._replace(tokens=tokens)
+        heads = self.joint.image.value.shape[1]
+        image = self.joint.image._replace(value=tokens.unflatten(2, (heads, -1)).transpose(1, 2))
+        return self._replace(tokens=tokens, joint=self.joint._replace(image=image))
 
     @property
     def inputs(self) -> Any:

@@ -299,6 +299,15 @@ def mixed_class(stock: type[nn.Module], *, dropped: bool = False) -> Any:
     return _classes[stock, dropped]
 
 
+def put_mixer(
+    attention: Any, mixer: TokenMixer, site: str, layout: JointLayout | None = None
+) -> None:
+    """Let a mixer stand in for an attention, in place; the attributes are those of the class."""
+    attention.__class__ = mixed_class(type(attention))
+    attention.mixer = mixer.train(attention.training)
+    attention.site, attention.layout = site, layout
+
+
 def replaced_layers(attention: nn.Module) -> dict[str, nn.Module]:
     """The layers of an attention that a mixer takes the place of, by name.
 

@@ -47,6 +47,7 @@ from convfusion.surgery.mixed import (
     check_joint,
     check_processor,
     mixed_class,
+    put_mixer,
     replaced_layers,
     resting_mixer,
 )
@@ -142,9 +143,7 @@ def install(model: Denoiser, mixers: dict[str, TokenMixer], *, keep_attention: b
     for site in list_sites(model):
         if site.path in mixers:
             attention = model.get_submodule(site.path)
-            attention.__class__ = mixed_class(type(attention))
-            attention.mixer = mixers[site.path].train(attention.training)
-            attention.site, attention.layout = site.path, site.joint
+            put_mixer(attention, mixers[site.path], site.path, site.joint)
             if not keep_attention and site.joint is None:
                 _drop(attention)
     _connect(model)
@@ -206,9 +205,8 @@ def status(pipe_or_model: Any) -> Status:
         attention = model.get_submodule(site.path)
         mixer = attention.mixer if _is_converted(model, site) else None
         mixer_weights = sum(p.numel() for p in mixer.parameters()) if mixer is not None else 0
-        weights = sum(
-            p.numel() for layer in replaced_layers(attention).values() for p in layer.parameters()
-        )
+        replaced = {} if site.joint else replaced_layers(attention)
+        weights = sum(p.numel() for layer in replaced.values() for p in layer.parameters())
         rows.append(
             SiteStatus(
                 site=site,

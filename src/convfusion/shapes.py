@@ -1,0 +1,125 @@
+"""Denoisers without values, on the meta device, and what their attentions are called with there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from convfusion.families import Denoiser, Site, example_inputs, site_grid
+from convfusion.families.carrier import GRID, drop_grid
+from convfusion.families.patches import copied_without_patches
+from convfusion.mixers.base import Grid
+from convfusion.surgery import mixers_of, revert
+
+
+def copy_to_meta(model: nn.Module, dtype: torch.dtype) -> Any:
+    """A copy of a model without values.
+
+    Its settings and PyTorch's hooks are kept. What moves weights about, casts or compiles them is
+    not: it would move and call the model itself, and changes little of what is estimated.
+    """
+    shapes: dict[int, Any] = {
+        id(p): nn.Parameter(
+            torch.empty_like(p, device="meta", dtype=dtype if p.itemsize == 1 else p.dtype),
+            requires_grad=False,
+        )
+        for p in model.parameters()
+    }
+    shapes |= {id(b): b.to("meta") for b in model.buffers()}
+    return copied_without_patches(model, shapes)
+
+
+def stock_on_meta(model: Denoiser) -> Denoiser:
+    """A denoiser as it is without mixers and values: itself where it is that, else a copy.
+
+    Raises:
+        ConvFusionError: it is converted, and its attention was dropped.
+    """
+    converted = bool(mixers_of(model))
+    if model.device.type == "meta" and not converted:
+        return model
+    shapes = copy_to_meta(model, model.dtype)
+    if converted:
+        revert(shapes)
+    return shapes
+
+
+def shape_of_site(model: Denoiser, site: Site) -> tuple[Any, ...]:
+    """What tells a site from those that cost something else: equal for sites that cost the same."""
+    weights = model.get_submodule(site.path).named_parameters()
+    # Where text and image share attentions, those of another list may be called with other texts.
+    place = site.path.partition(".")[0] if site.joint else ""
+    layers = tuple((name, tuple(weight.shape)) for name, weight in weights if ".mixer." not in name)
+    return (type(site.joint), place, site.channels, site.heads, site.level, layers)
+
+
+class JointCall(NamedTuple):
+    """What an attention is called with that text and image share.
+
+    Attributes:
+        args, kwargs: of the call; no grid is among them.
+        grid: of the tokens of the image.
+    """
+
+    args: tuple
+    kwargs: Mapping[str, Any]
+    grid: Grid
+
+    def with_grid(self) -> dict[str, Any]:
+        """Keyword arguments with the grid, as a converted attention takes them."""
+        device = next(each.device for each in self.list_tensors())
+        return {**self.kwargs, GRID: torch.empty(*self.grid, 0, device=device)}
+
+    def list_tensors(self) -> list[Tensor]:
+        """The tensors among its arguments."""
+        leaves = tree_leaves((self.args, dict(self.kwargs)))
+        return [each for each in leaves if isinstance(each, Tensor)]
+
+
+def find_joint_calls(
+    model: Denoiser, latents: Grid, sites: Collection[Site], *, batch: int = 1
+) -> dict[str, JointCall]:
+    """What some attentions are called with that text and image share, in shapes alone.
+
+    The denoiser is called as its pipeline calls it, with as many tokens of text, until all of them
+    were seen.
+
+    Args:
+        model: on the meta device, not converted; see `stock_on_meta`.
+        latents: (height, width) of the latents, or (frames, height, width) of a video.
+        sites: of the model.
+        batch: samples.
+
+    Returns:
+        By path of the site.
+    """
+    calls: dict[str, JointCall] = {}
+
+    def reader(site: Site) -> Callable:
+        def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = drop_grid(module, args, kwargs)
+            calls[site.path] = JointCall(*given, site_grid(model, site, latents))
+            if len(calls) == len(sites):
+                raise _AllSeenError
+
+        return see
+
+    if not sites:
+        return calls
+    with ExitStack() as stack:
+        for site in sites:
+            attention = model.get_submodule(site.path)
+            handle = attention.register_forward_pre_hook(reader(site), with_kwargs=True)
+            stack.callback(handle.remove)
+        with torch.no_grad(), suppress(_AllSeenError):
+            model(**example_inputs(model, latents, batch=batch, device="meta"))
+    return calls
+
+
+class _AllSeenError(Exception):
+    """Ends a forward pass of which no more is needed."""
