@@ -6,7 +6,8 @@ to tell the image's share of a softmax, and by halo blocks with the text in thei
 measured as it starts, and distilled for 100 steps except where nothing can learn; the best of
 either kind with three seeds. Errors of the velocity and how close pictures are to the teacher's
 from equal seeds go to `results/joint.csv`, on pictures and captions of the list `results`.
-`--picture` draws pictures below each other instead, to `docs/images/joint.png`.
+`--picture` draws pictures below each other instead, to `docs/images/joint.png`, and `--text`
+measures what share of each attention goes to the text, for `results/joint_text.csv`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from convfusion import DeltaConv, mini, status, uniform
+from convfusion.analysis import AnalysisConfig, analyze
 from convfusion.demo import spread
 from convfusion.evaluate import epsilon_error
 from convfusion.evaluate.images import mean_psnr
@@ -28,7 +30,7 @@ from convfusion.mixers import Halo, Mixer, Removed, Shared
 from convfusion.operations import site_operations
 from experiment import TEACHERS, Recipe, Table, judge, recipe, student
 from mini.joint import GUIDANCE, SIZE
-from pages import ROOT
+from pages import ROOT, write
 
 NOTHING = "nothing"
 CONSTANT, PREDICTED, CELLS = (
@@ -125,6 +127,28 @@ def choose_rates() -> None:
             CHOICE.once(judge_rate, name, 0, STEPS, rate, made_by.made("joint"))
 
 
+def measure_text() -> None:
+    """What share of each attention goes to the text, at five steps of a drawing."""
+    pipe = TEACHERS["joint"].load()
+    prompts = spread(TEACHERS["joint"].held_out_data("results"), DRAWN).captions
+    settings = AnalysisConfig(steps=DRAWING_STEPS, guidance=GUIDANCE, size=(SIZE, SIZE))
+    rows = []
+    for number, site in enumerate(analyze(pipe, prompts, settings).sites):
+        text = site.text
+        assert text is not None
+        shares = {f"t={time:.0f}": share for time, share in text.timesteps.items()}
+        found = {
+            "share": text.share,
+            "uniform": text.uniform_share,
+            "padding": text.padding,
+            "least_head": min(text.heads),
+            "most_head": max(text.heads),
+            **shares,
+        }
+        rows.append({"layer": number} | {name: f"{value:.4f}" for name, value in found.items()})
+    write("joint_text.csv", rows)
+
+
 def save_picture() -> None:
     """Pictures of the teacher, and below each other those of four kinds of students."""
     sides = [draw_teacher()]
@@ -142,10 +166,13 @@ def save_picture() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--picture", action="store_true")
+    parser.add_argument("--text", action="store_true", help="what goes to the text")
     parser.add_argument("--rates", action="store_true", help="try rates, on the list `choice`")
     args = parser.parse_args()
     if args.picture:
         save_picture()
+    elif args.text:
+        measure_text()
     elif args.rates:
         choose_rates()
     else:
