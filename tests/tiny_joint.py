@@ -49,12 +49,12 @@ def prx() -> PRXTransformer2DModel:
     return sharpen(model)
 
 
-def zimage() -> ZImageTransformer2DModel:
+def zimage(layers: int = 2) -> ZImageTransformer2DModel:
     """With padding that is not zero, unlike at the beginning of a training."""
     model = ZImageTransformer2DModel(
         in_channels=4,
         dim=16,
-        n_layers=2,
+        n_layers=layers,
         n_refiner_layers=1,
         n_heads=2,
         n_kv_heads=2,
@@ -67,12 +67,12 @@ def zimage() -> ZImageTransformer2DModel:
     return sharpen(model)
 
 
-def qwenimage(**options: Any) -> QwenImageTransformer2DModel:
+def qwenimage(num_layers: int = 2, **options: Any) -> QwenImageTransformer2DModel:
     return sharpen(
         QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
-            num_layers=2,
+            num_layers=num_layers,
             attention_head_dim=8,
             num_attention_heads=2,
             joint_attention_dim=12,

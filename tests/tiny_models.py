@@ -487,9 +487,9 @@ CASES = [
     Case("prx", prx, 2, "prx", plain=False, flow=True),
     Case("chroma", chroma, 3, "chroma", plain=False, flow=True),
     Case("flux", flux, 3, "flux", plain=False, flow=True),
-    Case("zimage", zimage, 3, "zimage", largest=(10, 14), plain=False, flow=True),
-    Case("qwenimage", qwenimage, 2, "qwenimage", largest=(10, 14), plain=False, flow=True),
-    Case("lumina2", lumina2, 3, "lumina2", largest=(10, 14), plain=False, flow=True),
+    Case("zimage", zimage, 3, "zimage", plain=False, flow=True),
+    Case("qwenimage", qwenimage, 2, "qwenimage", plain=False, flow=True),
+    Case("lumina2", lumina2, 3, "lumina2", plain=False, flow=True),
 ]
 FLAT = [case for case in CASES if case.rank == 2]
 VIDEOS = [case for case in CASES if case.rank == 3]
