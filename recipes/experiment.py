@@ -36,7 +36,7 @@ from convfusion.evaluate import epsilon_error
 from convfusion.families import denoiser_of
 from convfusion.fingerprint import fingerprint
 from convfusion.mini import HeldOut
-from convfusion.mixers import Mixer
+from convfusion.mixers import Mixer, Shared
 from convfusion.mixers.base import Grid
 from convfusion.operations import site_operations
 from mini import fashion, large, video
@@ -119,6 +119,8 @@ def recipe(blocks: ConvertConfig, steps: int, seed: int = 0, **settings: Any) ->
 def starts_measured(mixer: Mixer) -> bool:
     """Whether a mixer has a start that is measured."""
     with torch.device("meta"):
+        if isinstance(mixer, Shared):  # as where text and image share an attention
+            return mixer.build_joint(64, 4).has_measured_start
         return mixer.build(64, 4).has_measured_start
 
 

@@ -21,6 +21,7 @@ from typing import get_args
 
 import deployment_tables
 import highres_tables
+import joint_tables
 import picture_tables
 import quality_tables
 import speed_tables
@@ -329,6 +330,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pixart": partial(layers, "analysis-pixart"),
     **deployment_tables.TABLES,
     **highres_tables.TABLES,
+    **joint_tables.TABLES,
     **speed_tables.TABLES,
     **training_tables.TABLES,
     **video_tables.TABLES,

@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
-from tiny_models import CASES
+from tiny_models import JOINT
 
 import convfusion
 from convfusion import ConvFusionError, DeltaConv, MeanOnly, Removed
+from convfusion.bench import speed_plan
 from convfusion.bench.counts import (
     add_totals,
     list_contenders,
@@ -18,13 +19,16 @@ from convfusion.bench.counts import (
     whole_costs,
 )
 from convfusion.bench.joint_counts import count_joint, write_joint
+from convfusion.bench.latency import Measured, Variant, make_call, time_site
 from convfusion.bench.models import BenchModel, bench_model, full_size_configs
+from convfusion.bench.timing import Timing
 from convfusion.families import example_inputs, list_sites
 from convfusion.families.joint import JOINT_HALO
 from convfusion.mixers import Halo, Shared
 from convfusion.operations import JointCounter, count, site_operations
 from convfusion.shapes import find_joint_calls, stock_on_meta
 from convfusion.surgery.config import ConvertConfig
+from convfusion.surgery.presets import get_preset
 
 SIZE = (12, 20)
 MIXERS = [JOINT_HALO, Halo(4, 4, 2, 1.0, 1.0), DeltaConv(5), MeanOnly(), Removed()]
@@ -35,7 +39,6 @@ def joint_sites(model):
     return [site for site in list_sites(model) if site.joint]
 
 
-JOINT = [case for case in CASES if joint_sites(case.model())]
 cases = pytest.mark.parametrize("case", JOINT, ids=lambda case: case.name)
 FULL = [
     name
@@ -152,11 +155,58 @@ def test_published_models_convert_on_meta(name):
     assert len(find_joint_calls(shapes, (32, 32), sites[:1])) == 1
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@cases
+def test_shared_attentions_are_timed_with_parity_in_double_precision(case, backward):
+    model = on_meta(case).denoiser
+    config = convfusion.uniform(Halo(4, 4, 2, 1.0, 1.0))
+    variants = {"attention": Variant(), "block": Variant(config)}
+    variants["shared"] = Variant(convfusion.uniform(DeltaConv(3)))
+    for site in joint_sites(model)[:: len(joint_sites(model)) - 1]:
+        found = time_site(model, site, variants, (5, 6), batch=1, rounds=1, backward=backward)
+        assert all(each.timing and 0 < each.parity < 1e-5 for each in found.values()), found
+
+
+@cases
+def test_a_call_is_that_of_the_denoiser_with_values(case):
+    model = case.model()
+    site = joint_sites(model)[-1]
+    call = make_call(model, site, (3, 5), 2, torch.bfloat16, torch.device("cpu"))
+    tokens = site.joint.project(
+        model.get_submodule(site.path).bfloat16(), (3, 5), *call.args, **call.kwargs
+    )
+    assert tokens.image.query.shape[:3] == (2, site.heads, 15)
+    assert all(each.dtype == torch.bfloat16 for each in (*tokens.image, *tokens.text))
+    assert all(each.isfinite().all() and each.std() > 0.1 for each in tokens.image)
+
+
+def test_what_stays_of_a_shared_attention_is_part_of_the_rest(monkeypatch):
+    """Seconds of the attention are those above what stays; of noise, a share of a hundredth."""
+    case = next(case for case in JOINT if case.name == "prx")
+    times = {"attention": 5.0, "block": 3.0, "what stays of it": 2.0}
+
+    def timed(model, site, variants, grid, **options):
+        return {name: Measured(Timing((times[name],), None)) for name in variants}
+
+    monkeypatch.setattr(speed_plan, "time_site", timed)
+    model, config = case.model(), get_preset(case.preset)
+    (plan,) = speed_plan.plan_speed(model, config, (16, 16), batch=1).sites
+    assert plan.joint and plan.attention_weights == 0
+    assert plan.seconds == pytest.approx((2 * 3.0, 2 * 1.0))
+    times["what stays of it"] = 4.0
+    (plan,) = speed_plan.plan_speed(model, config, (16, 16), batch=1).sites
+    assert plan.seconds == pytest.approx((2 * 1.0, 2 * 0.03))
+    told = " ".join(speed_plan.describe_plan(speed_plan.plan_speed(model, config, (16, 16)), 8, 16))
+    assert "only what goes from image to image" in told and "no weights to drop" in told
+
+
 def test_sizes_that_a_model_has_no_places_for_are_refused():
     model = bench_model("sd35-large")
     assert model.draws((3072, 3072)) and not model.draws((3072, 3088))
     with pytest.raises(ConvFusionError, match="at most 3072 pixels along a side, not 4096×1024"):
         model.latents((1024, 4096))
+    with pytest.raises(ConvFusionError, match="latents of at most 384 along a side, not 512×64"):
+        JointCounter(model.denoiser, (64, 512))
 
 
 def test_what_knows_nothing_of_a_text_is_refused_by_name():

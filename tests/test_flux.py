@@ -8,6 +8,7 @@ import torch
 from diffusers import FluxPipeline
 from evaluations import thumbnails
 from PIL import Image
+from tiny_models import CASES, shapes_of
 from tiny_pipelines import chroma_pipeline, flux_dev, flux_kontext
 
 import convfusion
@@ -16,7 +17,7 @@ from convfusion.data import LatentDataset, build_cache
 from convfusion.data.sources import Drawing, Prompts
 from convfusion.distill import DistillConfig, distill
 from convfusion.evaluate import epsilon_error, evaluate, plan_evaluation
-from convfusion.families import encode_conditioning
+from convfusion.families import arrange_call, encode_conditioning, family_of
 from convfusion.families.flux import FLUX_1, GUIDANCE
 from convfusion.generate import generate
 from convfusion.mixers import Halo
@@ -75,7 +76,7 @@ def test_the_denoiser_is_called_as_the_pipeline_calls_it(make):
     )
     generate(pipe, ["red apple"], steps=1, guidance=GUIDANCE, size=(16, 24))
     handle.remove()
-    called, family = seen[0], convfusion.families.family_of(pipe.transformer)
+    called, family = seen[0], family_of(pipe.transformer)
     told = encode_conditioning(pipe, ["red apple"], (16, 24))
     latents = family.unpack_latents(pipe.transformer, called["hidden_states"], (8, 12))
     arranged = family.arrange_inputs(pipe.transformer, latents, torch.tensor([1000.0]), told)
@@ -95,7 +96,7 @@ def test_pictures_are_cached_and_trained_on(make, tmp_path):
     cache = build_cache(
         pipe, make_pictures(tmp_path / "pictures"), tmp_path / "cache", size=(16, 16)
     )
-    assert cache[[0]][0].shape == (1, 4, 8, 8)
+    assert cache.take([0], [False])[0].shape == (1, 4, 8, 8)
     frozen = {n: p.clone() for n, p in pipe.transformer.named_parameters() if ".mixer." not in n}
     blocks = {n: p.clone() for n, p in pipe.transformer.named_parameters() if ".mixer." in n}
     config = DistillConfig(
@@ -111,9 +112,10 @@ def test_what_is_drawn_is_cached_and_measured_in_the_shape_of_pictures(tmp_path)
     pipe, size = flux_dev(), (16, 24)
     prompts = Prompts("list", ("red", "green apple"), Drawing(steps=1, guidance=1.0))
     cache = build_cache(pipe, prompts, tmp_path / "cache", size=size)
-    assert cache[[0]][0].shape == (1, 4, 8, 12)
+    latents = cache.take([0], [False])[0]
+    assert latents.shape == (1, 4, 8, 12)
     pictures = generate(pipe, ["red"], steps=1, guidance=1.0, size=size, output_type="np")
-    decoded = pipe.vae.decode(cache[[0]][0] / pipe.vae.config.scaling_factor + 0.1).sample
+    decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor + 0.1).sample
     drawn = pipe.image_processor.postprocess(decoded.detach(), "np")
     np.testing.assert_allclose(drawn[0], pictures[0], atol=1e-4)
     convfusion.convert(pipe, SMALL)
@@ -139,3 +141,10 @@ def test_a_model_that_takes_more_than_its_latents_is_not_trained():
     pipe.transformer.register_to_config(in_channels=32)
     with pytest.raises(ConvFusionError, match="takes 8 channels, and its latents have 4: a pict"):
         encode_conditioning(pipe, ["red"], (16, 16))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("flux", "chroma", "prx")])
+def test_times_are_told_from_0_to_1(case):
+    latents, _, _, told = case.batch(8, 12)
+    called = arrange_call(shapes_of(case.make), latents, torch.tensor([250.0, 1000.0]), told)
+    assert called["timestep"].tolist() == [0.25, 1.0]

@@ -14,6 +14,7 @@ from convfusion.bench.latency import Variant, replaced_sites, site_kinds, time_d
 from convfusion.bench.timing import measure_peak, time_interleaved
 from convfusion.families import example_inputs, list_sites
 from convfusion.mixers import MIXERS
+from convfusion.shapes import shape_of_site
 from convfusion.surgery import build_mixers, mixers_of, presets
 from convfusion.surgery.config import uniform
 
@@ -36,7 +37,7 @@ def test_kinds_hold_every_site_once(case):
     kinds = site_kinds(model, presets.get_preset(case.preset))
     paths = [path for kind in kinds for path in kind.paths]
     assert sorted(paths) == sorted(site.path for site in list_sites(model))
-    costs = {(k.site.channels, k.site.heads, k.site.level, k.kernel_size) for k in kinds}
+    costs = {(*shape_of_site(model, k.site), k.kernel_size) for k in kinds}
     assert len(costs) == len(kinds)
 
 

@@ -26,8 +26,9 @@ else:
 
 ROOT = Path(__file__).parent.parent
 PINNED = {"torch", "tomli"}  # torch has one version in both; tomli is for Python 3.10 alone
-# With nothing between the input of a block and its site, unlike a skip connection or an attention.
-DIRECT = [case for case in CASES if case.name not in ("hunyuan", "sd35", "vace", "ddpm")]
+# With nothing between the input of a block and its site, unlike a skip connection or an attention,
+# and with nothing left of an attention that is removed, unlike one of text and image.
+DIRECT = [case for case in CASES if case.name not in ("hunyuan", "vace", "ddpm") and not case.joint]
 
 
 def floors(lines):

@@ -37,6 +37,14 @@ from diffusers import (
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.utils import make_image_grid
+from teacher import Batches, encode
+from torch.optim.swa_utils import AveragedModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from convfusion import mini
+from convfusion.checkpoint.pipelines import in_dtype
+from convfusion.demo import spread
+from convfusion.generate import generate
 from joint import (
     GUIDANCE,
     KEPT,
@@ -48,14 +56,6 @@ from joint import (
     measure,
     noise_shares,
 )
-from teacher import Batches, encode
-from torch.optim.swa_utils import AveragedModel
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-from convfusion import mini
-from convfusion.checkpoint.pipelines import in_dtype
-from convfusion.demo import spread
-from convfusion.generate import generate
 
 WIDTH, HEADS, BLOCKS = 128, 4, 6
 LARGEST = 64  # side of the largest grid of tokens that has positions

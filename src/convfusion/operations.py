@@ -29,7 +29,7 @@ from convfusion.families import (
 from convfusion.mixers import Circular, Mixer, Neighbourhood
 from convfusion.mixers.base import Grid, JointTokens, TokenMixer, projections
 from convfusion.ops import library
-from convfusion.shapes import JointCall, find_joint_calls, shape_of_site, stock_on_meta
+from convfusion.shapes import SiteCall, find_joint_calls, shape_of_site, stock_on_meta
 from convfusion.surgery.mixed import DroppedAttention, MixedAttention, put_mixer
 
 
@@ -194,7 +194,7 @@ class JointCounter:
         self._calls = {shape: (site, calls[site.path]) for shape, site in first.items()}
         self._known: dict[Any, JointOperations] = {}
 
-    def find_call(self, site: Site) -> JointCall:
+    def find_call(self, site: Site) -> SiteCall:
         """What the attention of a site is called with, or one of the same shape."""
         return self._calls[self._shapes[site.path]][1]
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from convfusion.families import Denoiser, Site, example_inputs, site_grid
+from convfusion.errors import ConvFusionError
+from convfusion.families import Denoiser, Site, example_inputs, family_of, site_grid
 from convfusion.families.carrier import GRID, drop_grid
 from convfusion.families.patches import copied_without_patches
 from convfusion.mixers.base import Grid
@@ -58,32 +59,40 @@ def shape_of_site(model: Denoiser, site: Site) -> tuple[Any, ...]:
     return (type(site.joint), place, site.channels, site.heads, site.level, layers)
 
 
-class JointCall(NamedTuple):
-    """What an attention is called with that text and image share.
+class SiteCall(NamedTuple):
+    """What an attention is called with.
 
     Attributes:
         args, kwargs: of the call; no grid is among them.
-        grid: of the tokens of the image.
+        grid: of its tokens, of those of the image where a text shares it.
     """
 
     args: tuple
-    kwargs: Mapping[str, Any]
+    kwargs: dict[str, Any]
     grid: Grid
 
     def with_grid(self) -> dict[str, Any]:
         """Keyword arguments with the grid, as a converted attention takes them."""
-        device = next(each.device for each in self.list_tensors())
-        return {**self.kwargs, GRID: torch.empty(*self.grid, 0, device=device)}
+        return {**self.kwargs, GRID: self.list_tensors()[0].new_empty(*self.grid, 0)}
 
     def list_tensors(self) -> list[Tensor]:
         """The tensors among its arguments."""
-        leaves = tree_leaves((self.args, dict(self.kwargs)))
+        leaves = tree_leaves((self.args, self.kwargs))
         return [each for each in leaves if isinstance(each, Tensor)]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> SiteCall:
+        """With each of its tensors changed."""
+
+        def change_leaf(leaf: Any) -> Any:
+            return change(leaf) if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs = tree_map(change_leaf, (self.args, self.kwargs))
+        return SiteCall(args, kwargs, self.grid)
 
 
 def find_joint_calls(
     model: Denoiser, latents: Grid, sites: Collection[Site], *, batch: int = 1
-) -> dict[str, JointCall]:
+) -> dict[str, SiteCall]:
     """What some attentions are called with that text and image share, in shapes alone.
 
     The denoiser is called as its pipeline calls it, with as many tokens of text, until all of them
@@ -97,13 +106,22 @@ def find_joint_calls(
 
     Returns:
         By path of the site.
+
+    Raises:
+        ConvFusionError: the model knows no places for latents so large.
     """
-    calls: dict[str, JointCall] = {}
+    calls: dict[str, SiteCall] = {}
+    largest = family_of(model).largest_side(model)
+    if largest is not None and max(latents[-2:]) > largest:
+        raise ConvFusionError(
+            f"this {type(model).__name__} draws latents of at most {largest} along a side, not "
+            f"{latents[-1]}×{latents[-2]}"
+        )
 
     def reader(site: Site) -> Callable:
         def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
             given = drop_grid(module, args, kwargs)
-            calls[site.path] = JointCall(*given, site_grid(model, site, latents))
+            calls[site.path] = SiteCall(*given, site_grid(model, site, latents))
             if len(calls) == len(sites):
                 raise _AllSeenError
 
@@ -119,6 +137,13 @@ def find_joint_calls(
         with torch.no_grad(), suppress(_AllSeenError):
             model(**example_inputs(model, latents, batch=batch, device="meta"))
     return calls
+
+
+def latents_of_grid(model: Denoiser, site: Site, grid: Grid) -> Grid:
+    """Sides of latents whose tokens lie on a grid at a site."""
+    *frames, height, width = grid
+    side = family_of(model).patch_size(model) * 2**site.level
+    return (*frames, height * side, width * side)
 
 
 class _AllSeenError(Exception):

@@ -17,8 +17,17 @@ from convfusion.bench.timing import Timing, time_interleaved
 from convfusion.families import Denoiser, Site, example_inputs, list_sites
 from convfusion.mixers.base import Grid, TokenMixer, as_plain
 from convfusion.mixers.delta_conv import DeltaConv
+from convfusion.mixers.joint import stand_in
+from convfusion.shapes import (
+    SiteCall,
+    find_joint_calls,
+    latents_of_grid,
+    shape_of_site,
+    stock_on_meta,
+)
 from convfusion.surgery import build_mixers, install, revert
 from convfusion.surgery.config import ConvertConfig
+from convfusion.surgery.mixed import MixedAttention, put_mixer
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 PARITY_TOKENS = 24 * 24  # at most: a double-precision run of the real grid would take too long
@@ -75,14 +84,14 @@ def site_kinds(model: Denoiser, config: ConvertConfig) -> list[SiteKind]:
     groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in list_sites(model):
         mixer = config.mixer_for(site.path)
-        groups.setdefault((site.channels, site.heads, site.level, mixer), []).append(site)
+        groups.setdefault((*shape_of_site(model, site), mixer), []).append(site)
     return [
         SiteKind(
             sites[0],
             mixer.kernel_size if isinstance(mixer, DeltaConv) else None,
             tuple(site.path for site in sites),
         )
-        for (_, _, _, mixer), sites in groups.items()
+        for (*_, mixer), sites in groups.items()
     ]
 
 
@@ -103,7 +112,8 @@ def time_site(
 
     A variant is timed only if its output agrees with its own plain form in double precision, on
     a grid of at most 24×24 tokens. Attention with rotary embeddings is timed without turning its
-    queries and keys.
+    queries and keys. Where text and image share the attention, all of it is timed, with as many
+    tokens of text as a pipeline gives, and with what turns its queries and keys.
 
     Args:
         model: an unconverted denoiser that has the site; on the meta device it costs nothing.
@@ -119,25 +129,57 @@ def time_site(
     """
     results: dict[str, Measured] = {}
     calls: dict[str, Run] = {}
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(batch, math.prod(grid), site.channels, generator=generator)
-    tokens = tokens.to(device, dtype)
+    given = make_call(model, site, grid, batch, dtype, device, seed)
     small = _shrink(grid)
+    tried = given if small == grid else make_call(model, site, small, batch, dtype, device, seed)
     for name, variant in variants.items():
         module = site_module(model, site, variant.config, seed).to(device, dtype)
         forward = _forward(module, variant.compiled)
-        error = _parity(module, forward, tokens[:, : math.prod(small)], small)
+        error = _parity(module, forward, tried)
         if error > TOLERANCES[dtype]:
             results[name] = Measured(None, error, f"its output is off by {error:.1e}")
             continue
         results[name] = Measured(None, error)
-        calls[name] = _step(forward, tokens, grid, module, backward)
+        calls[name] = _step(forward, given, module, backward)
         if variant.compiled:
             calls[name]()
     timings = time_interleaved(calls, device, rounds)
     return {
         name: Measured(timings.get(name), each.parity, each.note) for name, each in results.items()
     }
+
+
+def make_call(
+    model: Denoiser,
+    site: Site,
+    grid: Grid,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+) -> SiteCall:
+    """What an attention of a site is called with, of random values; arguments as of `time_site`.
+
+    Where text and image share it, the shapes are those that the denoiser calls it with.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if site.joint is None:
+        tokens = torch.randn(batch, math.prod(grid), site.channels, generator=generator)
+        return SiteCall((tokens.to(device, dtype),), {}, grid)
+    shapes = nn.Module.to(copy.deepcopy(stock_on_meta(model)), dtype)
+    latents = latents_of_grid(shapes, site, grid)
+    call = find_joint_calls(shapes, latents, [site], batch=batch)[site.path]
+
+    def fill(each: Tensor) -> Tensor:
+        """What is no shape alone, such as where tokens lie, has its values."""
+        if not each.is_meta:
+            return each.to(device)
+        if not (each.is_floating_point() or each.is_complex()):
+            return torch.ones(each.shape, dtype=each.dtype, device=device)  # as a mask
+        drawn = torch.complex64 if each.is_complex() else torch.float32
+        return torch.randn(each.shape, generator=generator, dtype=drawn).to(device, each.dtype)
+
+    return call.map(fill)
 
 
 def _shrink(grid: Grid) -> Grid:
@@ -166,34 +208,64 @@ def site_module(
         if mixer is None:
             return attention
         built = site.build(mixer)
-        built.init_from(as_plain(attention))
-    return built
+        if site.joint is None:
+            built.init_from(as_plain(attention))
+            return built
+        built.init_from(stand_in(site.channels, site.heads))
+        put_mixer(attention, built, site.path, site.joint)
+    return attention
 
 
-def _forward(module: nn.Module, compiled: bool) -> Callable[[Tensor, Grid], Tensor]:
-    def forward(tokens: Tensor, grid: Grid) -> Tensor:
-        return module(tokens, grid) if hasattr(module, "init_from") else module(tokens)
+def _forward(module: nn.Module, compiled: bool) -> Callable[[SiteCall], Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
 
-    return torch.compile(forward, dynamic=False) if compiled else forward
+    run = torch.compile(forward, dynamic=False) if compiled else forward
+
+    def call(given: SiteCall) -> Any:
+        if isinstance(module, TokenMixer):
+            return run(*given.args, given.grid)
+        shared = isinstance(module, MixedAttention)
+        return run(*given.args, **(given.with_grid() if shared else given.kwargs))
+
+    return call
 
 
 @torch.no_grad()
-def _parity(
-    module: nn.Module, forward: Callable[[Tensor, Grid], Tensor], tokens: Tensor, grid: Grid
-) -> float:
-    reference = _forward(copy.deepcopy(module).double(), False)(tokens.double(), grid)
-    difference = forward(tokens, grid).double() - reference
-    return (difference.norm() / reference.norm().clamp_min(1e-30)).item()
+def _parity(module: nn.Module, forward: Callable[[SiteCall], Any], given: SiteCall) -> float:
+    exact = _forward(copy.deepcopy(module).double(), False)(given.map(_lengthen))
+    found = forward(given)
+    reference, output = (
+        torch.cat([each.double().flatten() for each in tree_leaves(both)])
+        for both in (exact, found)
+    )
+    return ((output - reference).norm() / reference.norm().clamp_min(1e-30)).item()
+
+
+def _lengthen(each: Tensor) -> Tensor:
+    if each.is_complex():
+        return each.to(torch.complex128)
+    return each.double() if each.is_floating_point() else each
 
 
 def _step(
-    forward: Callable[..., Tensor], tokens: Tensor, grid: Grid, module: nn.Module, backward: bool
+    forward: Callable[[SiteCall], Any], given: SiteCall, module: nn.Module, backward: bool
 ) -> Run:
     if not backward:
-        return torch.no_grad()(lambda: forward(tokens, grid))
-    tokens = tokens.detach().requires_grad_()
-    wanted = [tokens, *module.parameters()]
-    return lambda: torch.autograd.grad(forward(tokens, grid).sum(), wanted)
+        return torch.no_grad()(lambda: forward(given))
+    given = given.map(lambda each: each.detach().requires_grad_(_holds_tokens(each)))
+    wanted = [*(each for each in given.list_tensors() if each.requires_grad), *module.parameters()]
+
+    def run() -> Any:
+        outputs = tree_leaves(forward(given))
+        total = sum(each.sum() for each in outputs)
+        return torch.autograd.grad(total, wanted, allow_unused=True)
+
+    return run
+
+
+def _holds_tokens(each: Tensor) -> bool:
+    return each.ndim == 3 and each.is_floating_point()
 
 
 def time_denoiser(

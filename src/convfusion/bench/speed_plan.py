@@ -8,6 +8,9 @@ of the time over the N tokens (projections and scores; everything in a block is 
 of the denoiser is timed with nothing at the sites, and is linear in N too. So one fit tells the
 time at any size, the size from which on the block is the faster one, and the bound: what is left
 when the sites cost nothing.
+
+Where text and image share an attention, a block replaces what goes from image to image. What stays
+of it is timed by itself and taken off both, since it is part of the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +22,14 @@ from typing import Any
 
 import torch
 
-from convfusion.bench.latency import SiteKind, Variant, denoiser_call, site_kinds, time_site
+from convfusion.bench.latency import (
+    Measured,
+    SiteKind,
+    Variant,
+    denoiser_call,
+    site_kinds,
+    time_site,
+)
 from convfusion.bench.timing import Timing, time_interleaved
 from convfusion.errors import ConvFusionError
 from convfusion.families import (
@@ -39,6 +49,7 @@ from convfusion.surgery.mixed import replaced_layers
 LARGEST = 64 * 64  # tokens that are timed; beyond, the fitted laws speak
 ROUNDS = 3
 WORK = 500_000_000_000  # multiply-adds of weights with tokens, in a forward pass that is timed
+LEAST = 0.01  # of a time, below which what is left of it is noise
 FEWEST = 256  # tokens, below which weights take longer to read than to work with
 
 
@@ -87,9 +98,11 @@ class SitePlan:
         paths: of the sites.
         channels, kernel_size: of them.
         tokens: N at the planned size.
-        attention, block: laws of the seconds of one site.
+        attention, block: laws of the seconds of one site; where a text shares it, without what
+            stays of it, which is part of the rest.
         measured: N was timed itself; otherwise the laws speak.
         attention_weights, block_weights: bytes of the parameters of one site.
+        joint: whether text and image share it.
     """
 
     paths: tuple[str, ...]
@@ -101,6 +114,7 @@ class SitePlan:
     measured: bool
     attention_weights: int
     block_weights: int
+    joint: bool = False
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -249,18 +263,19 @@ def _plan_site(
     grid = site_grid(model, kind.site, latents)
     tokens = math.prod(grid)
     variants = {"attention": Variant(), "block": Variant(config)}
+    stays = {"what stays of it": Variant(uniform(Removed()))} if kind.site.joint else {}
     times: dict[str, dict[int, float]] = {name: {} for name in variants}
     large = shrink_grid(grid, LARGEST)
     batch *= count_sequences(model, kind.site, latents)
     for timed in (shrink_grid(large, math.prod(large) // 4), large):
         by_name = time_site(
-            model, kind.site, variants, timed, batch=batch, dtype=weight.dtype,
+            model, kind.site, variants | stays, timed, batch=batch, dtype=weight.dtype,
             device=weight.device, rounds=ROUNDS,
         )  # fmt: skip
-        for name, each in by_name.items():
-            if each.timing is None:
-                raise ConvFusionError(f"{name} at {kind.site.path}: {each.note}")
-            times[name][math.prod(timed)] = each.timing.median
+        found = {name: _median(name, kind, each) for name, each in by_name.items()}
+        for name in variants:
+            above = found[name] - sum(found[each] for each in stays)
+            times[name][math.prod(timed)] = max(above, LEAST * found[name])
     own, mixer = _weights(model, kind, config)
     return SitePlan(
         paths=kind.paths,
@@ -272,7 +287,14 @@ def _plan_site(
         measured=large == grid,
         attention_weights=own,
         block_weights=mixer,
+        joint=kind.site.joint is not None,
     )
+
+
+def _median(name: str, kind: SiteKind, measured: Measured) -> float:
+    if measured.timing is None:
+        raise ConvFusionError(f"{name} at {kind.site.path}: {measured.note}")
+    return measured.timing.median
 
 
 def _weights(model: Any, kind: SiteKind, config: ConvertConfig) -> tuple[int, int]:
@@ -280,7 +302,7 @@ def _weights(model: Any, kind: SiteKind, config: ConvertConfig) -> tuple[int, in
     attention = model.get_submodule(kind.site.path)
     each = next(attention.parameters()).element_size()
     settings = config.mixer_for(kind.site.path)
-    layers = replaced_layers(attention).values()
+    layers = [] if kind.site.joint else replaced_layers(attention).values()
     own = sum(p.numel() for layer in layers for p in layer.parameters())
     if settings is None:
         return each * own, each * own
@@ -354,7 +376,12 @@ def describe_plan(plan: SpeedPlan, scale: int, unit: int) -> list[str]:
             f"Keeping it there (generate --hybrid) gives {plan.attention / plan.hybrid:.2f}×."
         )
     dropped, added = (count / 2**20 for count in plan.weights)
-    lines.append(
-        f"Dropping the attention frees {dropped:,.1f} MiB of weights; the blocks take {added:,.1f}."
-    )
+    freed = f"Dropping the attention frees {dropped:,.1f} MiB of weights"
+    if any(site.joint for site in plan.sites):
+        lines.append(
+            "Where text and image share an attention, only what goes from image to image can be "
+            "replaced: its projections and what involves the text count with the rest."
+        )
+        freed = freed if dropped else "There are no weights to drop"
+    lines.append(f"{freed}; the blocks take {added:,.1f}{'' if dropped else ' MiB'}.")
     return lines

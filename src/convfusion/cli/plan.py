@@ -145,7 +145,8 @@ def print_plan(speed: SpeedPlan, scale: int, unit: int) -> None:
     for site in speed.sites:
         attention, block = site.seconds
         table.add_row(
-            f"{shorten_path(site.paths[0])}, C {site.channels}",
+            f"{shorten_path(site.paths[0])}, C {site.channels}"
+            + (", image to image" if site.joint else ""),
             str(len(site.paths)),
             f"{site.tokens:,}",
             format_seconds(attention),

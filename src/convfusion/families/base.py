@@ -340,7 +340,13 @@ class Family(ABC):
         never."""
 
     def check_export(self, model: Denoiser) -> None:
-        """Raise a ConvFusionError for a model that is not exported; by default, never."""
+        """Raise a ConvFusionError for a model that is not exported; by default, for one of whose
+        attentions text and image share some."""
+        if any(site.joint is not None for site in self.list_sites(model)):
+            raise ConvFusionError(
+                f"a {type(model).__name__} is not exported: that of attention which text and image "
+                "share was not tried"
+            )
 
 
 class Values:

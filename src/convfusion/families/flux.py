@@ -34,12 +34,12 @@ from convfusion.families.joint import (
     project_image,
     project_text,
 )
+from convfusion.families.packed import SIDE, pack_squares, unpack_squares
 from convfusion.families.placed import PlacedCarrier, place_tokens
 from convfusion.mixers.base import Grid, Heads, JointTokens
 
 WORDS = 512  # tokens that its text encoder reads
 NATIVE_LATENTS = (128, 128)  # of 1024×1024 pixels
-SIDE = 2  # of the squares of latents that a token is packed from
 GUIDANCE = 3.5  # that FLUX.1-dev is told, unless its pipeline is asked for another
 TIMES = 1000  # steps of its scheduler; the model is told t/1000
 
@@ -207,11 +207,9 @@ class Flux(Family):
         self, model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
     ) -> dict[str, Any]:
         """With latents packed, where their tokens lie, and times from 0 to 1."""
-        squares = latents.unflatten(3, (-1, SIDE)).unflatten(2, (-1, SIDE))  # [B, C, H, 2, W, 2]
-        packed = squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         placed = self.place(latents, conditioning["encoder_hidden_states"].shape[1])
         told = {**conditioning, **placed}
-        return super().arrange_inputs(model, packed, timesteps / TIMES, told)
+        return super().arrange_inputs(model, pack_squares(latents), timesteps / TIMES, told)
 
     def place(self, like: Tensor, words: int) -> dict[str, Tensor]:
         """Where the tokens of latents [B, C, H, W] and of a text lie."""
@@ -222,9 +220,7 @@ class Flux(Family):
         }
 
     def unpack_latents(self, model: Denoiser, packed: Tensor, sides: Grid) -> Tensor:
-        height, width = (side // SIDE for side in sides)
-        squares = packed.unflatten(2, (-1, SIDE, SIDE)).unflatten(1, (height, width))
-        return squares.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return unpack_squares(packed, sides)
 
     def native_latents(self, model: Denoiser) -> Size:
         return NATIVE_LATENTS
@@ -254,11 +250,6 @@ class Flux(Family):
         device = "cpu" if str(values.device) == "meta" else values.device
         like = torch.empty(0, 0, *values.sides, device=device, dtype=values.dtype)
         return self.place(like, words)
-
-    def check_export(self, model: Denoiser) -> None:
-        raise ConvFusionError(
-            f"a {type(model).__name__} is not exported: its joint attention was not tried there"
-        )
 
 
 FLUX_1 = Flux()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_prx import PRXAttention, apply_rope
 from torch import Tensor
 
-from convfusion.errors import ConvFusionError
 from convfusion.families.base import (
     TEXT_DOCS,
     TIMESTEP_DOCS,
@@ -25,6 +24,7 @@ from convfusion.mixers.base import Grid, Heads, JointTokens
 
 WORDS = 256  # tokens that its text encoder reads
 NATIVE_LATENTS = (64, 64)  # of 512×512 pixels
+TIMES = 1000  # steps of its scheduler; the model is told t/1000
 
 _CLASS = "PRXTransformer2DModel"
 
@@ -105,6 +105,12 @@ class PRX(Family):
     def patch_size(self, model: Denoiser) -> int:
         return model.config.patch_size
 
+    def arrange_inputs(
+        self, model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """With times from 0 to 1."""
+        return super().arrange_inputs(model, latents, timesteps / TIMES, conditioning)
+
     def native_latents(self, model: Denoiser) -> Size:
         return NATIVE_LATENTS
 
@@ -119,11 +125,6 @@ class PRX(Family):
         mask = torch.ones(batch, count, dtype=torch.bool, device=values.device)
         states = values(batch, count, model.config.context_in_dim)
         return {"encoder_hidden_states": states, "attention_mask": mask}
-
-    def check_export(self, model: Denoiser) -> None:
-        raise ConvFusionError(
-            f"a {type(model).__name__} is not exported: its joint attention was not tried there"
-        )
 
 
 _LAYOUT = PRXLayout()

@@ -235,11 +235,6 @@ class QwenImage(Family):
                 "other: only those that draw one picture can be converted"
             )
 
-    def check_export(self, model: Denoiser) -> None:
-        raise ConvFusionError(
-            f"a {type(model).__name__} is not exported: its joint attention was not tried there"
-        )
-
 
 def _shape_samples(batch: int, sides: Sequence[int]) -> list[list[tuple[int, int, int]]]:
     """(frames, height, width) of the tokens of each sample, for latents of these sides."""

@@ -229,11 +229,6 @@ class ZImage(Family):
     ) -> dict[str, Any]:
         return {"cap_feats": values(batch, words or EXAMPLE_WORDS, model.config.cap_feat_dim)}
 
-    def check_export(self, model: Denoiser) -> None:
-        raise ConvFusionError(
-            f"a {type(model).__name__} is not exported: its joint attention was not tried there"
-        )
-
 
 _LAYOUT = ZImageLayout()
 Z_IMAGE = ZImage()
