@@ -313,6 +313,10 @@ class Family(ABC):
         """Prompts as the call of a pipeline takes them."""
         return list(prompts)
 
+    def guide(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a call of its pipelines, where these take `guidance_scale` in another way."""
+        return dict(options)
+
     def describe_further_needs(self, model: Denoiser) -> str:
         """What a model takes beside latents, timestep and captions, in words; '' for nothing."""
         return ""

@@ -206,6 +206,16 @@ class QwenImage(Family):
             "encoder_hidden_states_mask": torch.nn.functional.pad(seen, room).bool(),
         }
 
+    def guide(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Its pipelines guide by `true_cfg_scale`, and only where there is a negative prompt."""
+        told = dict(options)
+        scale = told.pop("guidance_scale", None)
+        if scale is not None:
+            told.setdefault("true_cfg_scale", scale)
+            if scale > 1 and told.get("negative_prompt_embeds") is None:
+                told.setdefault("negative_prompt", " ")
+        return told
+
     def example_conditioning(
         self, model: Denoiser, batch: int, words: int | None, values: Values
     ) -> dict[str, Any]:
