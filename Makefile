@@ -41,7 +41,7 @@ $(BARE)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test-bare: $(BARE)/.installed
-	$(BARE)/bin/pytest tests/test_extras.py tests/test_surgery.py
+	$(BARE)/bin/pytest tests/test_extras.py tests/test_mixers.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

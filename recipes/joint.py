@@ -36,7 +36,9 @@ NOTHING = "nothing"
 CONSTANT, PREDICTED, CELLS = (
     f"ΔConvBlock, {share}" for share in ("constant share", "predicted share", "share by cells")
 )
-HALO_16, HALO_64 = "halo block, 16 cells", "halo block, 64 cells"
+HALO_16, HALO_64, HALO_12 = (
+    f"halo block, {sees}" for sees in ("8×8 and 16 cells", "8×8 and 64 cells", "12×12 and 64 cells")
+)
 BLOCKS: dict[str, Mixer] = {
     NOTHING: Removed(),
     CONSTANT: Shared(DeltaConv(), "constant"),
@@ -44,9 +46,10 @@ BLOCKS: dict[str, Mixer] = {
     CELLS: Shared(DeltaConv(), "cells"),
     HALO_16: Halo(block=4, window=8, cells=4, key_ratio=1.0, value_ratio=1.0),
     HALO_64: Halo(block=4, window=8, cells=8, key_ratio=1.0, value_ratio=1.0),
+    HALO_12: Halo(block=4, window=12, cells=8, key_ratio=1.0, value_ratio=1.0),
 }
 # Of the list `choice` the best of three: see `--rates`.
-RATES = {CONSTANT: 5e-3, PREDICTED: 5e-3, CELLS: 5e-3, HALO_16: 2e-2, HALO_64: 2e-2}
+RATES = {CONSTANT: 5e-3, PREDICTED: 5e-3, CELLS: 5e-3, HALO_16: 2e-2, HALO_64: 2e-2, HALO_12: 2e-2}
 BEST = (PREDICTED, HALO_64)  # with three seeds
 STEPS, BATCH = 100, 16
 DRAWN, DRAWING_STEPS = 16, 12  # pictures that are compared, and their steps

@@ -9,6 +9,7 @@ from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
     AutoencoderKLLTXVideo,
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
     ChromaPipeline,
     DDIMScheduler,
@@ -19,8 +20,10 @@ from diffusers import (
     HunyuanDiTPipeline,
     LattePipeline,
     LTXPipeline,
+    Lumina2Pipeline,
     MotionAdapter,
     PixArtSigmaPipeline,
+    QwenImagePipeline,
     SD3Transformer2DModel,
     SkyReelsV2Pipeline,
     StableDiffusion3Pipeline,
@@ -31,8 +34,9 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
 )
-from tiny_joint import chroma, flux
+from tiny_joint import chroma, flux, lumina2, qwenimage, zimage
 from tiny_models import dit, hunyuan, latte, ltx, pixart, sdxl, skyreels, video
 from transformers import (
     BertConfig,
@@ -42,6 +46,10 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -227,6 +235,70 @@ def chroma_pipeline() -> ChromaPipeline:
         tokenizer=parts["tokenizer_2"],
         transformer=chroma().eval(),
     )
+
+
+# Of text encoders that are language models, for the words of `word_tokenizer`.
+READER = {
+    "vocab_size": 8,
+    "hidden_size": 12,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+}
+
+
+def z_image() -> ZImagePipeline:
+    """For pictures with a token for each 4×4 pixels; it reads a prompt as it is."""
+    torch.manual_seed(3)
+    vae, words = autoencoder(), word_tokenizer()
+    vae.register_to_config(shift_factor=0.1)  # which its pipelines ask for
+    words.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=Qwen3Model(Qwen3Config(**READER)).eval(),
+        tokenizer=words,
+        transformer=zimage().eval(),
+    )
+
+
+def lumina_image() -> Lumina2Pipeline:
+    """For pictures with a token for each 16×16 pixels, as its pipelines insist."""
+    torch.manual_seed(3)
+    vae = autoencoder(levels=4)
+    vae.register_to_config(shift_factor=0.1)
+    return Lumina2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae,
+        text_encoder=Gemma2Model(Gemma2Config(**READER)).eval(),
+        tokenizer=word_tokenizer(),
+        transformer=lumina2().eval(),
+    )
+
+
+def qwen_image() -> QwenImagePipeline:
+    """For pictures with a token for each 4×4 pixels; it reads a prompt as it is."""
+    torch.manual_seed(3)
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.5, 1.0, 2.0],
+    )
+    pipe = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae.eval(),
+        text_encoder=Qwen3Model(Qwen3Config(**READER)).eval(),
+        tokenizer=word_tokenizer(),
+        transformer=qwenimage().eval(),
+    )
+    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "{}", 0
+    return pipe
 
 
 def wan() -> WanPipeline:

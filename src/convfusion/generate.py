@@ -96,7 +96,7 @@ def draw_batches(
     sides = {}
     if size is not None and not family.fixed_size:
         sides = {"height": size[0], "width": size[1]}
-    options = {**family.call_options, **options}
+    options = family.guide({**family.call_options, **options})
     batches = math.ceil(len(prompts) / batch_size)
     with shown_steps(pipe, batches, progress), silent(pipe):
         for start in range(0, len(prompts), batch_size):

@@ -130,7 +130,8 @@ def encode_pictures(vae: Any, pictures: np.ndarray) -> Tensor:
 
     Args:
         vae: an `AutoencoderKL` or `AutoencoderTiny`, which takes the frames of a clip one by one,
-            or one of clips such as `AutoencoderKLWan`; inside of `upcast_vae`.
+            or one of clips such as `AutoencoderKLWan`, to which a picture is a clip of one frame;
+            inside of `upcast_vae`.
         pictures: [B, H, W, 3] in 0…255, or clips [B, T, H, W, 3].
 
     Returns:
@@ -142,6 +143,8 @@ def encode_pictures(vae: Any, pictures: np.ndarray) -> Tensor:
     batch, config = batch.to(device, vae.dtype), vae.config
     if batch.dim() == 5 and not takes_clips(vae):
         latents = torch.stack([_encode_means(vae, frame) for frame in batch.unbind(2)], dim=2)
+    elif batch.dim() == 4 and takes_clips(vae):  # a picture is a clip of one frame
+        latents = _encode_means(vae, batch[:, :, None])[:, :, 0]
     else:
         latents = _encode_means(vae, batch)
     moments = [_read_moment(vae, name) for name in ("latents_mean", "latents_std")]

@@ -313,6 +313,10 @@ class Family(ABC):
         """Prompts as the call of a pipeline takes them."""
         return list(prompts)
 
+    def guide(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a call of its pipelines, where these take `guidance_scale` in another way."""
+        return dict(options)
+
     def describe_further_needs(self, model: Denoiser) -> str:
         """What a model takes beside latents, timestep and captions, in words; '' for nothing."""
         return ""
@@ -336,7 +340,13 @@ class Family(ABC):
         never."""
 
     def check_export(self, model: Denoiser) -> None:
-        """Raise a ConvFusionError for a model that is not exported; by default, never."""
+        """Raise a ConvFusionError for a model that is not exported; by default, for one of whose
+        attentions text and image share some."""
+        if any(site.joint is not None for site in self.list_sites(model)):
+            raise ConvFusionError(
+                f"a {type(model).__name__} is not exported: that of attention which text and image "
+                "share was not tried"
+            )
 
 
 class Values:

@@ -254,10 +254,5 @@ class Flux(Family):
         like = torch.empty(0, 0, *values.sides, device=device, dtype=values.dtype)
         return self.place(like, words)
 
-    def check_export(self, model: Denoiser) -> None:
-        raise ConvFusionError(
-            f"a {type(model).__name__} is not exported: its joint attention was not tried there"
-        )
-
 
 FLUX_1 = Flux()

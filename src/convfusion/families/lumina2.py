@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from convfusion.errors import ConvFusionError
 from convfusion.families.base import TEXT_DOCS, Denoiser, Family, Site, Size, Values
 from convfusion.families.joint import (
     JOINT_HALO,
@@ -184,11 +183,6 @@ class Lumina2(Family):
                 batch, words, dtype=torch.bool, device=values.device
             ),
         }
-
-    def check_export(self, model: Denoiser) -> None:
-        raise ConvFusionError(
-            f"a {type(model).__name__} is not exported: its joint attention was not tried there"
-        )
 
 
 _LAYOUT = Lumina2Layout()

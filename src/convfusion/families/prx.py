@@ -9,7 +9,6 @@ import torch
 from diffusers.models.transformers.transformer_prx import PRXAttention, apply_rope
 from torch import Tensor
 
-from convfusion.errors import ConvFusionError
 from convfusion.families.base import (
     TEXT_DOCS,
     TIMESTEP_DOCS,
@@ -123,11 +122,6 @@ class PRX(Family):
         mask = torch.ones(batch, count, dtype=torch.bool, device=values.device)
         states = values(batch, count, model.config.context_in_dim)
         return {"encoder_hidden_states": states, "attention_mask": mask}
-
-    def check_export(self, model: Denoiser) -> None:
-        raise ConvFusionError(
-            f"a {type(model).__name__} is not exported: its joint attention was not tried there"
-        )
 
 
 _LAYOUT = PRXLayout()

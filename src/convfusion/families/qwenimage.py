@@ -206,6 +206,16 @@ class QwenImage(Family):
             "encoder_hidden_states_mask": torch.nn.functional.pad(seen, room).bool(),
         }
 
+    def guide(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Its pipelines guide by `true_cfg_scale`, and only where there is a negative prompt."""
+        told = dict(options)
+        scale = told.pop("guidance_scale", None)
+        if scale is not None:
+            told.setdefault("true_cfg_scale", scale)
+            if scale > 1 and told.get("negative_prompt_embeds") is None:
+                told.setdefault("negative_prompt", " ")
+        return told
+
     def example_conditioning(
         self, model: Denoiser, batch: int, words: int | None, values: Values
     ) -> dict[str, Any]:
@@ -224,11 +234,6 @@ class QwenImage(Family):
                 f"this {type(model).__name__} draws a picture in layers, which attend to each "
                 "other: only those that draw one picture can be converted"
             )
-
-    def check_export(self, model: Denoiser) -> None:
-        raise ConvFusionError(
-            f"a {type(model).__name__} is not exported: its joint attention was not tried there"
-        )
 
 
 def _shape_samples(batch: int, sides: Sequence[int]) -> list[list[tuple[int, int, int]]]:

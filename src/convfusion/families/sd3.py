@@ -13,7 +13,6 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from convfusion.errors import ConvFusionError
 from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Family, Site, Size, Values
 from convfusion.families.carrier import KeywordCarrier
 from convfusion.families.joint import (
@@ -164,11 +163,6 @@ class SD3(Family):
     def idle_components(self, pipe: Any) -> tuple[str, ...]:
         """Its pipelines work without T5, whose place is then filled with zeros."""
         return ("text_encoder_3", "tokenizer_3") if pipe.text_encoder_3 is None else ()
-
-    def check_export(self, model: Denoiser) -> None:
-        raise ConvFusionError(
-            f"a {type(model).__name__} is not exported: its joint attention was not tried there"
-        )
 
 
 _LAYOUT = SD3Layout()

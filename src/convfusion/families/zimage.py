@@ -150,6 +150,7 @@ class ZImage(Family):
     latents = "x"
     times = "t"
     negated = True
+    prompted = 0  # its pipeline puts the batch without the prompts behind the one with them
     presets = {"zimage": {"*": JOINT_HALO}}
     halo = JOINT_HALO
     full_size = {"z-image": (_CLASS, {})}
@@ -201,8 +202,9 @@ class ZImage(Family):
         return super().arrange_inputs(model, latents[:, :, None], timesteps, told)
 
     def unpack_latents(self, model: Denoiser, packed: Any, sides: Grid) -> Tensor:
-        """From one tensor for each sample, or all of them in one."""
-        return torch.stack(list(packed))[:, :, 0]
+        """From one tensor for each sample, or all in one; those of its pipeline have no frame."""
+        latents = torch.stack(list(packed))
+        return latents[:, :, 0] if latents.ndim == 5 else latents
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str], size: Size) -> dict[str, Any]:
         """Captions padded to one length, and a mask: `arrange_inputs` takes the padding off."""
@@ -215,15 +217,17 @@ class ZImage(Family):
             padded[number, : len(each)], seen[number, : len(each)] = each, 1
         return {"cap_feats": padded, "cap_mask": seen}
 
+    def guide(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Its pipelines count from 0: they add so many times what the prompt makes of a picture."""
+        told = dict(options)
+        if told.get("guidance_scale") is not None:
+            told["guidance_scale"] = max(0.0, told["guidance_scale"] - 1)
+        return told
+
     def example_conditioning(
         self, model: Denoiser, batch: int, words: int | None, values: Values
     ) -> dict[str, Any]:
         return {"cap_feats": values(batch, words or EXAMPLE_WORDS, model.config.cap_feat_dim)}
-
-    def check_export(self, model: Denoiser) -> None:
-        raise ConvFusionError(
-            f"a {type(model).__name__} is not exported: its joint attention was not tried there"
-        )
 
 
 _LAYOUT = ZImageLayout()
