@@ -10,7 +10,7 @@ import argparse
 
 from convfusion.bench.counts import list_contenders
 from convfusion.bench.joint_counts import SIZES, count_joint, write_joint
-from convfusion.bench.models import bench_model, model_names
+from convfusion.bench.models import bench_model
 from pages import RESULTS
 
 MODELS = (
@@ -22,16 +22,14 @@ MODELS = (
     "chroma1-hd",
     "qwen-image",
     "z-image",
-    "lumina2",
-)  # those that the library does not know are left out
+    "lumina-image-2",
+)
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     rows = []
     for name in MODELS:
-        if name not in model_names():
-            continue
         model = bench_model(name)
         sizes = [size for size in SIZES if model.draws(size)]
         rows += count_joint(model, sizes, list_contenders(model))

@@ -179,7 +179,8 @@ def test_more_budget_never_predicts_worse():
 def test_every_family_converts_as_chosen(case):
     model = case.make()
     moments = made_up_moments(model, (16, 16), fingerprint(model))
-    config = choose_mixers(model, "1.5x", moments=moments).config()
+    budget = "1.005x" if case.joint else "1.5x"  # on few tokens, most of a shared one is text
+    config = choose_mixers(model, budget, moments=moments).config()
     assert convfusion.convert(model, config).converted
 
 

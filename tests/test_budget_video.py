@@ -39,6 +39,12 @@ def test_moments_of_a_video_model_and_their_file(measured, tmp_path):
     assert Moments.load(tmp_path / "moments.json") == moments
 
 
+def test_packed_latents_have_the_sides_that_the_model_is_told():
+    case = next(case for case in CASES if case.name == "ltx")
+    model = case.model().requires_grad_(False)
+    assert measure_moments(model, [case.inputs(4, 6)]).latents == (2, 4, 6)
+
+
 def test_a_budget_is_kept_and_what_is_chosen_starts(measured):
     model, calls, moments = measured
     chosen = choose_mixers(model, "1.5x", moments=moments)

@@ -13,6 +13,7 @@ from tiny_pipelines import chroma_pipeline, flux_dev, flux_kontext
 
 import convfusion
 from convfusion import ConvFusionError, uniform
+from convfusion.analysis import AnalysisConfig, analyze
 from convfusion.data import LatentDataset, build_cache
 from convfusion.data.sources import Drawing, Prompts
 from convfusion.distill import DistillConfig, distill
@@ -122,6 +123,15 @@ def test_what_is_drawn_is_cached_and_measured_in_the_shape_of_pictures(tmp_path)
     settings = plan_evaluation(["red", "green"], 2, 5, steps=1, size=size, timesteps=(500,))
     found = evaluate(pipe, settings, tmp_path / "out", extractor=thumbnails())
     assert found is not None
+
+
+@captioned
+def test_what_its_pictures_look_at_is_analysed(make):
+    """Though the model is told other times than the scheduler's."""
+    found = analyze(make(), ["red"], AnalysisConfig(steps=2, size=(16, 24), filters=()))
+    assert [site.grid for site in found.sites] == [(4, 6)] * 3
+    assert all(0 < site.text.share < 1 for site in found.sites)
+    assert len(found.timesteps) == 2
 
 
 @captioned

@@ -27,7 +27,7 @@ from convfusion.families import (
     site_grid,
 )
 from convfusion.mixers import Circular, Mixer, Neighbourhood
-from convfusion.mixers.base import Grid, JointTokens, TokenMixer, projections
+from convfusion.mixers.base import Grid, Heads, JointTokens, TokenMixer, build_mixer, projections
 from convfusion.ops import library
 from convfusion.shapes import SiteCall, find_joint_calls, shape_of_site, stock_on_meta
 from convfusion.surgery.mixed import DroppedAttention, MixedAttention, put_mixer
@@ -214,13 +214,10 @@ class JointCounter:
         return self._known[key]
 
     def _count(self, site: Site, mixer: Mixer | None) -> JointOperations:
-        image, text, *_ = tokens = self.read_tokens(site)
         if mixer is not None:
-            few = tokens.take_words(1)  # what is gathered from the text is known: see below
-            of_text = _count_pairs(image.query, *few.text[1:])
-            with torch.device("meta"):
-                own = count(site.build(mixer).to(image.query.dtype), few, self.find_call(site).grid)
-            return self.count(site)._replace(image=own - of_text)
+            own = image_operations(mixer, site.channels, site.heads, self.find_call(site).grid)
+            return self.count(site)._replace(image=own)
+        image, text, *_ = self.read_tokens(site)
         call = self.find_call(site)
         whole = count(self.build(site), *call.args, **call.kwargs)
         every = [torch.cat(pair, dim=2) for pair in zip(image[1:], text[1:], strict=True)]
@@ -236,6 +233,23 @@ class JointCounter:
             with torch.device("meta"):
                 put_mixer(attention, site.build(mixer), site.path, site.joint)
         return attention
+
+
+def image_operations(mixer: Mixer, channels: int, heads: int, grid: Grid) -> int:
+    """Operations of a mixer between tokens of an image that shares its attention with a text.
+
+    What tokens of the image gather from the text is left out, which does not depend on the mixer.
+
+    Args:
+        mixer: settings of it.
+        channels, heads: of the attention.
+        grid: of the tokens of the image.
+    """
+    with torch.device("meta"):
+        module = build_mixer(mixer, channels, heads, joint=True)
+        some = torch.empty(1, heads, math.prod(grid), channels // heads)
+        tokens = JointTokens(Heads(some, some, some), Heads(some, some, some)).take_words(1)
+    return count(module, tokens, grid) - _count_pairs(some, *tokens.text[1:])
 
 
 def _count_pairs(query: Tensor, key: Tensor, value: Tensor) -> int:

@@ -18,6 +18,7 @@ from convfusion.analysis.capture import (
     counted_calls,
     recorded_calls,
     stock_denoiser,
+    visited_timesteps,
 )
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import mean_psnr, relative_error
@@ -99,7 +100,6 @@ def ablate(
     check_prompts(prompts)
     model = stock_denoiser(pipe)
     noise_schedule(pipe.scheduler, denoiser_of(pipe))
-    chosen = choose_timesteps(pipe, steps, timesteps)
     for config in tried.values():
         check_windows(pipe, config, size)
 
@@ -109,6 +109,7 @@ def ablate(
                 pipe, prompts, steps=steps, guidance=guidance, size=size, batch_size=batch_size
             )
 
+    chosen = choose_timesteps(steps, timesteps, visited_timesteps(pipe, steps, draw))
     with recorded_calls(pipe, chosen) as calls:
         stock = draw()
     results = {STOCK: Ablated(stock, 0.0, dict.fromkeys(chosen, 0.0), None, None)}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from convfusion.analysis.streaming import AttentionSums, Measure, measure_attention
 from convfusion.analysis.text_share import TextSums, measure_text_share
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, Site, denoiser_of, family_of
+from convfusion.families import Denoiser, Site, denoiser_of, family_of, native_frames
 from convfusion.families.carrier import argument_position
 from convfusion.families.watch import watch_attention
 from convfusion.mixers.base import Grid, JointTokens, TokenSample, project_heads, score_scale
@@ -141,7 +141,7 @@ class _FirstCall(Exception):
     """A pipeline has come to the first call of its denoiser."""
 
 
-def ask_timesteps(pipe: Any, draw: Callable[[], None]) -> list[float]:
+def ask_timesteps(pipe: Any, draw: Callable[[], Any]) -> list[float]:
     """The timesteps of what a pipeline draws, as it sets them itself: some go by the size.
 
     Args:
@@ -162,24 +162,41 @@ def ask_timesteps(pipe: Any, draw: Callable[[], None]) -> list[float]:
     return [as_timestep(t) for t in pipe.scheduler.timesteps]
 
 
+def visited_timesteps(pipe: Any, steps: int, draw: Callable[[], Any]) -> list[float]:
+    """The timesteps at which a pipeline calls its denoiser while it draws.
+
+    They are those of its scheduler, which is asked alone where they do not go by the size of what
+    is drawn.
+
+    Args:
+        pipe: the pipeline.
+        steps: that it draws with.
+        draw: lets it draw.
+
+    Raises:
+        ConvFusionError: the scheduler cannot take that many steps.
+    """
+    if native_frames(pipe) or pipe.scheduler.config.get("use_dynamic_shifting"):
+        return ask_timesteps(pipe, draw)
+    return sampling_timesteps(pipe, steps)
+
+
 def choose_timesteps(
-    pipe: Any,
     steps: int,
     wanted: tuple[float, ...] | None,
-    visited: Sequence[float] | None = None,
+    visited: Sequence[float],
 ) -> list[float]:
     """The wanted timesteps in sampling order; by default five, spread over the schedule.
 
     Args:
-        pipe: the pipeline that draws.
         steps: sampling steps.
         wanted: timesteps to look at.
-        visited: those of its sampling, by default as its scheduler sets them alone.
+        visited: those of its sampling.
 
     Raises:
         ConvFusionError: the scheduler does not visit a wanted one.
     """
-    visited = list(dict.fromkeys(visited or sampling_timesteps(pipe, steps)))
+    visited = list(dict.fromkeys(visited))
     if wanted is None:
         count = min(5, len(visited))
         return [visited[(2 * i + 1) * len(visited) // (2 * count)] for i in range(count)]
@@ -293,13 +310,16 @@ def call_timestep(
 
     Some pipelines give them in the dtype of the denoiser, which is compared after like rounding.
     """
-    if "timestep" in kwargs:
-        value = kwargs["timestep"]
+    family = family_of(model)
+    if family.times in kwargs:
+        value = kwargs[family.times]
     else:
-        value = args[argument_position(type(model), "timestep")]
+        value = args[argument_position(type(model), family.times)]
     given = torch.as_tensor(value).flatten()[0]
     for timestep in timesteps:
-        told = torch.tensor(timestep).to(given) if given.is_floating_point() else timestep
+        told: Any = timestep
+        if given.is_floating_point():
+            told = family.tell(torch.tensor(timestep).to(given))
         if as_timestep(told) == as_timestep(given):
             return timestep
     return None

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from convfusion.analysis.capture import (
     Captured,
-    ask_timesteps,
     attention_capture,
     check_prompts,
     choose_timesteps,
     counted_calls,
+    visited_timesteps,
 )
 from convfusion.analysis.statistics import (
     HighPass,
@@ -44,7 +44,6 @@ from convfusion.families import (
     denoiser_of,
     family_of,
     list_sites,
-    native_frames,
 )
 from convfusion.files import write_text
 from convfusion.fingerprint import fingerprint
@@ -226,8 +225,8 @@ def analyze(
                 progress=progress,
             )
 
-    visited = ask_timesteps(pipe, lambda: draw(progress=False)) if native_frames(pipe) else None
-    timesteps = choose_timesteps(pipe, config.steps, config.timesteps, visited)
+    visited = visited_timesteps(pipe, config.steps, lambda: draw(progress=False))
+    timesteps = choose_timesteps(config.steps, config.timesteps, visited)
     capture = attention_capture(pipe, timesteps, config.measure, padding)
     with capture as seen, counted_calls(model, on_call):
         draw()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -21,7 +22,7 @@ from convfusion.analysis.capture import (
     DenoiserCall,
     counted_calls,
     recorded_calls,
-    sampling_timesteps,
+    visited_timesteps,
 )
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate.images import psnr
@@ -181,8 +182,7 @@ class Studio:
             ConvFusionError: this cannot be drawn, or a path is no converted site.
         """
         self.check(wish)
-        timesteps = sampling_timesteps(self.pipe, wish.steps)
-        done = 0
+        done, timesteps = 0, list[float]()
 
         def count() -> None:
             nonlocal done
@@ -192,10 +192,12 @@ class Studio:
 
         with self._alone(job), self._standing(side, given_back) as model:
             self._warm_up(side, wish)
+            draw = partial(self._generate, wish, wish.steps)
+            timesteps += visited_timesteps(self.pipe, wish.steps, draw)
             watched = recorded_calls(self.pipe, timesteps if side == TEACHER else [])
             with watched as calls, counted_calls(model, count):
                 started = time.perf_counter()
-                image = self._generate(wish, wish.steps)
+                image = draw()
                 seconds = time.perf_counter() - started
         return Drawn(image, seconds, calls)
 

@@ -36,7 +36,7 @@ class JointCost:
         model: name.
         width, height: of the picture, in pixels.
         mixer: name of the contender.
-        tokens: N of the image, at the first shared attention.
+        tokens: N of the image, at the last shared attention.
         words: T of the text there, as its pipeline pads it.
         image_before, image_after: from image to image at all shared attentions, without
             projections.
@@ -86,9 +86,9 @@ def count_joint(
         latents = model.latents(size)
         before = denoiser_operations(model, size)
         counter = JointCounter(model.denoiser, latents)
-        first = next(site for site in sites if site.joint)
-        words = counter.read_tokens(first).text.key.shape[2]
-        tokens = math.prod(site_grid(model.denoiser, first, latents))
+        last = [site for site in sites if site.joint][-1]  # the first ones may see no text
+        words = counter.read_tokens(last).text.key.shape[2]
+        tokens = math.prod(site_grid(model.denoiser, last, latents))
         for name, config in wanted.items():
             parts = _sum_up(model.denoiser, sites, config, counter, latents)
             after = before + sum(parts[what + "_after"] - parts[what + "_before"] for what in _GOES)

@@ -186,6 +186,11 @@ class Allocation:
             f"{self.saving:.2f}× fewer operations: {self.after / 1e9:.4g} instead of "
             f"{self.before / 1e9:.4g} billion."
         ]
+        if any(site.site.joint for site in self.sites):
+            lines.append(
+                "Where text and image share an attention, its projections and what involves the "
+                "text stay: they count before and after."
+            )
         if self.seconds is not None and self.attention_seconds is not None:
             lines.append(
                 f"Measured on this device: {self.seconds:.3g} s instead of "

@@ -14,11 +14,23 @@ from convfusion.budget.moments import Reach, SiteMoments
 from convfusion.mixers import DeltaConv, Halo, MeanOnly, Mixer
 from convfusion.mixers.base import Grid
 from convfusion.mixers.halo import Sides
-from convfusion.operations import mixer_operations
+from convfusion.operations import image_operations, mixer_operations
 
 KERNEL = 7  # of the ΔConvBlocks
 FRAME_KERNEL = 3  # of those for videos, along the frames
 REACHES = {2: Reach(4, 8, 4), 3: Reach((2, 4, 4), (4, 8, 8), (3, 4, 4))}  # by rank, unmeasured
+# By rising cost, where text and image share an attention and ranks are full.
+SHARED_REACHES = {
+    2: tuple(
+        Reach(*sides)
+        for sides in (
+            *((4, 6, 1), (4, 6, 4), (4, 8, 4), (4, 10, 4)),
+            *((4, 10, 8), (4, 12, 8), (8, 16, 4), (8, 16, 8)),
+        )
+    ),
+    3: (REACHES[3],),
+}
+STEPS = 16  # of blocks that are alike everywhere
 
 
 @dataclass(frozen=True)
@@ -28,11 +40,14 @@ class Shape:
     Attributes:
         channels, heads: of the site.
         grid: (H, W) or (T, H, W) of the tokens.
+        kept: operations that stay whatever is chosen, where text and image share the attention: of
+            its projections, and of what involves the text. None where the image has it alone.
     """
 
     channels: int
     heads: int
     grid: Grid
+    kept: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,8 @@ class Candidate:
 def list_candidates(moments: SiteMoments, grid: Grid) -> list[Candidate]:
     """All that may stand at a site, with predicted imitation errors.
 
-    A halo block loses something by its cut scores, by its cut values and by what it does not see.
+    A halo block loses something by its cut scores, by its cut values and by what it does not see;
+    where text and image share the attention, by that alone, since nothing is cut there.
     Each was measured with the other two whole. If each leaves a share 1 − e of the attention
     right, all three leave the product of these shares: 1 − Π(1 − e), which is nearly the sum where
     errors are small. How they act on each other is left out: it is a prediction, and no bound.
@@ -113,13 +129,21 @@ def list_uniform(rank: int = 2) -> Iterator[Halo]:
     Args:
         rank: of the grids that they are for.
     """
-    for step in range(1, 17):
-        yield set_halo(REACHES[rank], step / 16, min(1.0, step / 16 + 0.25))
+    for step in range(1, STEPS + 1):
+        share = step / STEPS
+        yield set_halo(REACHES[rank], share, min(1.0, share + 0.25))
+
+
+def list_shared(rank: int = 2) -> Iterator[Halo]:
+    """As many for attentions that text and image share: of all channels, by how far they see."""
+    reaches = SHARED_REACHES[rank]
+    for step in range(STEPS):
+        yield set_halo(reaches[step * len(reaches) // STEPS], 1.0, 1.0)
 
 
 def count_operations(mixer: Mixer, shape: Shape) -> int:
-    """Operations of a mixer for one sample, by the project's counter."""
-    counted = _count_halo if isinstance(mixer, Halo) else _count
+    """Operations of a mixer for one sample, by the project's counter, and what stays beside it."""
+    counted = _count_halo if isinstance(mixer, Halo) and shape.kept is None else _count
     return counted(mixer, shape)  # type: ignore[arg-type]  # settings are frozen
 
 
@@ -163,6 +187,9 @@ def _halo_law(block: Sides, window: Sides, cells: Sides, shape: Shape) -> tuple[
 
 @cache
 def _count(mixer: Mixer, shape: Shape) -> int:
+    if shape.kept is not None:
+        own = image_operations(mixer, shape.channels, shape.heads, shape.grid)
+        return shape.kept + own
     with torch.device("meta"):
         built = mixer.build(shape.channels, shape.heads)
         tokens = torch.empty(1, math.prod(shape.grid), shape.channels)

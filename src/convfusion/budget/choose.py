@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from convfusion.budget.allocation import Allocation, Budget, SiteChoice, parse_budget
@@ -15,6 +15,7 @@ from convfusion.budget.candidates import (
     count_operations,
     keep_undominated,
     list_candidates,
+    list_shared,
     list_uniform,
     set_halo,
 )
@@ -26,14 +27,19 @@ from convfusion.families import Denoiser, Site, denoiser_of, family_of, list_sit
 from convfusion.families import site_grid as grid_of
 from convfusion.fingerprint import fingerprint
 from convfusion.mixers.base import Grid
-from convfusion.operations import attention_operations
+from convfusion.operations import JointCounter, attention_operations
 from convfusion.surgery import mixers_of
 
-DEAREST = [set_halo(reach, 0.25, 0.5) for reach in REACHES.values()]  # that say how dear a site is
+DEAREST = [  # that say how dear a site is
+    set_halo(reach, *ratios) for reach in REACHES.values() for ratios in ((0.25, 0.5), (1.0, 1.0))
+]
 BY_MOMENTS = "predicted from the moments that were measured, before any training"
 BY_OPERATIONS = (
     "nothing was measured, so that all sites have halo blocks of the same ranks, the largest "
     "within the budget: --measure or --moments puts them where they matter"
+)
+OF_IMAGE = (
+    " (where text and image share an attention, only what goes from image to image can be replaced)"
 )
 
 
@@ -75,9 +81,11 @@ def choose_mixers(
     Args:
         pipe_or_model: not converted; on the meta device too, for a budget of operations.
         budget: `"4x"` for 4 times fewer operations of all self-attentions together; or `"0.8s"`
-            for so many seconds of all of them in one call of the denoiser, measured here.
+            for so many seconds of all of them in one call of the denoiser, measured here. Of those
+            that text and image share, projections and what involves the text count, and stay.
         moments: of this model. Without them all sites have halo blocks of the same ranks, the
-            largest whose operations are within the budget.
+            largest whose operations are within the budget; where text and image share attentions,
+            and ranks are full, they see equally far there.
         size: (height, width) of the latents that it is planned for, of a video with the frames
             before them; by default that of the moments, or the model's own.
         keep: keep the attention at so many of the sites, those that are dearest to replace.
@@ -137,7 +145,9 @@ class Allocations:
         row = self.front.within(budget.limit(self.whole))
         if row is None:
             bound = budget.explain_bound(self.whole, float(self.front.costs[0]))
-            raise ConvFusionError(f"a budget of {budget} cannot be reached here: {bound}")
+            raise ConvFusionError(
+                f"a budget of {budget} cannot be reached here: {bound}{_explain(self.places)}"
+            )
         timed = budget.unit == "s"
         sites = []
         for place, options, pick in zip(
@@ -183,13 +193,10 @@ def list_allocations(
 def _find_places(
     model: Denoiser, measured: Mapping[str, SiteMoments], latents: Grid, keep: int
 ) -> list[Place]:
-    sites = list_sites(model)
     kept = _find_dearest(list(measured.values()), keep)
-    attentions: dict[Shape, int] = {}
     places = []
-    for site in sites:
-        moments, shape = measured[site.path], _shape(model, site, latents)
-        attention = _count_attention(model, site, shape, attentions)
+    for site, shape, attention in _list_shapes(model, latents):
+        moments = measured[site.path]
         candidates = [Candidate(None, 0.0)]
         if site.path not in kept:
             candidates = list_candidates(moments, shape.grid)
@@ -226,27 +233,27 @@ def _choose_uniform(model: Denoiser, budget: Budget, latents: Grid, keep: int) -
     if budget.unit == "s" or keep:
         what = "seconds" if budget.unit == "s" else "keeping the dearest attentions"
         raise ConvFusionError(f"{what} needs moments of this model: give them, or measure them")
-    attentions: dict[Shape, int] = {}
-    places = []
-    for site in list_sites(model):
-        shape = _shape(model, site, latents)
-        attention = _count_attention(model, site, shape, attentions)
-        places.append(Place(site, shape, attention, (), 0.0))
-    whole = sum(place.attention for place in places)
-    best, least = None, math.inf
-    for halo in list_uniform(places[0].site.rank):
-        cost = sum(count_operations(halo, place.shape) for place in places)
+    places = [Place(*each, (), 0.0) for each in _list_shapes(model, latents)]
+    whole, rank = sum(place.attention for place in places), places[0].site.rank
+    best: list[Candidate] | None = None
+    least: float = math.inf
+    for halos in zip(list_uniform(rank), list_shared(rank), strict=True):
+        cost = sum(count_operations(halos[bool(p.site.joint)], p.shape) for p in places)
         least = min(least, cost)
         if cost <= budget.limit(whole):
-            best = halo
+            best = [Candidate(halo, math.nan) for halo in halos]
     if best is None:
         raise ConvFusionError(
             f"a budget of {budget} cannot be reached with halo blocks everywhere: "
-            f"{budget.explain_bound(whole, least)}; with moments, cheaper blocks can be chosen too"
+            f"{budget.explain_bound(whole, least)}{_explain(places)}; with moments, cheaper blocks "
+            "can be chosen too"
         )
-    chosen = Candidate(best, math.nan)
-    sites = tuple(_choice(place, chosen, None) for place in places)
+    sites = tuple(_choice(place, best[bool(place.site.joint)], None) for place in places)
     return Allocation(budget, latents, sites, BY_OPERATIONS)
+
+
+def _explain(places: Sequence[Place]) -> str:
+    return OF_IMAGE if any(place.site.joint for place in places) else ""
 
 
 def _choice(place: Place, candidate: Candidate, seconds: float | None) -> SiteChoice:
@@ -271,16 +278,22 @@ def _group(places: Sequence[Place]) -> dict[Shape, list[Place]]:
     return groups
 
 
-def _shape(model: Denoiser, site: Site, latents: Grid) -> Shape:
-    return Shape(site.channels, site.heads, grid_of(model, site, latents))
+def _list_shapes(model: Denoiser, latents: Grid) -> Iterator[tuple[Site, Shape, int]]:
+    """Every site, what the operations there depend on, and those of its attention.
 
-
-def _count_attention(model: Denoiser, site: Site, shape: Shape, known: dict[Shape, int]) -> int:
-    """Operations of a site's attention; sites of the same shape are counted once."""
-    if shape not in known:
-        attention = model.get_submodule(site.path)
-        known[shape] = attention_operations(attention, site.channels, shape.grid)
-    return known[shape]
+    Sites of the same shape are counted once.
+    """
+    counter, known = JointCounter(model, latents), dict[Shape, int]()
+    for site in list_sites(model):
+        shape = Shape(site.channels, site.heads, grid_of(model, site, latents))
+        if site.joint:
+            parts = counter.count(site)
+            yield site, replace(shape, kept=parts.kept), parts.whole
+            continue
+        if shape not in known:
+            attention = model.get_submodule(site.path)
+            known[shape] = attention_operations(attention, site.channels, shape.grid)
+        yield site, shape, known[shape]
 
 
 def _match_moments(model: Denoiser, moments: Moments) -> dict[str, SiteMoments]:

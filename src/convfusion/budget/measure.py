@@ -14,16 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from convfusion.budget.candidates import REACHES, covers, set_delta_conv, set_halo
 from convfusion.budget.moments import Moments, RatioError, Reach, ReachError, SiteMoments
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate.epsilon import relative_error
-from convfusion.families import Denoiser, Site, denoiser_of, list_sites, noisy_latents
-from convfusion.families.watch import sample_attention
+from convfusion.families import (
+    Denoiser,
+    Site,
+    denoiser_of,
+    family_of,
+    list_sites,
+    noisy_latents,
+)
+from convfusion.families.watch import attention_at, sample_attention
 from convfusion.fingerprint import fingerprint
 from convfusion.mixers import Grid, MeanOnly, Mixer
 from convfusion.mixers.base import TokenMixer, TokenSample
+from convfusion.shapes import latents_of_grid
 from convfusion.surgery import build_mixers, install, mixers_of, revert, uniform
 from convfusion.surgery.start import MEMORY, measure_imitation, start_mixer
 
@@ -81,8 +90,16 @@ def measure_moments(
         measured.append(measure_site(model, site, samples.pop(site.path), change))
         if on_site is not None:
             on_site(done, len(sites))
-    latents = tuple(noisy_latents(model, (), chosen.kept[0][0]).shape[2:])
-    return Moments(fingerprint(model), latents, tuple(measured))
+    return Moments(fingerprint(model), _find_sides(model, chosen.kept[0][0]), tuple(measured))
+
+
+def _find_sides(model: Denoiser, call: Mapping[str, Any]) -> Grid:
+    """Sides of the latents of a call, packed or not."""
+    latents = noisy_latents(model, (), call)
+    if latents.ndim > 3:
+        return tuple(latents.shape[2:])
+    grid = family_of(model).carrier(model).grid((), dict(call))
+    return latents_of_grid(model, list_sites(model)[0], grid)
 
 
 class CallReservoir:
@@ -120,6 +137,8 @@ def measure_site(
 ) -> SiteMoments:
     """Measure what replacing one self-attention would cost in quality.
 
+    Where text and image share it, ranks are not cut, since its projections stay.
+
     Args:
         model: not converted; nothing of it is looked at except the site's attention.
         site: of it.
@@ -140,15 +159,19 @@ def measure_site(
             return 0.0
         return max(0.0, error(set_halo(farthest, key_ratio, value_ratio)) - least)
 
-    block, middle = _start(model, site, set_halo(REACHES[site.rank], 0.25, 0.5), sample)
+    ratios = (1.0,) if site.joint else RATIOS
+    middling = (1.0, 1.0) if site.joint else (0.25, 0.5)
+    block, middle = _start(model, site, set_halo(REACHES[site.rank], *middling), sample)
+    if site.joint and middle <= SMALL:  # its window holds the whole grid
+        block, middle = _start(model, site, set_delta_conv(site.rank), sample)
     changed = change(block)
     return SiteMoments(
         path=site.path,
         channels=site.channels,
         heads=site.heads,
         grid=grid,
-        scores=tuple(RatioError(ratio, more(ratio, 1.0)) for ratio in RATIOS),
-        values=tuple(RatioError(ratio, more(1.0, ratio)) for ratio in RATIOS),
+        scores=tuple(RatioError(ratio, more(ratio, 1.0)) for ratio in ratios),
+        values=tuple(RatioError(ratio, more(1.0, ratio)) for ratio in ratios),
         far=tuple(ReachError(reach, left) for reach, left in seen.items()),
         delta_conv=error(set_delta_conv(site.rank)),
         mean_only=error(MeanOnly()),
@@ -163,13 +186,35 @@ def gather_pictures(sample: Sequence[TokenSample], most: int = PICTURES) -> list
     for number in range(count):
         next_one = sample[number * len(sample) // count]
         last = batches[-1] if batches else None
-        alike = last is not None and last.grid == next_one.grid and last.turn is next_one.turn
+        alike = last is not None and _tell_kind(last) == _tell_kind(next_one)
         if last and alike and last.tokens[..., 0].numel() + next_one.tokens.shape[1] <= TOKENS:
-            tokens = torch.cat([last.tokens, next_one.tokens])
-            batches[-1] = last._replace(tokens=tokens)
+            batches[-1] = _join(last, next_one)
         else:
             batches.append(next_one)
     return batches
+
+
+def _tell_kind(sample: TokenSample) -> tuple[Any, ...]:
+    """What samples have in common that make a batch: grid, rotary embedding, shape of a text."""
+    parts = tree_leaves(sample.joint)
+    return (
+        sample.grid,
+        id(sample.turn),
+        [part if part is None else part.shape[1:] for part in parts],
+    )
+
+
+def _join(first: TokenSample, second: TokenSample) -> TokenSample:
+    """Samples of one kind as one."""
+    others: list[Tensor] = []
+
+    def note(each: Tensor) -> Tensor:
+        others.append(each)
+        return each
+
+    second.map(note)
+    left = iter(others)
+    return first.map(lambda each: torch.cat([each, next(left)]))
 
 
 def list_reaches(grid: Grid) -> list[Reach]:
@@ -189,7 +234,7 @@ def _start(
 ) -> tuple[TokenMixer, float]:
     """A mixer that starts from a site's attention, and its imitation error."""
     mixer = build_mixers(model, [site], uniform(settings))[site.path]
-    attention = model.get_submodule(site.path)
+    attention = attention_at(model, site)
     if mixer.has_measured_start:
         return mixer, start_mixer(site.path, mixer, attention, sample)
     return mixer, measure_imitation(mixer, attention, sample)

@@ -41,7 +41,7 @@ from convfusion.mixers.base import Grid, Heads, JointTokens
 WORDS = 512  # tokens that its text encoder reads
 NATIVE_LATENTS = (128, 128)  # of 1024×1024 pixels
 GUIDANCE = 3.5  # that FLUX.1-dev is told, unless its pipeline is asked for another
-TIMES = 1000  # steps of its scheduler; the model is told t/1000
+STEPS = 1000  # of its scheduler, of which the model is told the part
 
 _CLASS = "FluxTransformer2DModel"
 
@@ -206,10 +206,13 @@ class Flux(Family):
     def arrange_inputs(
         self, model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """With latents packed, where their tokens lie, and times from 0 to 1."""
+        """With latents packed, and where their tokens lie."""
         placed = self.place(latents, conditioning["encoder_hidden_states"].shape[1])
         told = {**conditioning, **placed}
-        return super().arrange_inputs(model, pack_squares(latents), timesteps / TIMES, told)
+        return super().arrange_inputs(model, pack_squares(latents), timesteps, told)
+
+    def tell(self, timesteps: Tensor) -> Tensor:
+        return timesteps / STEPS
 
     def place(self, like: Tensor, words: int) -> dict[str, Tensor]:
         """Where the tokens of latents [B, C, H, W] and of a text lie."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from convfusion.mixers.base import Grid, Heads, JointTokens
 
 WORDS = 256  # tokens that its text encoder reads
 NATIVE_LATENTS = (64, 64)  # of 512×512 pixels
-TIMES = 1000  # steps of its scheduler; the model is told t/1000
+STEPS = 1000  # of its scheduler, of which the model is told the part
 
 _CLASS = "PRXTransformer2DModel"
 
@@ -105,11 +105,8 @@ class PRX(Family):
     def patch_size(self, model: Denoiser) -> int:
         return model.config.patch_size
 
-    def arrange_inputs(
-        self, model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """With times from 0 to 1."""
-        return super().arrange_inputs(model, latents, timesteps / TIMES, conditioning)
+    def tell(self, timesteps: Tensor) -> Tensor:
+        return timesteps / STEPS
 
     def native_latents(self, model: Denoiser) -> Size:
         return NATIVE_LATENTS
