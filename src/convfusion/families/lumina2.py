@@ -127,6 +127,19 @@ class Lumina2Carrier:
         return *output[: _EMBEDDINGS.start], *pairs, *output[_EMBEDDINGS.stop :]
 
 
+class AllSeen(Tensor):
+    """A mask [B, T] without values, of texts without padding, on the meta device.
+
+    The model counts the tokens of each text on the CPU, to see where its image begins.
+    """
+
+    __torch_function__: Any = torch._C._disabled_torch_function_impl  # results are plain tensors
+
+    def sum(self, dim: int) -> Tensor:  # type: ignore[override]
+        """Tokens of each text."""
+        return torch.full(self.shape[:1], self.shape[dim])
+
+
 class Lumina2(Family):
     """Lumina-Image 2.0."""
 
@@ -177,11 +190,10 @@ class Lumina2(Family):
         self, model: Denoiser, batch: int, words: int | None, values: Values
     ) -> dict[str, Any]:
         words = words or WORDS
+        seen = torch.ones(batch, words, dtype=torch.bool, device=values.device)
         return {
             "encoder_hidden_states": values(batch, words, model.config.cap_feat_dim),
-            "encoder_attention_mask": torch.ones(
-                batch, words, dtype=torch.bool, device=values.device
-            ),
+            "encoder_attention_mask": seen.as_subclass(AllSeen) if seen.is_meta else seen,
         }
 
 
