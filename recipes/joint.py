@@ -48,8 +48,8 @@ BLOCKS: dict[str, Mixer] = {
     HALO_64: Halo(block=4, window=8, cells=8, key_ratio=1.0, value_ratio=1.0),
     HALO_12: Halo(block=4, window=12, cells=8, key_ratio=1.0, value_ratio=1.0),
 }
-# On the list `choice`, after 60 steps on an earlier state of the teacher, the best of 5e-3, 2e-2 and
-# 5e-2 for halo blocks of 64 cells, and of 5e-3 and 2e-2 for ΔConvBlocks with a predicted share.
+# On the list `choice`, after 60 steps on an earlier state of the teacher: the best of 5e-3, 2e-2,
+# 5e-2 for halo blocks of 64 cells, of 5e-3 and 2e-2 for ΔConvBlocks with a predicted share.
 RATES = {CONSTANT: 5e-3, PREDICTED: 5e-3, CELLS: 5e-3, HALO_16: 5e-2, HALO_64: 5e-2, HALO_12: 5e-2}
 BEST = (PREDICTED, HALO_64)  # with three seeds
 STEPS, BATCH = 100, 16

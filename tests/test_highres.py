@@ -20,7 +20,7 @@ from diffusers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_models import CASES, run
+from tiny_models import CASES, JOINT, run
 from tiny_pipelines import PIPELINES, autoencoder, dit_pipeline, pixart_sigma, stable_diffusion
 
 import convfusion
@@ -254,12 +254,12 @@ def test_a_vae_that_overflows_in_float16_is_run_in_float32():
     assert pipe.vae.dtype == torch.float16
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], *JOINT], ids=lambda case: case.name)
 @torch.no_grad()
 def test_savings_that_save_memory_change_nothing(case, monkeypatch):
-    monkeypatch.setattr(savings, "CHUNK", 7)
+    monkeypatch.setattr(savings, "CHUNK", 7)  # which divides no number of words
     model = case.model()
-    convfusion.convert(model, BLOCKS)
+    convfusion.convert(model, case.preset if case.joint else BLOCKS)
     height, width = case.sizes[0]
     expected = run(model, case, height, width)
     with savings.chunk_feed_forward(model, (height, width)), savings.run_one_at_a_time(model):
@@ -267,6 +267,15 @@ def test_savings_that_save_memory_change_nothing(case, monkeypatch):
     assert torch.allclose(found, expected, atol=1e-5)
     assert "forward" not in model.__dict__
     assert torch.equal(run(model, case, height, width), expected)
+
+
+def test_chunks_of_tokens_beside_a_text_save_memory():
+    model = bench_model("sd3-medium").denoiser
+    whole = estimate_denoiser_peak(model, (256, 256), batch=1)
+    with savings.chunk_feed_forward(model, (256, 256)):
+        assert estimate_denoiser_peak(model, (256, 256), batch=1) < 0.65 * whole
+    kinds = {type(block.ff).__name__ for block in model.transformer_blocks}
+    assert kinds == {"FeedForward"}
 
 
 def test_a_bound_on_memory_takes_the_means_that_are_enough():

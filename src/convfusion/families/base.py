@@ -296,6 +296,10 @@ class Family(ABC):
         """
         return packed
 
+    def pack_drawn(self, model: Denoiser, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] as a pipeline has them while it draws; by default as they are."""
+        return latents
+
     def latent_pixels(self, model: Denoiser) -> int:
         """Pixels per latent along a side, in the autoencoder that a model was published with."""
         return self.pixels_per_latent

@@ -329,8 +329,26 @@ def note_grid(hook: Any, owner: nn.Module, rope: str) -> Handles:
         (
             owner.register_forward_pre_hook(hook, with_kwargs=True),
             embedding.register_forward_hook(append_grid),
+            owner.register_forward_hook(GridForgetter(rope), always_call=True),
         )
     )
+
+
+@dataclass(frozen=True)
+class GridForgetter:
+    """Forward hook of an owner: what was noted is of this call, in which a rotary embedding may be
+    made several times, as where samples are worked on one at a time.
+
+    Attributes:
+        rope: path in the owner of the module that makes the embedding.
+    """
+
+    rope: str
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        embedding: Any = module.get_submodule(self.rope)
+        if "grid_of_call" in vars(embedding):
+            del embedding.grid_of_call
 
 
 @dataclass(frozen=True)
@@ -347,7 +365,6 @@ class Handles:
 def append_grid(module: nn.Module, args: tuple, output: Any) -> tuple:
     """Forward hook of a rotary embedding: the grid that its owner's hook left goes behind it."""
     grid = module.grid_of_call
-    del module.grid_of_call
     sent = grid if isinstance(grid, tuple) else (grid,)
     return (*output, *sent) if isinstance(output, tuple) else (output, *sent)
 

@@ -22,9 +22,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from convfusion.analysis.capture import ask_timesteps
 from convfusion.data.pictures import encode_pictures, upcast_vae
 from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of, family_of, latent_scale, native_size, pixel_unit
+from convfusion.families import (
+    denoiser_of,
+    family_of,
+    latent_scale,
+    native_size,
+    pack_drawn,
+    pixel_unit,
+    unpack_drawn,
+)
 from convfusion.families.calls import check_call, cut_options
 from convfusion.families.patches import kept_values, wrapped_method
 from convfusion.generate import check_size, generate
@@ -237,24 +246,33 @@ class _Climb:
             if image is not None:
                 kept, guidance = round(self.steps * ladder.strength), ladder.guidance
                 start = Start.from_picture(pipe, image, size, seed)
-            scheduler = stack.enter_context(
-                keep_last_steps(
-                    pipe, self.steps, kept, self._report_steps(rung), start if ladder.keep else None
-                )
+
+            def draw() -> Image.Image:
+                return generate(
+                    pipe,
+                    [self.prompt],
+                    seeds=[seed],
+                    steps=self.steps,
+                    guidance=guidance,
+                    size=size,
+                    progress=False,
+                    **options,
+                )[0]
+
+            climbing = keep_last_steps(
+                pipe,
+                self.steps,
+                kept,
+                self._report_steps(rung),
+                start if ladder.keep else None,
+                draw if is_flow(pipe.scheduler) else None,
             )
+            scheduler = stack.enter_context(climbing)
             if start is not None:
                 noisy = start.add_noise(scheduler, scheduler.timesteps[0])
-                options["latents"] = noisy / scheduler.init_noise_sigma
-            return generate(
-                pipe,
-                [self.prompt],
-                seeds=[seed],
-                steps=self.steps,
-                guidance=guidance,
-                size=size,
-                progress=False,
-                **options,
-            )[0]
+                scale_of_noise = getattr(scheduler, "init_noise_sigma", 1.0)
+                options["latents"] = pack_drawn(pipe, noisy) / scale_of_noise
+            return draw()
 
     def _report_steps(self, rung: int) -> Callable[[int, int], None]:
         def after(step: int, steps: int) -> None:
@@ -293,7 +311,16 @@ class Start:
         """With the noise of a timestep; None is the end, where there is none."""
         if timestep is None:
             return self.clean
+        if is_flow(scheduler):
+            share = (timestep / scheduler.config.num_train_timesteps).to(self.clean)
+            return (1 - share) * self.clean + share * self.noise
         return scheduler.add_noise(self.clean, self.noise, timestep[None])
+
+    def keep_layout_of(self, pipe: Any, packed: Tensor, noisy: Tensor) -> Tensor:
+        """The same of latents as a pipeline has them while it draws."""
+        height, width = (side * latent_scale(pipe) for side in self.clean.shape[-2:])
+        latents = unpack_drawn(pipe, packed, (height, width))
+        return pack_drawn(pipe, self.keep_layout(latents, noisy))
 
     def keep_layout(self, latents: Tensor, noisy: Tensor) -> Tensor:
         """Latents with the low frequencies of others, those that the picture below had."""
@@ -313,6 +340,7 @@ def keep_last_steps(
     kept: int,
     after_step: Callable[[int, int], None] = lambda step, steps: None,
     start: Start | None = None,
+    draw: Callable[[], Any] | None = None,
 ) -> Iterator[Any]:
     """Let a pipeline take only the last steps of a schedule, for a while.
 
@@ -323,6 +351,8 @@ def keep_last_steps(
         after_step: called after each call of the scheduler's `step` with its number, from 1, and
             the number of them all.
         start: whose low frequencies are put back after each step.
+        draw: lets the pipeline draw, which is stopped at the first call of its denoiser: it sets
+            the timesteps, where a pipeline does that by itself.
 
     Yields:
         The scheduler, with its timesteps set. Afterwards it holds what it held before.
@@ -348,12 +378,22 @@ def keep_last_steps(
         if start is None:
             return result
         timestep = whole[first + taken] if first + taken < len(whole) else None
-        return (start.keep_layout(result[0], start.add_noise(scheduler, timestep)), *result[1:])
+        noisy = start.add_noise(scheduler, timestep)
+        return (start.keep_layout_of(pipe, result[0], noisy), *result[1:])
 
     with (
         kept_values(scheduler),
         wrapped_method(scheduler, "set_timesteps", set_last_timesteps),
         wrapped_method(scheduler, "step", counted_step),
     ):
-        scheduler.set_timesteps(steps)
+        if draw is None:
+            scheduler.set_timesteps(steps)
+        else:
+            ask_timesteps(pipe, draw)
         yield scheduler
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is one of diffusers' for flows, which has no `add_noise`: the share of
+    noise in latents is t/T there."""
+    return not hasattr(scheduler, "add_noise")

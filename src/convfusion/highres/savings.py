@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
 from convfusion.families import (
@@ -150,15 +150,44 @@ def chunk_feed_forward(model: Denoiser, latents: Size) -> Iterator[None]:
         model: a denoiser.
         latents: (height, width) of the latents that it will be given.
     """
-    blocks = [
-        (model.get_submodule(site.block), site_grid(model, site, latents))
-        for site in list_sites(model)
-    ]
+    sites = list_sites(model)
+    shared = {site.block for site in sites if site.joint}
     with ExitStack() as stack:
-        for block, grid in blocks:  # as `set_chunk_feed_forward` sets them
-            size = choose_chunk(math.prod(grid))
-            stack.enter_context(replaced_attributes(block, _chunk_size=size, _chunk_dim=1))
+        for site in sites:
+            block, tokens = (
+                model.get_submodule(site.block),
+                math.prod(site_grid(model, site, latents)),
+            )
+            if site.block not in shared:  # as `set_chunk_feed_forward` sets them
+                size = choose_chunk(tokens)
+                stack.enter_context(replaced_attributes(block, _chunk_size=size, _chunk_dim=1))
+            elif site.joint and tokens > CHUNK and hasattr(block, "ff"):
+                stack.enter_context(_taken_in_chunks(block.ff))
         yield
+
+
+class _InChunks(nn.Module):
+    """A feed-forward layer that takes the tokens of an image in chunks, the last one smaller.
+
+    A block of text and image would take both in chunks of the same size, which has to divide the
+    number of either.
+    """
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        forward: Any = super().forward
+        parts = [forward(part, *args, **kwargs) for part in tokens.split(CHUNK, dim=1)]
+        return torch.cat(parts, dim=1)
+
+
+@contextmanager
+def _taken_in_chunks(layer: Any) -> Iterator[None]:
+    """Give a layer a subclass of its own, which a copy of the model has too, for a while."""
+    stock = type(layer)
+    layer.__class__ = type(f"Chunked{stock.__name__}", (_InChunks, stock), {})
+    try:
+        yield
+    finally:
+        layer.__class__ = stock
 
 
 def choose_chunk(tokens: int) -> int | None:
