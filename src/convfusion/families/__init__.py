@@ -61,6 +61,7 @@ from convfusion.families.lookup import (
     pixel_unit_of,
     shorten_path,
     site_grid,
+    stack_samples,
     unpack_drawn,
 )
 
@@ -139,6 +140,7 @@ __all__ = [
     "shorten_path",
     "site_grid",
     "skyreels",
+    "stack_samples",
     "supported_classes",
     "svd",
     "unet",

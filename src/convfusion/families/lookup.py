@@ -148,6 +148,11 @@ def noisy_latents(model: Denoiser, args: Sequence[Any], kwargs: Mapping[str, Any
     return args[0] if args else kwargs[family_of(model).latents]
 
 
+def stack_samples(given: Any) -> Tensor:
+    """What a denoiser is given or gives, in one tensor also where it has a list of samples."""
+    return given if isinstance(given, Tensor) else torch.stack(list(given))
+
+
 def arrange_call(
     model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
 ) -> dict[str, Any]:
