@@ -17,7 +17,8 @@ from convfusion import CheckpointError, ConvFusionError, UnsupportedModelError, 
 from convfusion.cli.models import open_pipeline
 from convfusion.files import read_tensors
 
-FLUX = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+_CLASS = "HunyuanVideoTransformer3DModel"
+UNKNOWN = {"_class_name": "HunyuanVideoPipeline", "transformer": ["diffusers", _CLASS]}
 
 
 def by_name(folder):
@@ -224,29 +225,29 @@ def test_pickles_are_never_read(tmp_path):
 
 
 def test_a_model_that_cannot_be_converted_is_refused_from_its_index(tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps(FLUX))  # and there are no weights
-    with pytest.raises(UnsupportedModelError, match=r"FluxTransformer2DModel.*UNet2DCondition"):
+    (tmp_path / "model_index.json").write_text(json.dumps(UNKNOWN))  # and there are no weights
+    with pytest.raises(UnsupportedModelError, match=rf"{_CLASS}.*UNet2DCondition"):
         by_name(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["Lumina2Pipeline", "StableCascadeDecoderPipeline"])
+@pytest.mark.parametrize("name", ["CogVideoXPipeline", "StableCascadeDecoderPipeline"])
 def test_others_are_refused_too(name, tmp_path):
-    part = {"transformer": ["diffusers", "Lumina2Transformer2DModel"]} if "2" in name else {}
+    part = {"transformer": ["diffusers", "CogVideoXTransformer3DModel"]} if "X" in name else {}
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name, **part}))
-    with pytest.raises(UnsupportedModelError, match=r"Lumina2Transformer2DModel|no `unet` or"):
+    with pytest.raises(UnsupportedModelError, match=r"CogVideoXTransformer3DModel|no `unet` or"):
         by_name(tmp_path)
 
 
 def test_a_name_on_the_hub_is_refused_before_its_weights_are_fetched(tmp_path, monkeypatch):
-    root = tmp_path / "hub" / "models--them--flux"
+    root = tmp_path / "hub" / "models--them--video"
     (root / "refs").mkdir(parents=True)
     (root / "refs" / "main").write_text("1" * 40)
     (root / "snapshots" / ("1" * 40)).mkdir(parents=True)
-    (root / "snapshots" / ("1" * 40) / "model_index.json").write_text(json.dumps(FLUX))
+    (root / "snapshots" / ("1" * 40) / "model_index.json").write_text(json.dumps(UNKNOWN))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.delattr(diffusers.DiffusionPipeline, "download")
-    with pytest.raises(UnsupportedModelError, match="them/flux: its transformer is a Flux"):
-        by_name("them/flux")
+    with pytest.raises(UnsupportedModelError, match="them/video: its transformer is a Hun"):
+        by_name("them/video")
 
 
 def test_what_is_no_pipeline_says_what_it_is(tmp_path):

@@ -35,6 +35,6 @@ def test_its_mean_output_is_the_attentions():
 @torch.no_grad()
 def test_some_queries_of_an_attention_are_those_of_all():
     attention, sample = make_attention()
-    tokens, chosen = sample[0][0], torch.tensor([0, 5, 23])
-    expected = attention(tokens)[:, chosen]
-    assert torch.allclose(attend_at(attention, tokens, chosen), expected, atol=1e-5)
+    given, chosen = sample[0], torch.tensor([0, 5, 23])
+    expected = attention(given.tokens)[:, chosen]
+    assert torch.allclose(attend_at(attention, given, chosen), expected, atol=1e-5)
