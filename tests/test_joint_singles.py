@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,14 @@ from convfusion.families import arrange_call, call_denoiser, family_of, list_sit
 from convfusion.mixers import Depthwise, Halo
 from convfusion.surgery import mixers_of
 
-MAKE = {"zimage": zimage, "qwenimage": qwenimage, "qwen-edit": qwenimage, "lumina2": lumina2}
+pytestmark = pytest.mark.libraries
+
+MAKE = {
+    "zimage": zimage,
+    "qwenimage": qwenimage,
+    "qwen-edit": partial(qwenimage, zero_cond_t=True),
+    "lumina2": lumina2,
+}
 SIZES = ((12, 20), (20, 14))  # of latents; neither has a multiple of 32 tokens
 WHOLE = Halo(block=4, window=10, cells=2, key_ratio=1.0, value_ratio=1.0)
 NEAR = Halo(block=2, window=4, cells=2, key_ratio=1.0, value_ratio=1.0)
