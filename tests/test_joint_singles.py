@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, Removed, uniform
 from convfusion.families import arrange_call, call_denoiser, family_of, list_sites
+from convfusion.highres.savings import run_one_at_a_time
 from convfusion.mixers import Depthwise, Halo
 from convfusion.surgery import mixers_of
 
@@ -124,6 +125,15 @@ def test_some_of_the_sites_may_stay(name):
         twin = make(name)
         convfusion.convert(twin, ConvertConfig({site.path: WHOLE}))
         assert relative(run(twin, name, SIZES[0]), expected) < 1e-5
+
+
+@table
+@torch.no_grad()
+def test_samples_are_worked_on_one_by_one(name):
+    model = make(name)
+    expected = run(model, name, SIZES[0])
+    with run_one_at_a_time(model):
+        torch.testing.assert_close(run(model, name, SIZES[0]), expected)
 
 
 @table
