@@ -121,7 +121,7 @@ def highres(
     is changed in it for that is put back, and what others have put there stays.
 
     Args:
-        pipe: a Stable Diffusion (1, 2, XL) or PixArt pipeline, converted or not.
+        pipe: a pipeline that draws pictures of any size, converted or not.
         prompts: what to draw.
         size: (height, width) in pixels.
         seeds: one per prompt, by default 0, 1, 2, …
