@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,10 +16,18 @@ from torch import Tensor, nn
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, Removed, uniform
 from convfusion.families import arrange_call, call_denoiser, family_of, list_sites
+from convfusion.highres.savings import run_one_at_a_time
 from convfusion.mixers import Depthwise, Halo
 from convfusion.surgery import mixers_of
 
-MAKE = {"zimage": zimage, "qwenimage": qwenimage, "qwen-edit": qwenimage, "lumina2": lumina2}
+pytestmark = pytest.mark.libraries
+
+MAKE = {
+    "zimage": zimage,
+    "qwenimage": qwenimage,
+    "qwen-edit": partial(qwenimage, zero_cond_t=True),
+    "lumina2": lumina2,
+}
 SIZES = ((12, 20), (20, 14))  # of latents; neither has a multiple of 32 tokens
 WHOLE = Halo(block=4, window=10, cells=2, key_ratio=1.0, value_ratio=1.0)
 NEAR = Halo(block=2, window=4, cells=2, key_ratio=1.0, value_ratio=1.0)
@@ -116,6 +125,15 @@ def test_some_of_the_sites_may_stay(name):
         twin = make(name)
         convfusion.convert(twin, ConvertConfig({site.path: WHOLE}))
         assert relative(run(twin, name, SIZES[0]), expected) < 1e-5
+
+
+@table
+@torch.no_grad()
+def test_samples_are_worked_on_one_by_one(name):
+    model = make(name)
+    expected = run(model, name, SIZES[0])
+    with run_one_at_a_time(model):
+        torch.testing.assert_close(run(model, name, SIZES[0]), expected)
 
 
 @table

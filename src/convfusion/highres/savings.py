@@ -221,6 +221,12 @@ def _join_samples(parts: Sequence[Any]) -> Any:
     return [sample for part in parts for sample in part]  # Z-Image gives them one by one
 
 
+def _is_shapes(told: Any) -> bool:
+    """Whether this is shapes of the pictures of one sample, as Qwen-Image is told them."""
+    pictures = told if isinstance(told, list) else [told]
+    return all(isinstance(s, tuple) and all(isinstance(n, int) for n in s) for s in pictures)
+
+
 def _take_sample(arguments: Any, index: int, count: int, listed: bool = False) -> Any:
     """One sample of nested arguments for a batch; what is no part of the batch stays.
 
@@ -230,7 +236,8 @@ def _take_sample(arguments: Any, index: int, count: int, listed: bool = False) -
         count: samples of the batch.
         listed: whether the denoiser takes lists with a tensor for each sample.
     """
-    if listed and isinstance(arguments, list) and len(arguments) == count:
+    shapes = isinstance(arguments, list) and all(map(_is_shapes, arguments))
+    if (shapes or listed) and isinstance(arguments, list) and len(arguments) == count:
         return arguments[index : index + 1]
     if isinstance(arguments, tuple | list):  # residuals of a control net, pictures of IP-Adapters
         return type(arguments)(_take_sample(value, index, count, listed) for value in arguments)
