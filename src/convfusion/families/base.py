@@ -296,6 +296,13 @@ class Family(ABC):
         """
         return packed
 
+    def pack_drawn(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] as its pipelines have them while they draw; by default as they are.
+
+        For latents that a pipeline has, `unpack_latents` is the reverse.
+        """
+        return latents
+
     def latent_pixels(self, model: Denoiser) -> int:
         """Pixels per latent along a side, in the autoencoder that a model was published with."""
         return self.pixels_per_latent

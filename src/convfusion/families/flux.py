@@ -222,6 +222,9 @@ class Flux(Family):
             "txt_ids": like.new_zeros(words, 3),
         }
 
+    def pack_drawn(self, latents: Tensor) -> Tensor:
+        return pack_squares(latents)
+
     def unpack_latents(self, model: Denoiser, packed: Tensor, sides: Grid) -> Tensor:
         return unpack_squares(packed, sides)
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from convfusion.analysis.capture import ask_timesteps
 from convfusion.data.pictures import encode_pictures, upcast_vae
 from convfusion.errors import ConvFusionError
-from convfusion.families import denoiser_of, family_of, latent_scale, native_size, pixel_unit
+from convfusion.families import (
+    denoiser_of,
+    family_of,
+    latent_scale,
+    native_size,
+    pixel_unit,
+)
 from convfusion.families.calls import check_call, cut_options
 from convfusion.families.patches import kept_values, wrapped_method
 from convfusion.generate import check_size, generate
@@ -35,6 +43,7 @@ from convfusion.highres.savings import (
     run_one_at_a_time,
 )
 from convfusion.highres.vae_tiles import check_tileable, tile_vae
+from convfusion.schedule import is_flow
 from convfusion.settings import check_fields
 from convfusion.text import check_prompts
 
@@ -112,7 +121,7 @@ def highres(
     is changed in it for that is put back, and what others have put there stays.
 
     Args:
-        pipe: a Stable Diffusion (1, 2, XL) or PixArt pipeline, converted or not.
+        pipe: a pipeline that draws pictures at any size, converted or not.
         prompts: what to draw.
         size: (height, width) in pixels.
         seeds: one per prompt, by default 0, 1, 2, …
@@ -237,24 +246,33 @@ class _Climb:
             if image is not None:
                 kept, guidance = round(self.steps * ladder.strength), ladder.guidance
                 start = Start.from_picture(pipe, image, size, seed)
+            draw = partial(self._generate, size, seed, guidance)
             scheduler = stack.enter_context(
                 keep_last_steps(
-                    pipe, self.steps, kept, self._report_steps(rung), start if ladder.keep else None
+                    *(pipe, self.steps, kept, self._report_steps(rung)),
+                    start if ladder.keep else None,
+                    ask=lambda: draw(options),
                 )
             )
             if start is not None:
                 noisy = start.add_noise(scheduler, scheduler.timesteps[0])
-                options["latents"] = noisy / scheduler.init_noise_sigma
-            return generate(
-                pipe,
-                [self.prompt],
-                seeds=[seed],
-                steps=self.steps,
-                guidance=guidance,
-                size=size,
-                progress=False,
-                **options,
-            )[0]
+                packed = family_of(model).pack_drawn(noisy)
+                options["latents"] = packed / getattr(scheduler, "init_noise_sigma", 1)
+            return draw(options)
+
+    def _generate(
+        self, size: Size, seed: int, guidance: float, options: dict[str, Any]
+    ) -> Image.Image:
+        return generate(
+            self.pipe,
+            [self.prompt],
+            seeds=[seed],
+            steps=self.steps,
+            guidance=guidance,
+            size=size,
+            progress=False,
+            **options,
+        )[0]
 
     def _report_steps(self, rung: int) -> Callable[[int, int], None]:
         def after(step: int, steps: int) -> None:
@@ -293,6 +311,9 @@ class Start:
         """With the noise of a timestep; None is the end, where there is none."""
         if timestep is None:
             return self.clean
+        if not hasattr(scheduler, "add_noise"):  # of a flow
+            level = float(timestep) / scheduler.config.num_train_timesteps
+            return (1 - level) * self.clean + level * self.noise
         return scheduler.add_noise(self.clean, self.noise, timestep[None])
 
     def keep_layout(self, latents: Tensor, noisy: Tensor) -> Tensor:
@@ -313,6 +334,7 @@ def keep_last_steps(
     kept: int,
     after_step: Callable[[int, int], None] = lambda step, steps: None,
     start: Start | None = None,
+    ask: Callable[[], Any] | None = None,
 ) -> Iterator[Any]:
     """Let a pipeline take only the last steps of a schedule, for a while.
 
@@ -323,11 +345,15 @@ def keep_last_steps(
         after_step: called after each call of the scheduler's `step` with its number, from 1, and
             the number of them all.
         start: whose low frequencies are put back after each step.
+        ask: lets the pipeline draw, for the timesteps of a flow, which pipelines set in ways of
+            their own. Nothing is drawn.
 
     Yields:
-        The scheduler, with its timesteps set. Afterwards it holds what it held before.
+        The scheduler, with its timesteps set, unless all steps of a flow are taken. Afterwards it
+        holds what it held before.
     """
-    scheduler = pipe.scheduler
+    scheduler, model = pipe.scheduler, denoiser_of(pipe)
+    family = family_of(model)
     first, taken, whole = (steps - kept) * scheduler.order, 0, torch.empty(0)
 
     def set_last_timesteps(set_timesteps: Any, *args: Any, **kwargs: Any) -> None:
@@ -342,18 +368,25 @@ def keep_last_steps(
     def counted_step(take_step: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal taken
         scheduler.timesteps = whole  # the pipeline has the last ones by now; indices count from 0
+        if first and not taken and getattr(scheduler, "step_index", 0) is None:
+            scheduler.set_begin_index(first)  # some pipelines have set 0 since
         result = take_step(*args, **kwargs)
         taken += 1
         after_step(taken, len(whole) - first)
         if start is None:
             return result
         timestep = whole[first + taken] if first + taken < len(whole) else None
-        return (start.keep_layout(result[0], start.add_noise(scheduler, timestep)), *result[1:])
+        noisy = start.add_noise(scheduler, timestep)
+        latents = family.unpack_latents(model, result[0], tuple(noisy.shape[2:]))
+        return (family.pack_drawn(start.keep_layout(latents, noisy)), *result[1:])
 
     with (
         kept_values(scheduler),
         wrapped_method(scheduler, "set_timesteps", set_last_timesteps),
         wrapped_method(scheduler, "step", counted_step),
     ):
-        scheduler.set_timesteps(steps)
+        if ask is None or not is_flow(scheduler):
+            scheduler.set_timesteps(steps)
+        elif first:
+            ask_timesteps(pipe, ask)
         yield scheduler
