@@ -9,7 +9,7 @@ from diffusers import FluxPipeline
 from evaluations import thumbnails
 from PIL import Image
 from tiny_models import CASES, shapes_of
-from tiny_pipelines import chroma_pipeline, flux_dev, flux_kontext
+from tiny_pipelines import chroma_pipeline, flux_dev, flux_kontext, stable_diffusion_3
 
 import convfusion
 from convfusion import ConvFusionError, uniform
@@ -18,9 +18,10 @@ from convfusion.data import LatentDataset, build_cache
 from convfusion.data.sources import Drawing, Prompts
 from convfusion.distill import DistillConfig, distill
 from convfusion.evaluate import epsilon_error, evaluate, plan_evaluation
-from convfusion.families import arrange_call, encode_conditioning, family_of
+from convfusion.families import arrange_call, encode_conditioning, family_of, flux
 from convfusion.families.flux import FLUX_1, GUIDANCE
 from convfusion.generate import generate
+from convfusion.highres import Ladder, highres
 from convfusion.mixers import Halo
 from convfusion.surgery import attention_teacher
 
@@ -132,6 +133,28 @@ def test_what_its_pictures_look_at_is_analysed(make):
     assert [site.grid for site in found.sites] == [(4, 6)] * 3
     assert all(0 < site.text.share < 1 for site in found.sites)
     assert len(found.timesteps) == 2
+
+
+@pytest.mark.parametrize("make", [flux_dev, chroma_pipeline, stable_diffusion_3])
+def test_a_ladder_goes_on_along_the_flow(make, monkeypatch):
+    """A rung starts from the picture below with the noise of the first step that it takes."""
+    pipe, starts = make(), []
+    monkeypatch.setattr(flux, "NATIVE_LATENTS", (8, 8))
+    step = type(pipe.scheduler).step
+
+    def see(scheduler, output, timestep, sample, **options):
+        result = step(scheduler, output, timestep, sample, **options)
+        sigma = scheduler.sigmas[scheduler.step_index - 1]
+        starts.append((float(timestep) / 1000, float(sigma), sample.std()))
+        return result
+
+    monkeypatch.setattr(type(pipe.scheduler), "step", see)
+    ladder = Ladder(strength=0.5, factor=3.0)
+    (picture,) = highres(pipe, ["red"], (32, 48), steps=4, guidance=1.0, ladder=ladder)
+    assert picture.size == (48, 32)
+    assert len(starts) == 4 + 2
+    assert all(time == pytest.approx(sigma) for time, sigma, _ in starts)
+    assert starts[0][0] == 1 and 0.2 < starts[4][0] < 0.9 and starts[5][0] < starts[4][0]
 
 
 @captioned

@@ -152,7 +152,7 @@ def ask_timesteps(pipe: Any, draw: Callable[[], Any]) -> list[float]:
     def stop(*_: Any) -> None:
         raise _FirstCall
 
-    handle = denoiser_of(pipe).register_forward_pre_hook(stop)
+    handle = denoiser_of(pipe).register_forward_pre_hook(stop, prepend=True)
     try:
         draw()
     except _FirstCall:
