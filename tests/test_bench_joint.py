@@ -67,7 +67,7 @@ def test_parts_are_what_the_attention_and_the_converted_one_count(case):
         rows = counter.read_tokens(site).text.query.shape[2]
         assert parts.image == 4 * n * n * c
         assert parts.text == 4 * c * (n * words + rows * (n + words))
-        assert parts.projections >= 8 * n * c * c
+        assert parts.projections >= 6 * n * c * c  # Lumina 2 has fewer keys and values
         for mixer in MIXERS if site is sites[0] else [JOINT_HALO]:
             found = counter.count(site, mixer)
             assert found.kept == parts.kept

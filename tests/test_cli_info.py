@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from tiny_pipelines import stable_diffusion_3
 
 import convfusion
 from convfusion import checkpoint, mini
+from convfusion.families import list_sites
 from convfusion.files import write_tensors
 from convfusion.mixers import Removed
 from convfusion.surgery import uniform
@@ -38,6 +40,15 @@ def test_a_pipeline_before_and_after(run, model, tmp_path):
     run("convert", model, "--out", tmp_path / "small", "--drop-attention")
     code, out, _ = run("info", tmp_path / "small")
     assert code == 0 and "attention of these sites was dropped" in out
+
+
+def test_attentions_that_a_text_shares_are_told(run, tmp_path):
+    pipe = stable_diffusion_3()
+    pipe.save_pretrained(tmp_path / "stock")
+    shared = sum(site.joint is not None for site in list_sites(pipe.transformer))
+    _, shown, _ = run("info", tmp_path / "stock")
+    assert f"Text and image share {shared} of them" in " ".join(shown.split())
+    assert str(convfusion.status(pipe)).count("shared with a text") == shared
 
 
 def test_no_weights_are_needed(run, model):

@@ -9,13 +9,18 @@ from PIL import Image
 from tiny_pipelines import block_weights, lumina_image, qwen_image, z_image
 
 import convfusion
-from convfusion import uniform
+from convfusion import Removed, uniform
+from convfusion.analysis import AnalysisConfig, HighPass, ablate, analyze
+from convfusion.budget.measure import measure_moments
 from convfusion.data import build_cache
 from convfusion.data.sources import Drawing, Prompts
 from convfusion.distill import DistillConfig, distill
-from convfusion.families import arrange_call, encode_conditioning, family_of
+from convfusion.families import arrange_call, encode_conditioning, family_of, list_sites
 from convfusion.generate import generate
-from convfusion.mixers import Halo
+from convfusion.highres.savings import run_one_at_a_time
+from convfusion.mixers import Depthwise, Halo, Shared
+from convfusion.recording import record_calls
+from convfusion.surgery.start import start_from_attention
 
 SIZE = (32, 48)
 LATENTS = {"zimage": (16, 24), "qwenimage": (16, 24), "lumina2": (4, 6)}
@@ -113,3 +118,34 @@ def test_guidance_has_the_same_name_for_every_pipeline(name, pipe):
         generate(pipe, ["red"], steps=1, guidance=guidance, size=SIZE, output_type="np")
         pictures[guidance] = sum(calls)
     assert pictures == {0.0: 1, 1.0: 1, 5.0: 2}
+
+
+def test_samples_are_worked_on_one_by_one(pipe):
+    """To save memory, with captions of several lengths and both halves of a guided batch."""
+
+    def draw():
+        drawn = generate(pipe, CAPTIONS, steps=1, guidance=3.0, size=SIZE, output_type="np")
+        return np.stack(drawn)
+
+    together = draw()
+    with run_one_at_a_time(pipe.transformer):
+        np.testing.assert_allclose(draw(), together, atol=1e-5)
+
+
+def test_it_is_analysed_at_the_times_that_it_draws_at(pipe):
+    settings = AnalysisConfig(steps=2, guidance=1.0, size=SIZE, filters=(HighPass(0.5, 1),))
+    found = analyze(pipe, CAPTIONS, settings)
+    assert [site.path for site in found.sites] == [s.path for s in list_sites(pipe.transformer)]
+    assert len(found.timesteps) == 2
+    tried = {"removed": uniform(Removed())}
+    drawn = ablate(pipe, CAPTIONS[:1], tried, steps=2, guidance=1.0, size=SIZE)
+    assert drawn["removed"].epsilon_error > 0
+
+
+def test_recorded_calls_measure_a_budget_and_start_blocks(name, pipe):
+    calls = record_calls(pipe, CAPTIONS, looks=1, steps=2, guidance=3.0, size=SIZE)
+    moments = measure_moments(pipe, calls)
+    assert moments.latents == LATENTS[name]
+    convfusion.convert(pipe, uniform(Shared(Depthwise(kernel_size=3))))
+    errors = start_from_attention(pipe, calls)
+    assert set(errors) == {site.path for site in list_sites(pipe.transformer)}

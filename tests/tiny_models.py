@@ -504,8 +504,10 @@ def run(model: nn.Module, case: Case, height: int, width: int, batch: int = 2) -
     return first_output(model(**case.inputs(height, width, batch)))
 
 
-def first_output(outputs: tuple[Any, ...]) -> Tensor:
+def first_output(outputs: Any) -> Tensor:
     """What a call of a model gives that is compared; of a ControlNet, all of its maps."""
+    if isinstance(outputs, Tensor):  # as Kandinsky 5 gives it
+        return outputs
     output, *others = outputs
     if isinstance(output, Tensor):
         return output

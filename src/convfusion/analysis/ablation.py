@@ -22,7 +22,15 @@ from convfusion.analysis.capture import (
 )
 from convfusion.errors import ConvFusionError
 from convfusion.evaluate import mean_psnr, relative_error
-from convfusion.families import denoiser_of, latent_scale, list_sites, native_size, site_grid
+from convfusion.families import (
+    denoiser_of,
+    latent_scale,
+    list_sites,
+    native_size,
+    noisy_latents,
+    site_grid,
+    stack_samples,
+)
 from convfusion.files import write_picture, write_text
 from convfusion.generate import generate
 from convfusion.mixers import MeanOnly, Mixer, Neighbourhood, Removed
@@ -160,8 +168,8 @@ def replay(pipe: Any, calls: list[DenoiserCall]) -> dict[float, float]:
     schedule = noise_schedule(pipe.scheduler, model)
     errors: dict[float, list[torch.Tensor]] = {}
     for call in calls:
-        output = model(*call.args, **{**call.kwargs, "return_dict": False})[0]
-        noisy = call.noisy
+        output = stack_samples(model(*call.args, **{**call.kwargs, "return_dict": False})[0])
+        noisy = stack_samples(noisy_latents(model, call.args, call.kwargs))
         steps = torch.full((len(noisy),), round(call.timestep), device=noisy.device)
         changed, stock = (schedule.read_output(o, noisy, steps) for o in (output, call.output))
         errors.setdefault(call.timestep, []).append(relative_error(changed, stock))

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from convfusion.analysis.streaming import AttentionSums, Measure, measure_attention
 from convfusion.analysis.text_share import TextSums, measure_text_share
 from convfusion.errors import ConvFusionError
-from convfusion.families import Denoiser, Site, denoiser_of, family_of, native_frames
+from convfusion.families import (
+    Denoiser,
+    Site,
+    denoiser_of,
+    family_of,
+    native_frames,
+    stack_samples,
+)
 from convfusion.families.carrier import argument_position
 from convfusion.families.watch import watch_attention
 from convfusion.mixers.base import Grid, JointTokens, TokenSample, project_heads, score_scale
@@ -101,13 +108,6 @@ class DenoiserCall:
     args: tuple
     kwargs: dict[str, Any]
     output: Tensor
-
-    @property
-    def noisy(self) -> Tensor:
-        """The latents that went in, [B, C, h, w]."""
-        if self.args:
-            return self.args[0]
-        return self.kwargs["sample" if "sample" in self.kwargs else "hidden_states"]
 
 
 def sampling_timesteps(pipe: Any, steps: int) -> list[float]:
@@ -334,7 +334,7 @@ def recorded_calls(pipe: Any, timesteps: list[float]) -> Iterator[list[DenoiserC
     def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         timestep = call_timestep(model, args, kwargs, timesteps)
         if timestep is not None:
-            tensor = output[0] if isinstance(output, tuple) else output.sample
+            tensor = stack_samples(output[0] if isinstance(output, tuple) else output.sample)
             calls.append(DenoiserCall(timestep, args, dict(kwargs), tensor))
 
     handle = model.register_forward_hook(keep, with_kwargs=True)

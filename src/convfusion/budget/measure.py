@@ -27,6 +27,7 @@ from convfusion.families import (
     family_of,
     list_sites,
     noisy_latents,
+    stack_samples,
 )
 from convfusion.families.watch import attention_at, sample_attention
 from convfusion.fingerprint import fingerprint
@@ -95,9 +96,9 @@ def measure_moments(
 
 def _find_sides(model: Denoiser, call: Mapping[str, Any]) -> Grid:
     """Sides of the latents of a call, packed or not."""
-    latents = noisy_latents(model, (), call)
+    latents = stack_samples(noisy_latents(model, (), call))
     if latents.ndim > 3:
-        return tuple(latents.shape[2:])
+        return tuple(latents.shape[2:] if family_of(model).frames else latents.shape[-2:])
     grid = family_of(model).carrier(model).grid((), dict(call))
     return latents_of_grid(model, list_sites(model)[0], grid)
 
@@ -121,7 +122,7 @@ class CallReservoir:
     def add(self, call: Mapping[str, Any], output: Any) -> None:
         """Look at a call and what the denoiser returned."""
         self._seen += 1
-        pair = (call, output[0])
+        pair = (call, stack_samples(output[0]))
         place = int(torch.randint(self._seen, (), generator=self._generator))
         if len(self.kept) < self._most:
             self.kept.append(pair)
@@ -251,8 +252,9 @@ def _output_error(
     try:
         errors = []
         for call, taught in calls:
-            channels = noisy_latents(model, (), call).shape[1]  # more are a learned variance
-            learned = model(**call)[0]
+            latents = stack_samples(noisy_latents(model, (), call))
+            channels = latents.shape[1]  # more are a learned variance
+            learned = stack_samples(model(**call)[0])
             errors.append(relative_error(learned[:, :channels], taught[:, :channels]))
     finally:
         revert(model)

@@ -121,7 +121,8 @@ def describe_pipeline(folder: Path) -> Description:
     kind, config = loading.denoiser_class(folder / part)
     with torch.device("meta"):
         model = loading.build(kind, config, folder / part / "config.json")
-    sites = len(list_sites(model))
+    listed = list_sites(model)
+    sites, shared = len(listed), sum(site.joint is not None for site in listed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     family = family_of(model).name
     lines = [
@@ -129,6 +130,12 @@ def describe_pipeline(folder: Path) -> Description:
         f"Denoiser: {kind.__name__}, of the family {family}, {parameters / 1e6:.1f}M parameters, "
         f"{sites} self-attention layers (sites).",
     ]
+    if shared:
+        some = "all" if shared == sites else str(shared)
+        lines.append(
+            f"Text and image share {some} of them: a block replaces what goes from image to image "
+            "there."
+        )
     inner = folder / pipelines.OURS / "convfusion.json"
     if not inner.is_file():
         lines.append("Converted: no.")

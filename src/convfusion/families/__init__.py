@@ -56,10 +56,12 @@ from convfusion.families.lookup import (
     native_latents,
     native_size,
     noisy_latents,
+    pack_drawn,
     pixel_unit,
     pixel_unit_of,
     shorten_path,
     site_grid,
+    stack_samples,
     unpack_drawn,
 )
 
@@ -128,6 +130,7 @@ __all__ = [
     "native_latents",
     "native_size",
     "noisy_latents",
+    "pack_drawn",
     "pixart",
     "pixel_unit",
     "pixel_unit_of",
@@ -137,6 +140,7 @@ __all__ = [
     "shorten_path",
     "site_grid",
     "skyreels",
+    "stack_samples",
     "supported_classes",
     "svd",
     "unet",

@@ -148,6 +148,11 @@ def noisy_latents(model: Denoiser, args: Sequence[Any], kwargs: Mapping[str, Any
     return args[0] if args else kwargs[family_of(model).latents]
 
 
+def stack_samples(given: Any) -> Tensor:
+    """What a denoiser is given or gives, in one tensor also where it has a list of samples."""
+    return given if isinstance(given, Tensor) else torch.stack(list(given))
+
+
 def arrange_call(
     model: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -292,6 +297,12 @@ def unpack_drawn(
     height, width = size or native_size(pipe)
     own = () if frames is None else ((frames - 1) // frame_scale(pipe) + 1,)
     return family_of(model).unpack_latents(model, packed, (*own, height // scale, width // scale))
+
+
+def pack_drawn(pipe: Any, latents: Tensor) -> Tensor:
+    """Latents [B, C, h, w] of pictures as a pipeline has them while it draws."""
+    model = denoiser_of(pipe)
+    return family_of(model).pack_drawn(model, latents)
 
 
 def native_size(pipe: Any) -> Size:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
 from convfusion.families.base import Denoiser, Family, Site, Size, Values
-from convfusion.families.carrier import Handles, read_argument, replace_argument
+from convfusion.families.carrier import GridForgetter, Handles, read_argument, replace_argument
 from convfusion.families.joint import (
     JOINT_HALO,
     JointLayout,
@@ -103,6 +103,7 @@ class ZImageCarrier:
             (
                 owner.register_forward_pre_hook(self, with_kwargs=True),
                 owner.t_embedder.register_forward_hook(spread_embedding),
+                owner.register_forward_hook(GridForgetter("t_embedder"), always_call=True),
                 *(each.register_forward_pre_hook(unpack_grid, with_kwargs=True) for each in blocks),
                 *(
                     each.register_forward_pre_hook(narrow_embedding, with_kwargs=True)
@@ -118,7 +119,6 @@ class ZImageCarrier:
 def spread_embedding(module: Any, args: tuple, output: Tensor) -> Tensor:
     """Forward hook of what embeds a timestep: [B, E] as [B, E, H, W] of the grid that was noted."""
     grid = module.grid_of_call
-    del module.grid_of_call
     return output[:, :, None, None].expand(*output.shape, *grid)
 
 

@@ -244,7 +244,7 @@ class MixedAttention(nn.Module):
     stock: ClassVar[type[nn.Module]]
     mixer: TokenMixer
     site: str
-    layout: JointLayout | None
+    layout: JointLayout | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Mix tokens; see `ConvFusionProcessor` and `mix_joint`."""

@@ -27,7 +27,8 @@ class SiteStatus:
         site: the self-attention.
         mixer: settings of what stands in its place; None where the attention does.
         attention_kept: whether the attention's weights are still there.
-        attention_parameters: of the attention; 0 if it was dropped.
+        attention_parameters: of the attention; 0 if it was dropped, or where text and image share
+            it, since all of them stay in use.
         mixer_parameters: of the mixer.
         record: whether the mixer is trained, and for how many steps; None without a mixer.
     """
@@ -76,7 +77,8 @@ class Status:
         ]
         for row in self.sites:
             mixer = "attention" if row.mixer is None else str(row.mixer)
-            lines.append(f"  {row.site.path}  {row.site.channels} channels  {mixer}")
+            shared = " shared with a text" if row.site.joint else ""
+            lines.append(f"  {row.site.path}  {row.site.channels} channels{shared}  {mixer}")
         if dropped:
             lines.append("Not available any more: " + "; ".join(LOST_WITHOUT_ATTENTION) + ".")
         lines += [f"{name}: {status}" for name, status in self.further.items()]

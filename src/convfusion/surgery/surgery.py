@@ -189,7 +189,8 @@ def revert(pipe_or_model: Any) -> Status:
     for model in models:
         _disconnect(model)
     for attention in mixed:
-        del attention.mixer, attention.site, attention.layout
+        del attention.mixer, attention.site
+        vars(attention).pop("layout", None)
         if isinstance(attention, MixedAttention):  # not, while `attention_back` lets it stand
             attention.__class__ = attention.stock  # type: ignore[assignment]
     return status(pipe_or_model)
