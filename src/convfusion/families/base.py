@@ -296,11 +296,8 @@ class Family(ABC):
         """
         return packed
 
-    def pack_drawn(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, H, W] as its pipelines have them while they draw; by default as they are.
-
-        For latents that a pipeline has, `unpack_latents` is the reverse.
-        """
+    def pack_drawn(self, model: Denoiser, latents: Tensor) -> Tensor:
+        """Latents [B, C, H, W] as a pipeline has them while it draws; by default as they are."""
         return latents
 
     def latent_pixels(self, model: Denoiser) -> int:

@@ -222,7 +222,7 @@ class Flux(Family):
             "txt_ids": like.new_zeros(words, 3),
         }
 
-    def pack_drawn(self, latents: Tensor) -> Tensor:
+    def pack_drawn(self, model: Denoiser, latents: Tensor) -> Tensor:
         return pack_squares(latents)
 
     def unpack_latents(self, model: Denoiser, packed: Tensor, sides: Grid) -> Tensor:

@@ -299,6 +299,12 @@ def unpack_drawn(
     return family_of(model).unpack_latents(model, packed, (*own, height // scale, width // scale))
 
 
+def pack_drawn(pipe: Any, latents: Tensor) -> Tensor:
+    """Latents [B, C, h, w] of pictures as a pipeline has them while it draws."""
+    model = denoiser_of(pipe)
+    return family_of(model).pack_drawn(model, latents)
+
+
 def native_size(pipe: Any) -> Size:
     """(height, width) in pixels of the pictures that a pipeline's denoiser was trained on."""
     scale = latent_scale(pipe)

@@ -192,7 +192,7 @@ class QwenImage(Family):
             told[name] = told[name][:, :longest]
         return super().arrange_inputs(model, pack_squares(latents), timesteps, told)
 
-    def pack_drawn(self, latents: Tensor) -> Tensor:
+    def pack_drawn(self, model: Denoiser, latents: Tensor) -> Tensor:
         return pack_squares(latents)
 
     def unpack_latents(self, model: Denoiser, packed: Tensor, sides: Grid) -> Tensor:

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,9 @@ from convfusion.families import (
     family_of,
     latent_scale,
     native_size,
+    pack_drawn,
     pixel_unit,
+    unpack_drawn,
 )
 from convfusion.families.calls import check_call, cut_options
 from convfusion.families.patches import kept_values, wrapped_method
@@ -43,7 +44,6 @@ from convfusion.highres.savings import (
     run_one_at_a_time,
 )
 from convfusion.highres.vae_tiles import check_tileable, tile_vae
-from convfusion.schedule import is_flow
 from convfusion.settings import check_fields
 from convfusion.text import check_prompts
 
@@ -121,7 +121,7 @@ def highres(
     is changed in it for that is put back, and what others have put there stays.
 
     Args:
-        pipe: a pipeline that draws pictures at any size, converted or not.
+        pipe: a pipeline that draws pictures of any size, converted or not.
         prompts: what to draw.
         size: (height, width) in pixels.
         seeds: one per prompt, by default 0, 1, 2, …
@@ -246,33 +246,33 @@ class _Climb:
             if image is not None:
                 kept, guidance = round(self.steps * ladder.strength), ladder.guidance
                 start = Start.from_picture(pipe, image, size, seed)
-            draw = partial(self._generate, size, seed, guidance)
-            scheduler = stack.enter_context(
-                keep_last_steps(
-                    *(pipe, self.steps, kept, self._report_steps(rung)),
-                    start if ladder.keep else None,
-                    ask=lambda: draw(options),
-                )
+
+            def draw() -> Image.Image:
+                return generate(
+                    pipe,
+                    [self.prompt],
+                    seeds=[seed],
+                    steps=self.steps,
+                    guidance=guidance,
+                    size=size,
+                    progress=False,
+                    **options,
+                )[0]
+
+            climbing = keep_last_steps(
+                pipe,
+                self.steps,
+                kept,
+                self._report_steps(rung),
+                start if ladder.keep else None,
+                draw if is_flow(pipe.scheduler) else None,
             )
+            scheduler = stack.enter_context(climbing)
             if start is not None:
                 noisy = start.add_noise(scheduler, scheduler.timesteps[0])
-                packed = family_of(model).pack_drawn(noisy)
-                options["latents"] = packed / getattr(scheduler, "init_noise_sigma", 1)
-            return draw(options)
-
-    def _generate(
-        self, size: Size, seed: int, guidance: float, options: dict[str, Any]
-    ) -> Image.Image:
-        return generate(
-            self.pipe,
-            [self.prompt],
-            seeds=[seed],
-            steps=self.steps,
-            guidance=guidance,
-            size=size,
-            progress=False,
-            **options,
-        )[0]
+                scale_of_noise = getattr(scheduler, "init_noise_sigma", 1.0)
+                options["latents"] = pack_drawn(pipe, noisy) / scale_of_noise
+            return draw()
 
     def _report_steps(self, rung: int) -> Callable[[int, int], None]:
         def after(step: int, steps: int) -> None:
@@ -311,10 +311,16 @@ class Start:
         """With the noise of a timestep; None is the end, where there is none."""
         if timestep is None:
             return self.clean
-        if not hasattr(scheduler, "add_noise"):  # of a flow
-            level = float(timestep) / scheduler.config.num_train_timesteps
-            return (1 - level) * self.clean + level * self.noise
+        if is_flow(scheduler):
+            share = (timestep / scheduler.config.num_train_timesteps).to(self.clean)
+            return (1 - share) * self.clean + share * self.noise
         return scheduler.add_noise(self.clean, self.noise, timestep[None])
+
+    def keep_layout_of(self, pipe: Any, packed: Tensor, noisy: Tensor) -> Tensor:
+        """The same of latents as a pipeline has them while it draws."""
+        height, width = (side * latent_scale(pipe) for side in self.clean.shape[-2:])
+        latents = unpack_drawn(pipe, packed, (height, width))
+        return pack_drawn(pipe, self.keep_layout(latents, noisy))
 
     def keep_layout(self, latents: Tensor, noisy: Tensor) -> Tensor:
         """Latents with the low frequencies of others, those that the picture below had."""
@@ -334,7 +340,7 @@ def keep_last_steps(
     kept: int,
     after_step: Callable[[int, int], None] = lambda step, steps: None,
     start: Start | None = None,
-    ask: Callable[[], Any] | None = None,
+    draw: Callable[[], Any] | None = None,
 ) -> Iterator[Any]:
     """Let a pipeline take only the last steps of a schedule, for a while.
 
@@ -345,15 +351,13 @@ def keep_last_steps(
         after_step: called after each call of the scheduler's `step` with its number, from 1, and
             the number of them all.
         start: whose low frequencies are put back after each step.
-        ask: lets the pipeline draw, for the timesteps of a flow, which pipelines set in ways of
-            their own. Nothing is drawn.
+        draw: lets the pipeline draw, which is stopped at the first call of its denoiser: it sets
+            the timesteps, where a pipeline does that by itself.
 
     Yields:
-        The scheduler, with its timesteps set, unless all steps of a flow are taken. Afterwards it
-        holds what it held before.
+        The scheduler, with its timesteps set. Afterwards it holds what it held before.
     """
-    scheduler, model = pipe.scheduler, denoiser_of(pipe)
-    family = family_of(model)
+    scheduler = pipe.scheduler
     first, taken, whole = (steps - kept) * scheduler.order, 0, torch.empty(0)
 
     def set_last_timesteps(set_timesteps: Any, *args: Any, **kwargs: Any) -> None:
@@ -377,16 +381,20 @@ def keep_last_steps(
             return result
         timestep = whole[first + taken] if first + taken < len(whole) else None
         noisy = start.add_noise(scheduler, timestep)
-        latents = family.unpack_latents(model, result[0], tuple(noisy.shape[2:]))
-        return (family.pack_drawn(start.keep_layout(latents, noisy)), *result[1:])
+        return (start.keep_layout_of(pipe, result[0], noisy), *result[1:])
 
     with (
         kept_values(scheduler),
         wrapped_method(scheduler, "set_timesteps", set_last_timesteps),
         wrapped_method(scheduler, "step", counted_step),
     ):
-        if ask is None or not is_flow(scheduler):
+        if draw is None:
             scheduler.set_timesteps(steps)
-        elif first:
-            ask_timesteps(pipe, ask)
+        else:
+            ask_timesteps(pipe, draw)
         yield scheduler
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is one of diffusers' for flows: latents hold t/T of noise there."""
+    return not hasattr(scheduler, "add_noise")
