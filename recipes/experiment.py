@@ -33,7 +33,7 @@ from convfusion.demo import configure_distillation, spread
 from convfusion.distill import DistillConfig, distill
 from convfusion.distill.startup import draw_noised_batches
 from convfusion.evaluate import epsilon_error
-from convfusion.families import denoiser_of
+from convfusion.families import denoiser_of, family_of
 from convfusion.fingerprint import fingerprint
 from convfusion.mini import HeldOut
 from convfusion.mixers import Mixer, Shared
@@ -169,24 +169,30 @@ def unfused(pipe: Any) -> None:
 
 
 class Remembering:
-    """A denoiser that predicts the same latents at the same timestep once in a process."""
+    """The `forward` of a denoiser that predicts the same latents at the same time once.
+
+    Args:
+        model: called with keywords alone.
+    """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.device, self.dtype = model, model.device, model.dtype
-        self.known: dict[int, tuple[torch.Tensor, Any]] = {}
+        self.forward, self.family = model.forward, family_of(model)
+        self.known: dict[float, tuple[torch.Tensor, Any]] = {}
 
-    def __call__(self, noisy: torch.Tensor, **told: Any) -> Any:
-        step = int(told["timestep"][0])
+    def __call__(self, **told: Any) -> Any:
+        noisy, step = told[self.family.latents], float(told[self.family.times][0])
         if step not in self.known or not torch.equal(self.known[step][0], noisy):
-            self.known[step] = (noisy, self.model(noisy, **told))
+            self.known[step] = (noisy, self.forward(**told))
         return self.known[step][1]
 
 
 @cache
-def judge(teacher: str, part: HeldOut) -> tuple[Remembering, LatentDataset]:
-    """A teacher, and the held-out latents that its students are judged on."""
+def judge(teacher: str, part: HeldOut) -> tuple[Any, LatentDataset]:
+    """A teacher's denoiser, and the held-out latents that its students are judged on."""
     held_out = spread(TEACHERS[teacher].held_out_data(part), JUDGED)
-    return Remembering(denoiser_of(TEACHERS[teacher].load())), held_out
+    model = denoiser_of(TEACHERS[teacher].load())
+    model.forward = Remembering(model)
+    return model, held_out
 
 
 def judged(teacher: str, made_by: Recipe, part: HeldOut = "choice") -> dict[str, Any]:

@@ -60,16 +60,16 @@ def test_what_is_watched_is_what_the_attention_compares():
         model.get_submodule(site.path).register_forward_hook(keep)
 
     def see(site, attention, sample):
-        seen[site.path] = (attention, sample.tokens, sample.grid)
+        seen[site.path] = (attention, sample)
 
     with watch_attention(model, see):
         model(**example_inputs(model, (8, 12), batch=2))
-    for path, (attention, tokens, grid) in seen.items():
-        query, key, value = project_heads(attention, tokens)
+    for path, (attention, sample) in seen.items():
+        query, key, value = project_heads(attention, sample)
         mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value)
         mixed = projections(attention)[3](mixed.transpose(1, 2).flatten(2))
         maps, output = outputs[path]
-        torch.testing.assert_close(mixed.transpose(1, 2).unflatten(2, grid) + maps, output)
+        torch.testing.assert_close(mixed.transpose(1, 2).unflatten(2, sample.grid) + maps, output)
     assert len(seen) == 4
 
 
