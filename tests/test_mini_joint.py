@@ -10,8 +10,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import JointAttnProcessor2_0
+from safetensors import safe_open
 
 from convfusion import mini
+from convfusion.data import LatentDataset
+from convfusion.demo import spread
 from convfusion.families import encode_conditioning
 
 pytestmark = pytest.mark.libraries
@@ -152,3 +155,43 @@ def draw(pipe, captions, **options):
     seeds = [torch.Generator().manual_seed(number) for number in range(len(captions))]
     options = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 3.0} | options
     return torch.from_numpy(pipe(captions, generator=seeds, output_type="np", **options).images)
+
+
+def test_what_is_kept_is_small_and_foretells_held_out_pictures(joint):
+    files = [file for file in joint.KEPT.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 9e6
+    for file in joint.KEPT.rglob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.keys())
+            assert {tensors.get_slice(name).get_dtype() for name in names} == {"F16"}
+    pipe, data = joint.load_joint(), spread(mini.held_out_data("choice"), 4)
+    found = joint.measure(pipe, data)
+    assert found["relative"] == pytest.approx(joint.read_facts()["choice"]["relative"], rel=0.4)
+    assert found["relative"] < 0.6 * linear_guess(joint, data)
+    silent = joint.measure(pipe, LatentDataset(data.latents, [""] * len(data)))
+    assert found["loss"] < silent["loss"]  # its captions help
+
+
+def linear_guess(joint, data):
+    """‖v̂ − v‖²/‖v‖² of v̂ = E[v | x_σ] for latents that were independent normal numbers."""
+    share = joint.noise_shares((torch.arange(100) + 0.5) / 100)
+    variance, mean = data.latents.var(), data.latents.mean()
+    noisy = (1 - share) ** 2 * variance + share**2
+    left = (1 + variance) - (share - (1 - share) * variance) ** 2 / noisy
+    return float(left.mean() / (1 + variance + mean**2))
+
+
+def test_what_is_kept_loads_and_draws_as_any_pipeline(joint, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "build", str(tmp_path / "built")])
+    joint.main()
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "built", **joint.NO_T5)
+    assert isinstance(pipe, StableDiffusion3Pipeline)
+    assert pipe.text_encoder_3 is None
+    one, two = draw(pipe, ["dog face, noto"] * 2)
+    assert one.shape == (64, 64, 3)
+    assert not torch.equal(one, two)  # a seed each
+    assert not torch.equal(one, draw(pipe, ["dog face, noto"], guidance_scale=1.0)[0])
+    larger = draw(pipe, ["dog face, noto"], height=96, width=80, num_inference_steps=1)
+    assert larger.shape == (1, 96, 80, 3)
+    positions = pipe.transformer.pos_embed.cropped_pos_embed(64, 64)[0]  # of the largest grid
+    assert len(positions.unique(dim=0)) == 64 * 64

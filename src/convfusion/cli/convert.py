@@ -58,8 +58,8 @@ BlocksOnly = Annotated[
 Mixer = Annotated[
     str | None,
     typer.Option(
-        help="What replaces every self-attention: delta_conv, halo, … Default: the ΔConvBlocks of "
-        "the preset."
+        help="What replaces every self-attention: delta_conv, halo, … Default: what the "
+        "preset has."
     ),
 ]
 Prompts = Annotated[
@@ -207,11 +207,14 @@ def draw_calls(
 
 
 def print_errors(errors: dict[str, float]) -> None:
-    """How near each mixer starts to its attention."""
+    """How near each mixer starts to its attention; those that nothing is measured for have none."""
     from rich.table import Table
 
     from convfusion.families import shorten_path
 
+    if not errors:
+        typer.echo("There was nothing to measure: these blocks are as near as they start.")
+        return
     table = Table()
     table.add_column("site")
     table.add_column("expected error\nof its output", justify="right")

@@ -140,11 +140,13 @@ class TokenMixer(nn.Module):
         config: the settings that it was built from.
         ranks: of the grids that it works on: 2 for (H, W), 3 for (T, H, W).
         has_measured_start: whether `start_from` sets it.
+        starts_near: whether it draws nearly as the attention as soon as it is built.
     """
 
     config: Any
     ranks: tuple[int, ...] = (2,)
     has_measured_start: ClassVar[bool] = False
+    starts_near: ClassVar[bool] = False
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Mix tokens [B, N, C] that lie row by row on a grid; same shape and dtype out."""

@@ -38,6 +38,7 @@ class JointHaloMixer(HaloMixer, JointMixer):
     """
 
     has_measured_start = False
+    starts_near = True  # with the attention's own queries, keys and values
     large_chunk = 2**13  # whose scores are kept beside those of the text
     may_fuse = False
 

@@ -20,8 +20,8 @@ class TrainingRecord:
     """How a mixer came to its values.
 
     Attributes:
-        origin: what the training began from: `converted`, as `convert` made it; `attention`, set to
-            the mean attention it replaces; `released`, trained by the paper's authors; or
+        origin: what the training began from: `converted`, as `convert` made it; `attention`, set by
+            the attention that it replaces; `released`, trained by the paper's authors; or
             `unknown`, read from a file that does not say.
         steps: optimiser steps of this project's training since then.
     """
@@ -77,11 +77,13 @@ class TrainingRecord:
 
 
 UNTRAINED = TrainingRecord()
+STARTED = TrainingRecord("attention")
 
 
 def record_of(mixer: nn.Module) -> TrainingRecord:
     """What a mixer has been through."""
-    return getattr(mixer, "_convfusion_record", UNTRAINED)
+    new = STARTED if getattr(mixer, "starts_near", False) else UNTRAINED
+    return getattr(mixer, "_convfusion_record", new)
 
 
 def set_record(mixer: nn.Module, record: TrainingRecord) -> None:
