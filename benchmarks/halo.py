@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from convfusion import DeltaConv, Halo
 from convfusion.files import write_csv
 from convfusion.mixers import halo
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 from convfusion.operations import peak_bytes
 
 OUT = Path(__file__).parent.parent / "results" / "halo_speed.csv"

@@ -37,7 +37,7 @@ from convfusion.families import denoiser_of, family_of
 from convfusion.fingerprint import fingerprint
 from convfusion.mini import HeldOut
 from convfusion.mixers import Mixer, Shared
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 from convfusion.operations import site_operations
 from mini import fashion, large, video
 from mini.joint import load_joint

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convfusion.bench.timing import describe_machine, time_interleaved
-from convfusion.mixers.base import Grid
 from convfusion.mixers.delta_conv import DeltaConv, DeltaConvBlock
+from convfusion.mixers.tokens import Grid
 from convfusion.ops.reference import apply_gate, halve
 from pages import write
 

@@ -9,7 +9,7 @@ from typing import Any
 from convfusion import DeltaConv
 from convfusion.families import denoiser_of, list_sites, site_grid
 from convfusion.mixers import Circular, Depthwise, Halo, Neighbourhood, Removed
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 from convfusion.operations import pairs_in_windows
 from convfusion.surgery import mixers_of
 

@@ -24,7 +24,7 @@ from convfusion.families.watch import sample_attention
 from convfusion.fingerprint import fingerprint
 from convfusion.generate import swapped_denoiser
 from convfusion.mixers import DeltaConv, MeanOnly, Mixer
-from convfusion.mixers.base import TokenSample
+from convfusion.mixers.tokens import TokenSample
 from convfusion.recording import record_calls
 from convfusion.surgery import build_mixers, uniform
 from convfusion.surgery.start import measure_imitation, start_mixer

@@ -11,7 +11,7 @@ from convfusion.analysis import AnalysisConfig, HighPass, analyze
 from convfusion.analysis.page import write_report
 from convfusion.analysis.study import find_padding
 from convfusion.analysis.text_share import measure_text_share, summarise_text
-from convfusion.mixers.base import Heads, JointTokens
+from convfusion.mixers.tokens import Heads, JointTokens
 
 SETTINGS = AnalysisConfig(steps=2, guidance=2.0, size=(16, 16), filters=(HighPass(0.5, 1),))
 

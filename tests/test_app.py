@@ -38,7 +38,7 @@ from convfusion.evaluate.results import SCHEMA
 from convfusion.families import denoiser_of, list_sites
 from convfusion.generate import generate
 from convfusion.mixers import DeltaConv, Depthwise, Halo, MeanOnly, Removed
-from convfusion.mixers.base import Heads, JointTokens, TokenSample
+from convfusion.mixers.tokens import Heads, JointTokens, TokenSample
 from convfusion.surgery import attention_teacher, drop_attention, uniform
 
 STEPS = 3

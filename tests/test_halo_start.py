@@ -13,9 +13,9 @@ from convfusion import ConvFusionError, DeltaConv, Halo, mini, uniform
 from convfusion.distill.startup import draw_noised_batches
 from convfusion.families import list_sites
 from convfusion.families.watch import sample_attention
-from convfusion.mixers.base import TokenSample
 from convfusion.mixers.halo_start import set_from_sample
 from convfusion.mixers.offsets import sum_by_offset
+from convfusion.mixers.tokens import TokenSample
 from convfusion.surgery import mixers_of
 from convfusion.surgery.start import measure_imitation
 

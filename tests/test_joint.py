@@ -15,7 +15,6 @@ from convfusion import ConvertConfig, ConvFusionError, DeltaConv, MeanOnly, Remo
 from convfusion.families import example_inputs, list_sites
 from convfusion.families.watch import attention_at, sample_attention, watch_tokens
 from convfusion.mixers import Halo, Neighbourhood, Shared, joint, mixer_from_dict, mixer_to_dict
-from convfusion.mixers.base import Heads, JointTokens
 from convfusion.mixers.joint import (
     JointMixer,
     attend_from_image,
@@ -24,6 +23,7 @@ from convfusion.mixers.joint import (
     blend,
     estimate_total,
 )
+from convfusion.mixers.tokens import Heads, JointTokens
 from convfusion.surgery import attention_back, install, mixers_of, revert
 from convfusion.surgery.start import measure_imitation, start_from_attention
 

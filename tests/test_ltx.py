@@ -8,9 +8,10 @@ from tiny_pipelines import ltx_video_8x
 import convfusion
 from convfusion import ConvertConfig, ConvFusionError, Halo, MeanOnly, Removed, uniform
 from convfusion.families import example_inputs
-from convfusion.families.carrier import read_coordinates
+from convfusion.families.coordinates import read_coordinates
 from convfusion.families.watch import sample_attention
-from convfusion.mixers.base import TokenSample, fold_gates
+from convfusion.mixers.base import fold_gates
+from convfusion.mixers.tokens import TokenSample
 from convfusion.recording import record_calls
 from convfusion.surgery import attention_back, mixers_of
 

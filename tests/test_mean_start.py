@@ -4,8 +4,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from convfusion.mixers import MeanOnly
-from convfusion.mixers.base import TokenSample
 from convfusion.mixers.sampling import attend_at
+from convfusion.mixers.tokens import TokenSample
 from convfusion.surgery.start import measure_imitation
 
 

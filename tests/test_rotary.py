@@ -14,9 +14,10 @@ from convfusion.errors import UnsupportedModelError
 from convfusion.families import Family, example_inputs, family_of, list_sites
 from convfusion.families.rotary import PairTurn
 from convfusion.families.watch import can_watch, sample_attention, watch_attention
-from convfusion.mixers.base import TokenSample, as_plain, normed_heads
+from convfusion.mixers.base import as_plain, normed_heads
 from convfusion.mixers.nearest_layers import average_turn, fit_norms
 from convfusion.mixers.sampling import attend_at
+from convfusion.mixers.tokens import TokenSample
 from convfusion.surgery import attention_teacher, mixers_of
 from convfusion.surgery.start import measure_imitation
 

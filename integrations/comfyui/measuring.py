@@ -23,7 +23,8 @@ from convfusion.evaluate.epsilon import relative_error
 from convfusion.families import list_sites, shorten_path
 from convfusion.families.watch import TokenReservoir
 from convfusion.mixers import Mixer, Removed
-from convfusion.mixers.base import TokenMixer, TokenSample, projections
+from convfusion.mixers.base import TokenMixer, projections
+from convfusion.mixers.tokens import TokenSample
 from convfusion.surgery import ConvertConfig, build_mixers, install, uniform
 from convfusion.surgery.layers import FLOATS
 from convfusion.surgery.start import start_mixer

@@ -20,7 +20,8 @@ from torch.func import functional_call
 import convfusion
 from convfusion.errors import ConvFusionError
 from convfusion.families import shorten_path
-from convfusion.mixers.base import Grid, TokenMixer
+from convfusion.mixers.base import TokenMixer
+from convfusion.mixers.tokens import Grid
 from convfusion.surgery import mixers_of
 
 from .layout import build_skeleton, find_places

@@ -27,7 +27,8 @@ from convfusion.families import (
     site_grid,
 )
 from convfusion.mixers import Circular, Mixer, Neighbourhood
-from convfusion.mixers.base import Grid, Heads, JointTokens, TokenMixer, build_mixer, projections
+from convfusion.mixers.base import TokenMixer, build_mixer, projections
+from convfusion.mixers.tokens import Grid, Heads, JointTokens
 from convfusion.ops import library
 from convfusion.shapes import SiteCall, find_joint_calls, shape_of_site, stock_on_meta
 from convfusion.surgery.mixed import DroppedAttention, MixedAttention, put_mixer

@@ -14,7 +14,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, Site, example_inputs, family_of, site_grid
 from convfusion.families.carrier import GRID, drop_grid
 from convfusion.families.patches import copied_without_patches
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 from convfusion.surgery import mixers_of, revert
 
 

@@ -24,7 +24,8 @@ from convfusion.families import (
 )
 from convfusion.families.carrier import argument_position
 from convfusion.families.watch import watch_attention
-from convfusion.mixers.base import Grid, JointTokens, TokenSample, project_heads, score_scale
+from convfusion.mixers.base import project_heads, score_scale
+from convfusion.mixers.tokens import Grid, JointTokens, TokenSample
 from convfusion.surgery import mixers_of
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convfusion.analysis.statistics import SINK_TOKENS, as_video
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from convfusion.errors import ConvFusionError
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 
 SINK_FACTOR = 10.0  # a sink receives this many times what uniform attention gives a token,
 SINK_BREADTH = 0.25  # from at least this share of the queries,

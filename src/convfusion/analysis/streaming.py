@@ -29,8 +29,8 @@ from convfusion.analysis.statistics import (
     sink_tokens,
 )
 from convfusion.errors import ConvFusionError
-from convfusion.mixers.base import Grid
 from convfusion.mixers.offsets import precise, ring_sums
+from convfusion.mixers.tokens import Grid
 
 COPIES = 14  # live values per value of a map while a chunk is worked on, in units of float32
 SHOWN = ((0.5, 0.5), (0.2, 0.2), (0.2, 0.75), (0.75, 0.35))  # of height and width

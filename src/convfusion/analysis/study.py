@@ -47,7 +47,7 @@ from convfusion.families import (
 )
 from convfusion.files import write_text
 from convfusion.fingerprint import fingerprint
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 from convfusion.recording import run_denoiser
 
 SCHEMA = "convfusion-analysis-1"

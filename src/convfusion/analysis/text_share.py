@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convfusion.mixers.base import JointTokens
+from convfusion.mixers.tokens import JointTokens
 
 
 @dataclass(frozen=True)

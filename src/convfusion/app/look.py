@@ -21,8 +21,9 @@ from convfusion.app.studio import Studio
 from convfusion.errors import ConvFusionError
 from convfusion.families import Site, family_of
 from convfusion.families.watch import attention_at
-from convfusion.mixers.base import Grid, TokenSample, project_heads, score_scale
+from convfusion.mixers.base import project_heads, score_scale
 from convfusion.mixers.offsets import ring_sums
+from convfusion.mixers.tokens import Grid, TokenSample
 from convfusion.surgery import mixers_of
 
 PROBES = 4  # directions of the output that a block's dependence is averaged over

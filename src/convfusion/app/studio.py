@@ -30,7 +30,7 @@ from convfusion.families import Denoiser, Site, denoiser_of, family_of, list_sit
 from convfusion.families.watch import watch_attention
 from convfusion.generate import check_drawing, generate, swapped_denoiser
 from convfusion.mixers import Removed
-from convfusion.mixers.base import TokenSample
+from convfusion.mixers.tokens import TokenSample
 from convfusion.surgery import attention_back, attention_teacher, convert, mixers_of
 from convfusion.surgery.config import uniform
 

@@ -30,8 +30,9 @@ from convfusion.families import (
 )
 from convfusion.files import write_csv
 from convfusion.mixers import MIXERS, Mixer
-from convfusion.mixers.base import Grid, as_plain, projections
+from convfusion.mixers.base import as_plain, projections
 from convfusion.mixers.delta_conv import DeltaConv
+from convfusion.mixers.tokens import Grid
 from convfusion.operations import JointCounter, count, mixer_operations, peak_bytes
 from convfusion.shapes import shape_of_site
 from convfusion.surgery.config import ConvertConfig, uniform

@@ -21,7 +21,7 @@ from convfusion.bench.models import BenchModel
 from convfusion.families import Denoiser, Site, list_sites, site_grid
 from convfusion.files import write_csv
 from convfusion.mixers import Mixer
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 from convfusion.operations import JointCounter
 from convfusion.surgery.config import ConvertConfig
 

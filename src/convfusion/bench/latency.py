@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from convfusion.bench.timing import Timing, time_interleaved
 from convfusion.families import Denoiser, Site, example_inputs, list_sites
-from convfusion.mixers.base import Grid, TokenMixer, as_plain
+from convfusion.mixers.base import TokenMixer, as_plain
 from convfusion.mixers.delta_conv import DeltaConv
 from convfusion.mixers.joint import stand_in
+from convfusion.mixers.tokens import Grid
 from convfusion.shapes import (
     SiteCall,
     find_joint_calls,

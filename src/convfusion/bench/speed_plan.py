@@ -41,7 +41,7 @@ from convfusion.families import (
     site_grid,
 )
 from convfusion.mixers import Removed
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 from convfusion.surgery import attention_teacher, mixers_of
 from convfusion.surgery.config import ConvertConfig, uniform
 from convfusion.surgery.mixed import replaced_layers

@@ -14,8 +14,8 @@ from convfusion.budget.moments import Moments
 from convfusion.errors import ConvFusionError
 from convfusion.families import Site, shorten_path
 from convfusion.mixers import DeltaConv, Halo, MeanOnly, Mixer
-from convfusion.mixers.base import Grid
 from convfusion.mixers.halo import Sides
+from convfusion.mixers.tokens import Grid
 from convfusion.surgery import ConvertConfig
 
 Unit = Literal["x", "s"]

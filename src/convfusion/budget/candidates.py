@@ -12,8 +12,8 @@ import torch
 from convfusion.budget.knapsack import list_undominated
 from convfusion.budget.moments import Reach, SiteMoments
 from convfusion.mixers import DeltaConv, Halo, MeanOnly, Mixer
-from convfusion.mixers.base import Grid
 from convfusion.mixers.halo import Sides
+from convfusion.mixers.tokens import Grid
 from convfusion.operations import image_operations, mixer_operations
 
 KERNEL = 7  # of the ΔConvBlocks

@@ -26,7 +26,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.families import Denoiser, Site, denoiser_of, family_of, list_sites, native_latents
 from convfusion.families import site_grid as grid_of
 from convfusion.fingerprint import fingerprint
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 from convfusion.operations import JointCounter, attention_operations
 from convfusion.surgery import mixers_of
 

@@ -32,7 +32,8 @@ from convfusion.families import (
 from convfusion.families.watch import attention_at, sample_attention
 from convfusion.fingerprint import fingerprint
 from convfusion.mixers import Grid, MeanOnly, Mixer
-from convfusion.mixers.base import TokenMixer, TokenSample
+from convfusion.mixers.base import TokenMixer
+from convfusion.mixers.tokens import TokenSample
 from convfusion.shapes import latents_of_grid
 from convfusion.surgery import build_mixers, install, mixers_of, revert, uniform
 from convfusion.surgery.start import MEMORY, measure_imitation, start_mixer

@@ -15,7 +15,7 @@ from convfusion.progress import Progress
 
 if TYPE_CHECKING:
     from convfusion.budget import Allocation, Moments
-    from convfusion.mixers.base import Grid
+    from convfusion.mixers.tokens import Grid
 
 Within = Annotated[
     str | None,

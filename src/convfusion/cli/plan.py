@@ -29,7 +29,7 @@ from convfusion.progress import Progress
 
 if TYPE_CHECKING:
     from convfusion.bench.speed_plan import SpeedPlan
-    from convfusion.mixers.base import Grid
+    from convfusion.mixers.tokens import Grid
 
 Name = Annotated[
     str,

@@ -20,8 +20,9 @@ from convfusion.families import (
     list_sites,
 )
 from convfusion.families.watch import watch_tokens
-from convfusion.mixers.base import TokenSample, read_added
+from convfusion.mixers.base import read_added
 from convfusion.mixers.joint import attend_from_image
+from convfusion.mixers.tokens import TokenSample
 from convfusion.schedule import Schedule, noise_schedule
 from convfusion.surgery import attention_teacher, mixers_of
 

@@ -29,7 +29,6 @@ from convfusion.families.base import (
     FAMILIES,
     Denoiser,
     Family,
-    Site,
     Size,
     TextReader,
     family_of,
@@ -64,6 +63,7 @@ from convfusion.families.lookup import (
     stack_samples,
     unpack_drawn,
 )
+from convfusion.families.sites import Site
 
 for _family in (
     unet.UNET,

@@ -11,62 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
-import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
 from convfusion.families.carrier import Carrier
-from convfusion.families.joint import JointLayout
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
 from convfusion.mixers import Gate, Halo, Mixer
-from convfusion.mixers.base import Grid, TokenMixer, Turn, build_mixer
+from convfusion.mixers.tokens import Grid, Turn
 
 Denoiser: TypeAlias = Any  # a diffusers ModelMixin and ConfigMixin; no type can say both
 Size: TypeAlias = tuple[int, int]  # (height, width)
-
-
-@dataclass(frozen=True)
-class Site:
-    """One self-attention of a model.
-
-    Attributes:
-        path: module path of the attention, such as
-            `down_blocks.0.attentions.0.transformer_blocks.0.attn1`.
-        channels: C of its tokens.
-        heads: number of attention heads.
-        level: how often the latents were halved before it (0 in a DiT).
-        owner: module path of the module whose input tells the grid ('' is the model itself).
-        tap: module path of the module whose first input is the hidden state right after this
-            site, gated and added to the residual: the feature that distillation compares.
-        rank: of its grid: 2 for (H, W), 3 for (T, H, W).
-        joint: how text and image share it; None where it is of the image alone.
-    """
-
-    path: str
-    channels: int
-    heads: int
-    level: int
-    owner: str
-    tap: str
-    rank: int = 2
-    joint: JointLayout | None = None
-
-    def build(self, settings: Mixer) -> TokenMixer:
-        """The mixer of some settings for this site.
-
-        Raises:
-            ConvFusionError: they do not fit it.
-        """
-        try:
-            return build_mixer(settings, self.channels, self.heads, self.joint is not None)
-        except ConvFusionError as wrong:
-            raise ConvFusionError(f"{self.path}: {wrong}") from None
-
-    @property
-    def block(self) -> str:
-        """Module path of the transformer block that it is part of."""
-        return self.path.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -351,35 +308,6 @@ class Family(ABC):
                 f"a {type(model).__name__} is not exported: that of attention which text and image "
                 "share was not tried"
             )
-
-
-class Values:
-    """Makes fixed random values for a denoiser; on the meta device, shapes alone.
-
-    Args:
-        model: whose dtype floating-point values have.
-        device: of the values.
-        sides: of the latents that they go with: (height, width), of a video behind its frames.
-    """
-
-    def __init__(self, model: Denoiser, device: torch.device | str, sides: Grid) -> None:
-        self.device, self.dtype, self.sides = device, model.dtype, sides
-        meta = str(device) == "meta"
-        self._generator = None if meta else torch.Generator().manual_seed(0)
-
-    def __call__(self, *shape: int) -> Tensor:
-        """Normal values [*shape] in the model's dtype."""
-        drawn_on = "meta" if self._generator is None else None
-        made = torch.randn(*shape, generator=self._generator, device=drawn_on)
-        return made.to(self.device, self.dtype)
-
-    def filled(self, value: float, *shape: int) -> Tensor:
-        """[*shape] of one value in the model's dtype."""
-        return torch.full(shape, value, device=self.device, dtype=self.dtype)
-
-    def zeros(self, *shape: int) -> Tensor:
-        """[*shape] of the integer 0, as class labels."""
-        return torch.zeros(*shape, device=self.device, dtype=torch.long)
 
 
 FAMILIES: dict[str, Family] = {}  # by name

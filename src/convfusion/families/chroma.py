@@ -12,11 +12,12 @@ from diffusers import ChromaTransformer2DModel
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Size, Values
+from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Size
 from convfusion.families.carrier import argument_position, read_argument
 from convfusion.families.flux import WORDS, Flux, FluxLayout
 from convfusion.families.joint import NOT_SEEN
 from convfusion.families.placed import PlacedCarrier
+from convfusion.families.values import Values
 
 _CLASS = "ChromaTransformer2DModel"
 _MASK, _TEXT = "attention_mask", "encoder_hidden_states"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.base import Denoiser, Size, Values
+from convfusion.families.base import Denoiser, Size
 from convfusion.families.unet import (
     SD15_KERNELS,
     SD15_LAYOUT,
@@ -15,6 +15,7 @@ from convfusion.families.unet import (
     UNet,
     count_by_block,
 )
+from convfusion.families.values import Values
 
 _CLASS = "ControlNetModel"
 

@@ -8,17 +8,11 @@ from typing import Any
 from diffusers.utils import is_torchvision_available
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.base import (
-    TEXT_DOCS,
-    TIMESTEP_DOCS,
-    Denoiser,
-    Family,
-    Site,
-    Size,
-    Values,
-)
+from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Family, Size
 from convfusion.families.carrier import RotaryCarrier
 from convfusion.families.rotary import HalvesTurn
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
 from convfusion.families.wan import VIDEO_HALO, VIDEO_KERNELS
 
 T5_WORDS = 512  # tokens that its text encoder reads

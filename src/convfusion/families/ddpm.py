@@ -12,9 +12,11 @@ from typing import Any
 from diffusers.models.attention_processor import Attention
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.base import TIMESTEP_DOCS, Denoiser, Family, Site, Size, Values
+from convfusion.families.base import TIMESTEP_DOCS, Denoiser, Family, Size
 from convfusion.families.carrier import MapsCarrier
+from convfusion.families.sites import Site
 from convfusion.families.unet import level_of
+from convfusion.families.values import Values
 
 _CLASS = "UNet2DModel"
 _PLAIN = ("DownBlock2D", "UpBlock2D")  # without attention

@@ -9,15 +9,10 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.base import (
-    Denoiser,
-    Family,
-    Site,
-    Size,
-    Values,
-    list_plain_sites,
-)
+from convfusion.families.base import Denoiser, Family, Size, list_plain_sites
 from convfusion.families.carrier import KeywordCarrier
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
 
 NO_CLASS = 1000  # under guidance, in diffusers' DiT pipeline
 

@@ -18,15 +18,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.base import (
-    TEXT_DOCS,
-    TIMESTEP_DOCS,
-    Denoiser,
-    Family,
-    Site,
-    Size,
-    Values,
-)
+from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Family, Size
 from convfusion.families.joint import (
     JOINT_HALO,
     JointLayout,
@@ -36,7 +28,9 @@ from convfusion.families.joint import (
 )
 from convfusion.families.packed import SIDE, pack_squares, unpack_squares
 from convfusion.families.placed import PlacedCarrier, place_tokens
-from convfusion.mixers.base import Grid, Heads, JointTokens
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
+from convfusion.mixers.tokens import Grid, Heads, JointTokens
 
 WORDS = 512  # tokens that its text encoder reads
 NATIVE_LATENTS = (128, 128)  # of 1024×1024 pixels

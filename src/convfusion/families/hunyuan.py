@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.base import Denoiser, Family, Site, Size, Values
+from convfusion.families.base import Denoiser, Family, Size
 from convfusion.families.carrier import argument_position
 from convfusion.families.rotary import PairTurn
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
 
 ORIGINAL = (1024, 1024)  # size of the picture that a pipeline tells an older model of
 TRAINED_SIDE = 64  # of the latents that places are counted in

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from convfusion.mixers.base import Grid, Heads, JointTokens
 from convfusion.mixers.halo import Halo
+from convfusion.mixers.tokens import Grid, Heads, JointTokens
 
 JOINT_HALO = Halo(block=8, window=16, cells=8, key_ratio=1.0, value_ratio=1.0)
 NOT_SEEN = torch.finfo(torch.float32).min  # a score that no softmax sees

@@ -18,19 +18,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
-from convfusion.families.base import (
-    TEXT_DOCS,
-    TIMESTEP_DOCS,
-    Denoiser,
-    Family,
-    Site,
-    Size,
-    Values,
-)
+from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Family, Size
 from convfusion.families.carrier import GRID, argument_position
 from convfusion.families.rotary import take_first, without_rotary
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
 from convfusion.families.wan import VIDEO_HALO, VIDEO_KERNELS
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 
 QWEN_WORDS = 256  # tokens that its text encoder reads
 NATIVE_LATENTS = (64, 96)  # of 512×768 pixels

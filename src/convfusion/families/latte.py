@@ -16,12 +16,12 @@ from convfusion.families.base import (
     TIMESTEP_DOCS,
     Denoiser,
     Family,
-    Site,
     Size,
-    Values,
     list_plain_sites,
 )
 from convfusion.families.carrier import BlockCarrier
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
 
 T5_WORDS = 120  # tokens that its text encoder reads
 

@@ -10,17 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
-from convfusion.families.base import (
-    FAMILIES,
-    Denoiser,
-    Family,
-    Site,
-    Size,
-    Values,
-    family_of,
-    supported_classes,
-)
-from convfusion.mixers.base import Grid
+from convfusion.families.base import FAMILIES, Denoiser, Family, Size, family_of, supported_classes
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
+from convfusion.mixers.tokens import Grid
 from convfusion.text import check_prompts
 
 

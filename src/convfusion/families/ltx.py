@@ -11,19 +11,13 @@ from diffusers.models.transformers.transformer_ltx import LTXAttention, apply_ro
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.base import (
-    TEXT_DOCS,
-    TIMESTEP_DOCS,
-    Denoiser,
-    Family,
-    Site,
-    Size,
-    Values,
-)
-from convfusion.families.carrier import PackedCarrier
+from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Family, Size
+from convfusion.families.coordinates import PackedCarrier
 from convfusion.families.rotary import PairTurn, find_angles, take_first
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
 from convfusion.mixers import DeltaConv, Halo
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 
 T5_WORDS = 128  # tokens that its text encoder reads
 FRAMES_PER_LATENT = 8

@@ -14,10 +14,11 @@ from diffusers.models.transformers.transformer_ltx2 import LTX2Attention, apply_
 from torch import Tensor
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Size, Values
-from convfusion.families.carrier import PackedCarrier
+from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Size
+from convfusion.families.coordinates import PackedCarrier
 from convfusion.families.ltx import FRAMES_PER_LATENT, LTX, JoinedTurn
 from convfusion.families.rotary import PairTurn, find_angles, take_first
+from convfusion.families.values import Values
 from convfusion.mixers import DeltaConv
 
 GEMMA_WORDS = 1024  # tokens that its text encoder reads

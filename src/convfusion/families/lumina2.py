@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from convfusion.families.base import TEXT_DOCS, Denoiser, Family, Site, Size, Values
+from convfusion.families.base import TEXT_DOCS, Denoiser, Family, Size
 from convfusion.families.joint import (
     JOINT_HALO,
     JointLayout,
@@ -25,7 +25,9 @@ from convfusion.families.joint import (
     split_heads_at,
     turn_pairs,
 )
-from convfusion.mixers.base import Grid, Heads, JointTokens
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
+from convfusion.mixers.tokens import Grid, Heads, JointTokens
 
 WORDS = 256  # tokens that its text encoder reads
 STEPS = 1000  # of its schedule

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.base import Denoiser, Values
+from convfusion.families.base import Denoiser
 from convfusion.families.unet import SD15_KERNELS, SD15_LAYOUT, UNet, count_by_block
+from convfusion.families.values import Values
 
 _MOTION, _VIDEO = "UNetMotionModel", "UNet3DConditionModel"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 
 SIDE = 2  # of a square
 

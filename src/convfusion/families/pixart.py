@@ -14,13 +14,13 @@ from convfusion.families.base import (
     TIMESTEP_DOCS,
     Denoiser,
     Family,
-    Site,
     Size,
     TextReader,
-    Values,
     list_plain_sites,
 )
 from convfusion.families.carrier import KeywordCarrier
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
 
 T5_WORDS = 300  # tokens that PixArt-Σ's text encoder reads
 

@@ -9,18 +9,12 @@ import torch
 from diffusers.models.transformers.transformer_prx import PRXAttention, apply_rope
 from torch import Tensor
 
-from convfusion.families.base import (
-    TEXT_DOCS,
-    TIMESTEP_DOCS,
-    Denoiser,
-    Family,
-    Site,
-    Size,
-    Values,
-)
+from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Family, Size
 from convfusion.families.carrier import NotedCarrier
 from convfusion.families.joint import JOINT_HALO, JointLayout, close, mask_as_bias, split_heads
-from convfusion.mixers.base import Grid, Heads, JointTokens
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
+from convfusion.mixers.tokens import Grid, Heads, JointTokens
 
 WORDS = 256  # tokens that its text encoder reads
 NATIVE_LATENTS = (64, 64)  # of 512×512 pixels

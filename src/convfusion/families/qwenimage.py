@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
-from convfusion.families.base import TEXT_DOCS, Denoiser, Family, Site, Size, Values
+from convfusion.families.base import TEXT_DOCS, Denoiser, Family, Size
 from convfusion.families.carrier import argument_position, read_argument
 from convfusion.families.joint import (
     JOINT_HALO,
@@ -31,7 +31,9 @@ from convfusion.families.joint import (
     turn_pairs,
 )
 from convfusion.families.packed import SIDE, pack_squares, unpack_squares
-from convfusion.mixers.base import Grid, Heads, JointTokens
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
+from convfusion.mixers.tokens import Grid, Heads, JointTokens
 
 WORDS = 1024  # tokens that its text encoder reads at most
 EXAMPLE_WORDS = 256  # of a long prompt: its pipelines pad to the longest of a batch

@@ -13,7 +13,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Family, Site, Size, Values
+from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Family, Size
 from convfusion.families.carrier import KeywordCarrier
 from convfusion.families.joint import (
     JOINT_HALO,
@@ -22,7 +22,9 @@ from convfusion.families.joint import (
     project_image,
     project_text,
 )
-from convfusion.mixers.base import Grid, JointTokens
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
+from convfusion.mixers.tokens import Grid, JointTokens
 
 T5_WORDS = 256  # tokens that it reads unless a pipeline is told otherwise
 WORDS = 77 + T5_WORDS  # tokens that its text encoders read: CLIP's, then T5's

@@ -10,7 +10,8 @@ from diffusers.utils import is_ftfy_available
 from torch import Tensor
 
 from convfusion.errors import ConvFusionError, UnsupportedModelError
-from convfusion.families.base import Denoiser, Size, Values
+from convfusion.families.base import Denoiser, Size
+from convfusion.families.values import Values
 from convfusion.families.wan import VIDEO_KERNELS, Wan
 
 NATIVE_LATENTS = (68, 120)  # of 544×960 pixels

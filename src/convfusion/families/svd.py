@@ -13,10 +13,11 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from torch import Tensor
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.base import Denoiser, Size, Values
+from convfusion.families.base import Denoiser, Size
 from convfusion.families.carrier import BlockCarrier
 from convfusion.families.unet import SD15_KERNELS, SD15_LAYOUT, UNet, count_by_block, text_width
-from convfusion.mixers.base import Grid
+from convfusion.families.values import Values
+from convfusion.mixers.tokens import Grid
 
 _CLASS = "UNetSpatioTemporalConditionModel"
 

@@ -17,14 +17,14 @@ from convfusion.families.base import (
     TIMESTEP_DOCS,
     Denoiser,
     Family,
-    Site,
     Size,
     TextReader,
-    Values,
     is_self_attention,
     transformer_blocks,
 )
 from convfusion.families.carrier import Carrier, KeywordCarrier
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
 from convfusion.mixers import Gate
 
 CLIP_WORDS = 77  # tokens that CLIP's text encoders read

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from convfusion.families.base import Denoiser, Site, Values
+from convfusion.families.base import Denoiser
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
 from convfusion.families.wan import VIDEO_KERNELS, Wan, list_blocks
 
 _CLASS = "WanVACETransformer3DModel"

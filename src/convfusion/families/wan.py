@@ -8,17 +8,11 @@ from typing import Any, ClassVar
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 
-from convfusion.families.base import (
-    TEXT_DOCS,
-    TIMESTEP_DOCS,
-    Denoiser,
-    Family,
-    Site,
-    Size,
-    Values,
-)
+from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Family, Size
 from convfusion.families.carrier import RotaryCarrier
 from convfusion.families.rotary import PairTurn
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
 from convfusion.mixers import DeltaConv, Halo
 
 UMT5_WORDS = 512  # tokens that its text encoder reads

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import UnsupportedModelError
-from convfusion.families.base import Denoiser, Family, Site, family_of
+from convfusion.families.base import Denoiser, Family, family_of
 from convfusion.families.lookup import list_sites
+from convfusion.families.sites import Site
 from convfusion.mixers import Grid
-from convfusion.mixers.base import TokenSample, Turn, read_maps
+from convfusion.mixers.base import read_maps
 from convfusion.mixers.joint import stand_in
+from convfusion.mixers.tokens import TokenSample, Turn
 
 
 @contextmanager

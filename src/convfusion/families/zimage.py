@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.families.base import Denoiser, Family, Site, Size, Values
+from convfusion.families.base import Denoiser, Family, Size
 from convfusion.families.carrier import GridForgetter, Handles, read_argument, replace_argument
 from convfusion.families.joint import (
     JOINT_HALO,
@@ -27,7 +27,9 @@ from convfusion.families.joint import (
     split_heads_at,
     turn_pairs,
 )
-from convfusion.mixers.base import Grid, Heads, JointTokens
+from convfusion.families.sites import Site
+from convfusion.families.values import Values
+from convfusion.mixers.tokens import Grid, Heads, JointTokens
 
 WORDS = 512  # tokens that its text encoder reads at most
 EXAMPLE_WORDS = 256  # of a long prompt, which is not padded

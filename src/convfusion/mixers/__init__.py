@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from convfusion.errors import ConvFusionError
-from convfusion.mixers.base import Grid, Mixer, TokenMixer, check_grid
+from convfusion.mixers.base import Mixer, TokenMixer, check_grid
 from convfusion.mixers.delta_conv import DeltaConv, DeltaConvBlock, Gate
 from convfusion.mixers.halo import Halo, HaloMixer
 from convfusion.mixers.linear import GeneralisedLinear
@@ -19,6 +19,7 @@ from convfusion.mixers.local import Circular, Neighbourhood
 from convfusion.mixers.plain import Depthwise, MeanOnly, Removed
 from convfusion.mixers.reduced import Pooled, ToMe
 from convfusion.mixers.shared import Shared
+from convfusion.mixers.tokens import Grid
 from convfusion.settings import check_names
 
 __all__ = [

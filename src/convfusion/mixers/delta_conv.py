@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
 from convfusion.mixers import delta_conv_start
-from convfusion.mixers.base import Grid, TokenMixer, TokenSample, check_grid, projections
+from convfusion.mixers.base import TokenMixer, check_grid, projections
 from convfusion.mixers.joint import JointMixer, SharedMixer
+from convfusion.mixers.tokens import Grid, TokenSample
 from convfusion.ops import library, reference
 from convfusion.settings import check_fields
 

@@ -31,14 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.mixers.base import (
-    Grid,
-    TokenSample,
-    output_heads,
-    project_heads,
-    projections,
-    score_scale,
-)
+from convfusion.mixers.base import output_heads, project_heads, projections, score_scale
 from convfusion.mixers.offsets import (
     QUERIES,
     OffsetMeans,
@@ -46,6 +39,7 @@ from convfusion.mixers.offsets import (
     mean_offsets,
     offset_means,
 )
+from convfusion.mixers.tokens import Grid, TokenSample
 from convfusion.ops.reference import gate_scale
 
 if TYPE_CHECKING:

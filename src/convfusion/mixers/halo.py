@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from convfusion.errors import ConvFusionError
 from convfusion.mixers import halo_start
-from convfusion.mixers.base import Grid, TokenMixer, TokenSample, check_grid
+from convfusion.mixers.base import TokenMixer, check_grid
 from convfusion.mixers.halo_grid import (
     NEVER,
     Chunk,
@@ -45,6 +45,7 @@ from convfusion.mixers.halo_grid import (
     recall,
 )
 from convfusion.mixers.halo_whole import mix_whole
+from convfusion.mixers.tokens import Grid, TokenSample
 from convfusion.settings import check_fields
 
 if TYPE_CHECKING:

@@ -32,13 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.mixers.base import (
-    TokenSample,
-    output_heads,
-    project_heads,
-    projections,
-    score_scale,
-)
+from convfusion.mixers.base import output_heads, project_heads, projections, score_scale
 from convfusion.mixers.nearest_layers import (
     Layers,
     average_turns,
@@ -47,6 +41,7 @@ from convfusion.mixers.nearest_layers import (
     take_roots,
 )
 from convfusion.mixers.offsets import QUERIES, choose_queries, split_queries, sum_by_offset
+from convfusion.mixers.tokens import TokenSample
 
 if TYPE_CHECKING:
     from convfusion.mixers.halo import HaloMixer

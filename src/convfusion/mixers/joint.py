@@ -29,16 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convfusion.mixers.base import (
-    Grid,
-    JointTokens,
-    Mixer,
-    TokenMixer,
-    TokenSample,
-    project_heads,
-)
+from convfusion.mixers.base import Mixer, TokenMixer, project_heads
 from convfusion.mixers.halo_grid import GridLine, pool_cells
 from convfusion.mixers.offsets import QUERIES, choose_queries
+from convfusion.mixers.tokens import Grid, JointTokens, TokenSample
 
 Share = Literal["predicted", "cells", "constant"]
 CELLS = 4  # a side that image keys are pooled to, for the share that is found by them

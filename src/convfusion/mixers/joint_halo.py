@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.mixers.base import Grid, JointTokens
 from convfusion.mixers.halo import Halo, HaloMixer
 from convfusion.mixers.joint import JointMixer, blend, split_rows
+from convfusion.mixers.tokens import Grid, JointTokens
 
 
 class JointHaloMixer(HaloMixer, JointMixer):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convfusion.mixers.base import Grid, ProjectedMixer, TokenMixer, check_grid
+from convfusion.mixers.base import ProjectedMixer, TokenMixer, check_grid
+from convfusion.mixers.tokens import Grid
 
 EPSILON = 1e-4  # keeps the normaliser off zero, also in float16
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from convfusion.errors import ConvFusionError
-from convfusion.mixers.base import Grid, ProjectedMixer, TokenMixer, check_grid
+from convfusion.mixers.base import ProjectedMixer, TokenMixer, check_grid
+from convfusion.mixers.tokens import Grid
 from convfusion.mixers.windows import circular_attention, neighbourhood_attention
 from convfusion.settings import check_fields
 

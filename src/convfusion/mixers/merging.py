@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convfusion.mixers.base import (
-    Grid,
-    TokenSample,
-    Turn,
-    normed_heads,
-    projections,
-    spans_heads,
-)
+from convfusion.mixers.base import normed_heads, projections, spans_heads
 from convfusion.mixers.offsets import choose_queries, take_rows
+from convfusion.mixers.tokens import Grid, TokenSample, Turn
 
 TURNED = 32  # queries that the turns around are averaged over
 NOTHING = 1e-6  # of the largest eigenvalue: what lies below it is rounding

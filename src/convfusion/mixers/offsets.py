@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 
 QUERIES = 256  # of a picture, that a start and its error are measured on
 WORKED = 2**24  # pairs of query and key, over all maps, that are worked on at once

@@ -11,19 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convfusion.errors import ConvFusionError
-from convfusion.mixers.base import (
-    Grid,
-    JointTokens,
-    TokenMixer,
-    TokenSample,
-    check_grid,
-    projections,
-    take_over,
-)
+from convfusion.mixers.base import TokenMixer, check_grid, projections, take_over
 from convfusion.mixers.delta_conv import set_to_uniform_attention
 from convfusion.mixers.joint import JointMixer, SharedMixer, attend_to_text, split_rows
 from convfusion.mixers.offsets import QUERIES, choose_queries
 from convfusion.mixers.sampling import attend_at
+from convfusion.mixers.tokens import Grid, JointTokens, TokenSample
 from convfusion.settings import check_fields
 
 

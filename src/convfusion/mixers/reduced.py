@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convfusion.errors import ConvFusionError
-from convfusion.mixers.base import Grid, ProjectedMixer, TokenMixer, check_grid
+from convfusion.mixers.base import ProjectedMixer, TokenMixer, check_grid
 from convfusion.mixers.merging import match
+from convfusion.mixers.tokens import Grid
 from convfusion.settings import check_fields
 
 

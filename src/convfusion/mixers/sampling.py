@@ -8,15 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from convfusion.mixers.base import (
-    TokenSample,
-    output_heads,
-    project_heads,
-    projections,
-    read_gates,
-    score_scale,
-)
+from convfusion.mixers.base import output_heads, project_heads, projections, read_gates, score_scale
 from convfusion.mixers.offsets import split_queries
+from convfusion.mixers.tokens import TokenSample
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convfusion.mixers.base import Grid
+from convfusion.mixers.tokens import Grid
 
 TILE = 8  # queries are worked in tiles of TILE×TILE, which share the keys around them
 

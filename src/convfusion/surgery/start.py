@@ -12,9 +12,10 @@ import torch
 from convfusion.errors import ConvFusionError
 from convfusion.families import check_alone, denoiser_of, list_sites
 from convfusion.families.watch import attention_at, sample_attention
-from convfusion.mixers.base import TokenMixer, TokenSample, as_plain, fold_gates
+from convfusion.mixers.base import TokenMixer, as_plain, fold_gates
 from convfusion.mixers.offsets import QUERIES, choose_queries
 from convfusion.mixers.sampling import attend_at
+from convfusion.mixers.tokens import TokenSample
 from convfusion.surgery.record import TrainingRecord, set_record
 from convfusion.surgery.surgery import attention_teacher, mixers_of
 
