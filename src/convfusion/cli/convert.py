@@ -58,8 +58,7 @@ BlocksOnly = Annotated[
 Mixer = Annotated[
     str | None,
     typer.Option(
-        help="What replaces every self-attention: delta_conv, halo, … Default: what the "
-        "preset has."
+        help="What replaces every self-attention: delta_conv, halo, … Default: what the preset has."
     ),
 ]
 Prompts = Annotated[
