@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import JOINT, randomise, run
+from tiny_models import JOINT, first_output, randomise, run
 from torch import nn
 
 import convfusion
@@ -375,6 +375,7 @@ def test_settings_of_a_shared_mixer_are_read_again():
         (lambda: Shared(DeltaConv(5), "half"), "share must be predicted or cells or constant"),
         (lambda: Shared(Neighbourhood(3)), "Neighbourhood does not mix the values"),
         (lambda: Shared(Shared(DeltaConv(5))), "Shared does not mix the values"),
+        (lambda: Shared(NEAR), "Halo does not mix the values"),
     ):
         with pytest.raises(ConvFusionError, match=message):
             wrong()
@@ -409,6 +410,39 @@ def test_what_does_not_fit_is_refused_by_name(case):
     attention.fused_projections = True  # since then
     with pytest.raises(ConvFusionError, match="are fused"):
         run(model, case, *SIZES[0])
+
+
+@table
+@torch.no_grad()
+def test_called_directly_a_model_says_what_is_missing(case):
+    """Unless what is called inside of it tells the grid; never is it that of an earlier call."""
+    model = case.model()
+    convfusion.convert(model, uniform(NEAR))
+    expected = [run(model, case, *size) for size in SIZES]
+    for size, output in zip(SIZES, expected, strict=True):
+        try:
+            found = first_output(model.forward(**case.inputs(*size)))
+        except ConvFusionError as error:
+            assert "no grid reached" in str(error) and "call the denoiser itself" in str(error)
+        else:
+            assert torch.equal(found, output)
+
+
+class OtherLinear(nn.Linear):
+    """A layer of another kind than PyTorch's, as quantised ones are."""
+
+
+@table
+@torch.no_grad()
+def test_projections_may_be_of_another_kind(case):
+    model = case.model()
+    expected = run(model, case, *SIZES[0])
+    for site in joint_sites(model):
+        for layer in model.get_submodule(site.path).children():
+            if type(layer) is nn.Linear:
+                layer.__class__ = OtherLinear
+    convfusion.convert(model, ConvertConfig({s.path: WHOLE for s in joint_sites(model)}))
+    assert relative(run(model, case, *SIZES[0]), expected) < 1e-5
 
 
 @table

@@ -28,8 +28,8 @@ Blocks = Annotated[str | None, typer.Option(help=BLOCKS_HELP)]
 Config = Annotated[
     str | None,
     typer.Option(
-        help="How to convert: a preset (sd15, sdxl, pixart, dit, sd3, flux, …, default, halo) "
-        "or a JSON file. Default: the preset that fits the model."
+        help="How to convert: a preset (sd15, sd21, sdxl, pixart, dit, sd3, flux, …, default, "
+        "halo) or a JSON file. Default: the preset that fits the model."
     ),
 ]
 PromptFile = Annotated[

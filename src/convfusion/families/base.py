@@ -305,8 +305,8 @@ class Family(ABC):
         attentions text and image share some."""
         if any(site.joint is not None for site in self.list_sites(model)):
             raise ConvFusionError(
-                f"a {type(model).__name__} is not exported: that of attention which text and image "
-                "share was not tried"
+                f"a {type(model).__name__} is not exported: to do so with attention that text "
+                "and image share was not tried"
             )
 
 

@@ -303,9 +303,11 @@ class Handles:
             handle.remove()
 
 
-def append_grid(module: nn.Module, args: tuple, output: Any) -> tuple:
+def append_grid(module: Any, args: tuple, output: Any) -> Any:
     """Forward hook of a rotary embedding: the grid that its owner's hook left goes behind it."""
-    grid = module.grid_of_call
+    grid = getattr(module, "grid_of_call", None)
+    if grid is None:  # the owner's `forward` was called directly, which skips its hook
+        return output
     sent = grid if isinstance(grid, tuple) else (grid,)
     return (*output, *sent) if isinstance(output, tuple) else (output, *sent)
 

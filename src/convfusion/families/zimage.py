@@ -120,7 +120,9 @@ class ZImageCarrier:
 
 def spread_embedding(module: Any, args: tuple, output: Tensor) -> Tensor:
     """Forward hook of what embeds a timestep: [B, E] as [B, E, H, W] of the grid that was noted."""
-    grid = module.grid_of_call
+    grid = getattr(module, "grid_of_call", None)
+    if grid is None:  # the model's `forward` was called directly, which skips its hook
+        return output
     return output[:, :, None, None].expand(*output.shape, *grid)
 
 

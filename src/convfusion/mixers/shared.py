@@ -9,6 +9,7 @@ from convfusion.errors import ConvFusionError
 from convfusion.mixers.base import Mixer, TokenMixer
 from convfusion.mixers.delta_conv import DeltaConv
 from convfusion.mixers.joint import Share, SharedMixer
+from convfusion.mixers.plain import Depthwise, MeanOnly
 
 DELTA_CONV = DeltaConv()
 
@@ -37,9 +38,10 @@ class Shared:
             raise ConvFusionError(
                 f"share must be {' or '.join(get_args(Share))}, not {self.share!r}"
             )
-        if not hasattr(self.mixer, "build_joint") or isinstance(self.mixer, Shared):
+        if not isinstance(self.mixer, DeltaConv | MeanOnly | Depthwise):
             raise ConvFusionError(
-                f"{type(self.mixer).__name__} does not mix the values of an image alone"
+                f"{type(self.mixer).__name__} does not mix the values of an image alone: give "
+                "DeltaConv, MeanOnly or Depthwise"
             )
 
     def build(self, channels: int, heads: int = 1) -> TokenMixer:

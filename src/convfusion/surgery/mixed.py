@@ -183,8 +183,9 @@ def mix_joint(attention: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if places != math.prod(sides):
         raise ConvFusionError(
             f"the converted attention {attention.site} was given {places} tokens of the image, but "
-            f"the grid {'×'.join(map(str, sides))} has {math.prod(sides)}: pictures to go by, "
-            f"beside the one that is drawn, are not known here; {let_stand([attention.site])}"
+            f"the grid {'×'.join(map(str, sides))} has {math.prod(sides)}: a grid that is given "
+            "must be of the picture that is drawn, and this model takes no further pictures; or "
+            + let_stand([attention.site])
         )
     image = attention.mixer(tokens, sides)
     return layout.finish(attention, image, attend_from_text(tokens), *args, **kwargs)
