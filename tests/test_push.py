@@ -77,7 +77,7 @@ def evaluate(folder, place, **changes):
 
 
 REFUSALS = {
-    "no family": (lambda f: change(f, family="flux"), {}, "names no family of models"),
+    "no family": (lambda f: change(f, family="cascade"), {}, "names no family of models"),
     "a setting is missing": (forget_a_setting, {}, "does not say all settings of down_blocks"),
     "a tensor is missing": (
         lambda f: change_tensors(f, lambda tensors: tensors.popitem()),
