@@ -71,8 +71,9 @@ def rows() -> Iterator[tuple[str, int, int]]:
     """Name, seed and steps of every row, those first that say most."""
     yield from ((name, 0, STEPS) for name in BEST)
     yield from ((name, 0, 0) for name in BLOCKS)
-    yield from ((name, 0, STEPS) for name in RATES if name not in BEST)
+    yield CONSTANT, 0, STEPS
     yield from ((name, seed, STEPS) for seed in (1, 2) for name in BEST)
+    yield from ((name, 0, STEPS) for name in RATES if name not in (*BEST, CONSTANT))
 
 
 @cache
