@@ -60,8 +60,8 @@ def students() -> str:
                 f"{int(own[0]['parameters']):,}",
             ]
         )
-    order = list(dict.fromkeys(row["blocks"] for row in found))
-    lines.sort(key=lambda line: (order.index(line[0]), int(line[1])))
+    farthest = {row["blocks"]: float(row["velocity_error"]) for row in found if row["steps"] == "0"}
+    lines.sort(key=lambda line: (-farthest[line[0]], int(line[1])))
     heads = ["from image to image", "steps", "velocity error", "PSNR of pictures", "parameters"]
     [held_out] = one(found, "held_out")
     return f"""On pictures and captions of the list `{held_out}`, which no training saw.
@@ -83,7 +83,13 @@ def text() -> str:
         ]
         for row in found
     ]
-    heads = ["layer", "text (uniform)", "of it, padding", "heads", *(f"t = {t[2:]}" for t in times)]
+    heads = [
+        "layer",
+        "text (uniform)",
+        "padding, part of it",
+        "heads",
+        *(f"t = {t[2:]}" for t in times),
+    ]
     return table(heads, lines)
 
 
