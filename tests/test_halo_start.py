@@ -198,9 +198,11 @@ def test_every_picture_has_the_same_chance_to_be_kept():
     largest = max(each.tokens.nbytes for each in everything)
     counts = dict.fromkeys(range(8), 0)
     for seed in range(60):
-        for tokens, grid, _ in pictures_kept(4 * largest / 2**30, seed, sizes)[0]:
+        for kept in pictures_kept(4 * largest / 2**30, seed, sizes)[0]:
             found = [
-                i for i, (t, g, _) in enumerate(everything) if g == grid and torch.equal(t, tokens)
+                number
+                for number, each in enumerate(everything)
+                if each.grid == kept.grid and torch.equal(each.tokens, kept.tokens)
             ]
             counts[found[0]] += 1
     assert sum(counts.values()) == 240
