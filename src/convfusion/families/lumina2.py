@@ -25,7 +25,7 @@ from convfusion.families.joint import (
     split_heads_at,
     turn_pairs,
 )
-from convfusion.families.sites import Site
+from convfusion.families.sites import Site, list_joint_sites
 from convfusion.families.values import Values
 from convfusion.mixers.tokens import Grid, Heads, JointTokens
 
@@ -161,19 +161,7 @@ class Lumina2(Family):
     }
 
     def list_sites(self, model: Denoiser) -> list[Site]:
-        return [
-            Site(
-                path=f"{name}.{number}.attn",
-                channels=block.attn.inner_dim,
-                heads=block.attn.heads,
-                level=0,
-                owner="",
-                tap=f"{name}.{number}.ffn_norm1",
-                joint=_LAYOUT,
-            )
-            for name in ("noise_refiner", "layers")
-            for number, block in enumerate(getattr(model, name))
-        ]
+        return list_joint_sites(model, ("noise_refiner", "layers"), "attn", "ffn_norm1", _LAYOUT)
 
     def carrier(self, model: Denoiser) -> Lumina2Carrier:
         return Lumina2Carrier(model.config.patch_size)

@@ -12,7 +12,7 @@ from torch import Tensor
 from convfusion.families.base import TEXT_DOCS, TIMESTEP_DOCS, Denoiser, Family, Size
 from convfusion.families.carrier import NotedCarrier
 from convfusion.families.joint import JOINT_HALO, JointLayout, close, mask_as_bias, split_heads
-from convfusion.families.sites import Site
+from convfusion.families.sites import Site, list_joint_sites
 from convfusion.families.values import Values
 from convfusion.mixers.tokens import Grid, Heads, JointTokens
 
@@ -79,18 +79,9 @@ class PRX(Family):
     attention_classes = (PRXAttention,)
 
     def list_sites(self, model: Denoiser) -> list[Site]:
-        return [
-            Site(
-                path=f"blocks.{number}.attention",
-                channels=block.attention.inner_dim,
-                heads=block.attention.heads,
-                level=0,
-                owner="",
-                tap=f"blocks.{number}.post_attention_layernorm",
-                joint=_LAYOUT,
-            )
-            for number, block in enumerate(model.blocks)
-        ]
+        return list_joint_sites(
+            model, ("blocks",), "attention", "post_attention_layernorm", _LAYOUT
+        )
 
     def carrier(self, model: Denoiser) -> NotedCarrier:
         patch = model.config.patch_size

@@ -31,7 +31,7 @@ from convfusion.families.joint import (
     turn_pairs,
 )
 from convfusion.families.packed import SIDE, pack_squares, unpack_squares
-from convfusion.families.sites import Site
+from convfusion.families.sites import Site, list_joint_sites
 from convfusion.families.values import Values
 from convfusion.mixers.tokens import Grid, Heads, JointTokens
 
@@ -152,18 +152,7 @@ class QwenImage(Family):
     }
 
     def list_sites(self, model: Denoiser) -> list[Site]:
-        return [
-            Site(
-                path=f"transformer_blocks.{number}.attn",
-                channels=block.attn.inner_dim,
-                heads=block.attn.heads,
-                level=0,
-                owner="",
-                tap=f"transformer_blocks.{number}.img_norm2",
-                joint=_LAYOUT,
-            )
-            for number, block in enumerate(model.transformer_blocks)
-        ]
+        return list_joint_sites(model, ("transformer_blocks",), "attn", "img_norm2", _LAYOUT)
 
     def carrier(self, model: Denoiser) -> ShapesCarrier:
         return ShapesCarrier(argument_position(QwenImageTransformer2DModel, _SHAPES))

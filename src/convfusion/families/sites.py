@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from convfusion.errors import ConvFusionError
 from convfusion.families.joint import JointLayout
@@ -51,3 +53,30 @@ class Site:
     def block(self) -> str:
         """Module path of the transformer block that it is part of."""
         return self.path.rpartition(".")[0]
+
+
+def list_joint_sites(
+    model: Any, lists: Sequence[str], attention: str, tap: str, layout: JointLayout
+) -> list[Site]:
+    """The attentions that text and image share in all blocks of a transformer.
+
+    Args:
+        model: a denoiser.
+        lists: names of the lists of its blocks.
+        attention: name of the attention of a block.
+        tap: name of the module of a block that is the site's tap.
+        layout: how text and image share it.
+    """
+    return [
+        Site(
+            path=f"{name}.{number}.{attention}",
+            channels=block.get_submodule(attention).inner_dim,
+            heads=block.get_submodule(attention).heads,
+            level=0,
+            owner="",
+            tap=f"{name}.{number}.{tap}",
+            joint=layout,
+        )
+        for name in lists
+        for number, block in enumerate(getattr(model, name))
+    ]

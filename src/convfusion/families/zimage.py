@@ -27,7 +27,7 @@ from convfusion.families.joint import (
     split_heads_at,
     turn_pairs,
 )
-from convfusion.families.sites import Site
+from convfusion.families.sites import Site, list_joint_sites
 from convfusion.families.values import Values
 from convfusion.mixers.tokens import Grid, Heads, JointTokens
 
@@ -165,19 +165,9 @@ class ZImage(Family):
     }
 
     def list_sites(self, model: Denoiser) -> list[Site]:
-        return [
-            Site(
-                path=f"{name}.{number}.attention",
-                channels=block.attention.inner_dim,
-                heads=block.attention.heads,
-                level=0,
-                owner="",
-                tap=f"{name}.{number}.ffn_norm1",
-                joint=_LAYOUT,
-            )
-            for name in ("noise_refiner", "layers")
-            for number, block in enumerate(getattr(model, name))
-        ]
+        return list_joint_sites(
+            model, ("noise_refiner", "layers"), "attention", "ffn_norm1", _LAYOUT
+        )
 
     def carrier(self, model: Denoiser) -> ZImageCarrier:
         return ZImageCarrier()
