@@ -216,7 +216,9 @@ class JointCounter:
 
     def _count(self, site: Site, mixer: Mixer | None) -> JointOperations:
         if mixer is not None:
-            own = image_operations(mixer, site.channels, site.heads, self.find_call(site).grid)
+            words = min(1, self.read_tokens(site).text.key.shape[2])
+            grid = self.find_call(site).grid
+            own = image_operations(mixer, site.channels, site.heads, grid, words)
             return self.count(site)._replace(image=own)
         image, text, *_ = self.read_tokens(site)
         call = self.find_call(site)
@@ -236,7 +238,7 @@ class JointCounter:
         return attention
 
 
-def image_operations(mixer: Mixer, channels: int, heads: int, grid: Grid) -> int:
+def image_operations(mixer: Mixer, channels: int, heads: int, grid: Grid, words: int = 1) -> int:
     """Operations of a mixer between tokens of an image that shares its attention with a text.
 
     What tokens of the image gather from the text is left out, which does not depend on the mixer.
@@ -245,11 +247,12 @@ def image_operations(mixer: Mixer, channels: int, heads: int, grid: Grid) -> int
         mixer: settings of it.
         channels, heads: of the attention.
         grid: of the tokens of the image.
+        words: 1, or 0 where there is no text, and so no share of it to be found.
     """
     with torch.device("meta"):
         module = build_mixer(mixer, channels, heads, joint=True)
         some = torch.empty(1, heads, math.prod(grid), channels // heads)
-        tokens = JointTokens(Heads(some, some, some), Heads(some, some, some)).take_words(1)
+        tokens = JointTokens(Heads(some, some, some), Heads(some, some, some)).take_words(words)
     return count(module, tokens, grid) - _count_pairs(some, *tokens.text[1:])
 
 

@@ -190,6 +190,7 @@ class SharedMixer(JointMixer):
 
     def _fit_share(self, attention: Any, sample: Sequence[TokenSample]) -> None:
         """Set a and b to the least squares of LSE_I over some queries of each picture."""
+        assert self.offset is not None and self.slope is not None
         rows, missed = [], []
         for each in sample:
             query, key, _ = project_heads(attention, each)
@@ -206,8 +207,8 @@ class SharedMixer(JointMixer):
         ridge = 1e-4 * square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-12
         square = square + ridge * torch.eye(square.shape[1], dtype=square.dtype).to(square.device)
         slope = torch.linalg.solve(square, inputs.transpose(1, 2) @ targets)
-        self.slope.copy_(slope[..., 0])  # type: ignore[union-attr]
-        self.offset.copy_((middle - centre @ slope)[:, 0, 0])  # type: ignore[union-attr]
+        self.slope.copy_(slope[..., 0])
+        self.offset.copy_((middle - centre @ slope)[:, 0, 0])
 
     def extra_repr(self) -> str:
         return f"share={self.share}"
